@@ -1,0 +1,29 @@
+"""The errors of sparsefit: each names the cause and the way out."""
+
+
+class SparsefitError(Exception):
+    """Base of all errors that sparsefit raises on purpose."""
+
+
+class ConfigError(SparsefitError, ValueError):
+    """A setting that cannot work: found before anything is touched."""
+
+
+class CalibrationError(SparsefitError, ValueError):
+    """Calibration data that cannot be used, or activations that are not finite."""
+
+
+class MaskError(SparsefitError, ValueError):
+    """Masks that are damaged, do not fit a model, or do not hold."""
+
+
+class BudgetError(SparsefitError, RuntimeError):
+    """A budget that cannot pay for what must be done."""
+
+
+class DataError(SparsefitError, ValueError):
+    """Text or images that cannot be read, or of which there are too few."""
+
+
+class RunFolderError(SparsefitError, OSError):
+    """A run folder that cannot be used: it exists, cannot be written, or its disk is full."""
