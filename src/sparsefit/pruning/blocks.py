@@ -1,0 +1,155 @@
+"""The repeated blocks of a model: finding them, and the arguments with which the model calls each one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparsefit.pruning.weights import is_linear
+
+
+class NotSweepable(Exception):
+    """The model does not pass its hidden state straight from block to block; the message says how."""
+
+
+def find_block_lists(model: nn.Module) -> list[list[nn.Module]]:
+    """The repeated blocks of a model: the outermost lists whose members all hold linear layers.
+
+    One list for most models; several where a model has an encoder and a decoder, or two towers.
+    """
+    if isinstance(model, nn.ModuleList | nn.Sequential) and _is_block_list(model):
+        return [list(model)]
+    return [blocks for child in model.children() for blocks in find_block_lists(child)]
+
+
+def _is_block_list(modules: nn.ModuleList | nn.Sequential) -> bool:
+    members = list(modules)
+    alike = len({type(member) for member in members}) == 1 or isinstance(modules, nn.ModuleList)
+    return len(members) >= 2 and alike and all(_holds_linear(member) for member in members)
+
+
+def _holds_linear(module: nn.Module) -> bool:
+    # A bare linear layer is no block: a list of them is a plain network or a set of parallel heads.
+    return not is_linear(module) and any(is_linear(m) for m in module.modules())
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """The arguments of one call of one block. Its hidden state is the first positional argument, or
+    `hidden_states`, or the first tensor among the keyword arguments."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def _key(self) -> int | str:
+        if self.args and isinstance(self.args[0], Tensor):
+            return 0
+        names = [name for name, value in self.kwargs.items() if isinstance(value, Tensor)]
+        if not names:
+            raise NotSweepable("a block is called without a tensor")
+        return "hidden_states" if "hidden_states" in names else names[0]
+
+    @property
+    def hidden(self) -> Tensor:
+        """The hidden state that goes into the block."""
+        key = self._key
+        return self.args[0] if key == 0 else self.kwargs[key]
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Call the block with the very same arguments but another hidden state; returns the new one."""
+        key = self._key
+        if key == 0:
+            return hidden_of(block(hidden, *self.args[1:], **self.kwargs))
+        return hidden_of(block(*self.args, **{**self.kwargs, key: hidden}))
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden state in a block's output, which is a tensor, a tuple or a mapping, by version and model."""
+    if isinstance(output, Mapping):
+        output = next(iter(output.values()))
+    elif isinstance(output, tuple | list):
+        output = output[0]
+    if not isinstance(output, Tensor):
+        raise NotSweepable(f"a block returns {type(output).__name__}, not a tensor")
+    return output
+
+
+def _with_hidden(output: Any, hidden: Tensor) -> Any:
+    """A block's output with the hidden state replaced, in the same form."""
+    if isinstance(output, tuple | list):
+        return type(output)([hidden, *output[1:]])
+    if isinstance(output, Mapping):
+        first = next(iter(output))
+        return type(output)(**{**output, first: hidden})
+    return hidden
+
+
+class _LastBlockReached(Exception):
+    """Ends a pass of the model once every block's arguments are known."""
+
+
+def capture_calls(blocks: list[nn.Module], forward: Callable[[], Any]) -> list[tuple[int, BlockCall]]:
+    """The arguments with which one pass of the model calls each of its blocks, in calling order.
+
+    Only the first block is computed (its output shows what form a block's output has); the others hand their
+    hidden state through, and the pass ends at the last one. So masks, position embeddings and whatever else
+    the model prepares for each block are the model's own, at the price of one block.
+
+    Args:
+        blocks: The blocks of one list.
+        forward: Runs the model on one micro-batch.
+
+    Returns:
+        Pairs of a block's index and its call.
+
+    Raises:
+        NotSweepable: if a block is called twice, or what goes into a block is not what came out of the last.
+    """
+    calls: list[tuple[int, BlockCall]] = []
+    first_output: list[Any] = []
+    handed_on: list[Tensor] = []
+
+    def enter(index: int, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = BlockCall(args, kwargs)
+        if any(index == earlier for earlier, _ in calls):
+            raise NotSweepable(f"block {index} is called more than once in a pass")
+        if calls and call.hidden is not handed_on[-1]:
+            raise NotSweepable(f"the model computes something between blocks {calls[-1][0]} and {index}")
+        calls.append((index, call))
+        if index == len(blocks) - 1:
+            raise _LastBlockReached
+        if not first_output:
+            first_output.append(original(*args, **kwargs))
+            output = first_output[0]
+        else:
+            output = _with_hidden(first_output[0], call.hidden)
+        handed_on.append(hidden_of(output))
+        return output
+
+    with _replaced_forwards(blocks, enter), suppress(_LastBlockReached):
+        forward()
+    return calls
+
+
+@contextmanager
+def _replaced_forwards(blocks: list[nn.Module], enter: Callable[..., Any]) -> Iterator[None]:
+    """Send every call of a block to `enter(index, original forward, args, kwargs)`."""
+
+    def replacement(index: int, original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: enter(index, original, args, kwargs)
+
+    saved = [vars(block).get("forward") for block in blocks]
+    try:
+        for index, block in enumerate(blocks):
+            block.forward = replacement(index, block.forward)
+        yield
+    finally:
+        for block, forward in zip(blocks, saved, strict=True):
+            vars(block).pop("forward", None)
+            if forward is not None:
+                block.forward = forward

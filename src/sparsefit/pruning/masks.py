@@ -1,0 +1,226 @@
+"""The masks of a pruned model: one bit a weight, applied, verified, saved, loaded, and told apart by a digest."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sparsefit.errors import MaskError
+from sparsefit.pruning.weights import canonical_name
+
+_FORMAT = "sparsefit-masks-1"
+_BITS = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """A bool tensor of any shape as ceil(numel / 8) bytes on the CPU; the first weight is the highest bit."""
+    flat = mask.flatten()
+    flat = nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
+    return (flat * _BITS.to(mask.device)).sum(dim=1, dtype=torch.uint8).cpu()
+
+
+def unpack_bits(packed: Tensor, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
+    """The bool tensor of a shape from its packed bytes."""
+    bits = packed.to(device).unsqueeze(1).bitwise_and(_BITS.to(device)) != 0
+    return bits.flatten()[: torch.Size(shape).numel()].view(shape)
+
+
+@dataclass(frozen=True)
+class _Packed:
+    bits: Tensor  # (ceil(out * in / 8),) uint8
+    shape: tuple[int, int]  # (out, in)
+    transposed: bool  # whether the parameter is stored (in, out)
+
+    def mask(self, device: torch.device | str = "cpu") -> Tensor:
+        return unpack_bits(self.bits, self.shape, device)
+
+    @property
+    def kept(self) -> int:
+        return int(self.mask().sum())
+
+
+class MaskSet(Mapping[str, Tensor]):
+    """Masks by parameter name, held at one bit a weight.
+
+    `masks[name]` is a bool tensor (out, in), True = kept. Names are those of the bare model, so a set fits the
+    model with and without PEFT's wrappers.
+    """
+
+    def __init__(self) -> None:
+        self._packed: dict[str, _Packed] = {}
+
+    def add(self, name: str, mask: Tensor, transposed: bool = False) -> None:
+        """Take in the (out, in) bool mask of a parameter; `transposed` if that is stored (in, out)."""
+        self._packed[name] = _Packed(pack_bits(mask), (mask.shape[0], mask.shape[1]), transposed)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._packed[name].mask()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._packed)
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    def for_parameter(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        """A mask in the layout in which its parameter is stored."""
+        packed = self._packed[name]
+        mask = packed.mask(device)
+        return mask.t() if packed.transposed else mask
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """(weights, zeros) of each mask."""
+        sizes = {name: packed.shape[0] * packed.shape[1] for name, packed in self._packed.items()}
+        return {name: (size, size - self._packed[name].kept) for name, size in sizes.items()}
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros over all masks."""
+        counts = self.counts().values()
+        return sum(zeros for _, zeros in counts) / max(1, sum(size for size, _ in counts))
+
+    def digest(self) -> str:
+        """sha256 of names, shapes and bits: equal if and only if the masks are."""
+        sha = hashlib.sha256()
+        for name, packed in sorted(self._packed.items()):
+            sha.update(json.dumps([name, packed.shape, packed.transposed]).encode())
+            sha.update(packed.bits.numpy().tobytes())
+        return sha.hexdigest()
+
+    def renamed(self, rename: Callable[[str], str]) -> MaskSet:
+        """The same masks under other names."""
+        masks = MaskSet()
+        masks._packed = {rename(name): packed for name, packed in self._packed.items()}
+        return masks
+
+    def apply(self, model: nn.Module) -> None:
+        """Set every pruned weight of a model to zero. Checks first that all masks fit.
+
+        Raises:
+            MaskError: if a mask has no parameter in the model, or one of another shape.
+        """
+        parameters = self.parameters_in(model)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.masked_fill_(~self.for_parameter(name, parameter.device), 0)
+
+    def verify(self, tensors: nn.Module | Mapping[str, Tensor]) -> None:
+        """Check that every pruned weight is exactly zero.
+
+        Args:
+            tensors: A model, or tensors by name (a state dict, the tensors of a file).
+
+        Raises:
+            MaskError: naming the parameters in which weights came back, and how many; or if masks do not fit.
+        """
+        broken = {}
+        for name, tensor in self.parameters_in(tensors).items():
+            values = tensor.detach()
+            alive = int(torch.count_nonzero(values.masked_fill(self.for_parameter(name, values.device), 0)))
+            if alive:
+                broken[name] = alive
+        if broken:
+            listed = ", ".join(f"{name} ({count})" for name, count in list(broken.items())[:5])
+            raise MaskError(
+                f"pruned weights are not zero in {len(broken)} of {len(self)} matrices: {listed}. "
+                "Something wrote to them after pruning; MaskSet.apply(model) makes them zero again"
+            )
+
+    def parameters_in(self, tensors: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensor that each mask belongs to.
+
+        Raises:
+            MaskError: if one is missing (with the nearest names) or has another shape.
+        """
+        named = tensors.named_parameters(remove_duplicate=False) if isinstance(tensors, nn.Module) else tensors.items()
+        available = {canonical_name(name): tensor for name, tensor in named}
+        for name, packed in self._packed.items():
+            if name not in available:
+                nearest = difflib.get_close_matches(name, available, n=2, cutoff=0)
+                raise MaskError(
+                    f"the masks do not fit the model: it has no parameter {name}; the nearest are {', '.join(nearest)}"
+                )
+            stored = packed.shape[::-1] if packed.transposed else packed.shape
+            if tuple(available[name].shape) != stored:
+                raise MaskError(
+                    f"the masks do not fit the model: {name} is {tuple(available[name].shape)}, its mask {stored}"
+                )
+        return {name: available[name] for name in self._packed}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors and primitives, for a checkpoint."""
+        return {
+            name: {"bits": packed.bits, "shape": list(packed.shape), "transposed": packed.transposed}
+            for name, packed in self._packed.items()
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> MaskSet:
+        """The masks of `state_dict`.
+
+        Raises:
+            MaskError: if an entry is incomplete.
+        """
+        masks = cls()
+        for name, entry in state.items():
+            try:
+                out, inputs = entry["shape"]
+                packed = _Packed(entry["bits"].cpu(), (int(out), int(inputs)), bool(entry["transposed"]))
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise MaskError(f"the saved mask of {name} is damaged: {error!r}") from error
+            if packed.bits.dtype != torch.uint8 or packed.bits.shape != (-(-out * inputs // 8),):
+                raise MaskError(
+                    f"the saved mask of {name} is damaged: {tuple(packed.bits.shape)} bytes for {out}x{inputs}"
+                )
+            masks._packed[name] = packed
+        return masks
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file of one bit a weight; a file that was there is replaced only when it is whole."""
+        path = Path(path)
+        header = {name: [*packed.shape, packed.transposed] for name, packed in self._packed.items()}
+        metadata = {"format": _FORMAT, "masks": json.dumps(header), "digest": self.digest()}
+        partial = path.with_name(f"{path.name}.partial")
+        save_file({name: packed.bits for name, packed in self._packed.items()}, partial, metadata=metadata)
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> MaskSet:
+        """Read what `save` wrote.
+
+        Raises:
+            MaskError: if the file is missing, damaged or something else.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise MaskError(f"there is no mask file {path}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                header = json.loads(metadata.get("masks", "{}"))
+                names: Iterable[str] = file.keys()
+                state = {
+                    name: dict(zip(("shape", "transposed"), (header[name][:2], header[name][2]), strict=True))
+                    | {"bits": file.get_tensor(name)}
+                    for name in names
+                }
+        except (SafetensorError, OSError, KeyError, IndexError, ValueError) as error:
+            raise MaskError(f"{path} is damaged or no mask file: {error}") from error
+        if metadata.get("format") != _FORMAT:
+            raise MaskError(f"{path} is no mask file of this version: its format is {metadata.get('format')!r}")
+        # A safetensors file keeps no order; the header does.
+        masks = cls.from_state_dict({name: state[name] for name in header if name in state})
+        if masks.digest() != metadata.get("digest"):
+            raise MaskError(f"{path} is damaged: its masks do not give the digest that was saved with them")
+        return masks

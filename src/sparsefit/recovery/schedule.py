@@ -1,0 +1,80 @@
+"""The learning rate of a run with a budget: up in a few steps, then linearly to zero as the budget runs out.
+
+Li, Yumer, Ramanan: Budgeted Training, 2020 (https://arxiv.org/abs/1905.04753): of the schedules they compare, a linear
+decay that reaches zero when the budget ends is the best and needs no tuning.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def progress(spent: float, start: float, limit: float, step: int = 0, max_steps: float | None = None) -> float:
+    """How far a run is: the larger of its share of the budget and its share of the steps.
+
+    Args:
+        spent: GPU-hours spent so far.
+        start: GPU-hours that were spent when training started.
+        limit: GPU-hours that may be spent when training ends.
+        step: Optimizer steps taken so far.
+        max_steps: Optimizer steps after which training ends; None, a negative number or infinity: no such limit.
+
+    Returns:
+        A number from 0 (training starts) to 1 (the budget or the steps are used up).
+    """
+    share = (spent - start) / (limit - start) if limit > start else 1.0
+    if max_steps is not None and 0 <= max_steps < math.inf:
+        share = max(share, step / max_steps if max_steps else 1.0)
+    return min(max(share, 0.0), 1.0)
+
+
+def budget_factor(step: int, warmup_steps: int, progress: float) -> float:
+    """The factor of the base learning rate: linear warm-up times linear decay (https://arxiv.org/abs/1905.04753).
+
+    Args:
+        step: Optimizer steps taken so far; the first step, number 0, has 1/warmup_steps of the rate, not zero.
+        warmup_steps: The step with this number (counted from 1) is the first at full rate; 0 or 1: no warm-up.
+        progress: From 0 to 1, as `progress` gives it.
+
+    Returns:
+        A number from 0 to 1.
+    """
+    warmup = min((step + 1) / warmup_steps, 1.0) if warmup_steps > 0 else 1.0
+    return warmup * (1.0 - min(max(progress, 0.0), 1.0))
+
+
+def keep_base_rates(optimizers: Iterable[Optimizer], factor: float | None = None) -> None:
+    """Note the base rate of each parameter group in its "initial_lr", where optimizers save and restore it.
+
+    Args:
+        optimizers: Groups that have an "initial_lr" already, from a checkpoint for instance, keep it.
+        factor: The factor that the optimizer's other groups stand at. A group that is new keeps the rate it came with
+            for this moment and decays from there. None or 0: the rate it has is its base rate.
+    """
+    for group in _groups(optimizers):
+        if "initial_lr" not in group:
+            group["initial_lr"] = float(group["lr"]) / (factor or 1.0)
+
+
+def set_rates(optimizers: Iterable[Optimizer], factor: float) -> None:
+    """Set the learning rate of each parameter group to `factor` times its "initial_lr"."""
+    for group in _groups(optimizers):
+        rate = float(group["initial_lr"]) * factor
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def first_rate(optimizers: Iterable[Optimizer]) -> float | None:
+    """The learning rate of the first parameter group that has one; None where there is none."""
+    return next((float(group["lr"]) for group in _groups(optimizers)), None)
+
+
+def _groups(optimizers: Iterable[Optimizer]) -> list[dict[str, Any]]:
+    return [group for optimizer in optimizers for group in optimizer.param_groups if "lr" in group]

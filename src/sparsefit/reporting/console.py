@@ -1,0 +1,170 @@
+"""What a run says on the terminal: the closing summary and the progress of its stages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.errors import LiveError
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from sparsefit.reporting import report as _report
+
+console = Console()
+"""The console that everything of a run prints to."""
+
+_MISSING = "-"
+_STATUS_STYLE = {"finished": "bold green", "interrupted": "bold yellow", "failed": "bold red"}
+
+
+def summary(report: Mapping[str, Any]) -> Group:
+    """The tables a run ends with, to be printed with `console.print(summary(report))`.
+
+    Dense, pruned and recovered quality with the share won back, sparsity per layer type, seconds and GPU-hours of each
+    stage and of the budget, peak memory and the run folder. What the report does not hold is left out.
+    """
+    status = str(report.get("status") or "unknown")
+    head = Text.assemble((str(report.get("name") or "run"), "bold"), ": ", (status, _STATUS_STYLE.get(status, "bold")))
+    tables = [_quality(report), _sparsity(report), _stages(report)]
+    parts: list[RenderableType] = [head, *(table for table in tables if table.row_count), *_closing_lines(report)]
+    return Group(*parts)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", overflow="fold")
+    return table
+
+
+def _row(table: Table, *cells: str, style: str | None = None) -> None:
+    table.add_row(*(Text(cell) for cell in cells), style=style)
+
+
+def _quality(report: Mapping[str, Any]) -> Table:
+    table = _table("", *_report.STAGES, "won back")
+    for metric in _report.metrics(report):
+        values = _report.metric_values(report, metric)
+        cells = [_report.format_metric(metric, values.get(stage), _MISSING) for stage in _report.STAGES]
+        if values:
+            _row(table, metric, *cells, _report.format_percent(_report.won_back(report, metric), 1, _MISSING))
+    return table
+
+
+def _sparsity(report: Mapping[str, Any]) -> Table:
+    table = _table("layers", "weights", "zeros", "sparsity")
+    for name, entry in _report.sparsity_by_type(report).items():
+        counts = (_report.format_count(entry.get(key), _MISSING) for key in ("weights", "zeros"))
+        _row(table, name, *counts, _report.format_percent(_report.layer_sparsity(entry), missing=_MISSING))
+    total = _report.section(report, "sparsity")
+    if _report.number(total.get("total")) is not None:
+        table.add_section()
+        counts = (_report.format_count(total.get(key), _MISSING) for key in ("weights", "zeros"))
+        _row(table, "all", *counts, _report.format_percent(_report.number(total["total"])), style="bold")
+    return table
+
+
+def _stages(report: Mapping[str, Any]) -> Table:
+    spent = _report.section(report, "gpu_hours")
+    budget, total = _report.number(spent.get("budget")), _report.number(spent.get("total"))
+    table = _table("stage", "time", "GPU-hours", *(["of budget"] if budget else []))
+
+    def add(name: str, seconds: float | None, hours: float | None, style: str | None = None) -> None:
+        share = [_report.format_percent(None if hours is None else hours / budget, 1, _MISSING)] if budget else []
+        time_spent = _report.format_seconds(seconds, _MISSING)
+        _row(table, name, time_spent, _report.format_hours(hours, _MISSING), *share, style=style)
+
+    for name, seconds, hours in _report.stages(report):
+        add(name, seconds, hours)
+    seconds = _report.number(_report.section(report, "seconds").get("total"))
+    if seconds is not None or total is not None:
+        table.add_section()
+        add("total", seconds, total, "bold")
+    if budget:
+        add("budget", None, budget)
+    return table
+
+
+def _closing_lines(report: Mapping[str, Any]) -> list[Text]:
+    lines = []
+    training, memory = _report.section(report, "training"), _report.section(report, "memory")
+    if training.get("stop_reason"):
+        steps = _report.format_count(training.get("steps"), _MISSING)
+        lines.append(Text(f"training: {steps} steps, stopped because: {training['stop_reason']}"))
+    peak = _report.number(memory.get("peak_bytes"))
+    if peak is not None:
+        lines.append(Text(f"peak memory: {_report.format_bytes(peak)} {memory.get('kind') or ''}".rstrip()))
+    if report.get("folder"):
+        lines.append(Text(f"run folder: {report['folder']}", overflow="fold"))
+    return lines
+
+
+@contextmanager
+def stage_progress(
+    description: str, total: int | None = None, *, visible: bool = True
+) -> Iterator[Callable[..., None]]:
+    """Show the progress of one stage: a bar on a terminal, at most five plain lines anywhere else.
+
+    Args:
+        description: What is being done, e.g. "calibration".
+        total: How many units there are, or None where nobody knows.
+        visible: False shows nothing, for the ranks that keep silent.
+
+    Yields:
+        `advance(n=1)`, to be called when `n` more units are done.
+    """
+    if not visible:
+        yield lambda n=1: None
+        return
+    bar = _start_bar() if console.is_terminal else None
+    if bar is None:
+        yield from _plain_lines(description, total)
+        return
+    task = bar.add_task(description, total=total)
+    try:
+        yield lambda n=1: bar.advance(task, n)
+    finally:
+        bar.stop()
+
+
+def _start_bar() -> Progress | None:
+    """A running progress bar, or None where another live display already holds the terminal."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    bar = Progress(SpinnerColumn(), *columns, console=console)
+    try:
+        bar.start()
+    except LiveError:
+        return None
+    return bar
+
+
+def _plain_lines(description: str, total: int | None) -> Iterator[Callable[..., None]]:
+    start, done, quarter, ended = time.monotonic(), 0, 0, "stopped"
+
+    def say(text: str) -> None:
+        console.print(Text(f"{description}: {text}"), soft_wrap=True)
+
+    def elapsed() -> str:
+        return _report.format_seconds(time.monotonic() - start)
+
+    def advance(n: int = 1) -> None:
+        nonlocal done, quarter
+        done += n
+        reached = 4 * done // total if total else 0
+        if quarter < reached < 4:
+            quarter = reached
+            say(f"{done} of {total}, {elapsed()}")
+
+    say(f"started, {total} to do" if total else "started")
+    try:
+        yield advance
+        ended = "done"
+    finally:
+        count = f"{done} of {total}, " if total else f"{done}, " if done else ""
+        say(f"{ended}, {count}{elapsed()}")

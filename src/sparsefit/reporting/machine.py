@@ -1,0 +1,112 @@
+"""What a run ran on: versions of the software, the machine, and the most memory it took."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = (
+    "sparsefit",
+    "torch",
+    "lightning",
+    "transformers",
+    "peft",
+    "datasets",
+    "tokenizers",
+    "torchmetrics",
+    "safetensors",
+    "accelerate",
+    "bitsandbytes",
+    "torchvision",
+    "timm",
+    "lm_eval",
+    "numpy",
+)
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages a run may use; packages that are not installed are left out."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """The machine: platform, CPU (model, logical count, count this process may use), memory in bytes, devices.
+
+    Naming the devices starts CUDA in this process, so call it where the run trains and not before processes fork.
+    """
+    return {
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cpu_count": os.cpu_count(),
+        "cpu_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": _memory_bytes(),
+        "devices": _device_names(),
+    }
+
+
+def peak_memory() -> tuple[int | None, str]:
+    """The most memory this process has held so far, and of which kind.
+
+    Returns:
+        Bytes and "device memory" (the fullest CUDA device, as torch allocated it) where CUDA is in use, else bytes and
+        "process memory (CPU)". Bytes are None where the platform does not tell.
+    """
+    torch = sys.modules.get("torch")  # a process that never imported torch holds no device memory
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        peak = max(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
+        if peak:
+            return peak, "device memory"
+    return _process_peak(), "process memory (CPU)"
+
+
+def _process_peak() -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return _windows_peak()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kibibytes
+
+
+def _windows_peak() -> int | None:
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return getattr(psutil.Process().memory_info(), "peak_wset", None)
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name" and value.strip():
+                return value.strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _device_names() -> list[str]:
+    import torch
+
+    if torch.cuda.is_available():
+        return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return ["MPS"] if torch.backends.mps.is_available() else []

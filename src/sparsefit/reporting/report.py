@@ -1,0 +1,285 @@
+"""The run's report: a plain dict, its file `report.json`, and the pure functions that read figures out of it.
+
+Every reader takes a report in which anything may be missing: a run without training has no recovered value, an
+interrupted run has partial data. What is missing reads as `None` or as an empty container, never as an error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sparsefit.errors import RunFolderError
+
+STAGES = ("dense", "pruned", "recovered")
+_METRICS = {"perplexity": "lower", "accuracy": "higher"}
+_RUN_ORDER = ("setup", "evaluation", "calibration", "pruning", "training", "validation", "merging", "export")
+# Names that layers of one block share (attn.c_proj and mlp.c_proj of GPT-2): the path before them tells them apart.
+_SHARED_NAMES = frozenset({"c_proj", "dense", "proj", "linear"})
+
+
+def write_json(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
+    """Write a report as strict JSON, sorted by key, either entirely or not at all.
+
+    Args:
+        report: What to write. NaN and infinities become null; tensors and arrays become numbers and lists; paths,
+            dtypes and other objects become their text.
+        path: The file; its folder is made where it is missing.
+
+    Returns:
+        The path written.
+
+    Raises:
+        RunFolderError: The file cannot be written. An older file at `path` is then still whole.
+    """
+    path = Path(path)
+    text = json.dumps(_strict(report), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunFolderError(
+            f"cannot write {path}: {error}. Free space or choose a folder you may write to."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a report that `write_json` wrote.
+
+    Raises:
+        RunFolderError: There is no such file, or it does not hold a JSON object.
+    """
+    try:
+        report = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunFolderError(f"cannot read {path}: {error}. Name the report.json inside a run folder.") from error
+    except ValueError as error:
+        raise RunFolderError(f"{path} is not a report: {error}. Name a report.json that sparsefit wrote.") from error
+    if not isinstance(report, dict):
+        raise RunFolderError(f"{path} is not a report: no JSON object. Name a report.json that sparsefit wrote.")
+    return report
+
+
+def _strict(value: Any) -> Any:
+    """The value in JSON's own types, without NaN and infinities."""
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted((_strict(item) for item in value), key=str)
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    if callable(getattr(value, "tolist", None)):
+        return _strict(value.tolist())
+    return str(value)
+
+
+def number(value: Any) -> float | None:
+    """The value as a finite float, or None where it is none."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    return None
+
+
+def section(report: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
+    """The mapping under a path of keys, e.g. `section(report, "gpu_hours", "stages")`; empty where there is none."""
+    found: Any = report
+    for key in keys:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
+
+
+def items(report: Mapping[str, Any], *keys: str) -> list[Any]:
+    """The list under a path of keys; empty where there is none."""
+    found = section(report, *keys[:-1]).get(keys[-1])
+    return list(found) if isinstance(found, (list, tuple)) else []
+
+
+def metrics(report: Mapping[str, Any]) -> dict[str, str]:
+    """The report's metrics and which way is better, "lower" or "higher"."""
+    declared = section(report, "metrics") or {name: way for name, way in _METRICS.items() if section(report, name)}
+    return {str(name): str(way) for name, way in declared.items()}
+
+
+def metric_values(report: Mapping[str, Any], metric: str) -> dict[str, float]:
+    """The measured values of a metric by stage (dense, pruned, recovered), without the missing ones."""
+    values = {stage: number(section(report, metric).get(stage)) for stage in STAGES}
+    return {stage: value for stage, value in values.items() if value is not None}
+
+
+def share_won_back(
+    dense: float | None,
+    pruned: float | None,
+    recovered: float | None,
+    metric: str = "perplexity",
+    better: str = "lower",
+) -> float | None:
+    """How much of what pruning lost the recovery won back: 0 is nothing, 1 is all, above 1 beats the dense model.
+
+    Perplexity is the exponential of a loss, so its shares are measured in log space:
+    (ln pruned - ln recovered) / (ln pruned - ln dense). Other metrics are measured as they are.
+
+    Args:
+        dense: The metric of the dense model.
+        pruned: The metric right after pruning.
+        recovered: The metric after recovery; below the pruned model's quality the share is negative.
+        metric: The metric's name; names that contain "perplexity" are taken in log space.
+        better: "lower" or "higher".
+
+    Returns:
+        The share, or None where it is undefined: a value is missing or not finite, or pruning lost nothing.
+    """
+    values = [number(value) for value in (dense, pruned, recovered)]
+    known = [value for value in values if value is not None]
+    if len(known) < 3:
+        return None
+    if "perplexity" in metric:
+        if min(known) <= 0:
+            return None
+        known = [math.log(value) for value in known]
+    start, low, end = known if better == "lower" else [-value for value in known]
+    return (low - end) / (low - start) if low > start else None
+
+
+def won_back(report: Mapping[str, Any], metric: str) -> float | None:
+    """`share_won_back` of one of the report's metrics."""
+    values = metric_values(report, metric)
+    return share_won_back(*(values.get(stage) for stage in STAGES), metric, metrics(report).get(metric, "lower"))
+
+
+def _path(name: str) -> list[str]:
+    """The name's segments, without the parameter's own `weight` and without PEFT's `base_layer`."""
+    parts = [part for part in name.split(".") if part != "base_layer"]
+    return parts[:-1] if len(parts) > 1 and parts[-1] == "weight" else parts
+
+
+def layer_type(name: str) -> str:
+    """The role of a layer inside its block: `model.layers.0.self_attn.q_proj.weight` is a `q_proj`.
+
+    Names that say nothing alone keep their path inside the block (`attn.c_proj` and `mlp.c_proj` of GPT-2), numbered
+    ones their container (`net.0`).
+    """
+    parts = _path(name)
+    if parts[-1].isdigit():
+        return ".".join(parts[-2:])
+    if parts[-1] not in _SHARED_NAMES:
+        return parts[-1]
+    start = max((index + 1 for index, part in enumerate(parts) if part.isdigit()), default=len(parts) - 1)
+    return ".".join(parts[start:])
+
+
+def block_of(name: str) -> tuple[str, tuple[int, ...]] | None:
+    """The numbered block that holds a layer: the path to the blocks and the index, or None outside of any block.
+
+    `model.layers.3.mlp.up_proj.weight` is in ("model.layers", (3,)); where stages hold blocks
+    (`stages.1.blocks.0.mlp.fc1`) the index is (1, 0). A number that ends the name counts a layer, not a block.
+    """
+    parts = _path(name)
+    first = next((index for index, part in enumerate(parts[:-1]) if part.isdigit()), None)
+    if first is None:
+        return None
+    nested = re.match(r"(?:(?:blocks|layers)\.)?(\d+)\.", ".".join(parts[first + 1 :]))
+    index = (int(parts[first]), int(nested[1])) if nested else (int(parts[first]),)
+    return ".".join(parts[:first]), index
+
+
+def layer_sparsity(layer: Mapping[str, Any]) -> float | None:
+    """The share of zeros of one entry of `layers` or `by_type`."""
+    weights, zeros = number(layer.get("weights")), number(layer.get("zeros"))
+    if weights and zeros is not None:
+        return zeros / weights
+    return number(layer.get("sparsity"))
+
+
+def by_type(layers: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Sum layers up by type, in the order of first appearance: {type: {layers, weights, zeros, sparsity}}."""
+    types: dict[str, dict[str, Any]] = {}
+    for layer in layers:
+        entry = types.setdefault(layer_type(str(layer.get("name", "?"))), {"layers": 0, "weights": 0, "zeros": 0})
+        entry["layers"] += 1
+        entry["weights"] += int(number(layer.get("weights")) or 0)
+        entry["zeros"] += int(number(layer.get("zeros")) or 0)
+    for entry in types.values():
+        entry["sparsity"] = entry["zeros"] / entry["weights"] if entry["weights"] else None
+    return types
+
+
+def sparsity_by_type(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Sparsity per layer type of a report: summed over its layers, else as the report states it."""
+    layers = [layer for layer in items(report, "sparsity", "layers") if isinstance(layer, Mapping)]
+    stated = section(report, "sparsity", "by_type")
+    return dict(by_type(layers) or {key: entry for key, entry in stated.items() if isinstance(entry, Mapping)})
+
+
+def stages(report: Mapping[str, Any]) -> list[tuple[str, float | None, float | None]]:
+    """(stage, seconds, GPU-hours) of each stage, in the order of a run."""
+    seconds, hours = section(report, "seconds", "stages"), section(report, "gpu_hours", "stages")
+    names = list(dict.fromkeys([*hours, *seconds]))
+    names.sort(key=lambda name: _RUN_ORDER.index(name) if name in _RUN_ORDER else len(_RUN_ORDER))
+    return [(name, number(seconds.get(name)), number(hours.get(name))) for name in names]
+
+
+def format_metric(metric: str, value: float | None, missing: str = "—") -> str:
+    """A metric's value for people; accuracies are shares (0 to 1) and read as percentages."""
+    if value is None:
+        return missing
+    if "accuracy" in metric and 0 <= value <= 1:
+        return f"{value:.2%}"
+    if abs(value) >= 1e6:
+        return f"{value:.2e}"
+    return f"{value:,.{3 if abs(value) < 1 else 2 if abs(value) < 100 else 1}f}"
+
+
+def format_percent(share: float | None, digits: int = 2, missing: str = "—") -> str:
+    """A share as a percentage."""
+    return missing if share is None else f"{share:.{digits}%}"
+
+
+def format_hours(hours: float | None, missing: str = "—") -> str:
+    """GPU-hours with three significant digits."""
+    if hours is None:
+        return missing
+    return "0" if hours == 0 else f"{hours:,.{max(0, 2 - math.floor(math.log10(abs(hours))))}f}"
+
+
+def format_seconds(seconds: float | None, missing: str = "—") -> str:
+    """A duration for people: 3.2 s, 4 min 05 s, 2 h 10 min."""
+    if seconds is None:
+        return missing
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def format_bytes(count: float | None, missing: str = "—") -> str:
+    """Bytes in binary units: 1.50 GiB."""
+    if count is None:
+        return missing
+    power = min(4, max(0, (int(count).bit_length() - 1) // 10))
+    return f"{count / 1024**power:.{2 if power else 0}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def format_count(count: Any, missing: str = "—") -> str:
+    """A whole number with thousands separators."""
+    value = number(count)
+    return missing if value is None else f"{value:,.0f}"
