@@ -82,7 +82,13 @@ def build_report() -> dict:
             "total": 0.0415,
             "budget": 0.05,
             "devices": 1,
-            "stages": {"evaluation": 0.0042, "calibration": 0.0012, "pruning": 0.0021, "training": 0.031, "export": 0.003},
+            "stages": {
+                "evaluation": 0.0042,
+                "calibration": 0.0012,
+                "pruning": 0.0021,
+                "training": 0.031,
+                "export": 0.003,
+            },
         },
         "seconds": {
             "total": 149.4,
@@ -91,21 +97,44 @@ def build_report() -> dict:
         "memory": {"peak_bytes": 1610612736, "kind": "process memory (CPU)"},
         "configuration": "seed_everything: 0\ntrainer:\n  max_steps: 200\n  callbacks:\n    - WandaPruning\n",
         "versions": {"python": "3.12.1", "torch": "2.8.0", "lightning": "2.6.0"},
-        "machine": {"platform": "Linux", "cpu": "Some CPU @ 3 GHz", "cpu_count": 2, "memory_bytes": 8 * 2**30, "devices": []},
+        "machine": {
+            "platform": "Linux",
+            "cpu": "Some CPU @ 3 GHz",
+            "cpu_count": 2,
+            "memory_bytes": 8 * 2**30,
+            "devices": [],
+        },
     }
 
 
 def interrupted_report() -> dict:
-    report = build_report() | {"name": "interrupted", "status": "interrupted", "perplexity": {"dense": 18.25, "pruned": 26.75}}
+    report = build_report() | {
+        "name": "interrupted",
+        "status": "interrupted",
+        "perplexity": {"dense": 18.25, "pruned": 26.75},
+    }
     report["training"] = {"steps": 57, "stop_reason": "interrupted by the user", "history": training_history()[:57]}
-    report["gpu_hours"] = {"total": 0.0164, "budget": 0.05, "devices": 1, "stages": {"evaluation": 0.002, "training": 0.009}}
+    report["gpu_hours"] = {
+        "total": 0.0164,
+        "budget": 0.05,
+        "devices": 1,
+        "stages": {"evaluation": 0.002, "training": 0.009},
+    }
     return report | {"memory": None, "configuration": None}
 
 
 def untrained_report() -> dict:
-    report = build_report() | {"name": "pruned only", "perplexity": {"dense": 7.26, "pruned": 8123.4, "recovered": None}}
+    report = build_report() | {
+        "name": "pruned only",
+        "perplexity": {"dense": 7.26, "pruned": 8123.4, "recovered": None},
+    }
     del report["training"]
-    report["gpu_hours"] = {"total": 0.0063, "budget": None, "devices": 1, "stages": {"evaluation": 0.0042, "pruning": 0.0021}}
+    report["gpu_hours"] = {
+        "total": 0.0063,
+        "budget": None,
+        "devices": 1,
+        "stages": {"evaluation": 0.0042, "pruning": 0.0021},
+    }
     return report
 
 
@@ -128,7 +157,8 @@ def accuracy_report() -> dict:
 def plain_report() -> dict:
     report = build_report() | {"name": "plain network"}
     layers = [
-        {"name": f"net.{i}.weight", "shape": [64, 64], "weights": 4096, "zeros": 2048, "sparsity": 0.5} for i in (0, 2, 4)
+        {"name": f"net.{i}.weight", "shape": [64, 64], "weights": 4096, "zeros": 2048, "sparsity": 0.5}
+        for i in (0, 2, 4)
     ]
     report["sparsity"] = {"asked": 0.5, "total": 0.5, "weights": 12288, "zeros": 6144, "layers": layers}
     report["gpu_hours"] = report["gpu_hours"] | {"budget": 0.03}

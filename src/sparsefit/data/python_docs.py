@@ -135,9 +135,6 @@ def _entries_of_source(name: str, node: ast.AST) -> Iterator[Entry]:
             yield from _entries_of_source(f"{name}.{child.name}", child)
 
 
-
-
-
 def _entries_of_module(module: ModuleType) -> Iterator[Entry]:
     if docstring := inspect.getdoc(module):
         yield f"module {module.__name__}", docstring

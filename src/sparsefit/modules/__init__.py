@@ -1,0 +1,1 @@
+"""LightningModules, and the models that they load."""

@@ -69,8 +69,8 @@ def prune(
             arguments) or one tensor. Read once. Not needed for magnitude pruning.
         config: What to prune and how; by default Wanda at 50% per output, block by block.
         forward: How a batch goes through the model; by default the model is called with it, on its device.
-        progress: Called with (steps done, steps in all) as calibration goes on; what it raises ends the
-            pruning with the model still dense.
+        progress: Called with (steps done, steps in all) as calibration goes on, and with both equal once all
+            masks are chosen; what it raises ends the pruning with the model still dense.
 
     Returns:
         The masks and an account of the pruning.
@@ -123,7 +123,7 @@ class _Sweep:
         self.weights, self.data, self.config = weights, data, config
         self.forward, self.progress, self.result = forward, progress, result
         self.masks = result.masks
-        self.steps_done, self.steps_in_all = 0, max(1, len(data))
+        self.steps_done, self.steps_in_all = 0, len(data) + 1  # the last step is the choice made
 
     def run(self, block_lists: list[list[nn.Module]]) -> None:
         """Find the masks of all weights. The weights themselves are dense again when this returns."""
@@ -157,7 +157,7 @@ class _Sweep:
             if homes:
                 by_block.setdefault(homes.pop(), []).append(weight)
         passes = sum(2 * len(blocks) for blocks in block_lists) + len(block_lists)
-        self.steps_in_all = passes * len(self.data)
+        self.steps_in_all = passes * len(self.data) + 1
         for blocks in block_lists:
             self._sweep_list(blocks, by_block)
 
@@ -249,7 +249,7 @@ class _Sweep:
         return GRANULARITIES[self.config.granularity](scores, self.config.exact_sparsity)
 
     def _step(self) -> None:
-        self.steps_done = min(self.steps_done + 1, self.steps_in_all)
+        self.steps_done = min(self.steps_done + 1, self.steps_in_all - 1)
         self.progress(self.steps_done, self.steps_in_all)
 
     def _note(self, note: str) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 SECONDS_PER_HOUR = 3600.0
+RECENT = 10  # the longest of so many durations is what the next one is expected to take
 
 
 class GPUHourLedger:
@@ -124,9 +127,7 @@ class GPUHourLedger:
         charges from before `start`, because a run continued in the same process has them in its state.
         """
         self._settle()
-        saved = {
-            name: [float(state["seconds"].get(name, 0.0)), float(hours)] for name, hours in state["hours"].items()
-        }
+        saved = {name: [float(state["seconds"].get(name, 0.0)), float(hours)] for name, hours in state["hours"].items()}
         spent_here = {
             name: [now - then for now, then in zip(charge, self._before.get(name, (0.0, 0.0)), strict=True)]
             for name, charge in self._charges.items()
@@ -153,6 +154,84 @@ class GPUHourLedger:
         charge = self._charges.setdefault(name, [0.0, 0.0])
         charge[0] += seconds
         charge[1] += hours
+
+
+class Pace:
+    """How long a batch, an optimizer step and a validation take: the longest of the last ten.
+
+    All moments are wall seconds of one clock. What happens between two batches (data, checkpoints) belongs to the
+    second; a validation reaches from the end of the batch before it to its own end and belongs to no step.
+    """
+
+    def __init__(self) -> None:
+        self._batches: deque[float] = deque(maxlen=RECENT)
+        self._steps: deque[float] = deque(maxlen=RECENT)
+        self._validations: deque[float] = deque(maxlen=RECENT)
+        self._batch_start = 0.0
+        self._step_start = 0.0
+        self._step = 0
+
+    @property
+    def batch(self) -> float:
+        """Seconds to expect of a batch; 0 where none was seen."""
+        return max(self._batches, default=0.0)
+
+    @property
+    def step(self) -> float:
+        """Seconds to expect of an optimizer step with all its batches; 0 where none was seen."""
+        return max(self._steps, default=0.0)
+
+    @property
+    def validation(self) -> float:
+        """Seconds to expect of a validation; 0 where none was seen."""
+        return max(self._validations, default=0.0)
+
+    def start(self, now: float, step: int) -> None:
+        """Training begins, with `step` optimizer steps taken before."""
+        self._batch_start = self._step_start = now
+        self._step = step
+
+    def batch_ended(self, now: float, step: int) -> bool:
+        """A batch has ended, with `step` optimizer steps taken; returns whether it was the last of a step."""
+        self._batches.append(now - self._batch_start)
+        self._batch_start = now
+        stepped = step != self._step
+        if stepped:
+            self._steps.append(now - self._step_start)
+            self._step_start, self._step = now, step
+        return stepped
+
+    def validation_ended(self, now: float) -> None:
+        """A validation has ended."""
+        seconds = now - self._batch_start
+        self._validations.append(seconds)
+        self._batch_start = now
+        self._step_start += seconds
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """The durations seen, for the next process to expect; plain numbers."""
+        return {"steps": list(self._steps), "validations": list(self._validations)}
+
+    def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
+        """Expect the durations of an earlier process until there are others."""
+        self._steps.extend(state["steps"])
+        self._validations.extend(state["validations"])
+
+
+def estimate_validation(marks: Sequence[float], batches: float) -> float:
+    """Seconds of a whole validation, from a sanity check of its first batches.
+
+    Args:
+        marks: Moments in seconds: the start of the check, the end of each of its batches, its end.
+        batches: Batches of a whole validation; infinity where unknown: then the check's own time is all there is.
+    """
+    *ends, finished = marks[1:]
+    taken = finished - marks[0]
+    if not ends or math.isinf(batches):
+        return taken
+    # The first batch pays for what happens once: workers, kernels, compilation.
+    one = (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else taken
+    return taken + max(batches - len(ends), 0) * one
 
 
 def _copy(charges: Mapping[str, list[float]]) -> dict[str, list[float]]:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 STAGE_COLOURS = {"dense": "#8492a6", "pruned": "#e8833a", "recovered": "#2a9d8f"}
 _INK, _MUTED, _LINE = "#1c2733", "#66727f", "#dfe4e9"
 _THEMED = {_INK: "--ink", _MUTED: "--muted", _LINE: "--line"}
-_SERIES = ("#4c78c8", "#2a9d8f", "#e8833a", "#9b6bc4", "#d65f7a", "#b59a2b", "#5aa9c9", "#8492a6")
-_WIDTH = 5.4
+_SERIES = ("#4f83d6", "#2a9d8f", "#e8833a", "#9b6bc4", "#d65f7a", "#b59a2b", "#5aa9c9", "#8492a6")
+_WIDTH = 5.0
 _MOST_BARS = 40
 _STYLE = {
     "svg.fonttype": "none",
@@ -106,7 +106,7 @@ def loss(report: Mapping[str, Any]) -> str | None:
     smooth, step = _smooth(losses), max(1, len(points) // 500)
     figure = _figure(_WIDTH, 3.0)
     axes = _grid(figure, 1, 1)[0]
-    axes.plot(hours[::step], losses[::step], "o", ms=2.6, mew=0, color=_SERIES[0], alpha=0.3)
+    axes.plot(hours[::step], losses[::step], "o", ms=2.6, mew=0, color=_SERIES[0], alpha=0.45)
     axes.plot([*hours[::step], hours[-1]], [*smooth[::step], smooth[-1]], color=_SERIES[0], lw=1.8)
     axes.set_title(f"training loss, {smooth[-1]:.3g} at the end (smoothed)", loc="left")
     axes.set_xlabel(f"{unit} spent, all stages")
@@ -119,12 +119,12 @@ def loss(report: Mapping[str, Any]) -> str | None:
 
 
 def _mark_times(axes: Axes, hours: Sequence[float], budget: float | None) -> None:
-    """Shade what was spent before training and mark the budget where it lies near."""
+    """Shade what was spent before the first step that was logged and mark the budget where it lies near."""
     near = budget is not None and hours[-1] < 1.25 * budget
     axes.set_xlim(0, 1.02 * max(hours[-1], budget if budget is not None and near else 0) or 1)
     if hours[0] > 0.01 * hours[-1]:
         axes.axvspan(0, hours[0], color=_LINE, alpha=0.6, lw=0)
-        _note(axes, hours[0], "training starts", "left")
+        _note(axes, hours[0], "first step logged", "left")
     if budget is not None and near:
         axes.axvline(budget, color=_SERIES[4], lw=1.2, ls="--")
         _note(axes, budget, "budget", "right")
@@ -197,6 +197,7 @@ def _draw_cells(figure: Figure, axes: Axes, cells: Mapping[tuple[int, int], floa
     """Coloured cells, with their values where there is room; rows count from the top."""
     import numpy as np
     from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.ticker import MaxNLocator
 
     values = np.full(shape, np.nan)
     for cell, share in cells.items():
@@ -204,7 +205,7 @@ def _draw_cells(figure: Figure, axes: Axes, cells: Mapping[tuple[int, int], floa
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     spread = max(0.0, 20 - (high - low)) / 2  # a scale narrower than 20 points would dramatise rounding
     low, high = max(0.0, low - spread), min(100.0, high + spread)
-    colours = LinearSegmentedColormap.from_list("sparsity", ["#d9f0e6", "#4fb3a5", "#17566b", "#0d2a45"])
+    colours = LinearSegmentedColormap.from_list("sparsity", ["#d9f0e6", "#4fb3a5", "#17566b", "#0d2a45"], N=48)
     mesh = axes.pcolormesh(np.ma.masked_invalid(values), cmap=colours, vmin=low, vmax=high, edgecolors="none")
     axes.invert_yaxis()
     axes.spines[:].set_visible(False)
@@ -219,6 +220,8 @@ def _draw_cells(figure: Figure, axes: Axes, cells: Mapping[tuple[int, int], floa
             text = f"{100 * share:.{digits}f}"
             axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=ink, fontsize=9)
     bar = figure.colorbar(mesh, ax=axes, fraction=0.04, pad=0.02)
+    bar.locator = MaxNLocator(4)
+    bar.solids.set_edgecolor("face")
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0, labelsize=9)
 
@@ -325,7 +328,7 @@ def _svg(figure: Figure, description: str) -> str:
     label = f'role="img" aria-label="{escape(description)}" stroke-linejoin="round"'
     return re.sub(
         r'<svg [^>]*?(viewBox="[^"]*")[^>]*>',
-        rf'<svg {label} \1 xmlns:xlink="http://www.w3.org/1999/xlink">',
+        rf'<svg {label} \1 xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">',
         text,
         count=1,
     )

@@ -33,14 +33,15 @@ h3{font-size:.95rem;margin:18px 0 6px}
 .notice{border-radius:10px;padding:10px 16px;margin:14px 0 0;font-weight:600}
 .muted{color:var(--muted)}.small{font-size:.85rem}
 .grid{display:grid;gap:14px;margin-top:14px;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr))}
-.tiles{display:grid;gap:14px;margin-top:22px;grid-template-columns:repeat(auto-fit,minmax(190px,1fr))}
+.tiles{display:flex;flex-wrap:wrap;gap:14px;margin-top:22px}
+.tiles>*{flex:1 1 150px;overflow-wrap:anywhere}.tiles>.wide{flex:2 1 430px}
 .card{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:16px 18px;min-width:0}
 section.card{margin-top:14px}
 .grid>section.card{margin-top:0}
-.card svg{display:block;width:100%;height:auto;max-width:640px;margin:0 auto}
-.tile b{display:block;font-size:1.75rem;line-height:1.25;font-variant-numeric:tabular-nums}
-.wide{grid-column:span 2}
-.steps{display:flex;flex-wrap:wrap;align-items:end;gap:4px 14px}
+.grid>section:last-child:nth-child(odd){grid-column:1/-1}
+.card svg{display:block;width:100%;height:auto;max-width:540px;margin:0 auto}
+.tile b{display:block;font-size:1.6rem;line-height:1.25;font-variant-numeric:tabular-nums}
+.steps{display:flex;flex-wrap:wrap;align-items:end;gap:4px 10px}
 .steps .muted{padding-bottom:.3rem}
 .meter{height:6px;border-radius:3px;background:var(--line);margin:8px 0 2px;overflow:hidden}
 .meter i{display:block;height:100%;background:var(--accent)}
@@ -49,17 +50,17 @@ section.card{margin-top:14px}
 table{border-collapse:collapse;width:100%;font-size:.92rem}
 th,td{text-align:left;padding:6px 10px;border-bottom:1px solid var(--line);vertical-align:top}
 th{font-weight:600;color:var(--muted)}
-tr:last-child td{border-bottom:0}
-.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+tbody tr:last-child>*{border-bottom:0}
+.n{text-align:right;font-variant-numeric:tabular-nums}td.n,td code{white-space:nowrap}
 .total td{font-weight:600;border-top:2px solid var(--line)}
-.facts th{width:32%;min-width:110px}.facts td{overflow-wrap:anywhere}
+.facts th{width:32%}.facts th,.facts td{overflow-wrap:anywhere}
 code,pre{font:.85rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;overflow-wrap:anywhere}
 pre{margin:0;white-space:pre-wrap;background:var(--page);border-radius:8px;padding:12px 14px}
 summary{cursor:pointer;font-weight:600}
 details[open]>summary{margin-bottom:10px}
 ul{margin:6px 0;padding-left:20px}
-@media(max-width:520px){.wide{grid-column:auto}h1{font-size:1.4rem}.card{padding:14px 12px}th,td{padding:6px 6px}
-.tiles{grid-template-columns:1fr}}
+@media(max-width:520px){h1{font-size:1.4rem}.tile b{font-size:1.4rem}.card{padding:14px 12px}
+table{font-size:.8rem}th,td{padding:5px 4px}td code{font-size:.75rem}}
 """
 
 
@@ -227,7 +228,7 @@ def _layers(report: Mapping[str, Any]) -> str:
     rows = [
         (
             f"<code>{_text(layer.get('name'))}</code>",
-            escape(" x ".join(map(str, layer.get("shape") or ()))) or _MISSING,
+            escape(" x ".join(map(str, _report.items(layer, "shape")))) or _MISSING,
             _report.format_count(layer.get("weights")),
             _report.format_count(layer.get("zeros")),
             _report.format_percent(_report.layer_sparsity(layer)),
@@ -257,8 +258,9 @@ def _stages(report: Mapping[str, Any]) -> str:
 
 def _pruning(report: Mapping[str, Any]) -> str:
     pruning = _report.section(report, "pruning")
-    facts: list[tuple[str, Any]] = list(_report.section(pruning, "config").items())
-    if pruning.get("update") is not None and "update" not in _report.section(pruning, "config"):
+    config = _report.section(pruning, "config")
+    facts: list[tuple[str, Any]] = [(key, "none" if value is None else value) for key, value in config.items()]
+    if pruning.get("update") is not None and "update" not in config:
         facts.append(("update", pruning["update"]))
     facts += [
         (f"calibration {key}", _report.format_count(pruning[key])) for key in ("samples", "tokens") if pruning.get(key)

@@ -12,6 +12,7 @@ import os
 import re
 import uuid
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ def write_json(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
             f"cannot write {path}: {error}. Free space or choose a folder you may write to."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return path
 
 

@@ -1,0 +1,201 @@
+"""Calibration in a Lightning run: where the batches come from, and how one reaches the model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils.data import DataLoader, IterableDataset
+
+from sparsefit.errors import CalibrationError
+
+TRAINING_SAMPLES = 128
+"""How many samples are taken where nobody said and the training data must serve (the paper's number)."""
+
+
+def calibration_batches(trainer: Trainer, source: Iterable[Any] | None, samples: int | None) -> tuple[list[Any], str]:
+    """The batches to calibrate on: from `source`, else the datamodule's `calibration_dataloader()`, else the
+    first batches of the training data, which training then sees again from its start, in the same order.
+
+    Args:
+        trainer: A trainer that is about to fit.
+        source: Batches given by the user, or None.
+        samples: How many samples to take; None takes everything from a source made for calibration, and 128
+            from training data.
+
+    Returns:
+        The batches, and in words where they come from.
+
+    Raises:
+        CalibrationError: if the source is empty, has fewer than `samples`, or can be read only once.
+    """
+    own = getattr(trainer.datamodule, "calibration_dataloader", None)
+    with isolate_rng():
+        if source is not None:
+            name, batches = "the calibration argument", list(_first(source, samples))
+        elif callable(own):
+            name, batches = "the datamodule's calibration_dataloader()", list(_first(own(), samples))
+        else:
+            name, batches = "the training data", None
+    if batches is None:
+        loader = _training_loader(trainer)
+        with isolate_rng(), _generators_restored(loader):
+            batches = list(_first(_single_process(loader), samples or TRAINING_SAMPLES))
+    available = sum(map(_size, batches))
+    if not batches or (samples is not None and available < samples):
+        raise CalibrationError(
+            f"{name} gives {available} calibration samples"
+            + (f"; {samples} were asked for: give more data or a smaller calibration_samples" if batches else "; none")
+        )
+    return batches, name
+
+
+def _first(source: Iterable[Any], samples: int | None) -> Iterator[Any]:
+    """Whole batches until they hold the number of samples; the last one is cut."""
+    taken = 0
+    for batch in source:
+        if samples is not None and taken + _size(batch) > samples:
+            yield _cut(batch, samples - taken)
+            return
+        yield batch
+        taken += _size(batch)
+        if taken == samples:
+            return
+
+
+def _size(batch: Any) -> int:
+    if isinstance(batch, torch.Tensor):
+        return len(batch) if batch.ndim else 1
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+    return next((_size(value) for value in values), 1)
+
+
+def _cut(batch: Any, size: int) -> Any:
+    if isinstance(batch, torch.Tensor):
+        return batch[:size] if batch.ndim else batch
+    if isinstance(batch, Mapping):
+        return {key: _cut(value, size) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_cut(value, size) for value in batch))
+    if isinstance(batch, list | tuple):
+        # A list of tensors is a batch's parts; a list of anything else holds one entry a sample.
+        is_structure = any(isinstance(value, torch.Tensor | Mapping | list | tuple) for value in batch)
+        return type(batch)(_cut(value, size) for value in batch) if is_structure else batch[:size]
+    return batch
+
+
+def _training_loader(trainer: Trainer) -> Any:
+    trainer.fit_loop.setup_data()  # what the fit loop does next anyway; it does it once
+    loader = trainer.train_dataloader
+    if loader is None:
+        raise CalibrationError(
+            "there is nothing to calibrate on: no calibration data and no training data were given. Pass "
+            "WandaPruning(calibration=...) or give the datamodule a calibration_dataloader()"
+        )
+    dataset = getattr(loader, "dataset", None)
+    if _is_iterator(loader) or (isinstance(dataset, IterableDataset) and _is_iterator(dataset)):
+        raise CalibrationError(
+            "the training data can be read only once, so calibrating on it would take batches from training. Pass "
+            "WandaPruning(calibration=...) or give the datamodule a calibration_dataloader()"
+        )
+    return loader
+
+
+def _is_iterator(source: Any) -> bool:
+    return isinstance(source, Iterator)
+
+
+def _single_process(loader: Any) -> Iterable[Any]:
+    """A loader of the same batches that shares no worker process with the one that training uses."""
+    if isinstance(loader, Mapping | list | tuple):
+        return (batch for batch, _, _ in CombinedLoader(loader, "max_size_cycle"))
+    if type(loader) is not DataLoader:
+        return loader
+    if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
+        sizes = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
+        sampler = {} if isinstance(loader.dataset, IterableDataset) else {"sampler": loader.sampler}
+    else:
+        sizes, sampler = {}, {"batch_sampler": loader.batch_sampler}
+    return DataLoader(loader.dataset, **sizes, **sampler, collate_fn=loader.collate_fn, generator=loader.generator)
+
+
+@contextmanager
+def _generators_restored(loader: Any) -> Iterator[None]:
+    """Put the random generators that a loader and its samplers own back to where they were."""
+    owners = [
+        loader,
+        getattr(loader, "sampler", None),
+        getattr(getattr(loader, "batch_sampler", None), "sampler", None),
+    ]
+    found = {id(g): g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)}
+    states = {key: generator.get_state() for key, generator in found.items()}
+    try:
+        yield
+    finally:
+        for key, generator in found.items():
+            generator.set_state(states[key])
+
+
+@contextmanager
+def predicting(trainer: Trainer) -> Iterator[None]:
+    """The trainer's stage as in `predict`, so that hooks that augment training batches do not."""
+    training, sanity, validating = trainer.training, trainer.sanity_checking, trainer.validating
+    trainer.predicting = True
+    try:
+        yield
+    finally:
+        if training:
+            trainer.training = True
+        elif sanity:
+            trainer.sanity_checking = True
+        elif validating:
+            trainer.validating = True
+
+
+def calibration_forward(trainer: Trainer, module: LightningModule) -> Callable[[Any], Any]:
+    """How a batch goes through the model: as Lightning sends it to `predict_step`, or to the module's own
+    `calibration_step(batch)`.
+
+    Where the module defines neither, Lightning's `predict_step` would hand the whole batch to `forward`; a
+    labelled batch is then reduced to what `forward` takes: (x, y) to x, a mapping to its arguments.
+    """
+    own_step = getattr(module, "calibration_step", None)
+    has_predict_step = is_overridden("predict_step", module)
+
+    def forward(batch: Any) -> Any:
+        batch = trainer.precision_plugin.convert_input(batch)
+        data_hooks = trainer.datamodule
+        if data_hooks is not None and is_overridden("on_before_batch_transfer", data_hooks):
+            batch = data_hooks.on_before_batch_transfer(batch, 0)
+        else:
+            batch = module.on_before_batch_transfer(batch, 0)
+        batch = trainer.strategy.batch_to_device(batch)
+        with trainer.precision_plugin.predict_step_context():
+            if callable(own_step):
+                return own_step(batch)
+            if has_predict_step:
+                return module.predict_step(batch, 0)
+            return _call_forward(module, batch)
+
+    return forward
+
+
+def _call_forward(module: LightningModule, batch: Any) -> Any:
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    takes_any_name = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if isinstance(batch, Mapping) and (takes_any_name or set(named) & set(batch)):
+        return module(**{key: value for key, value in batch.items() if takes_any_name or key in named})
+    required = [
+        p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
+    ]
+    if isinstance(batch, list | tuple) and len(required) == 1:
+        return module(batch[0])
+    return module(batch)

@@ -1,0 +1,235 @@
+"""`WandaPruning`: prunes a model when `trainer.fit` starts and keeps it pruned while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from sparsefit.callbacks.budget import budget_of, ledger_of
+from sparsefit.callbacks.calibration import calibration_batches, calibration_forward, predicting
+
+from sparsefit.errors import ConfigError, MaskError
+from sparsefit.pruning import MaskSet, PruningConfig, PruningResult, prune
+from sparsefit.recovery.guard import MaskGuard
+from sparsefit.reporting.console import stage_progress
+from sparsefit.reporting.machine import peak_memory
+
+
+class WandaPruning(Callback):
+    """Prunes once, at fit start, and keeps the masks fixed through training.
+
+    The module needs to know nothing of it. Its model may be a plain torch module, a transformers model or a
+    PEFT-wrapped one, whose base is pruned. A run that resumes from a checkpoint takes the masks from there and
+    never prunes again. Where the pruned weights are frozen, as under LoRA, nothing runs per training step;
+    where they train, neither gradient nor optimizer brings one back. Masks are verified before each
+    checkpoint and at the end of training.
+
+    A callback that defines `on_pruning_start(trainer, module)` or `on_pruning_end(trainer, module, result)` is
+    called with the dense and with the pruned model, wherever it stands in the list of callbacks.
+
+    Args:
+        sparsity: Share of weights to remove, in [0, 1).
+        pattern: None (unstructured) or "N:M", N non-zeros of every M consecutive inputs.
+        score: "wanda" or "magnitude".
+        granularity: Which weights compete: "output" or "layer"; None takes what the score's authors use.
+        update: "block" (statistics from the pruned blocks before) or "none" (from the dense network).
+        targets: Names of the layers to prune; None takes every linear layer inside the repeated blocks.
+        exclude: Names of layers that stay dense.
+        calibration: Batches to calibrate on, in the form of the training batches. By default the datamodule's
+            `calibration_dataloader()`, else the first of the training data.
+        calibration_samples: How many samples to take; by default all of a source made for calibration, and
+            128 from training data.
+        micro_batch_size: Samples that go through the model at once; changes no mask.
+
+    Raises:
+        ConfigError: if a setting cannot work.
+    """
+
+    def __init__(
+        self,
+        sparsity: float = 0.5,
+        pattern: str | None = None,
+        score: str = "wanda",
+        granularity: str | None = None,
+        update: str = "block",
+        targets: list[str] | None = None,
+        exclude: list[str] | None = None,
+        calibration: Iterable[Any] | None = None,
+        calibration_samples: int | None = None,
+        micro_batch_size: int = 8,
+    ) -> None:
+        self.config = PruningConfig(
+            sparsity=sparsity,
+            pattern=pattern,
+            score=score,
+            granularity=granularity,
+            update=update,
+            targets=None if targets is None else tuple(targets),
+            exclude=tuple(exclude or ()),
+            micro_batch_size=micro_batch_size,
+        )
+        if calibration_samples is not None and (not isinstance(calibration_samples, int) or calibration_samples < 1):
+            raise ConfigError(f"calibration_samples is {calibration_samples!r}; it must be a whole number from 1 on")
+        self.calibration = calibration
+        self.calibration_samples = calibration_samples
+        self.masks: MaskSet | None = None
+        self.result: PruningResult | None = None
+        self.summary: dict[str, Any] = {}
+        self._guard: MaskGuard | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prune, unless a checkpoint is being resumed or this very model was pruned before."""
+        if trainer.ckpt_path is not None:
+            return  # strategies such as FSDP restore weights and masks only after this hook: see on_train_start
+        if self.masks is None or not self._holds(pl_module):
+            self._prune(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check what a checkpoint brought back; prune now if it holds a model that never was pruned."""
+        if self.masks is None:
+            rank_zero_info(
+                "The checkpoint holds no masks: it was saved before any pruning, so the model is pruned now."
+            )
+            self._prune(trainer, pl_module)
+        self.masks.verify(pl_module)
+        self._guard = MaskGuard(self.masks)
+        self._guard.watch(pl_module, trainer.optimizers)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Guard weights that were unfrozen since, as by Lightning's BaseFinetuning."""
+        if self._guard is not None:
+            self._guard.watch(pl_module, trainer.optimizers)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Verify every mask at the end of training."""
+        self._verify(pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Verify every mask before a checkpoint is written."""
+        self._verify(pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the hooks off the weights and optimizers."""
+        if self._guard is not None:
+            self._guard.remove()
+            self._guard = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The masks (one bit a weight), the configuration and an account of the pruning."""
+        if self.masks is None:
+            return {}
+        return {"masks": self.masks.state_dict(), "digest": self.masks.digest(), "summary": self.summary}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the masks of a checkpoint.
+
+        Raises:
+            MaskError: if they are damaged.
+        """
+        if not state_dict:
+            return
+        masks = MaskSet.from_state_dict(state_dict["masks"])
+        if masks.digest() != state_dict["digest"]:
+            raise MaskError("the checkpoint is damaged: its masks do not give the digest saved with them")
+        self.masks, self.summary = masks, dict(state_dict["summary"])
+        if self.summary.get("config") != _plain(self.config):
+            rank_zero_warn(
+                f"The model stays pruned as the checkpoint has it ({self.summary.get('config')}); "
+                f"the settings given now ({_plain(self.config)}) change nothing."
+            )
+
+    def _prune(self, trainer: Trainer, module: LightningModule) -> None:
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+            raise ConfigError(
+                f"{type(trainer.strategy).__name__} splits the weights over devices before they can be compared; prune "
+                "first (`sparsefit prune`, or fit with max_steps=0 on one device) and train the pruned model with it"
+            )
+        _tell_callbacks(trainer, "on_pruning_start", module)
+        with ledger_of(trainer).stage("calibration and pruning"), predicting(trainer):
+            batches, source = calibration_batches(trainer, self.calibration, self.calibration_samples)
+            rank_zero_info(f"Calibrating on {source}.")
+            with self._progress(trainer) as progress:
+                forward = calibration_forward(trainer, module)
+                self.result = prune(module, batches, self.config, forward=forward, progress=progress)
+        self.masks = self.result.masks
+        self.summary = self._account(trainer, source)
+        for note in self.result.notes:
+            rank_zero_warn(note)
+        self._log(trainer)
+        _tell_callbacks(trainer, "on_pruning_end", module, self.result)
+
+    @contextmanager
+    def _progress(self, trainer: Trainer) -> Iterator[Callable[[int, int], None]]:
+        """Shows the progress, and ends the pruning with the model still dense where the budget cannot pay for it."""
+        budget = budget_of(trainer)
+        with ExitStack() as stack:
+            shown: list[Callable[..., None]] = []
+            last = 0
+
+            def progress(done: int, total: int) -> None:
+                nonlocal last
+                if not shown:
+                    bar = stage_progress("calibrating and pruning", total, visible=trainer.is_global_zero)
+                    shown.append(stack.enter_context(bar))
+                shown[0](done - last)
+                last = done
+                # Ranks may have different numbers of steps, but all come to the last one.
+                if budget is not None and (trainer.world_size == 1 or done == total):
+                    budget.check_before(trainer, "calibration")
+
+            yield progress
+
+    def _account(self, trainer: Trainer, source: str) -> dict[str, Any]:
+        result = self.result
+        memory, kind = peak_memory()
+        return {
+            "config": _plain(self.config),
+            "update": result.update,
+            "digest": result.masks.digest(),
+            "sparsity": result.masks.sparsity,
+            "source": source,
+            "samples": result.samples,
+            "tokens": result.tokens,
+            "seconds": result.seconds,
+            "peak_memory_bytes": memory,
+            "peak_memory_kind": kind,
+            "notes": list(result.notes),
+            "left_dense": dict(result.left_dense),
+        }
+
+    def _log(self, trainer: Trainer) -> None:
+        keys = ("sparsity", "seconds", "peak_memory_bytes")
+        metrics = {f"pruning/{key}": self.summary[key] for key in keys if self.summary[key] is not None}
+        counts = self.masks.counts().items()
+        metrics |= {f"sparsity/{name}": zeros / weights for name, (weights, zeros) in counts}
+        settings = {f"pruning/{key}": value for key, value in self.summary["config"].items()}
+        for logger in trainer.loggers:
+            logger.log_hyperparams({**settings, "pruning/digest": self.summary["digest"]})
+            logger.log_metrics(metrics, step=trainer.global_step)
+
+    def _holds(self, module: LightningModule) -> bool:
+        try:
+            self.masks.verify(module)
+        except MaskError:
+            return False
+        return True
+
+    def _verify(self, module: LightningModule) -> None:
+        if self.masks is not None:
+            self.masks.verify(module)
+
+
+def _plain(config: PruningConfig) -> dict[str, Any]:
+    """A configuration as a checkpoint and a logger take it: lists for tuples."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
+
+
+def _tell_callbacks(trainer: Trainer, hook: str, *args: Any) -> None:
+    for callback in trainer.callbacks:
+        if callable(function := getattr(callback, hook, None)):
+            function(trainer, *args)

@@ -1,0 +1,60 @@
+"""The folder of a run: checked before the hours are spent, filled as they are."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from torch import nn
+
+from sparsefit.errors import RunFolderError
+from sparsefit.recovery.inspection import BASE_FOLDER, MASKS_FILE
+
+
+class RunFolder:
+    """Where the things of a run lie. Holds the path; makes nothing before `claim`.
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.base = self.path / BASE_FOLDER
+        self.adapter = self.path / "adapter"
+        self.masks = self.path / MASKS_FILE
+        self.json = self.path / "report.json"
+        self.html = self.path / "report.html"
+        self.configuration = self.path / "config.yaml"
+
+    def claim(self, module: nn.Module, resuming: bool) -> None:
+        """Make the folder and see that a run of this model fits into it.
+
+        Raises:
+            RunFolderError: if the folder holds a run already (and none is resumed), cannot be written to, or
+                its disk is too full for the model and a checkpoint of it.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise RunFolderError(f"the run folder {self.path} is a file; choose another path")
+        try:
+            if not resuming and self.path.is_dir() and any(self.path.iterdir()):
+                raise RunFolderError(
+                    f"the run folder {self.path} exists and is not empty. Choose another folder, move this one away, "
+                    "or go on with its run by resuming from its checkpoint"
+                )
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path) as probe:
+                probe.write(b"sparsefit")
+        except RunFolderError:
+            raise
+        except OSError as error:
+            raise RunFolderError(f"the run folder {self.path} cannot be written to: {error}") from error
+        # The sparse base, a checkpoint, and the one that replaces it.
+        needed = 3 * sum(p.numel() * p.element_size() for p in module.parameters())
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            raise RunFolderError(
+                f"the disk of the run folder {self.path} has {free / 1e9:.1f} GB free; the sparse model and its "
+                f"checkpoints need about {needed / 1e9:.1f} GB. Free some space or choose another folder"
+            )

@@ -1,0 +1,340 @@
+"""LightningDataModules of text for causal language models: training, calibration, validation and test windows."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from sparsefit.data.text import Shard, shards_of
+from sparsefit.data.windows import (
+    Calibration,
+    PackedText,
+    Windows,
+    calibration_windows,
+    end_of,
+    evaluation_windows,
+    loader,
+)
+from sparsefit.errors import CalibrationError, ConfigError, DataError
+from sparsefit.modules.loading import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class TextDataModule(LightningDataModule):
+    """Windows of text; each batch is {"input_ids": int64 (batch, length)}, without padding.
+
+    A source is a file, a folder, a pattern, or one of `c4:train`, `c4:calibration`, `c4:validation`,
+    `wikitext:train`, `wikitext:validation`, `wikitext:test`, `wikitext:FILE`, `python-docs:train`,
+    `python-docs:calibration`, `python-docs:test`. `SOURCE[start:stop]` takes a part of its documents:
+    `c4.jsonl[:900]` to train on, `c4.jsonl[900:]` to test on.
+
+    Documents that calibration draws are never trained on.
+
+    Args:
+        tokenizer: "tiny-llama", a folder or a hub name; in Python also a tokenizer.
+        train_source: text to train on.
+        calibration_source: text to calibrate on; None takes the training text.
+        val_source: text to validate on; None validates on nothing.
+        test_source: text to test on.
+        sequence_length: tokens in a training window.
+        calibration_length: tokens in a calibration window; None takes `sequence_length`.
+        evaluation_length: tokens in a validation or test window; None takes `sequence_length`.
+        batch_size: windows in a training, validation or test batch.
+        calibration_batch_size: windows in a calibration batch.
+        calibration_samples: calibration windows.
+        calibration: "crop" draws long documents and crops them, as the papers do; "pack" joins documents.
+        val_windows: validation uses no more windows than these.
+        test_windows: testing uses no more windows than these; None uses all.
+        shuffle_buffer: documents, and windows, that the shuffling of the training text keeps in memory.
+        seed: of every draw; equal seeds, equal windows.
+        num_workers: processes that read and tokenise the training text.
+    """
+
+    text_kind: str = "file"
+    """What a plain text file is: "file" (one document) or "wikitext"."""
+
+    def __init__(
+        self,
+        tokenizer: str,
+        train_source: str | list[str] | None = None,
+        calibration_source: str | list[str] | None = None,
+        val_source: str | list[str] | None = None,
+        test_source: str | list[str] | None = None,
+        sequence_length: int = 1024,
+        calibration_length: int | None = None,
+        evaluation_length: int | None = None,
+        batch_size: int = 8,
+        calibration_batch_size: int = 8,
+        calibration_samples: int = 128,
+        calibration: Literal["crop", "pack"] = "crop",
+        val_windows: int = 64,
+        test_windows: int | None = None,
+        shuffle_buffer: int = 1000,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        _check(settings)
+        named = isinstance(tokenizer, str)
+        self.save_hyperparameters(settings | {"tokenizer": tokenizer if named else type(tokenizer).__name__})
+        if not named:
+            self.tokenizer = tokenizer
+        self._resumed_at = (0, 0)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, loaded when it is first needed."""
+        return load_tokenizer(self.hparams.tokenizer)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Finds what the stage needs, so that missing files are named before a model is touched."""
+        end_of(self.tokenizer)
+        if stage in ("fit", None) and self.hparams.train_source is not None:
+            train = self._shards("train_source")
+            self._shards("calibration_source")
+            for name in ("val_source", "test_source"):
+                if self.hparams[name] is not None and _overlap(train, self._shards(name)):
+                    rank_zero_warn(f"train_source and {name} share documents: use FILE[start:stop] to part them")
+        if stage == "test":
+            self._shards("test_source")
+
+    def train_dataloader(self) -> DataLoader:
+        """An epoch of shuffled windows, read as a stream; the next epoch has another order."""
+        rank, world_size = self._rank_and_world_size()
+        windows = PackedText(
+            self._shards("train_source"),
+            self.tokenizer,
+            self.hparams.sequence_length,
+            self.hparams.seed,
+            self._calibration_documents(),
+            rank,
+            world_size,
+            self.hparams.shuffle_buffer,
+        )
+        return loader(windows, self.hparams.batch_size, self.hparams.num_workers, self._position)
+
+    def calibration_dataloader(self) -> DataLoader:
+        """Exactly `calibration_samples` windows: the same for the same seed, and on every rank.
+
+        Raises:
+            CalibrationError: where the text is too short for them.
+        """
+        return loader(Windows(self._calibration.windows), self.hparams.calibration_batch_size, num_workers=0)
+
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        """The first `val_windows` windows of the validation text; nothing where there is no such text."""
+        if self.hparams.val_source is None:
+            return []
+        return self._evaluation_loader("val_source", self.hparams.val_windows)
+
+    def test_dataloader(self) -> DataLoader:
+        """The test text in non-overlapping windows, the remainder dropped."""
+        return self._evaluation_loader("test_source", self.hparams.test_windows)
+
+    def state_dict(self) -> dict[str, int]:
+        """How far training has come, so that a resumed run goes on with the batches that it has not seen."""
+        if self.trainer is None:
+            return {}
+        return {
+            "epoch": self.trainer.current_epoch,
+            "batches": self.trainer.fit_loop.epoch_loop.batch_progress.current.processed,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Takes up what `state_dict` saved."""
+        self._resumed_at = (state_dict.get("epoch", 0), state_dict.get("batches", 0))
+
+    @cached_property
+    def _calibration(self) -> Calibration:
+        settings = self.hparams
+        return calibration_windows(
+            self._shards("calibration_source"),
+            self.tokenizer,
+            settings.calibration_samples,
+            settings.calibration_length or settings.sequence_length,
+            settings.calibration,
+            settings.seed,
+        )
+
+    def _calibration_documents(self) -> frozenset[tuple[str, int]]:
+        if not _overlap(self._shards("train_source"), self._shards("calibration_source")):
+            return frozenset()
+        try:
+            return self._calibration.used
+        except CalibrationError:  # nothing can be calibrated on this text, so nothing is left out
+            return frozenset()
+
+    def _evaluation_loader(self, name: str, limit: int | None) -> DataLoader:
+        length = self.hparams.evaluation_length or self.hparams.sequence_length
+        windows = self._evaluation_windows(name, length, limit)
+        if not windows:
+            raise DataError(
+                f"the text of {name} ({self.hparams[name]}) has fewer than the {length} tokens of one window: "
+                "add text, or set a shorter evaluation_length"
+            )
+        return loader(Windows(windows), self.hparams.batch_size, num_workers=0)
+
+    def _evaluation_windows(self, name: str, length: int, limit: int | None) -> list[Tensor]:
+        return list(islice(evaluation_windows(self._shards(name), self.tokenizer, length), limit))
+
+    def _shards(self, name: str) -> list[Shard]:
+        source = self.hparams[name]
+        if source is None and name == "calibration_source":
+            name, source = "train_source", self.hparams.train_source
+        if source is None:
+            raise ConfigError(f"{type(self).__name__} has no {name}: name the files (or the source) to read")
+        return shards_of(source, self.text_kind)
+
+    def _position(self) -> tuple[int, int]:
+        epoch = self.trainer.current_epoch if self.trainer is not None else 0
+        return epoch, self._resumed_at[1] if self._resumed_at[0] == epoch else 0
+
+    def _rank_and_world_size(self) -> tuple[int, int]:
+        if self.trainer is not None:
+            return self.trainer.global_rank, self.trainer.world_size
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return 0, 1
+
+
+class C4DataModule(TextDataModule):
+    """Calibrates and trains on C4 as the papers do; local files have a C4 record on each line.
+
+    By default all three texts are streamed from the hub. With a `train_source` of your own, calibration draws from it.
+    To publish a perplexity, test on `wikitext:test` or `wikitext:FILE`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        train_source: str | list[str] = "c4:train",
+        calibration_source: str | list[str] | None = None,
+        test_source: str | list[str] | None = "c4:validation",
+        test_windows: int | None = None,
+        **settings: Any,
+    ) -> None:
+        """Takes what `TextDataModule` takes.
+
+        Args:
+            tokenizer: "tiny-llama", a folder or a hub name; in Python also a tokenizer.
+            train_source: text to train on.
+            calibration_source: text to calibrate on; None takes `c4:calibration` if `train_source` is `c4:train`,
+                else the training text.
+            test_source: text to test on.
+            test_windows: testing uses no more windows than these; None uses all, but 256 of `c4:validation`, which
+                has tens of thousands.
+            settings: see `TextDataModule`.
+        """
+        if calibration_source is None and train_source == "c4:train":
+            calibration_source = "c4:calibration"
+        if test_windows is None and test_source == "c4:validation":
+            test_windows = 256
+        super().__init__(
+            tokenizer,
+            train_source,
+            calibration_source,
+            test_source=test_source,
+            test_windows=test_windows,
+            **settings,
+        )
+
+
+class WikiTextDataModule(TextDataModule):
+    """WikiText-2 raw, from the hub or from raw text files (`wiki.test.raw`), a document for each article.
+
+    It is the text on which perplexities are published: rows joined by two newlines, tokenised once.
+    """
+
+    text_kind = "wikitext"
+
+    def __init__(
+        self,
+        tokenizer: str,
+        train_source: str | list[str] | None = "wikitext:train",
+        val_source: str | list[str] | None = "wikitext:validation",
+        test_source: str | list[str] | None = "wikitext:test",
+        **settings: Any,
+    ) -> None:
+        """Takes what `TextDataModule` takes.
+
+        Args:
+            tokenizer: "tiny-llama", a folder or a hub name; in Python also a tokenizer.
+            train_source: text to train on.
+            val_source: text to validate on; None validates on nothing.
+            test_source: text to test on.
+            settings: see `TextDataModule`.
+        """
+        super().__init__(tokenizer, train_source, val_source=val_source, test_source=test_source, **settings)
+
+
+class TextFilesDataModule(TextDataModule):
+    """Text files of your own: each file, or each line of a `.jsonl` file, is a document."""
+
+    def __init__(self, tokenizer: str, train_source: str | list[str], **settings: Any) -> None:
+        """Takes what `TextDataModule` takes.
+
+        Args:
+            tokenizer: "tiny-llama", a folder or a hub name; in Python also a tokenizer.
+            train_source: files, folders or patterns to train on.
+            settings: see `TextDataModule`.
+        """
+        super().__init__(tokenizer, train_source, **settings)
+
+
+class PythonDocsDataModule(TextDataModule):
+    """Python's own documentation: real text that every machine with Python has, in three disjoint parts."""
+
+    def __init__(
+        self,
+        tokenizer: str = "tiny-llama",
+        train_source: str | list[str] = "python-docs:train",
+        calibration_source: str | list[str] | None = "python-docs:calibration",
+        test_source: str | list[str] | None = "python-docs:test",
+        sequence_length: int = 256,
+        **settings: Any,
+    ) -> None:
+        """Takes what `TextDataModule` takes.
+
+        Args:
+            tokenizer: "tiny-llama", a folder or a hub name; in Python also a tokenizer.
+            train_source: text to train on.
+            calibration_source: text to calibrate on; None takes the training text.
+            test_source: text to test on.
+            sequence_length: tokens in a training window.
+            settings: see `TextDataModule`.
+        """
+        super().__init__(
+            tokenizer,
+            train_source,
+            calibration_source,
+            test_source=test_source,
+            sequence_length=sequence_length,
+            **settings,
+        )
+
+
+def _overlap(some: list[Shard], others: list[Shard]) -> bool:
+    return any(shard.overlaps(other) for shard in some for other in others if shard.location == other.location)
+
+
+def _check(settings: dict[str, Any]) -> None:
+    counts = ("sequence_length", "batch_size", "calibration_batch_size", "calibration_samples", "val_windows")
+    optional = ("calibration_length", "evaluation_length", "test_windows")
+    for name in (*counts, *optional, "shuffle_buffer"):
+        value = settings[name]
+        if not (value is None and name in optional) and (not isinstance(value, int) or value < 1):
+            raise ConfigError(f"{name} is {value!r}: it must be a whole number of at least 1")
+    if settings["num_workers"] < 0:
+        raise ConfigError(f"num_workers is {settings['num_workers']}: it must be 0 or more")
+    if settings["calibration"] not in ("crop", "pack"):
+        raise ConfigError(f'calibration is {settings["calibration"]!r}: use "crop" or "pack"')

@@ -1,0 +1,231 @@
+"""Data sets of token windows: the endlessly long one that training reads, and the small ones kept in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from sparsefit.data.packing import deal, draw_crops, pack, shuffled
+from sparsefit.data.text import Document, Shard, documents, wikitext_as_one
+from sparsefit.errors import CalibrationError, ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Batch = dict[str, Tensor]
+Name = tuple[str, int]  # of a document: (location of its shard, its number there)
+
+_TOKENISED_AT_ONCE = 64
+_CALIBRATION_BUFFER = 10_000
+
+
+class Calibration(NamedTuple):
+    """Calibration windows, each (length,), and the names of the documents that they come from."""
+
+    windows: list[Tensor]
+    used: frozenset[Name]
+
+
+class Windows(Dataset[Tensor]):
+    """Windows of (length,) tokens, kept in memory."""
+
+    def __init__(self, windows: list[Tensor]) -> None:
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.windows[index]
+
+
+class PackedText(IterableDataset[Tensor]):
+    """One epoch of packed training windows, shuffled, read as it is needed.
+
+    Each worker of a loader reads its own documents. Ranks read the same ones and share the windows out among
+    themselves, so that all get equally many, and different ones. Epoch, seed and number of workers set the order.
+
+    Args:
+        shards: the training text.
+        tokenizer: with an end-of-text token, which closes each document.
+        length: tokens in a window.
+        seed: of the order.
+        excluded: names of documents that are left out.
+        rank: of this process.
+        world_size: number of processes.
+        shuffle_buffer: documents, and windows, kept in memory to draw from.
+    """
+
+    def __init__(
+        self,
+        shards: list[Shard],
+        tokenizer: PreTrainedTokenizerBase,
+        length: int,
+        seed: int,
+        excluded: frozenset[Name] = frozenset(),
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle_buffer: int = 1000,
+    ) -> None:
+        self.shards = shards
+        self.tokenizer = tokenizer
+        self.length = length
+        self.seed = seed
+        self.excluded = excluded
+        self.rank = rank
+        self.world_size = world_size
+        self.shuffle_buffer = shuffle_buffer
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        generator = generator_of(self.seed, self.epoch, worker)
+        order = torch.randperm(len(self.shards), generator=generator_of(self.seed, self.epoch)).tolist()
+        shards = [self.shards[place] for place in order]
+        texts = (document for document in _part(shards, worker, workers) if document.name not in self.excluded)
+        texts = shuffled(texts, self.shuffle_buffer, generator)
+        tokens = (tokens for _, tokens in tokenised(texts, self.tokenizer))
+        windows = shuffled(pack(tokens, self.length, end_of(self.tokenizer)), self.shuffle_buffer, generator)
+        return deal(windows, self.rank, self.world_size)
+
+
+class TrainLoader(DataLoader):
+    """A loader of `PackedText` that asks for the epoch, and for the batches to skip, whenever it is iterated.
+
+    Args:
+        dataset: the training windows.
+        position: gives (epoch, batches of it that were trained on before this run was resumed).
+        settings: as `torch.utils.data.DataLoader` takes them.
+    """
+
+    def __init__(self, dataset: PackedText, position: Callable[[], tuple[int, int]], **settings: Any) -> None:
+        super().__init__(dataset, **settings)
+        self.position = position
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        self.dataset.epoch, skipped = self.position()
+        return islice(super().__iter__(), skipped, None)
+
+
+def loader(
+    dataset: Dataset[Tensor], batch_size: int, num_workers: int, position: Callable[[], tuple[int, int]] | None = None
+) -> DataLoader:
+    """Batches {"input_ids": int64 (batch, length)} of a data set; with `position`, a `TrainLoader`."""
+    settings: dict[str, Any] = {
+        "batch_size": batch_size,
+        "num_workers": num_workers,
+        "collate_fn": collate,
+        "worker_init_fn": _init_worker,
+        "pin_memory": torch.cuda.is_available(),
+    }
+    return DataLoader(dataset, **settings) if position is None else TrainLoader(dataset, position, **settings)
+
+
+def collate(windows: list[Tensor]) -> Batch:
+    """{"input_ids": (batch, length)} of windows of equal length."""
+    return {"input_ids": torch.stack(windows)}
+
+
+def tokenised(
+    texts: Iterable[Document], tokenizer: PreTrainedTokenizerBase, special_tokens: bool = False
+) -> Iterator[tuple[Name, list[int]]]:
+    """(name, token ids) of each document, tokenised a few at a time."""
+    texts = iter(texts)
+    while group := list(islice(texts, _TOKENISED_AT_ONCE)):
+        # verbose=False: documents longer than the model's context are meant to be cut, not warned of
+        encoded = tokenizer([text for _, text in group], add_special_tokens=special_tokens, verbose=False)["input_ids"]
+        yield from ((name, ids) for (name, _), ids in zip(group, encoded, strict=True))
+
+
+def evaluation_windows(shards: list[Shard], tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[Tensor]:
+    """Non-overlapping windows of a text, in its order, as perplexities are published.
+
+    WikiText's rows are joined by two newlines and tokenised once, special tokens included; the documents of other
+    texts are each closed by the end token.
+    """
+    for shard in (shard for shard in shards if shard.kind == "wikitext"):
+        ids = tokenizer(wikitext_as_one(shard), verbose=False)["input_ids"]
+        yield from pack([ids], length, end=None)
+    others = [shard for shard in shards if shard.kind != "wikitext"]
+    if others:
+        tokens = (tokens for _, tokens in tokenised(documents(others), tokenizer))
+        yield from pack(tokens, length, end_of(tokenizer))
+
+
+def calibration_windows(
+    shards: list[Shard], tokenizer: PreTrainedTokenizerBase, count: int, length: int, method: str, seed: int
+) -> Calibration:
+    """`count` windows of text drawn at random, for calibration.
+
+    Args:
+        shards: the text; documents are drawn from 10,000 of them at a time, without replacement.
+        tokenizer: of the model.
+        count: windows.
+        length: tokens in a window.
+        method: "crop" takes a random crop of each document that has more than `length` tokens, as the papers of
+            SparseGPT and Wanda do; "pack" joins documents, each closed by the end token.
+        seed: of the draw.
+
+    Raises:
+        CalibrationError: where the text is too short; says what there is and what is needed.
+    """
+    generator = generator_of(seed)
+    texts = shuffled(documents(shards), _CALIBRATION_BUFFER, generator)
+    if method == "crop":
+        drawn = draw_crops(tokenised(texts, tokenizer, special_tokens=True), count, length, generator)
+        return Calibration([window for _, window in drawn], frozenset(name for name, _ in drawn))
+    used: list[Name] = []
+    windows = list(islice(pack(_recorded(tokenised(texts, tokenizer), used), length, end_of(tokenizer)), count))
+    if len(windows) < count:
+        raise CalibrationError(
+            f"the calibration text gives {len(windows)} windows of {length} tokens, but {count} samples are wanted: "
+            "add text, or use a shorter calibration_length or fewer calibration_samples"
+        )
+    return Calibration(windows, frozenset(used))
+
+
+def end_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of the tokenizer's end-of-text token.
+
+    Raises:
+        ConfigError: where it has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            "the tokenizer has no end-of-text token to close documents with: set eos_token in its tokenizer_config.json"
+        )
+    return tokenizer.eos_token_id
+
+
+def generator_of(*seeds: int) -> torch.Generator:
+    """A generator seeded by several numbers: equal numbers, equal draws."""
+    seed = 0
+    for number in seeds:
+        seed = (seed * 1_000_003 + number + 1) % 2**63
+    return torch.Generator().manual_seed(seed)
+
+
+def _part(shards: list[Shard], worker: int, workers: int) -> Iterator[Document]:
+    """The documents of one worker: whole shards where there are enough of them, else every `workers`-th document."""
+    if len(shards) >= workers:
+        yield from documents(shards[worker::workers])
+    else:
+        yield from islice(documents(shards), worker, None, workers)
+
+
+def _recorded(pairs: Iterable[tuple[Name, list[int]]], names: list[Name]) -> Iterator[list[int]]:
+    for name, tokens in pairs:
+        names.append(name)
+        yield tokens
+
+
+def _init_worker(_: int) -> None:
+    # a forked worker must not use the threads of the tokenizer, which complains at length when it finds out
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -1,0 +1,138 @@
+"""A causal language model to train: a LightningModule that knows nothing of pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from sparsefit.errors import ConfigError
+from sparsefit.evaluation.perplexity import labels_of, model_inputs, next_token_loss, perplexity
+from sparsefit.modules.loading import Dtype, load_causal_lm, load_tokenizer
+from sparsefit.recovery.lora import LoraSettings, attach_lora
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class CausalLMModule(LightningModule):
+    """Next-token training of a transformers model, all of it or only LoRA adapters on it.
+
+    Batches are {"input_ids": (batch, length)}, with attention_mask and labels where there are any.
+
+    Attributes:
+        model: the transformers model, PEFT-wrapped where `lora` is given.
+        tokenizer: the model's tokenizer; None for a model built in Python.
+
+    Args:
+        model: "tiny-llama", a folder or a hub name; in Python also a model.
+        lora: train LoRA adapters and freeze the model; None trains all of the model.
+        learning_rate: of AdamW; it stays as it is unless a callback changes it.
+        weight_decay: of AdamW.
+        dtype: the weights' dtype; "auto" is the one they were saved in. A model built in Python keeps its own.
+        gradient_checkpointing: compute activations twice to hold fewer of them.
+        attn_implementation: transformers' attention: "sdpa", "eager", "flash_attention_2"; None is its choice.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        lora: LoraSettings | None = None,
+        learning_rate: float = 1e-4,
+        weight_decay: float = 0.0,
+        dtype: Dtype = "float32",
+        gradient_checkpointing: bool = False,
+        attn_implementation: str | None = None,
+    ) -> None:
+        super().__init__()
+        lora = LoraSettings(**lora) if isinstance(lora, Mapping) else lora  # as a checkpoint keeps it
+        if learning_rate <= 0 or weight_decay < 0:
+            raise ConfigError(
+                f"learning_rate is {learning_rate} and weight_decay {weight_decay}: they must be above 0 and at least 0"
+            )
+        # Plain values only: a checkpoint must load with weights_only=True.
+        self.save_hyperparameters(
+            {
+                "model": model if isinstance(model, str) else str(model.config.name_or_path),
+                "lora": asdict(lora) if lora is not None else None,
+                "learning_rate": learning_rate,
+                "weight_decay": weight_decay,
+                "dtype": dtype,
+                "gradient_checkpointing": gradient_checkpointing,
+                "attn_implementation": attn_implementation,
+            }
+        )
+        # Loaded here and not in configure_model: the model is there to look at, prune or save without a Trainer, a
+        # wrong name is told before any data is read, and a resumed run restores into a model of the right shape.
+        self.tokenizer: PreTrainedTokenizerBase | None = load_tokenizer(model) if isinstance(model, str) else None
+        base = load_causal_lm(model, dtype, attn_implementation) if isinstance(model, str) else model
+        if gradient_checkpointing:
+            _checkpoint_gradients(base)
+        self.model = attach_lora(base, lora) if lora is not None else base
+        self.val_loss = MeanMetric()
+        self.test_loss = MeanMetric()
+
+    def forward(self, **batch: Tensor) -> Any:
+        """Calls the model; its answer has `logits` (batch, length, vocabulary), and `loss` if `labels` are given."""
+        return self.model(**batch)
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """The model's own mean next-token loss, logged as train_loss."""
+        loss = self.model(**model_inputs(batch), labels=labels_of(batch)).loss
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+        return loss
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Adds a batch to val_loss."""
+        self._add_loss(self.val_loss, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs val_loss and val_perplexity."""
+        self._log_loss("val", self.val_loss)
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Adds a batch to test_loss."""
+        self._add_loss(self.test_loss, batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs test_loss and test_perplexity."""
+        self._log_loss("test", self.test_loss)
+
+    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int = 0) -> Any:
+        """Calls the model with the batch's tokens and attention mask alone, as calibration does."""
+        return self.model(**model_inputs(batch))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW over what is trained, at a constant rate."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if not trained:
+            raise ConfigError("no parameter requires a gradient: give `lora` settings, or unfreeze the model")
+        return torch.optim.AdamW(trained, lr=self.hparams.learning_rate, weight_decay=self.hparams.weight_decay)
+
+    def evaluate(
+        self, loader: Iterable[Mapping[str, Tensor]], progress: Callable[[int], None] | None = None
+    ) -> dict[str, float]:
+        """{"perplexity": of the loader's text}; `progress` is called with the number of batches done."""
+        return {"perplexity": perplexity(self.model, loader, progress)}
+
+    def _add_loss(self, metric: MeanMetric, batch: Mapping[str, Tensor]) -> None:
+        loss, tokens = next_token_loss(self.predict_step(batch).logits, labels_of(batch))
+        metric.update(loss / tokens.clamp(min=1), weight=tokens)
+
+    def _log_loss(self, stage: str, metric: MeanMetric) -> None:
+        loss = metric.compute()
+        metric.reset()
+        self.log_dict({f"{stage}_loss": loss, f"{stage}_perplexity": loss.exp()}, prog_bar=True, sync_dist=False)
+
+
+def _checkpoint_gradients(model: PreTrainedModel) -> None:
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # A checkpointed block whose inputs need no gradient gives its adapters none either: the embedding of a frozen
+    # base does not, so its output is told to.
+    model.enable_input_require_grads()
+    model.config.use_cache = False

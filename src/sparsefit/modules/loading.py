@@ -1,0 +1,154 @@
+"""Causal language models and tokenizers by name: the package's own small Llama, a local folder, or the hub."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+
+from sparsefit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Dtype = Literal["float32", "bfloat16", "float16", "auto"]
+TINY_LLAMA = "tiny-llama"
+_PROBE_SECONDS = 5.0
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+_Loaded = TypeVar("_Loaded")
+
+
+def load_causal_lm(name: str, dtype: Dtype = "float32", attn_implementation: str | None = None) -> PreTrainedModel:
+    """A causal language model in evaluation mode on the CPU.
+
+    Args:
+        name: "tiny-llama" (the model that comes with the package), a folder in Hugging Face layout, or a hub name.
+        dtype: "float32", "bfloat16", "float16", or "auto" for the dtype it was saved in.
+        attn_implementation: "sdpa", "eager", "flash_attention_2"; None for transformers' choice.
+
+    Raises:
+        ConfigError: where the model cannot be found, fetched or read; says what to do without a network.
+    """
+    from transformers import AutoModelForCausalLM
+
+    settings: dict[str, Any] = {"dtype": dtype if dtype == "auto" else torch_dtype(dtype)}
+    if attn_implementation is not None:
+        settings["attn_implementation"] = attn_implementation
+    return _load(AutoModelForCausalLM.from_pretrained, "model", name, **settings)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; `name` as in `load_causal_lm`.
+
+    Raises:
+        ConfigError: where the tokenizer cannot be found, fetched or read; says what to do without a network.
+    """
+    from transformers import AutoTokenizer
+
+    return _load(AutoTokenizer.from_pretrained, "tokenizer", name)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype called `name`.
+
+    Raises:
+        ConfigError: for a name that is no floating-point dtype of torch.
+    """
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(f"unknown dtype {name!r}: use float32, bfloat16, float16 or auto")
+    return dtype
+
+
+def hub_problem() -> str | None:
+    """Why the Hugging Face hub cannot be used now, or None if it can. Takes at most about 5 seconds.
+
+    The hub's own client retries for 25 to 50 seconds before it gives up, which looks like a hang.
+    """
+    from huggingface_hub import constants, get_session
+
+    if constants.is_offline_mode():
+        return "HF_HUB_OFFLINE is set"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_PROBE_SECONDS)
+    except Exception as error:  # the client's library, and so its errors' classes, differ between versions of the hub
+        return f"{constants.ENDPOINT} cannot be reached: {error or type(error).__name__}"
+    return None
+
+
+def nearest_path(path: Path) -> str:
+    """' Did you mean …?' with the existing neighbour spelled most like `path`, or the empty string."""
+    parent = path.parent
+    if not parent.is_dir():
+        return nearest_path(parent) if parent != path else ""
+    close = difflib.get_close_matches(path.name, [entry.name for entry in parent.iterdir()], n=1)
+    return f" Did you mean {parent / close[0]}?" if close else ""
+
+
+def _load(load: Callable[..., _Loaded], what: str, name: str, **settings: Any) -> _Loaded:
+    if not name:
+        raise ConfigError(f"the {what}'s name is empty: give {TINY_LLAMA!r}, a folder, or a name on the hub")
+    with ExitStack() as stack:
+        folder = stack.enter_context(_folder_of(name))
+        if folder is not None:
+            return _load_from_folder(load, what, folder, **settings)
+    if not _HUB_NAME.fullmatch(name) or name.startswith("."):
+        path = Path(name).expanduser()
+        raise ConfigError(f"there is no folder {path} to load the {what} from.{nearest_path(path)}")
+    return _load_from_hub(load, what, name, **settings)
+
+
+def _folder_of(name: str) -> AbstractContextManager[Path | None]:
+    if name == TINY_LLAMA:
+        return as_file(files("sparsefit") / "assets" / "tiny_llama")
+    path = Path(name).expanduser()
+    return nullcontext(path if path.exists() else None)
+
+
+def _load_from_folder(load: Callable[..., _Loaded], what: str, folder: Path, **settings: Any) -> _Loaded:
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder: to load a {what}, give the folder that save_pretrained wrote")
+    wanted = "config.json" if what == "model" else "tokenizer_config.json"
+    if not (folder / wanted).is_file():
+        near = [str(file.parent) for file in sorted(folder.glob(f"*/{wanted}"))[:3]]
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise ConfigError(f"{folder} holds no {wanted}, so no {what} can be loaded from it.{hint}")
+    try:
+        return load(str(folder), local_files_only=True, **settings)
+    except Exception as error:  # a damaged file raises whatever its reader raises
+        raise ConfigError(
+            f"cannot load the {what} in {folder}: {_first_line(error)}. Check that the folder is complete, "
+            "as save_pretrained writes it."
+        ) from error
+
+
+def _load_from_hub(load: Callable[..., _Loaded], what: str, name: str, **settings: Any) -> _Loaded:
+    problem = hub_problem()
+    try:
+        return load(name, local_files_only=problem is not None, **settings)
+    except Exception as error:  # OSError, ValueError, ImportError and the hub's own, by cause
+        near = nearest_path(Path(name))
+        if problem is None:
+            raise ConfigError(
+                f"cannot load the {what} {name!r} from the hub, and there is no local folder of this name: "
+                f"{_first_line(error)}.{near} A gated model needs its licence accepted on its page and "
+                "`hf auth login`."
+            ) from error
+        raise ConfigError(
+            f"cannot load the {what} {name!r}: there is no such folder, it is not in the local cache, and the hub "
+            f"cannot be used ({problem}).{near} Without a network: on a connected machine run "
+            f"`hf download {name} --local-dir FOLDER`, copy FOLDER here and give its path; "
+            f"{TINY_LLAMA!r} comes with the package."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(" .:") if lines else type(error).__name__

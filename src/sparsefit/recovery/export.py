@@ -1,0 +1,85 @@
+"""Writing a pruned model so that `from_pretrained` alone can read it: the sparse base and its adapter apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sparsefit.pruning import MaskSet
+from sparsefit.pruning.weights import base_modules, canonical_name
+
+WEIGHTS_FILE = "model.safetensors"
+
+
+def pretrained_part(module: nn.Module) -> tuple[str, nn.Module] | None:
+    """The outermost part of a module that can save itself in Hugging Face layout, and its name.
+
+    A PEFT-wrapped model counts as the model it wraps, under the name that `MaskSet` knows it by.
+    """
+    for name, part in module.named_modules():
+        if callable(getattr(part, "save_pretrained", None)) and hasattr(part, "config"):
+            base = part.get_base_model() if hasattr(part, "peft_config") else part
+            return canonical_name(name), base
+    return None
+
+
+def adapted_part(module: nn.Module) -> nn.Module | None:
+    """The PEFT model inside a module, or None."""
+    return next((part for part in module.modules() if hasattr(part, "peft_config")), None)
+
+
+def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state of the bare model, under the bare model's names: adapters and their wrappers are left out."""
+    owners = set(base_modules(model))
+    state = {canonical_name(name): tensor for name, tensor in model.state_dict().items()}
+    return {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] in owners}
+
+
+def export_base(module: nn.Module, masks: MaskSet, folder: Path) -> MaskSet:
+    """Write the weights of a module without its adapters.
+
+    In Hugging Face layout if any part of the module is a transformers model (that part is written), else as
+    one safetensors file of the module's state.
+
+    Args:
+        module: A LightningModule or model, pruned.
+        masks: Its masks.
+        folder: Where to write; made if it is not there.
+
+    Returns:
+        The masks under the names that the written tensors have.
+
+    Raises:
+        MaskError: if a pruned weight is not zero, before anything is written.
+    """
+    masks.verify(module)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = pretrained_part(module)
+    if found is None:
+        state = {name: tensor.detach().contiguous().clone() for name, tensor in base_state_dict(module).items()}
+        save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        return masks
+    name, model = found
+    model.save_pretrained(folder, state_dict=base_state_dict(model))
+    tokenizer = getattr(module, "tokenizer", None)
+    if callable(getattr(tokenizer, "save_pretrained", None)):
+        tokenizer.save_pretrained(folder)
+    prefix = f"{name}." if name else ""
+    return masks.renamed(lambda weight: weight.removeprefix(prefix))
+
+
+def export_adapter(module: nn.Module, base: Path, folder: Path) -> bool:
+    """Write the adapter of a PEFT-wrapped model, which names `base` as the model it belongs to.
+
+    Returns:
+        Whether there was an adapter.
+    """
+    model = adapted_part(module)
+    if model is None:
+        return False
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = str(base.resolve())
+    model.save_pretrained(folder)
+    return True

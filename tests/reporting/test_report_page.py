@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+
+import matplotlib
+import pytest
+
+from sparsefit.reporting import figures, render_html
+
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+
+
+class Page(HTMLParser):
+    """Collects tags, attributes and text, and fails on tags that do not nest."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.text, self.open = [], [], "", []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data + "\n"
+
+
+def test_the_page_is_self_contained_and_well_formed(any_report):
+    page = Page(render_html(any_report))
+    assert not {"script", "link", "iframe", "img", "object", "embed", "base", "form"} & set(page.tags)
+    for _, name, value in page.attributes:
+        if name in ("src", "href", "xlink:href", "data", "srcset"):
+            assert value.startswith("#")
+        elif not name.startswith("xmlns"):
+            assert "://" not in value
+        assert not name.startswith("on")
+    assert "@import" not in page.text
+    assert re.findall(r"url\((?!#)", render_html(any_report)) == []
+
+
+def test_ids_are_unique_and_references_resolve(any_report):
+    page = Page(render_html(any_report))
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    referred = [value[1:] for _, name, value in page.attributes if name == "xlink:href"]
+    referred += re.findall(r"url\(#([^)]*)\)", render_html(any_report))
+    assert set(referred) <= set(ids)
+
+
+def test_the_page_shows_the_key_figures(report):
+    text = Page(render_html(report)).text
+    for shown in ("18.25", "26.75", "20.50", "69.6%", "50.00%", "0.0415", "of 0.0500 (83.0%)", "1.50 GiB", "finished"):
+        assert shown in text
+    for shown in (report["folder"], report["command"], "gpu_hours budget reached", "tied to the embedding", "2.8.0"):
+        assert shown in text
+    assert all(layer["name"] in text for layer in report["sparsity"]["layers"])
+
+
+def test_accuracies_read_as_percentages():
+    report = {"accuracy": {"dense": 0.8, "pruned": 0.6, "recovered": 0.75}, "metrics": {"accuracy": "higher"}}
+    text = Page(render_html(report)).text
+    assert all(shown in text for shown in ("80.00%", "60.00%", "75.00%", "75.0%", "accuracy (higher is better)"))
+
+
+@pytest.mark.parametrize("status", ["interrupted", "failed"])
+def test_a_run_that_did_not_end_says_so(report, status):
+    assert f"This run {'was interrupted' if status == 'interrupted' else 'failed'}." in render_html(
+        report | {"status": status}
+    )
+    assert "This run" not in render_html(report)
+
+
+def hostile(value):
+    """The report with markup in each of its strings and keys that are free text."""
+    evil = '<script>alert("1")</script>\'&$x$'
+    if isinstance(value, dict):
+        return {key: hostile(item) for key, item in value.items()} | ({evil: evil} if value else {})
+    if isinstance(value, list):
+        return [hostile(item) for item in value]
+    return f"{value}.{evil}" if isinstance(value, str) else value
+
+
+def test_every_text_is_escaped(report):
+    report["sparsity"]["layers"] = report["sparsity"]["layers"][:9]
+    report["training"]["history"] = report["training"]["history"][:3]
+    html = render_html(hostile(report))
+    page = Page(html)
+    assert "<script" not in html
+    for shown in (
+        "tiny-llama",
+        "runs/tiny-llama",
+        "held-out",
+        "model.layers.0",
+        "tied to the",
+        "budget reached",
+        "Some CPU",
+    ):
+        assert re.search(rf"{shown}.*<script>alert", page.text)
+    assert not [value for _, name, value in page.attributes if name == "class" and "script" in value]
+
+
+PATHS = [
+    ("perplexity",),
+    ("metrics",),
+    ("sparsity",),
+    ("pruning",),
+    ("training",),
+    ("gpu_hours",),
+    ("seconds",),
+    ("memory",),
+    ("versions",),
+    ("machine",),
+    ("perplexity", "dense"),
+    ("sparsity", "layers"),
+    ("sparsity", "total"),
+    ("pruning", "config"),
+    ("training", "history"),
+    ("gpu_hours", "total"),
+    ("gpu_hours", "budget"),
+    ("gpu_hours", "stages"),
+    ("gpu_hours", "devices"),
+]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=".".join)
+@pytest.mark.parametrize("missing", ["none", "absent"])
+def test_whatever_is_missing_the_rest_is_shown(report, path, missing):
+    report["sparsity"]["layers"] = report["sparsity"]["layers"][:2]
+    *above, last = path
+    place = report
+    for key in above:
+        place = place[key]
+    place.pop(last) if missing == "absent" else place.update({last: None})
+    text = Page(render_html(report)).text
+    assert report["name"] in text
+    assert "None" not in text
+    assert ("q_proj" in text) or path[0] == "sparsity"
+
+
+@pytest.mark.parametrize("draw", [figures.quality, figures.loss, figures.sparsity, figures.gpu_hours])
+def test_a_figure_is_one_reproducible_svg_or_nothing(report, draw):
+    before = dict(matplotlib.rcParams)
+    svg = draw(report)
+    assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
+    assert svg == draw(report)
+    assert draw({}) is None
+    assert dict(matplotlib.rcParams) == before
+
+
+def svg_texts(svg):
+    return [element.text for element in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_the_sparsity_map_has_a_cell_for_each_block_and_type(report):
+    report["sparsity"]["layers"] += [{"name": "lm_head.weight", "weights": 1000, "zeros": 250}]
+    texts = svg_texts(figures.sparsity(report))
+    assert texts.count("25") == 1
+    assert texts.count("50") >= 42
+    assert {"q_proj", "down_proj", "lm_head", "0", "5", "other"} <= set(texts)
+
+
+def test_layers_of_one_cell_are_averaged_by_weight():
+    layers = [
+        {"name": f"layers.0.moe.experts.{i}.w1.weight", "weights": w, "zeros": z}
+        for i, w, z in ((0, 100, 0), (1, 300, 120))
+    ]
+    assert "30" in svg_texts(figures.sparsity({"sparsity": {"layers": layers}}))  # 120 of 400
+
+
+def test_encoder_and_decoder_blocks_are_told_apart():
+    layers = [{"name": f"{side}.layers.0.fc1.weight", "weights": 10, "zeros": 5} for side in ("encoder", "decoder")]
+    assert {"encoder 0", "decoder 0"} <= set(svg_texts(figures.sparsity({"sparsity": {"layers": layers}})))
+
+
+def test_networks_without_blocks_get_bars():
+    layers = [{"name": f"net.{i}.weight", "weights": 10, "zeros": i} for i in (0, 2, 4)]
+    assert {"net.0", "net.4", "0.00%", "20.00%", "40.00%"} <= set(
+        svg_texts(figures.sparsity({"sparsity": {"layers": layers}}))
+    )
+
+
+@pytest.mark.parametrize(
+    ("spent", "texts"),
+    [
+        (
+            {"total": 3.0, "budget": 5.0, "stages": {"training": 3.0}},
+            {"training", "60.0%", "left of the budget", "40.0%"},
+        ),
+        ({"total": 4.0, "budget": 2.0, "stages": {"training": 3.0}}, {"budget", "75.0%", "other", "25.0%"}),
+        ({"total": None, "stages": {"training": 3.0, "export": 1.0}}, {"75.0%", "25.0%", "GPU-hours: 4.00"}),
+    ],
+)
+def test_the_hours_add_up_to_the_total_or_the_budget(spent, texts):
+    assert texts <= set(svg_texts(figures.gpu_hours({"gpu_hours": spent})))
+
+
+def test_losses_that_are_not_numbers_leave_no_hole(report):
+    history = report["training"]["history"]
+    whole = figures.loss(report | {"training": {"history": history[1:]}})
+    assert (
+        figures.loss(report | {"training": {"history": [history[0] | {"loss": float("nan")}, *history[1:]]}}) == whole
+    )
