@@ -11,6 +11,8 @@ from torch import nn
 from sparsefit.errors import RunFolderError
 from sparsefit.recovery.inspection import BASE_FOLDER, MASKS_FILE
 
+LOGS = "logs"
+
 
 class RunFolder:
     """Where the things of a run lie. Holds the path; makes nothing before `claim`.
@@ -38,7 +40,8 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise RunFolderError(f"the run folder {self.path} is a file; choose another path")
         try:
-            if not resuming and self.path.is_dir() and any(self.path.iterdir()):
+            # Lightning opens its loggers before any callback's first hook.
+            if not resuming and self.path.is_dir() and any(entry.name != LOGS for entry in self.path.iterdir()):
                 raise RunFolderError(
                     f"the run folder {self.path} exists and is not empty. Choose another folder, move this one away, "
                     "or go on with its run by resuming from its checkpoint"

@@ -22,7 +22,7 @@ from sparsefit.recovery.inspection import inspect_folder
 from sparsefit.reporting.console import console, stage_progress, summary
 from sparsefit.reporting.html import render_html
 from sparsefit.reporting.machine import machine, peak_memory, versions
-from sparsefit.reporting.report import by_type, write_json
+from sparsefit.reporting.report import write_json
 
 _MARGIN = 1.25  # the last evaluation may be somewhat slower than the ones it is measured by
 
@@ -46,7 +46,6 @@ class RunReport(Callback):
     def __init__(self, folder: str = "runs/sparsefit", name: str | None = None) -> None:
         self.folder = RunFolder(folder)
         self.name = name or self.folder.path.name
-        self.configuration: str | None = None  # YAML, where there is one
         self.report: dict[str, Any] = {}
         self._history: list[dict[str, float]] = []
         self._seconds = {"evaluation": 0.0, "export": 0.0}  # the longest of each
@@ -58,18 +57,20 @@ class RunReport(Callback):
         ledger_of(trainer)
         if trainer.is_global_zero:
             self.folder.claim(pl_module, resuming=trainer.ckpt_path is not None)
-            if self.configuration is not None:
-                self.folder.configuration.write_text(self.configuration, encoding="utf-8")
         self.report = {
             "name": self.name,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "folder": str(self.folder.path),
             "command": shlex.join([sys.argv[0].rpartition("/")[2], *sys.argv[1:]]),
             "metrics": dict(getattr(pl_module, "metrics", {})),
-            "configuration": self.configuration,
             "versions": versions(),
             "machine": machine(),
         }
+
+    def take_configuration(self, text: str) -> None:
+        """Keep the YAML of the run in the report, and beside it as a file that a new run can start from."""
+        self.report["configuration"] = text
+        self.folder.configuration.write_text(text, encoding="utf-8")
 
     def on_pruning_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate the dense model."""
@@ -163,7 +164,9 @@ class RunReport(Callback):
         with self._charged(trainer, "export"):
             saved = export_base(module, masks, self.folder.base)
             saved.save(self.folder.masks)
-            self.report["sparsity"] = self._counted()
+            inspection = inspect_folder(self.folder.path)
+            files = ", ".join(str(file.relative_to(self.folder.path)) for file in inspection.files)
+            self.report["sparsity"] = inspection.account() | {"counted_on": files}
 
     def _export_trained(self, trainer: Trainer, module: LightningModule) -> None:
         masks = _masks_of(trainer)
@@ -173,23 +176,6 @@ class RunReport(Callback):
             has_adapter = export_adapter(module, self.folder.base, self.folder.adapter)
         if not has_adapter or not self.folder.masks.exists():  # the base itself was trained, or lies elsewhere
             self._export_base(trainer, module, masks)
-
-    def _counted(self) -> dict[str, Any]:
-        """Sparsity as counted on the files that were written."""
-        inspection = inspect_folder(self.folder.path)
-        layers = [
-            {"name": m.name, "shape": list(m.shape), "weights": m.weights, "zeros": m.zeros, "sparsity": m.sparsity}
-            for m in inspection.pruned
-        ]
-        return {
-            "total": inspection.sparsity,
-            "zeros": sum(m.zeros for m in inspection.pruned),
-            "weights": sum(m.weights for m in inspection.pruned),
-            "parameters": inspection.parameters,
-            "by_type": by_type(layers),
-            "layers": layers,
-            "counted_on": ", ".join(str(file.relative_to(self.folder.path)) for file in inspection.files),
-        }
 
     def _write(self, trainer: Trainer, module: LightningModule, status: str) -> None:
         ledger, budget = ledger_of(trainer), budget_of(trainer)

@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from sparsefit.callbacks.budget import GPUHourBudget, budget_of, ledger_of
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from sparsefit.callbacks.budget import GPUHourBudget, budget_of, ledger_of
 from sparsefit.errors import BudgetError, ConfigError
 
 BASE_RATE = 0.1
@@ -162,6 +162,9 @@ def test_every_hook_of_the_run_is_charged_to_its_stage():
             with ledger_of(trainer).stage("calibration"):
                 clock.now += 11
 
+        def on_sanity_check_end(self, trainer, pl_module):
+            clock.now += 7
+
         def on_train_end(self, trainer, pl_module):
             clock.now += 2
             with ledger_of(trainer).stage("export"):
@@ -173,9 +176,10 @@ def test_every_hook_of_the_run_is_charged_to_its_stage():
     make_trainer(budget, Report(), num_sanity_val_steps=2, val_check_interval=20).fit(module, stream(), finite(4))
     assert budget.ledger.seconds["calibration"] == pytest.approx(11)
     assert budget.ledger.seconds["export"] == pytest.approx(3)
+    assert budget.ledger.seconds["setup"] == pytest.approx(7)
     assert budget.ledger.seconds["closing"] == pytest.approx(2)
     assert budget.ledger.seconds["training"] == pytest.approx(module.batches)
-    # 11 + 2 are spent before training; 4 more of each validation, of which the last comes with the stop.
+    # 11 + 2 + 7 are spent before training; 4 more of each validation, of which the last comes with the stop.
     assert budget.ledger.seconds["validation"] == pytest.approx(2 + 4 * (module.batches // 20 + 1))
     assert seconds_spent(budget) <= 90 + 5
     assert seconds_spent(budget) > 90 + 5 - 5
@@ -193,11 +197,11 @@ def test_the_closing_validation_is_kept_from_the_sanity_check_on(sanity_steps):
 
 def test_it_stops_after_a_validation_that_leaves_too_little_for_another():
     clock = Clock()
-    budget = budget_of_seconds(clock, 100, reserve=0.0)
+    budget = budget_of_seconds(clock, 105, reserve=0.0)
     module = Timed(clock, validation=10.0)
     trainer = make_trainer(budget, num_sanity_val_steps=0, val_check_interval=40)
     trainer.fit(module, stream(), finite(1))
-    # 40 steps, 10, 40 steps, 10 = 100: nothing is left for a step and its own validation.
+    # 40 steps, 10, 40 steps, 10 = 100: of the 5 left, a step could be paid for, but not the validation that follows.
     assert (module.batches, seconds_spent(budget)) == (80, pytest.approx(100))
 
 
@@ -285,13 +289,21 @@ def test_manual_optimization_is_driven_too():
             optimizer = self.optimizers()
             optimizer.zero_grad()
             self.manual_backward(loss)
-            optimizer.step()
+            for _ in range(2):
+                optimizer.step()
+                self.rates.append(optimizer.param_groups[0]["lr"])
+
+        def on_before_optimizer_step(self, optimizer):
+            pass
 
     clock = Clock()
     budget = budget_of_seconds(clock, 30, reserve=0.0)
     module = Manual(clock)
-    make_trainer(budget).fit(module, finite(7))
-    assert module.rates == pytest.approx(expected_rates(30, 1 / 30))
+    # 35 batches would be 70 steps: their number is the module's affair, so that the budget alone sets the line.
+    make_trainer(budget, max_epochs=5).fit(module, finite(7))
+    expected = [BASE_RATE * (1 - batch / 30) * min((2 * batch + 1) / 5, 1) for batch in range(30)]
+    assert module.rates[::2] == pytest.approx(expected)
+    assert module.rates[1::2] == pytest.approx(expected)
 
 
 def test_a_scheduler_of_the_modules_own_is_left_alone():
@@ -394,6 +406,21 @@ def test_a_resume_with_a_larger_budget_extends_the_run(tmp_path):
     assert module.rates[0] == pytest.approx(BASE_RATE * (180 - 40) / 170)
 
 
+def test_time_kept_in_the_first_process_is_kept_in_the_next(tmp_path):
+    clock = Clock()
+    budget = budget_of_seconds(clock, 100)
+    budget.keep(25.0, "evaluation")
+    budget.keep(9.0, "export")
+    with pytest.raises(RuntimeError, match="killed"):
+        make_trainer(budget, KillAfter(30, tmp_path / "interrupted.ckpt")).fit(Timed(clock), stream())
+    clock = Clock()
+    budget = budget_of_seconds(clock, 100)
+    budget.keep(5.0, "export")
+    module = Timed(clock)
+    make_trainer(budget).fit(module, stream(), ckpt_path=tmp_path / "interrupted.ckpt")
+    assert module.batches == 100 - 30 - 25 - 5
+
+
 def test_a_state_restored_after_setup_counts_too(tmp_path, monkeypatch):
     path = interrupted(tmp_path)
     clock = Clock()
@@ -403,6 +430,22 @@ def test_a_state_restored_after_setup_counts_too(tmp_path, monkeypatch):
     monkeypatch.setattr(type(trainer.strategy), "restore_checkpoint_after_setup", True)
     trainer.fit(module, stream(), ckpt_path=path)
     assert module.batches == 30
+    assert module.rates[0] == pytest.approx(BASE_RATE * 30 / 80)
+
+
+def test_base_rates_survive_a_strategy_that_restores_only_the_settings_it_finds(tmp_path, monkeypatch):
+    def restore(strategy, checkpoint):
+        for group, saved in zip(
+            strategy.optimizers[0].param_groups, checkpoint["optimizer_states"][0]["param_groups"], strict=True
+        ):
+            group.update({key: saved[key] for key in group if key != "params"})
+
+    path = interrupted(tmp_path)
+    clock = Clock()
+    module = Timed(clock, fit_start=20)
+    trainer = make_trainer(budget_of_seconds(clock, 100, reserve=0.1))
+    monkeypatch.setattr(type(trainer.strategy), "load_optimizer_state_dict", restore)
+    trainer.fit(module, stream(), ckpt_path=path)
     assert module.rates[0] == pytest.approx(BASE_RATE * 30 / 80)
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from rich.console import Console
 
 from sparsefit.reporting import console as terminal
@@ -128,3 +129,11 @@ def test_importing_the_package_loads_nothing_heavy():
     code += "print(sorted((set(sys.modules) - before) & {'torch', 'matplotlib', 'numpy', 'transformers', 'lightning'}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_peak_memory_is_that_of_the_fullest_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: (5, 7)[device])
+    assert peak_memory() == (7, "device memory")

@@ -145,10 +145,10 @@ class TextDataModule(LightningDataModule):
         """How far training has come, so that a resumed run goes on with the batches that it has not seen."""
         if self.trainer is None:
             return {}
-        return {
-            "epoch": self.trainer.current_epoch,
-            "batches": self.trainer.fit_loop.epoch_loop.batch_progress.current.processed,
-        }
+        epoch, batches = self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress
+        if batches.is_last_batch:
+            return {"epoch": epoch + 1, "batches": 0}
+        return {"epoch": epoch, "batches": batches.current.processed}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Takes up what `state_dict` saved."""
@@ -196,8 +196,10 @@ class TextDataModule(LightningDataModule):
         return shards_of(source, self.text_kind)
 
     def _position(self) -> tuple[int, int]:
-        epoch = self.trainer.current_epoch if self.trainer is not None else 0
-        return epoch, self._resumed_at[1] if self._resumed_at[0] == epoch else 0
+        epoch, batches = self._resumed_at
+        # a run resumed at the end of an epoch still counts that one when it asks for the next one's data
+        current = max(epoch, self.trainer.current_epoch if self.trainer is not None else 0)
+        return current, batches if current == epoch else 0
 
     def _rank_and_world_size(self) -> tuple[int, int]:
         if self.trainer is not None:

@@ -22,7 +22,7 @@ def pack(documents: Iterable[Sequence[int]], length: int, end: int | None) -> It
     Args:
         documents: token ids of each document.
         length: tokens in a window.
-        end: the token that closes a document; None adds none.
+        end: the token that closes a document, added where it is not the last one already; None adds none.
 
     Yields:
         Windows, int64 (length,). Together they are the stream in its order, without gaps or overlaps.
@@ -30,7 +30,7 @@ def pack(documents: Iterable[Sequence[int]], length: int, end: int | None) -> It
     buffer: list[int] = []
     for tokens in documents:
         buffer.extend(tokens)
-        if end is not None:
+        if end is not None and (not tokens or tokens[-1] != end):
             buffer.append(end)
         whole = len(buffer) // length * length
         for start in range(0, whole, length):

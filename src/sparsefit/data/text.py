@@ -20,13 +20,16 @@ import glob
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+import fsspec
+
 from sparsefit.data import python_docs
-from sparsefit.errors import ConfigError, DataError
+from sparsefit.errors import ConfigError, DataError, SparsefitError
 from sparsefit.modules.loading import hub_problem, nearest_path
 
 _JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
@@ -173,24 +176,16 @@ def _files_of(name: str) -> list[str]:
 
 
 def _json_lines(location: str) -> Iterator[str]:
-    # The lines come from `datasets`, for files and the hub alike; its own JSON reader would infer a schema from the
-    # first 10 MB (C4's timestamps become dates, and a later blank one an error) and cannot name a bad line's number.
-    from datasets import load_dataset
-
-    address = _reachable(location)
-    try:
-        rows = load_dataset("text", data_files=[address], split="train", streaming=True)
-        for number, row in enumerate(rows, 1):
-            if row["text"].strip():
-                yield _text_of_line(row["text"], location, number)
-    except DataError:
-        raise
-    except (OSError, EOFError, ValueError) as error:
-        raise DataError(f"{location} cannot be read: {error}. {_way_out(location)}") from error
-    except Exception as error:  # the HTTP client's errors share no base with Python's
-        if not location.startswith(_HUB):
-            raise
-        raise DataError(f"{location} cannot be read: {error}. {_way_out(location)}") from error
+    # Not through `datasets`: inside a loader's worker its streams deal their files out once more, so that all workers
+    # but the first would read nothing of a single file; it infers a schema from the first 10 MB, and cannot name the
+    # number of a bad line.
+    with (
+        _reading(location),
+        fsspec.open(_address(location), "rt", encoding="utf-8", compression="infer", newline="\n") as file,
+    ):
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield _text_of_line(line, location, number)
 
 
 def _text_of_line(line: str, location: str, number: int) -> str:
@@ -214,7 +209,7 @@ def _whole_file(location: str) -> Iterator[str]:
 
 def _read_file(location: str) -> str:
     try:
-        # newline="" keeps what str.splitlines would: WikiText's rows are told apart by "\n" alone
+        # newline="" keeps a lone "\r": WikiText's rows are told apart by "\n" alone
         with open(location, encoding="utf-8", newline="") as file:
             return file.read()
     except UnicodeDecodeError as error:
@@ -229,13 +224,10 @@ def _wikitext_rows(location: str) -> list[str]:
         lines = _read_file(location).split("\n")
         rows = [line + "\n" for line in lines[:-1]] + lines[-1:] * bool(lines[-1])
         return [row if row.strip() else "" for row in rows]
-    from datasets import load_dataset
+    import pyarrow.parquet
 
-    address = _reachable(location)
-    try:
-        return [row["text"] for row in load_dataset("parquet", data_files=[address], split="train", streaming=True)]
-    except Exception as error:  # the readers of Parquet and of the network share no base but this
-        raise DataError(f"{location} cannot be read: {error}. {_way_out(location)}") from error
+    with _reading(location), fsspec.open(_address(location), "rb") as file:
+        return pyarrow.parquet.read_table(file, columns=["text"])["text"].to_pylist()
 
 
 def _wikitext_articles(location: str) -> Iterator[str]:
@@ -249,7 +241,18 @@ def _wikitext_articles(location: str) -> Iterator[str]:
         yield "".join(article)
 
 
-def _reachable(location: str) -> str:
+@contextmanager
+def _reading(location: str) -> Iterator[None]:
+    """Turns what a reader raises into a DataError that names the file."""
+    try:
+        yield
+    except SparsefitError:
+        raise
+    except Exception as error:  # compression, Parquet, the file system and the network share no narrower base
+        raise DataError(f"{location} cannot be read: {error or type(error).__name__}. {_way_out(location)}") from error
+
+
+def _address(location: str) -> str:
     """Where to read a location from: a hub file may lie in the local cache; else the hub must answer."""
     if not location.startswith(_HUB):
         return location

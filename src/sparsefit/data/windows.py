@@ -133,14 +133,12 @@ def collate(windows: list[Tensor]) -> Batch:
     return {"input_ids": torch.stack(windows)}
 
 
-def tokenised(
-    texts: Iterable[Document], tokenizer: PreTrainedTokenizerBase, special_tokens: bool = False
-) -> Iterator[tuple[Name, list[int]]]:
-    """(name, token ids) of each document, tokenised a few at a time."""
+def tokenised(texts: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Name, list[int]]]:
+    """(name, token ids) of each document, with the special tokens of the tokenizer; a few are tokenised at a time."""
     texts = iter(texts)
     while group := list(islice(texts, _TOKENISED_AT_ONCE)):
         # verbose=False: documents longer than the model's context are meant to be cut, not warned of
-        encoded = tokenizer([text for _, text in group], add_special_tokens=special_tokens, verbose=False)["input_ids"]
+        encoded = tokenizer([text for _, text in group], verbose=False)["input_ids"]
         yield from ((name, ids) for (name, _), ids in zip(group, encoded, strict=True))
 
 
@@ -179,7 +177,7 @@ def calibration_windows(
     generator = generator_of(seed)
     texts = shuffled(documents(shards), _CALIBRATION_BUFFER, generator)
     if method == "crop":
-        drawn = draw_crops(tokenised(texts, tokenizer, special_tokens=True), count, length, generator)
+        drawn = draw_crops(tokenised(texts, tokenizer), count, length, generator)
         return Calibration([window for _, window in drawn], frozenset(name for name, _ in drawn))
     used: list[Name] = []
     windows = list(islice(pack(_recorded(tokenised(texts, tokenizer), used), length, end_of(tokenizer)), count))

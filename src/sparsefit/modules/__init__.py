@@ -1,1 +1,5 @@
 """LightningModules, and the models that they load."""
+
+from sparsefit.modules.causal_lm import CausalLMModule
+
+__all__ = ["CausalLMModule"]

@@ -130,20 +130,28 @@ def _load_from_folder(load: Callable[..., _Loaded], what: str, folder: Path, **s
 
 
 def _load_from_hub(load: Callable[..., _Loaded], what: str, name: str, **settings: Any) -> _Loaded:
-    problem = hub_problem()
+    if problem := hub_problem():
+        return _load_from_folder(load, what, _cached_folder(what, name, problem), **settings)
     try:
-        return load(name, local_files_only=problem is not None, **settings)
+        return load(name, **settings)
     except Exception as error:  # OSError, ValueError, ImportError and the hub's own, by cause
-        near = nearest_path(Path(name))
-        if problem is None:
-            raise ConfigError(
-                f"cannot load the {what} {name!r} from the hub, and there is no local folder of this name: "
-                f"{_first_line(error)}.{near} A gated model needs its licence accepted on its page and "
-                "`hf auth login`."
-            ) from error
+        raise ConfigError(
+            f"cannot load the {what} {name!r} from the hub, and there is no local folder of this name: "
+            f"{_first_line(error)}.{nearest_path(Path(name))} A gated model needs its licence accepted on its page "
+            "and `hf auth login`."
+        ) from error
+
+
+def _cached_folder(what: str, name: str, problem: str) -> Path:
+    # transformers' own local_files_only still asks the hub for an adapter, and retries for 25 seconds
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except Exception as error:  # not cached, or no name that a cache could have
         raise ConfigError(
             f"cannot load the {what} {name!r}: there is no such folder, it is not in the local cache, and the hub "
-            f"cannot be used ({problem}).{near} Without a network: on a connected machine run "
+            f"cannot be used ({problem}).{nearest_path(Path(name))} Without a network: on a connected machine run "
             f"`hf download {name} --local-dir FOLDER`, copy FOLDER here and give its path; "
             f"{TINY_LLAMA!r} comes with the package."
         ) from error

@@ -60,12 +60,13 @@ class BlockCall:
         key = self._key
         return self.args[0] if key == 0 else self.kwargs[key]
 
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Call the block with the very same arguments but another hidden state; returns the new one."""
+    def run(self, block: Callable[..., Any], hidden: Tensor) -> Any:
+        """Call the block with the very same arguments but another hidden state; returns all that it does."""
         key = self._key
+        hidden = hidden.clone()  # a block may add to its input in place, and the input is needed again
         if key == 0:
-            return hidden_of(block(hidden, *self.args[1:], **self.kwargs))
-        return hidden_of(block(*self.args, **{**self.kwargs, key: hidden}))
+            return block(hidden, *self.args[1:], **self.kwargs)
+        return block(*self.args, **{**self.kwargs, key: hidden})
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -81,6 +82,8 @@ def hidden_of(output: Any) -> Tensor:
 
 def _with_hidden(output: Any, hidden: Tensor) -> Any:
     """A block's output with the hidden state replaced, in the same form."""
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        return type(output)(hidden, *output[1:])
     if isinstance(output, tuple | list):
         return type(output)([hidden, *output[1:]])
     if isinstance(output, Mapping):
@@ -89,11 +92,18 @@ def _with_hidden(output: Any, hidden: Tensor) -> Any:
     return hidden
 
 
+def version_of(tensor: Tensor) -> int:
+    """A number that grows when a tensor is changed in place (0 for inference tensors, which keep none)."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class _LastBlockReached(Exception):
     """Ends a pass of the model once every block's arguments are known."""
 
 
-def capture_calls(blocks: list[nn.Module], forward: Callable[[], Any]) -> list[tuple[int, BlockCall]]:
+def capture_calls(
+    blocks: list[nn.Module], forward: Callable[[], Any], to_the_end: bool = False
+) -> list[tuple[int, BlockCall]]:
     """The arguments with which one pass of the model calls each of its blocks, in calling order.
 
     Only the first block is computed (its output shows what form a block's output has); the others hand their
@@ -103,32 +113,37 @@ def capture_calls(blocks: list[nn.Module], forward: Callable[[], Any]) -> list[t
     Args:
         blocks: The blocks of one list.
         forward: Runs the model on one micro-batch.
+        to_the_end: Go on after the last block, to see whether the model comes back to any.
 
     Returns:
         Pairs of a block's index and its call.
 
     Raises:
-        NotSweepable: if a block is called twice, or what goes into a block is not what came out of the last.
+        NotSweepable: if a block is called twice or after the last one, or what goes into a block is not what
+            came out of the one before.
     """
+    if len({id(block) for block in blocks}) < len(blocks):
+        raise NotSweepable("a block stands more than once in the list of blocks")
     calls: list[tuple[int, BlockCall]] = []
     first_output: list[Any] = []
-    handed_on: list[Tensor] = []
+    handed_on: list[tuple[Tensor, int]] = []
+    last = len(blocks) - 1
 
     def enter(index: int, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = BlockCall(args, kwargs)
-        if any(index == earlier for earlier, _ in calls):
-            raise NotSweepable(f"block {index} is called more than once in a pass")
-        if calls and call.hidden is not handed_on[-1]:
+        if any(earlier in (index, last) for earlier, _ in calls):
+            raise NotSweepable(f"block {index} is called more than once in a pass, or after the last block")
+        if calls and (call.hidden is not handed_on[-1][0] or version_of(call.hidden) != handed_on[-1][1]):
             raise NotSweepable(f"the model computes something between blocks {calls[-1][0]} and {index}")
         calls.append((index, call))
-        if index == len(blocks) - 1:
+        if index == last and not to_the_end:
             raise _LastBlockReached
         if not first_output:
-            first_output.append(original(*args, **kwargs))
+            first_output.append(call.run(original, call.hidden))
             output = first_output[0]
         else:
             output = _with_hidden(first_output[0], call.hidden)
-        handed_on.append(hidden_of(output))
+        handed_on.append((hidden_of(output), version_of(hidden_of(output))))
         return output
 
     with _replaced_forwards(blocks, enter), suppress(_LastBlockReached):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsefit.errors import CalibrationError
+from sparsefit.pruning.blocks import version_of
 from sparsefit.pruning.statistics import InputStatistics, squared_norms
 from sparsefit.pruning.weights import PrunableWeight
 
@@ -27,6 +28,11 @@ class MicroBatch:
 
     data: Any
     origin: tuple[int, ...]
+
+    def first_sample(self) -> Any:
+        """A batch of its first sample alone, or all of it if it cannot be taken apart."""
+        samples = split_samples(self.data)
+        return samples[0] if samples else self.data
 
     @property
     def padding_mask(self) -> Tensor | None:
@@ -160,6 +166,17 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     return model(*args, **kwargs)
 
 
+def with_names(model: nn.Module, batch: Any) -> Any:
+    """A batch of positional arguments as a mapping if an attention mask is among them, so that padding is seen."""
+    if not isinstance(batch, list | tuple):
+        return batch
+    try:
+        named = inspect.signature(model.forward).bind(*batch).arguments
+    except TypeError:  # call_model says what is wrong
+        return batch
+    return named if "attention_mask" in named else batch
+
+
 class InputRecorder:
     """Collects the statistics of the inputs of some weights' layers while a model runs.
 
@@ -176,7 +193,7 @@ class InputRecorder:
         self.notes: set[str] = set()
         self._batch: MicroBatch | None = None
         self._padding: Tensor | None = None
-        self._last: tuple[Tensor, Tensor, int] | None = None  # q, k and v get one and the same input
+        self._last: tuple[Tensor, int, Tensor, int] | None = None  # q, k and v get one and the same input
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -200,10 +217,11 @@ class InputRecorder:
     def _hook(self, weight: PrunableWeight) -> Callable[..., None]:
         def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             inputs = args[0] if args else next(iter(kwargs.values()))
-            if self._last is None or self._last[0] is not inputs:
+            version = version_of(inputs)
+            if self._last is None or self._last[0] is not inputs or self._last[1] != version:
                 tokens = self._real_tokens(inputs, weight.name)
-                self._last = (inputs, squared_norms(tokens), len(tokens))
-            _, norms, count = self._last
+                self._last = (inputs, version, squared_norms(tokens), len(tokens))
+            _, _, norms, count = self._last
             if not bool(norms.isfinite().all()):
                 self._raise_not_finite(weight.name, inputs)
             self.statistics[weight.name].add(norms.to(weight.parameter.device), count)
@@ -221,11 +239,12 @@ class InputRecorder:
         return flat[self._padding.flatten().to(flat.device)]
 
     def _raise_not_finite(self, name: str, inputs: Tensor) -> None:
-        bad = 0
-        if self._batch is not None and len(inputs) == len(self._batch.origin):
-            bad = int((~inputs.isfinite().flatten(1).all(dim=1)).nonzero()[0])
-        batch = self._batch.origin[bad] if self._batch is not None else "?"
+        origin = self._batch.origin if self._batch is not None else ()
+        if origin and len(inputs) % len(origin) == 0:  # samples one after the other, each alone or token by token
+            finite = inputs.float().square().isfinite().reshape(len(origin), -1).all(dim=1).tolist()
+            origin = tuple(batch for batch, fine in zip(origin, finite, strict=True) if not fine)[:1] or origin
+        batches = " or ".join(map(str, dict.fromkeys(origin))) or "?"
         raise CalibrationError(
-            f"the inputs of {name} are NaN or infinite in calibration batch {batch}. The model was left as it was; "
+            f"the inputs of {name} are NaN or infinite in calibration batch {batches}. The model was left as it was; "
             "look at that batch, or run the model in float32 or bfloat16 if it overflows in float16"
         )

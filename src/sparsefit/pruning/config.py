@@ -82,7 +82,8 @@ class PruningConfig:
         object.__setattr__(self, "sparsity", self._checked_sparsity())
         for field in ("targets", "exclude"):
             object.__setattr__(self, field, _checked_names(field, getattr(self, field)))
-        if not isinstance(self.micro_batch_size, int) or self.micro_batch_size < 1:
+        whole = isinstance(self.micro_batch_size, int) and not isinstance(self.micro_batch_size, bool)
+        if not whole or self.micro_batch_size < 1:
             raise ConfigError(f"micro_batch_size is {self.micro_batch_size!r}; it must be a whole number from 1 on")
 
     def _checked_sparsity(self) -> float:

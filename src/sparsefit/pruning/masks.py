@@ -215,7 +215,7 @@ class MaskSet(Mapping[str, Tensor]):
                     | {"bits": file.get_tensor(name)}
                     for name in names
                 }
-        except (SafetensorError, OSError, KeyError, IndexError, ValueError) as error:
+        except (SafetensorError, OSError, KeyError, IndexError, TypeError, ValueError) as error:
             raise MaskError(f"{path} is damaged or no mask file: {error}") from error
         if metadata.get("format") != _FORMAT:
             raise MaskError(f"{path} is no mask file of this version: its format is {metadata.get('format')!r}")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsefit.errors import CalibrationError
-from sparsefit.pruning.blocks import BlockCall, NotSweepable, capture_calls, find_block_lists
-from sparsefit.pruning.calibration import InputRecorder, MicroBatch, call_model, regroup, to_device
+from sparsefit.pruning.blocks import BlockCall, NotSweepable, capture_calls, find_block_lists, hidden_of
+from sparsefit.pruning.calibration import InputRecorder, MicroBatch, call_model, regroup, to_device, with_names
 from sparsefit.pruning.config import PruningConfig
 from sparsefit.pruning.masks import MaskSet
 from sparsefit.pruning.scores import SCORES, magnitude_score
@@ -66,7 +66,8 @@ def prune(
     Args:
         model: Any module; transformers decoders and PEFT-wrapped models among them (their base is pruned).
         batches: Calibration data: each a mapping (keyword arguments of the model), a tuple (its positional
-            arguments) or one tensor. Read once. Not needed for magnitude pruning.
+            arguments) or one tensor. The first dimension of each tensor counts the samples; positions at which
+            `attention_mask` is 0 are padding. Read once. Not needed for magnitude pruning.
         config: What to prune and how; by default Wanda at 50% per output, block by block.
         forward: How a batch goes through the model; by default the model is called with it, on its device.
         progress: Called with (steps done, steps in all) as calibration goes on, and with both equal once all
@@ -87,6 +88,8 @@ def prune(
     device = device_of(model)
     pass_on = forward or (lambda batch: call_model(model, to_device(batch, device)))
     with torch.no_grad(), _evaluating(model):
+        if batches is not None and forward is None:
+            batches = (with_names(model, batch) for batch in _source(batches))
         data = _calibration_data(batches, config)
         result.samples = sum(len(batch.origin) for batch in data)
         sweep = _Sweep(weights, data, config, pass_on, progress or (lambda done, total: None), result)
@@ -94,6 +97,14 @@ def prune(
         _commit(weights, result.masks)
     result.seconds = time.perf_counter() - start
     return result
+
+
+def _source(batches: Iterable[Any]) -> Iterable[Any]:
+    if isinstance(batches, Mapping | Tensor | str) or not isinstance(batches, Iterable):
+        raise CalibrationError(
+            f"`batches` is {type(batches).__name__}; it must be an iterable of batches: for a single one, give [batch]"
+        )
+    return batches
 
 
 def _calibration_data(batches: Iterable[Any] | None, config: PruningConfig) -> list[MicroBatch]:
@@ -164,6 +175,8 @@ class _Sweep:
     def _sweep_list(self, blocks: list[nn.Module], by_block: dict[int, list[PrunableWeight]]) -> None:
         """Algorithm 1: statistics of a block, its masks, and its pruned outputs as the next one's inputs."""
         with _applied(self._chosen(), self.masks):  # an encoder is pruned before its decoder's inputs are computed
+            probe = self.data[0].first_sample()
+            capture_calls(blocks, lambda: self.forward(probe), to_the_end=True)
             captured = [self._captured(blocks, batch) for batch in self.data]
         order = [index for index, _ in captured[0]]
         if not order or any([index for index, _ in calls] != order for calls in captured):
@@ -203,7 +216,7 @@ class _Sweep:
         for batch, call, inputs in zip(self.data, calls, hidden, strict=True):
             if recorder is not None:
                 recorder.next_batch(batch)
-            output = call.run(block, inputs)
+            output = hidden_of(call.run(block, inputs))
             if recorder is None:
                 outputs.append(output)
             self._step()
@@ -242,7 +255,10 @@ class _Sweep:
         else:
             scores = score.function(matrix, statistics.squared_norm if statistics is not None else None)
         if not bool(scores.isfinite().all()):
-            raise CalibrationError(f"{weight.name} contains NaN or infinite weights; the model was left as it was")
+            raise CalibrationError(
+                f"the scores of {weight.name} are not finite: its weights or their inputs are too large for float32. "
+                "The model was left as it was; look at the calibration data, or exclude the layer"
+            )
         structure = self.config.structure
         if structure is not None:
             return select_n_of_m(scores, structure.n, structure.m)
@@ -258,40 +274,52 @@ class _Sweep:
 
 
 def _commit(weights: list[PrunableWeight], masks: MaskSet) -> None:
-    """Apply all masks for good. An interrupt half-way is held back until the last one is applied."""
+    """Apply all masks for good."""
+    _all_or_again(lambda weight: weight.remove(masks[weight.name]), weights)
+
+
+def _all_or_again(act: Callable[[Any], None], items: Iterable[Any]) -> None:
+    """Act on every item. An interrupt half-way is held back until all are acted on, from the first one anew."""
     try:
-        for weight in weights:
-            weight.remove(masks[weight.name])
+        for item in items:
+            act(item)
     except BaseException:
-        for weight in weights:
-            weight.remove(masks[weight.name])
+        for item in items:
+            act(item)
         raise
 
 
 @contextmanager
 def _applied(weights: list[PrunableWeight], masks: MaskSet) -> Iterator[None]:
     """Weights pruned for a while: dense again afterwards, whatever happens."""
-    with ExitStack() as undo:
+    taken: list[tuple[PrunableWeight, Tensor, Tensor]] = []
+    try:
         for weight in weights:
             mask = masks[weight.name].to(weight.parameter.device)
-            undo.callback(weight.restore, mask, weight.matrix()[~mask])
+            taken.append((weight, mask, weight.matrix()[~mask]))
             weight.remove(mask)
         yield
+    finally:
+        _all_or_again(lambda item: item[0].restore(*item[1:]), taken)
 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no key-value caches, both as they were afterwards, module by module."""
+    """Evaluation mode, no key-value caches, no fused attention (it would bypass the hooks on the layers in it);
+    all as they were afterwards, module by module."""
     training = [module for module in model.modules() if module.training]
     caching = {
         id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", False) is True
     }
+    fused = torch.backends.mha.get_fastpath_enabled()
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         model.eval()
         for config in caching.values():
             config.use_cache = False
         yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
         for config in caching.values():
             config.use_cache = True
         for module in training:

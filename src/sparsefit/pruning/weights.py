@@ -60,7 +60,8 @@ def canonical_name(name: str) -> str:
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a layer that this package can prune: nn.Linear, or the Conv1D of GPT-2."""
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+    # A weight that a parametrization computes anew in each pass is no parameter: zeros written to it would be lost.
+    if not isinstance(weight, nn.Parameter) or weight.ndim != 2 or not weight.is_floating_point():
         return False
     return isinstance(module, nn.Linear) or _is_transposed(module)
 
@@ -85,7 +86,8 @@ def find_weights(
         The prunable weights, and for each other matrix of the model its name and the reason.
 
     Raises:
-        ConfigError: if nothing would be pruned, a target does not exist, or N:M does not divide a width.
+        ConfigError: if nothing would be pruned, a target does not exist, N:M does not divide a width, or weights
+            are NaN or infinite.
     """
     candidates = {name: module for name, module in base_modules(model).items() if is_linear(module)}
     _check_names_exist((*(config.targets or ()), *config.exclude), list(candidates))
@@ -99,8 +101,10 @@ def find_weights(
         reason = _reason_to_keep(name, layer, config, inside, embedded, outputs)
         if reason:
             reasons[id(layer.weight)] = reason
-        else:
-            found.setdefault(id(layer.weight), (f"{name}.weight", []))[1].append(layer)
+            continue
+        layers = found.setdefault(id(layer.weight), (f"{name}.weight", []))[1]
+        if layer not in layers:  # one layer may stand under several names
+            layers.append(layer)
     weights = [
         PrunableWeight(n, layers[0].weight, tuple(layers), _is_transposed(layers[0])) for n, layers in found.values()
     ]
@@ -110,6 +114,7 @@ def find_weights(
             + (f" after targets={config.targets}, exclude={config.exclude}" if config.targets or config.exclude else "")
         )
     _check_widths(weights, config.structure)
+    _check_finite(weights)
     return weights, _left_dense(model, set(found), reasons)
 
 
@@ -187,6 +192,15 @@ def _check_widths(weights: list[PrunableWeight], pattern: Pattern | None) -> Non
         raise ConfigError(
             f"pattern '{pattern.n}:{pattern.m}' needs widths that {pattern.m} divides; it does not fit "
             f"{', '.join(misfits[:5])}{', ...' if len(misfits) > 5 else ''}: exclude them or take another pattern"
+        )
+
+
+def _check_finite(weights: list[PrunableWeight]) -> None:
+    broken = [weight.name for weight in weights if not bool(weight.matrix().isfinite().all())]
+    if broken:
+        raise ConfigError(
+            f"{', '.join(broken[:5])}{', ...' if len(broken) > 5 else ''}: these weights are NaN or infinite, and such "
+            "weights cannot be compared. The model was left as it was; load sound ones, or exclude the layers"
         )
 
 

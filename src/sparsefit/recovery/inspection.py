@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -63,6 +64,16 @@ class Inspection:
     def sparsity(self) -> float:
         """Share of zeros over the pruned matrices."""
         return sum(m.zeros for m in self.pruned) / max(1, sum(m.weights for m in self.pruned))
+
+    def account(self) -> dict[str, Any]:
+        """The counts as a report holds them: in total and for each pruned matrix."""
+        return {
+            "total": self.sparsity,
+            "zeros": sum(m.zeros for m in self.pruned),
+            "weights": sum(m.weights for m in self.pruned),
+            "parameters": self.parameters,
+            "layers": [asdict(m) | {"shape": list(m.shape), "sparsity": m.sparsity} for m in self.pruned],
+        }
 
 
 def inspect_folder(folder: str | Path) -> Inspection:

@@ -34,13 +34,13 @@ h3{font-size:.95rem;margin:18px 0 6px}
 .muted{color:var(--muted)}.small{font-size:.85rem}
 .grid{display:grid;gap:14px;margin-top:14px;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr))}
 .tiles{display:flex;flex-wrap:wrap;gap:14px;margin-top:22px}
-.tiles>*{flex:1 1 150px;overflow-wrap:anywhere}.tiles>.wide{flex:2 1 430px}
+.tiles>*{flex:1 1 150px;overflow-wrap:anywhere}.tiles>.wide{flex:2 1 400px}
 .card{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:16px 18px;min-width:0}
 section.card{margin-top:14px}
 .grid>section.card{margin-top:0}
 .grid>section:last-child:nth-child(odd){grid-column:1/-1}
 .card svg{display:block;width:100%;height:auto;max-width:540px;margin:0 auto}
-.tile b{display:block;font-size:1.6rem;line-height:1.25;font-variant-numeric:tabular-nums}
+.tile b{display:block;white-space:nowrap;font-size:1.4rem;line-height:1.25;font-variant-numeric:tabular-nums}
 .steps{display:flex;flex-wrap:wrap;align-items:end;gap:4px 10px}
 .steps .muted{padding-bottom:.3rem}
 .meter{height:6px;border-radius:3px;background:var(--line);margin:8px 0 2px;overflow:hidden}
@@ -59,7 +59,7 @@ pre{margin:0;white-space:pre-wrap;background:var(--page);border-radius:8px;paddi
 summary{cursor:pointer;font-weight:600}
 details[open]>summary{margin-bottom:10px}
 ul{margin:6px 0;padding-left:20px}
-@media(max-width:520px){h1{font-size:1.4rem}.tile b{font-size:1.4rem}.card{padding:14px 12px}
+@media(max-width:520px){h1{font-size:1.4rem}.card{padding:14px 12px}
 table{font-size:.8rem}th,td{padding:5px 4px}td code{font-size:.75rem}}
 """
 

@@ -1,0 +1,47 @@
+"""The command line: `sparsefit fit`, `sparsefit prune` and `sparsefit inspect`.
+
+Each command imports what it needs when it runs, so that help and errors come at once.
+"""
+
+from __future__ import annotations
+
+import sys
+
+USAGE = """usage: sparsefit COMMAND ...
+
+  fit --config FILE      prune a model at fit start, recover it inside a GPU-hour budget, export and report
+  prune --config FILE    the same recipe without its training: evaluate, prune, evaluate, export and report
+  inspect FOLDER         count the zeros of a saved model and check them against its masks
+
+Every setting of a recipe can be given on the command line too (--pruning.sparsity 0.6); `sparsefit fit --help`
+lists them, and `sparsefit fit --model.help CLASS` or `--data.help CLASS` those of a model or data class."""
+
+
+def main() -> int:
+    """Run the command of `sys.argv`; returns the exit status: 2 for wrong input, 1 for a check that failed."""
+    command, *rest = sys.argv[1:] or ["--help"]
+    if command in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if command == "--version":
+        from sparsefit import __version__
+
+        print(__version__)
+        return 0
+    if command not in ("fit", "prune", "inspect"):
+        print(f"sparsefit: there is no command {command!r}\n\n{USAGE}", file=sys.stderr)
+        return 2
+
+    from sparsefit.errors import SparsefitError
+
+    try:
+        if command == "inspect":
+            from sparsefit.cli.inspect import inspect
+
+            return inspect(rest)
+        from sparsefit.cli.fit import fit
+
+        return fit(rest, train=command == "fit")
+    except SparsefitError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2

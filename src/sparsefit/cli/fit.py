@@ -1,0 +1,93 @@
+"""`sparsefit fit` and `sparsefit prune`: a recipe in YAML, run by LightningCLI."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from sparsefit.callbacks import GPUHourBudget, RunReport, WandaPruning
+from sparsefit.callbacks.run_folder import LOGS
+from sparsefit.errors import ConfigError
+
+
+def fit(arguments: list[str], train: bool) -> int:
+    """Run a recipe; without training it is a fit that takes no step."""
+    sys.argv[1:] = ["fit", *arguments, *([] if train else ["--trainer.max_steps=0"])]  # LightningCLI reads it there
+    SparsefitCLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_callback=_ConfigurationOfRun,
+        save_config_kwargs={"save_to_log_dir": False},
+        seed_everything_default=0,
+        auto_configure_optimizers=False,  # the module has its own
+    )
+    return 0
+
+
+class SparsefitCLI(LightningCLI):
+    """LightningCLI with the sections `budget`, `run` and `pruning` for the project's callbacks."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Give each callback a section of the recipe."""
+        parser.add_lightning_class_args(GPUHourBudget, "budget")
+        parser.add_lightning_class_args(RunReport, "run")
+        parser.add_lightning_class_args(WandaPruning, "pruning")
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Only `fit`: a recipe evaluates by itself."""
+        return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}}
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer of the recipe; logs and checkpoints go to the run folder unless it says otherwise."""
+        settings = self.config_init.fit
+        folder: Path = settings.run.folder.path
+        if settings.trainer.logger in (None, True):
+            kwargs["logger"] = TensorBoardLogger(folder, name=LOGS, version="")
+        callbacks = list(settings.trainer.callbacks or [])
+        if settings.trainer.enable_checkpointing is not False and not any(isinstance(c, Checkpoint) for c in callbacks):
+            callbacks.append(ModelCheckpoint(folder / "checkpoints", save_last=True, save_on_exception=True))
+        return super().instantiate_trainer(**{"callbacks": callbacks, "default_root_dir": str(folder), **kwargs})
+
+    def before_fit(self) -> None:
+        """Look at the checkpoint to resume from before anything is loaded."""
+        path = self.config.fit.ckpt_path
+        if path is not None and path not in ("last", "best", "hpc"):
+            check_checkpoint(Path(path))
+
+
+class _ConfigurationOfRun(SaveConfigCallback):
+    """Hands the full configuration to the run's report."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        text = self.parser.dump(self.config, skip_none=False)
+        for callback in trainer.callbacks:
+            if isinstance(callback, RunReport):
+                callback.take_configuration(text)
+
+
+def check_checkpoint(path: Path) -> None:
+    """See that a checkpoint can be read.
+
+    Raises:
+        ConfigError: if it is missing or damaged.
+    """
+    if not path.is_file():
+        raise ConfigError(f"there is no checkpoint {path}")
+    try:
+        torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        raise ConfigError(
+            f"the checkpoint {path} is damaged and cannot be read ({type(error).__name__}: {error}). "
+            "Resume from an earlier one, or start again in another run folder"
+        ) from error

@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.cli import LightningCLI
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sparsefit.data import TextDataModule
+from sparsefit.errors import ConfigError
+from sparsefit.modules.causal_lm import CausalLMModule
+from sparsefit.recovery.lora import LoraSettings
+
+QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+def llama(layers=2):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": layers}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
+
+
+def batches(count=6, size=4):
+    random = torch.Generator().manual_seed(0)
+    rows = torch.randint(10, (count * size, 12), generator=random)
+    return DataLoader([{"input_ids": row} for row in rows], batch_size=size)
+
+
+def weights(module):
+    return {name: parameter.detach().clone() for name, parameter in module.model.named_parameters()}
+
+
+def fit(module, folder, **settings):
+    trainer = Trainer(default_root_dir=folder, **QUIET | {"max_epochs": 3} | settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(module, batches(), batches(2, 3))
+    return trainer
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("lora", [None, LoraSettings(dropout=0.0)])
+def test_only_what_should_train_does_and_the_loss_falls(tmp_path, lora, checkpointing):
+    module = CausalLMModule(llama(), lora, learning_rate=1e-2, gradient_checkpointing=checkpointing)
+    before, start = weights(module), module.evaluate(batches())["perplexity"]
+    trainer = fit(module, tmp_path)
+    changed = {name for name, weight in weights(module).items() if not torch.equal(weight, before[name])}
+    if lora is None:
+        assert changed == set(before)
+    else:
+        assert changed == {name for name in before if "lora_" in name}
+        assert len(changed) == 8
+    assert module.evaluate(batches())["perplexity"] < start
+    metrics = trainer.callback_metrics
+    assert {"train_loss", "val_loss", "val_perplexity"} <= set(metrics)
+    assert float(metrics["val_perplexity"]) == pytest.approx(math.exp(metrics["val_loss"]), rel=1e-5)
+
+
+def test_gradients_do_not_depend_on_checkpointing():
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(1)
+        module = CausalLMModule(llama(), LoraSettings(dropout=0.0), gradient_checkpointing=checkpointing).train()
+        for name, parameter in module.model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.constant_(parameter, 0.1)
+        module.model(input_ids=next(iter(batches()))["input_ids"], labels=torch.ones(4, 12).long()).loss.backward()
+        gradients.append([p.grad for p in module.parameters() if p.requires_grad])
+    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients[1])
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_validation_and_test_log_the_perplexity_that_evaluate_finds(tmp_path):
+    module = CausalLMModule(llama())
+    uneven = DataLoader(batches().dataset, batch_size=5)
+    trainer = Trainer(default_root_dir=tmp_path, **QUIET)
+    expected = module.evaluate(uneven)["perplexity"]
+    (tested,) = trainer.test(module, uneven, verbose=False)
+    (validated,) = trainer.validate(module, uneven, verbose=False)
+    assert tested["test_perplexity"] == pytest.approx(expected, rel=1e-5)
+    assert validated["val_perplexity"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_masked_positions_are_not_trained_on():
+    module = CausalLMModule(llama()).eval()
+    ids = torch.arange(12)[None]
+    mask = (ids < 8).long()
+    module.log = lambda *args, **kwargs: None
+    padded = module.training_step({"input_ids": ids, "attention_mask": mask}, 0)
+    torch.testing.assert_close(padded, module.training_step({"input_ids": ids[:, :8]}, 0))
+
+
+def test_predicting_calls_the_model_without_labels():
+    module = CausalLMModule(llama())
+    calls = []
+    module.model.register_forward_pre_hook(lambda _, args, kwargs: calls.append(set(kwargs)), with_kwargs=True)
+    batch = next(iter(batches()))
+    out = module.predict_step(batch | {"labels": batch["input_ids"], "attention_mask": torch.ones(4, 12)})
+    assert calls == [{"input_ids", "attention_mask"}]
+    assert out.loss is None
+    assert module(**batch).logits.shape == (4, 12, 50)
+
+
+def test_evaluate_tells_its_progress():
+    done = []
+    CausalLMModule(llama()).evaluate(batches(3), done.append)
+    assert done == [1, 2, 3]
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(r=2, target_modules=["q_proj"])])
+def test_a_checkpoint_loads_with_weights_only(tmp_path, lora):
+    llama().save_pretrained(tmp_path / "model")
+    from sparsefit.modules import causal_lm
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(causal_lm, "load_tokenizer", lambda name: None)
+        module = CausalLMModule(str(tmp_path / "model"), lora, learning_rate=1e-2)
+        trainer = fit(module, tmp_path)
+        trainer.save_checkpoint(tmp_path / "run.ckpt")
+        checkpoint = torch.load(tmp_path / "run.ckpt", weights_only=True)
+        assert checkpoint["hyper_parameters"]["learning_rate"] == 1e-2
+        again = CausalLMModule.load_from_checkpoint(tmp_path / "run.ckpt", weights_only=True)
+    expected = weights(module)
+    assert weights(again).keys() == expected.keys()
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights(again).items())
+    assert again.hparams.lora == module.hparams.lora
+
+
+def test_a_checkpoint_of_a_model_built_in_python(tmp_path):
+    module = CausalLMModule(llama(), LoraSettings())
+    fit(module, tmp_path).save_checkpoint(tmp_path / "run.ckpt")
+    again = CausalLMModule.load_from_checkpoint(tmp_path / "run.ckpt", model=llama(), weights_only=True)
+    assert all(torch.equal(weight, weights(module)[name]) for name, weight in weights(again).items())
+
+
+def test_settings_that_cannot_work():
+    with pytest.raises(ConfigError, match="learning_rate is 0"):
+        CausalLMModule(llama(), learning_rate=0)
+    frozen = llama()
+    frozen.requires_grad_(False)
+    with pytest.raises(ConfigError, match="no parameter requires a gradient"):
+        CausalLMModule(frozen).configure_optimizers()
+
+
+class Rows(LightningDataModule):
+    def train_dataloader(self):
+        return batches()
+
+
+def test_it_is_configured_from_yaml(shared_data, tmp_path, monkeypatch):
+    model = shared_data / "tinystories656K"
+    config = tmp_path / "recipe.yaml"
+    config.write_text(f"""
+trainer: {{accelerator: cpu, logger: false, max_steps: 2, enable_progress_bar: false, enable_model_summary: false}}
+model:
+  class_path: sparsefit.modules.causal_lm.CausalLMModule
+  init_args:
+    model: {model}
+    lora: {{r: 4, target_modules: [q_proj, k_proj]}}
+    learning_rate: 1.0e-3
+data:
+  class_path: sparsefit.data.C4DataModule
+  init_args:
+    tokenizer: {model}
+    train_source:
+      - {shared_data}/c4_sample/c4_train_1000.jsonl[:900]
+    test_source: wikitext:{shared_data}/wikitext2/test_raw.txt
+    sequence_length: 64
+    batch_size: 2
+    calibration_samples: 4
+    seed: 3
+""")
+    monkeypatch.chdir(tmp_path)
+    cli = LightningCLI(args=["fit", "--config", str(config)])
+    assert isinstance(cli.datamodule, TextDataModule)
+    assert cli.datamodule.hparams.seed == 3
+    assert cli.model.hparams.lora == {"r": 4, "alpha": 16, "dropout": 0.05, "target_modules": ("q_proj", "k_proj")}
+    assert cli.trainer.global_step == 2
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    torch.load(checkpoint, weights_only=True)
+    again = CausalLMModule.load_from_checkpoint(checkpoint, weights_only=True)
+    assert torch.equal(again.model.get_input_embeddings().weight, cli.model.model.get_input_embeddings().weight)
+
+
+def test_an_unknown_key_in_yaml_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        LightningCLI(CausalLMModule, Rows, run=False, args=["--model.model", "tiny-llama", "--model.lerning_rate", "1"])
+    assert "lerning_rate" in capsys.readouterr().err
