@@ -131,7 +131,10 @@ class CausalLMModule(LightningModule):
 
 
 def _checkpoint_gradients(model: PreTrainedModel) -> None:
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if hasattr(model, "activation_checkpointing_enable"):  # its name in newer releases of transformers 5
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     # A checkpointed block whose inputs need no gradient gives its adapters none either: the embedding of a frozen
     # base does not, so its output is told to.
     model.enable_input_require_grads()

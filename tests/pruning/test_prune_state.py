@@ -1,0 +1,303 @@
+"""What `prune` leaves behind: a model as it was but for its zeros, whole pruned or untouched."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from sparsefit import PruningConfig, prune
+from sparsefit.errors import CalibrationError, ConfigError
+from sparsefit.pruning.weights import PrunableWeight
+
+
+def sequences(count: int, length: int = 7) -> list[dict[str, torch.Tensor]]:
+    ids = torch.randint(3, 61, (count, 1, length), generator=torch.Generator().manual_seed(1))
+    return [{"input_ids": row} for row in ids]
+
+
+def state(model: nn.Module) -> dict:
+    """All that pruning must give back: flags, hooks, replaced attributes, settings."""
+    return {
+        name: (
+            module.training,
+            list(module._forward_hooks),
+            list(module._forward_pre_hooks),
+            "forward" in vars(module),
+            vars(module).get("forward"),
+            getattr(getattr(module, "config", None), "use_cache", None),
+            [p.requires_grad for p in module.parameters(recurse=False)],
+        )
+        for name, module in model.named_modules()
+    }
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Equal to the bit, NaN included."""
+    as_bits = {torch.float32: torch.int32}
+    return all(
+        torch.equal(
+            a[k].view(as_bits.get(a[k].dtype, a[k].dtype)), b[k].view_as(a[k]).view(as_bits.get(a[k].dtype, a[k].dtype))
+        )
+        for k in a
+    )
+
+
+def unusual(model: nn.Module) -> nn.Module:
+    """A model in the middle of something: parts in training, parts frozen, hooks and replaced forwards."""
+    model.train()
+    model.model.norm.eval()
+    model.model.layers[1].eval()
+    for parameter in model.model.layers[0].parameters():
+        parameter.requires_grad_(False)
+    block = model.model.layers[1]
+    own = block.forward
+    block.forward = lambda *args, **kwargs: own(*args, **kwargs)
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    return model
+
+
+@pytest.mark.parametrize("update", ["block", "none"])
+@pytest.mark.parametrize("fails", [False, True], ids=["works", "fails"])
+def test_all_but_the_pruned_weights_is_as_it_was(tiny_model, update, fails):
+    model = unusual(tiny_model("llama"))
+    assert model.config.use_cache
+    model.model.layers[2].mlp.down_proj.register_forward_hook(lambda *_: 1 / 0 if fails else None)
+    before, dense = state(model), weights(model)
+    if fails:
+        with pytest.raises(ZeroDivisionError):
+            prune(model, sequences(2), PruningConfig(update=update))
+        assert same(weights(model), dense)
+    else:
+        masks = prune(model, sequences(2), PruningConfig(update=update)).masks
+        expected = {n: torch.where(masks[n], w, 0.0) if n in masks else w for n, w in dense.items()}
+        assert same(weights(model), expected)
+    assert state(model) == before
+    assert torch.is_grad_enabled()
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_dropout_is_off_while_calibrating(tiny_model):
+    settings = {"attention_dropout": 0.5}
+    training, evaluating = tiny_model("llama", **settings).train(), tiny_model("llama", **settings)
+    assert prune(training, sequences(3)).masks.digest() == prune(evaluating, sequences(3)).masks.digest()
+
+
+@pytest.mark.parametrize("source", ["forward", "forward_pre"])
+def test_exceptions_of_the_model_are_passed_on_whole(tiny_model, source):
+    class OwnError(Exception):
+        pass
+
+    error = OwnError("out of luck")
+
+    def fail(*_):
+        raise error
+
+    model = tiny_model("llama")
+    block = model.model.layers[1].mlp
+    (block.register_forward_hook if source == "forward" else block.register_forward_pre_hook)(fail)
+    dense = weights(model)
+    with pytest.raises(OwnError) as caught:
+        prune(model, sequences(2))
+    assert caught.value is error
+    assert same(weights(model), dense)
+
+
+@pytest.mark.parametrize("update", ["block", "none"])
+def test_an_interrupt_at_any_step_leaves_the_model_dense(tiny_model, update):
+    config = PruningConfig(update=update, micro_batch_size=1)
+    steps: list[tuple[int, int]] = []
+    prune(tiny_model("llama"), sequences(2), config, progress=lambda *step: steps.append(step))
+    assert [done for done, _ in steps] == sorted(done for done, _ in steps)
+    assert [step for step in steps if step[0] >= step[1]] == [steps[-1]]
+    model = tiny_model("llama")
+    dense, before = weights(model), state(model)
+    for at in range(len(steps)):
+        calls = itertools.count()
+
+        def interrupt(done, total, calls=calls, at=at):
+            if next(calls) == at:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            prune(model, sequences(2), config, progress=interrupt)
+        assert same(weights(model), dense), f"step {at}"
+        assert state(model) == before
+    result = prune(model, sequences(2), config)
+    result.masks.verify(model)
+
+
+@pytest.mark.parametrize("method", ["remove", "restore"])
+def test_an_interrupt_while_weights_are_written_leaves_the_model_dense_or_whole_pruned(tiny_model, monkeypatch, method):
+    config = PruningConfig(micro_batch_size=1)
+    pruned = tiny_model("llama")
+    original, total = getattr(PrunableWeight, method), itertools.count()
+    monkeypatch.setattr(PrunableWeight, method, lambda *args: (next(total), original(*args))[1])
+    prune(pruned, sequences(1), config)
+    dense, outcomes = weights(tiny_model("llama")), set()
+    for at in range(next(total)):
+        model, calls = tiny_model("llama"), itertools.count()
+
+        def interrupted(*args, calls=calls, at=at):
+            if next(calls) == at:
+                raise KeyboardInterrupt
+            return original(*args)
+
+        monkeypatch.setattr(PrunableWeight, method, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prune(model, sequences(1), config)
+        is_dense, is_pruned = same(weights(model), dense), same(weights(model), weights(pruned))
+        assert is_dense or is_pruned, f"write {at}"
+        outcomes.add("pruned" if is_pruned else "dense")
+    assert outcomes == ({"dense", "pruned"} if method == "remove" else {"dense"})
+
+
+BAD_CONFIGS = [
+    ({"sparsity": 1.0}, r"1\.0.*\[0, 1\)"),
+    ({"sparsity": -0.1}, r"-0\.1"),
+    ({"sparsity": float("nan")}, "nan"),
+    ({"sparsity": float("inf")}, "inf"),
+    ({"sparsity": True}, "True"),
+    ({"sparsity": "0.5"}, "'0.5'"),
+    ({"sparsity": None}, "None"),
+    *(({"pattern": text}, "pattern") for text in ("2-4", "2:4:8", "", "a:b", "4:4", "0:4", "5:4", "-1:4", " 2:4", 24)),
+    ({"sparsity": 0.6, "pattern": "2:4"}, "contradicts"),
+    ({"sparsity": 0.25, "pattern": "1:4"}, "contradicts"),
+    ({"score": "wonda"}, "wanda, magnitude"),
+    ({"granularity": "row"}, "output, layer"),
+    ({"update": "layers"}, "block, none"),
+    ({"targets": ()}, "targets is empty"),
+    ({"targets": [1]}, "targets"),
+    ({"exclude": None}, "exclude"),
+    ({"micro_batch_size": 0}, "micro_batch_size"),
+    ({"micro_batch_size": True}, "micro_batch_size"),
+]
+
+
+@pytest.mark.parametrize(("settings", "cause"), BAD_CONFIGS, ids=[str(settings) for settings, _ in BAD_CONFIGS])
+def test_settings_that_cannot_work_are_refused_by_name(settings, cause):
+    with pytest.raises(ConfigError, match=cause):
+        PruningConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "share"), [({"sparsity": 0.75, "pattern": "1:4"}, 0.75), ({"pattern": "3:4"}, 0.25)]
+)
+def test_a_pattern_carries_its_own_sparsity(settings, share):
+    assert PruningConfig(**settings).sparsity == share
+
+
+BAD_CALLS = {
+    "width": (
+        {"pattern": "1:5", "exclude": ("down_proj",)},
+        [],
+        ConfigError,
+        r"layers\.0\.self_attn\.q_proj\.weight \(32",
+    ),
+    "target": ({"targets": ("q_porj",)}, [], ConfigError, "'q_porj'.*q_proj"),
+    "exclude": ({"exclude": ("down_porj",)}, [], ConfigError, "'down_porj'.*down_proj"),
+    "all excluded": ({"targets": ("q_proj",), "exclude": ("q_proj",)}, [], ConfigError, "no prunable weights"),
+    "no source": ({}, None, CalibrationError, "give `batches`"),
+    "empty": ({}, [], CalibrationError, "no batch"),
+    "one batch": ({}, sequences(1)[0], CalibrationError, r"\[batch\]"),
+    "one tensor": ({}, sequences(1)[0]["input_ids"], CalibrationError, r"\[batch\]"),
+    "not iterable": ({}, 7, CalibrationError, "int"),
+    "text": ({}, ["a text"], CalibrationError, "batch is str"),
+    "numbers": ({}, [3], CalibrationError, "batch is int"),
+    "too many values": ({}, [tuple(range(40))], CalibrationError, "40 positional values"),
+    "wrong keys": ({}, [{"pixel_values": torch.zeros(1, 3)}], Exception, "input_ids"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_calls_that_cannot_work_name_the_cause_and_change_nothing(tiny_model, case):
+    settings, batches, error, cause = BAD_CALLS[case]
+    model = tiny_model("llama")
+    dense, before = weights(model), state(model)
+    with pytest.raises(error, match=cause):
+        prune(model, batches, PruningConfig(**settings))
+    assert same(weights(model), dense)
+    assert state(model) == before
+
+
+def test_wrong_keys_of_a_plain_module_name_its_signature():
+    class Model(nn.Sequential):
+        def forward(self, pixels):
+            return super().forward(pixels)
+
+    model = Model(nn.Linear(4, 4), nn.Linear(4, 4))
+    with pytest.raises(CalibrationError, match=r"keys image.*\(pixels\)"):
+        prune(model, [{"image": torch.randn(2, 4)}])
+
+
+def test_a_generator_that_was_used_up_is_no_calibration_data(tiny_model):
+    source = iter(sequences(3))
+    model = tiny_model("llama")
+    prune(model, source)
+    dense = weights(model)
+    with pytest.raises(CalibrationError, match="used up"):
+        prune(model, source)
+    assert same(weights(model), dense)
+
+
+def test_a_model_without_linear_layers_is_refused():
+    with pytest.raises(ConfigError, match="no prunable weights"):
+        prune(nn.Sequential(nn.Conv2d(3, 3, 3)), [torch.randn(1, 3, 8, 8)])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30], ids=str)
+@pytest.mark.parametrize("size", [1, 2, 8])
+@pytest.mark.parametrize("update", ["block", "none"])
+def test_activations_that_are_not_finite_name_layer_and_batch(tiny_model, update, size, bad):
+    batches = [{"inputs_embeds": torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(i))} for i in range(5)]
+    batches[3]["inputs_embeds"][1, 4, 7] = bad
+    model = tiny_model("opt", do_layer_norm_before=False)
+    dense, before = weights(model), state(model)
+    with pytest.raises(CalibrationError, match=r"layers\.0\.self_attn\.[kqv]_proj\.weight .*batch 3\b"):
+        prune(model, batches, PruningConfig(update=update, micro_batch_size=size))
+    assert same(weights(model), dense)
+    assert state(model) == before
+
+
+def test_activations_that_are_not_finite_are_found_behind_flattened_inputs():
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer(x.flatten(0, 1))
+
+    batches = [torch.randn(2, 5, 4) for _ in range(4)]
+    batches[2][0, 0, 0] = torch.nan
+    with pytest.raises(CalibrationError, match=r"layer\.weight .*batch 2\b"):
+        prune(Flat(), batches)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")], ids=str)
+@pytest.mark.parametrize("score", ["wanda", "magnitude"])
+def test_weights_that_are_not_finite_name_their_layer(tiny_model, score, value):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight[3, 4] = value
+    dense = weights(model)
+    with pytest.raises(ConfigError, match=r"layers\.1\.self_attn\.v_proj\.weight"):
+        prune(model, sequences(2), PruningConfig(score=score))
+    assert same(weights(model), dense)
+
+
+def test_scores_beyond_float32_are_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    nn.init.constant_(model[0].weight, 1e30)
+    dense = copy.deepcopy(model.state_dict())
+    with pytest.raises(CalibrationError, match=r"0\.weight.*too large"):
+        prune(model, [torch.full((1, 4), 1e15)], PruningConfig(targets=("0",)))
+    assert same(weights(model), dense)
