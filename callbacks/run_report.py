@@ -30,10 +30,10 @@ _MARGIN = 1.25  # the last evaluation may be somewhat slower than the ones it is
 class RunReport(Callback):
     """Fills a run folder: sparse base, adapter, masks, `report.json` and `report.html`.
 
-    The module is evaluated dense, pruned and recovered if it has a method `evaluate(batches, progress)` that
-    returns figures by name and there are test data; the attribute `metrics` says which way each is better
-    ("lower" or "higher"). The sparse base is written as soon as the model is pruned, so a run that breaks off
-    later leaves it; what was trained until then is written too.
+    The module is evaluated dense, pruned and recovered if there are test data and it has a method
+    `evaluate(batches, progress)` that returns figures by name and calls `progress` after each batch; its attribute
+    `metrics` says which way each figure is better ("lower" or "higher"). The sparse base is written as soon as
+    the model is pruned, so a run that breaks off later leaves it; what was trained until then is written too.
 
     Args:
         folder: The run folder: new or empty, unless a run is resumed.
@@ -145,7 +145,7 @@ class RunReport(Callback):
         with self._charged(trainer, "evaluation"), trainer.precision_plugin.val_step_context():
             total = len(loader) if hasattr(loader, "__len__") else None
             with stage_progress(f"evaluating the {stage} model", total, visible=trainer.is_global_zero) as advance:
-                figures = evaluate(loader, progress=advance)
+                figures = evaluate(loader, progress=lambda _: advance())
         for metric, value in figures.items():
             self.report.setdefault(metric, {})[stage] = value
             for logger in trainer.loggers:

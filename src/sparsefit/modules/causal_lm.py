@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -38,6 +38,9 @@ class CausalLMModule(LightningModule):
         gradient_checkpointing: compute activations twice to hold fewer of them.
         attn_implementation: transformers' attention: "sdpa", "eager", "flash_attention_2"; None is its choice.
     """
+
+    metrics: ClassVar[dict[str, str]] = {"perplexity": "lower"}
+    """What `evaluate` measures, and which way is better."""
 
     def __init__(
         self,
@@ -74,6 +77,7 @@ class CausalLMModule(LightningModule):
         if gradient_checkpointing:
             _checkpoint_gradients(base)
         self.model = attach_lora(base, lora) if lora is not None else base
+        self.model.train()  # from_pretrained returns a model in evaluation mode
         self.val_loss = MeanMetric()
         self.test_loss = MeanMetric()
 

@@ -1,0 +1,100 @@
+"""Who may import whom: the layers of the package, read from its source."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("transformers", "datasets", "lightning", "peft", "matplotlib", "torchmetrics", "pyarrow", "rich")
+
+# Beside the standard library, sparsefit.errors and itself, a package may import these and no others.
+ALLOWED = {
+    "errors": set(),
+    "pruning": {"torch", "safetensors"},
+    "recovery": {"torch", "safetensors", "peft", "sparsefit.pruning"},
+    "evaluation": {"torch", "transformers", "datasets", "torchmetrics", "lightning"},
+    "modules": {"torch", "transformers", "datasets", "torchmetrics", "lightning", "huggingface_hub"}
+    | {"sparsefit.evaluation", "sparsefit.recovery", "sparsefit.pruning"},
+    "data": {"torch", "transformers", "datasets", "torchmetrics", "lightning", "huggingface_hub"}
+    | {"pyarrow", "fsspec", "sparsefit.modules"},
+    "reporting": {"torch", "rich", "matplotlib", "numpy", "psutil"},
+    "callbacks": {"torch", "lightning", "sparsefit.pruning", "sparsefit.recovery", "sparsefit.reporting"},
+}
+
+
+def sources() -> dict[str, Path]:
+    """Every module of the package and its file."""
+    folders = {"sparsefit": ROOT / "src/sparsefit", "sparsefit.callbacks": ROOT / "callbacks"}
+    return {
+        ".".join((package, *path.relative_to(folder).with_suffix("").parts)).removesuffix(".__init__"): path
+        for package, folder in folders.items()
+        for path in sorted(folder.rglob("*.py"))
+    }
+
+
+SOURCES = sources()
+
+
+@cache
+def imports(module: str) -> frozenset[str]:
+    """What a module imports anywhere in it, each name as deep as it is a module."""
+    found = set()
+    for node in ast.walk(ast.parse(SOURCES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} imports relatively"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in SOURCES else node.module for name in names}
+    return frozenset(found - {"__future__"})
+
+
+def layer(name: str) -> str:
+    """The unit that the rules speak of: `torch`, or `sparsefit.pruning` and the like."""
+    parts = name.split(".")
+    return ".".join(parts[:2]) if parts[0] == "sparsefit" else parts[0]
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_a_package_imports_what_its_layer_may(package):
+    own = f"sparsefit.{package}"
+    modules = [name for name in SOURCES if layer(name) == own]
+    assert modules
+    for module in modules:
+        used = {layer(name) for name in imports(module)} - {own, "sparsefit.errors"} - sys.stdlib_module_names
+        assert used <= ALLOWED[package], f"{module} may not import {', '.join(sorted(used - ALLOWED[package]))}"
+
+
+def test_every_package_has_a_rule():
+    packages = {layer(name).partition(".")[2] for name in SOURCES} - {"", "cli", "__main__"}
+    assert packages == set(ALLOWED)
+
+
+def test_only_the_command_line_imports_callbacks_and_nothing_imports_it():
+    for module in SOURCES:
+        used = {layer(name) for name in imports(module)}
+        if layer(module) not in ("sparsefit.callbacks", "sparsefit.cli"):
+            assert "sparsefit.callbacks" not in used, module
+        if layer(module) != "sparsefit.cli" and module != "sparsefit.__main__":
+            assert "sparsefit.cli" not in used, module
+
+
+def test_no_module_imports_itself_in_a_circle():
+    graph = {module: {name for name in imports(module) if name in SOURCES and name != module} for module in SOURCES}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+def test_the_engine_alone_is_light():
+    code = f"import sparsefit, sys; print(*[name for name in {HEAVY} if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == []
