@@ -177,12 +177,11 @@ def calibration_forward(trainer: Trainer, module: LightningModule) -> Callable[[
         else:
             batch = module.on_before_batch_transfer(batch, 0)
         batch = trainer.strategy.batch_to_device(batch)
-        with trainer.precision_plugin.predict_step_context():
-            if callable(own_step):
-                return own_step(batch)
-            if has_predict_step:
-                return module.predict_step(batch, 0)
-            return _call_forward(module, batch)
+        if callable(own_step):
+            return own_step(batch)
+        if has_predict_step:
+            return module.predict_step(batch, 0)
+        return _call_forward(module, batch)
 
     return forward
 

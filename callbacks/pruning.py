@@ -15,6 +15,7 @@ from sparsefit.callbacks.budget import budget_of, ledger_of
 from sparsefit.callbacks.calibration import calibration_batches, calibration_forward, predicting
 from sparsefit.errors import ConfigError, MaskError
 from sparsefit.pruning import MaskSet, PruningConfig, PruningResult, prune
+from sparsefit.pruning.scores import SCORES
 from sparsefit.recovery.guard import MaskGuard
 from sparsefit.reporting.console import stage_progress
 from sparsefit.reporting.machine import peak_memory
@@ -83,26 +84,22 @@ class WandaPruning(Callback):
         self._guard: MaskGuard | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prune, unless a checkpoint is being resumed or this very model was pruned before."""
-        if trainer.ckpt_path is not None:
-            return  # strategies such as FSDP restore weights and masks only after this hook: see on_train_start
-        if self.masks is None or not self._holds(pl_module):
-            self._prune(trainer, pl_module)
+        """Prune, unless a checkpoint brought the masks or this very model was pruned before."""
+        # As FSDP does: then it shows only in on_train_start whether there is a checkpoint, and masks in it.
+        if not trainer.strategy.restore_checkpoint_after_setup:
+            self._prune_if_dense(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check what a checkpoint brought back; prune now if it holds a model that never was pruned."""
-        if self.masks is None:
-            rank_zero_info(
-                "The checkpoint holds no masks: it was saved before any pruning, so the model is pruned now."
-            )
-            self._prune(trainer, pl_module)
+        """Check what a checkpoint brought back, and guard the weights that train."""
+        if trainer.strategy.restore_checkpoint_after_setup:
+            self._prune_if_dense(trainer, pl_module)
         self.masks.verify(pl_module)
         self._guard = MaskGuard(self.masks)
         self._guard.watch(pl_module, trainer.optimizers)
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Guard weights that were unfrozen since, as by Lightning's BaseFinetuning."""
-        if self._guard is not None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Guard weights that were unfrozen as the epoch began, as Lightning's BaseFinetuning does."""
+        if batch_idx == 0:  # not on_train_epoch_start: callbacks further down the list have not had theirs then
             self._guard.watch(pl_module, trainer.optimizers)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -115,15 +112,21 @@ class WandaPruning(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the hooks off the weights and optimizers."""
-        if self._guard is not None:
-            self._guard.remove()
-            self._guard = None
+        self._unguard()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The same: Lightning calls no `teardown` after an exception."""
+        self._unguard()
 
     def state_dict(self) -> dict[str, Any]:
         """The masks (one bit a weight), the configuration and an account of the pruning."""
         if self.masks is None:
             return {}
         return {"masks": self.masks.state_dict(), "digest": self.masks.digest(), "summary": self.summary}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Forget the masks of an earlier fit: from here on those of the checkpoint count, or that it has none."""
+        self.masks = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the masks of a checkpoint.
@@ -143,18 +146,27 @@ class WandaPruning(Callback):
                 f"the settings given now ({_plain(self.config)}) change nothing."
             )
 
+    def _prune_if_dense(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.masks is None or (trainer.ckpt_path is None and not self._holds(module)):
+            self._prune(trainer, module)
+
     def _prune(self, trainer: Trainer, module: LightningModule) -> None:
         if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
             raise ConfigError(
                 f"{type(trainer.strategy).__name__} splits the weights over devices before they can be compared; prune "
                 "first (`sparsefit prune`, or fit with max_steps=0 on one device) and train the pruned model with it"
             )
+        if trainer.ckpt_path is not None:
+            rank_zero_info("The checkpoint holds no masks: it was saved before any pruning. The model is pruned now.")
         _tell_callbacks(trainer, "on_pruning_start", module)
         with ledger_of(trainer).stage("calibration and pruning"), predicting(trainer):
-            batches, source = calibration_batches(trainer, self.calibration, self.calibration_samples)
+            batches, source = None, "nothing: this score needs no data"
+            if SCORES[self.config.score].needs_inputs:
+                batches, source = calibration_batches(trainer, self.calibration, self.calibration_samples)
             rank_zero_info(f"Calibrating on {source}.")
-            with self._progress(trainer) as progress:
-                forward = calibration_forward(trainer, module)
+            forward = calibration_forward(trainer, module)
+            # Blocks are run alone, too, so the precision is set for all of the pruning and not for each forward.
+            with self._progress(trainer) as progress, trainer.precision_plugin.predict_step_context():
                 self.result = prune(module, batches, self.config, forward=forward, progress=progress)
         self.masks = self.result.masks
         self.summary = self._account(trainer, source)
@@ -211,6 +223,11 @@ class WandaPruning(Callback):
         for logger in trainer.loggers:
             logger.log_hyperparams({**settings, "pruning/digest": self.summary["digest"]})
             logger.log_metrics(metrics, step=trainer.global_step)
+
+    def _unguard(self) -> None:
+        if self._guard is not None:
+            self._guard.remove()
+            self._guard = None
 
     def _holds(self, module: LightningModule) -> bool:
         try:

@@ -15,7 +15,7 @@ LOGS = "logs"
 
 
 class RunFolder:
-    """Where the things of a run lie. Holds the path; makes nothing before `claim`.
+    """Where the things of a run lie. Holds the path; makes nothing before `check`.
 
     Args:
         path: The folder.
@@ -30,12 +30,11 @@ class RunFolder:
         self.html = self.path / "report.html"
         self.configuration = self.path / "config.yaml"
 
-    def claim(self, module: nn.Module, resuming: bool) -> None:
-        """Make the folder and see that a run of this model fits into it.
+    def check(self, resuming: bool) -> None:
+        """See that a run may use the folder, which is made if it is not there.
 
         Raises:
-            RunFolderError: if the folder holds a run already (and none is resumed), cannot be written to, or
-                its disk is too full for the model and a checkpoint of it.
+            RunFolderError: if the folder holds a run already (and none is resumed), or cannot be written to.
         """
         if self.path.exists() and not self.path.is_dir():
             raise RunFolderError(f"the run folder {self.path} is a file; choose another path")
@@ -53,6 +52,14 @@ class RunFolder:
             raise
         except OSError as error:
             raise RunFolderError(f"the run folder {self.path} cannot be written to: {error}") from error
+
+    def claim(self, module: nn.Module, resuming: bool) -> None:
+        """See that a run may use the folder and that a run of this model fits into it.
+
+        Raises:
+            RunFolderError: as `check`, or if its disk is too full for the model and a checkpoint of it.
+        """
+        self.check(resuming)
         # The sparse base, a checkpoint, and the one that replaces it.
         needed = 3 * sum(p.numel() * p.element_size() for p in module.parameters())
         free = shutil.disk_usage(self.path).free

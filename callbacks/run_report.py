@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from sparsefit.callbacks.budget import budget_of, ledger_of
 from sparsefit.callbacks.run_folder import RunFolder
 from sparsefit.pruning import MaskSet, PruningResult
-from sparsefit.recovery.export import export_adapter, export_base
+from sparsefit.recovery.export import export_adapter, export_base, trains_base
 from sparsefit.recovery.inspection import inspect_folder
 from sparsefit.reporting.console import console, stage_progress, summary
 from sparsefit.reporting.html import render_html
@@ -49,14 +50,15 @@ class RunReport(Callback):
         self.report: dict[str, Any] = {}
         self._history: list[dict[str, float]] = []
         self._seconds = {"evaluation": 0.0, "export": 0.0}  # the longest of each
+        self._configuration: str | None = None
+        self._claimed = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the folder before anything is spent."""
+        """Begin the report."""
         if stage != "fit":
             return
         ledger_of(trainer)
-        if trainer.is_global_zero:
-            self.folder.claim(pl_module, resuming=trainer.ckpt_path is not None)
+        self._claimed = False
         self.report = {
             "name": self.name,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -69,11 +71,21 @@ class RunReport(Callback):
 
     def take_configuration(self, text: str) -> None:
         """Keep the YAML of the run in the report, and beside it as a file that a new run can start from."""
-        self.report["configuration"] = text
-        self.folder.configuration.write_text(text, encoding="utf-8")
+        self._configuration = text
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the folder before anything is spent."""
+        # Where a strategy restores late, it shows only when training starts whether a run is resumed.
+        if not trainer.strategy.restore_checkpoint_after_setup:
+            self._claim(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same, with a strategy that restores late."""
+        self._claim(trainer, pl_module)
 
     def on_pruning_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate the dense model."""
+        self._claim(trainer, pl_module)
         self._evaluate(trainer, pl_module, "dense")
 
     def on_pruning_end(self, trainer: Trainer, pl_module: LightningModule, result: PruningResult) -> None:
@@ -116,8 +128,8 @@ class RunReport(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save what was trained so far, and report how far the run came."""
-        if not self.report:
-            return  # the folder was refused: it is not ours to write to
+        if not self._claimed:
+            return  # the folder is not ours to write to
         status = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
         self.report["error"] = f"{type(exception).__name__}: {exception}"
         try:
@@ -136,10 +148,21 @@ class RunReport(Callback):
         self.report.update({metric: values for metric, values in state_dict["figures"].items() if values})
         self._history = list(state_dict["history"])
 
+    def _claim(self, trainer: Trainer, module: LightningModule) -> None:
+        if self._claimed:
+            return
+        if trainer.is_global_zero:
+            self.folder.claim(module, resuming=trainer.ckpt_path is not None)
+            if self._configuration is not None:
+                self.folder.configuration.write_text(self._configuration, encoding="utf-8")
+        self.report["configuration"] = self._configuration
+        self._claimed = True
+
     def _evaluate(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         evaluate = getattr(module, "evaluate", None)
         source = trainer.datamodule if trainer.datamodule is not None else module
-        loader = source.test_dataloader() if callable(evaluate) else None
+        has_data = is_overridden("test_dataloader", source)
+        loader = source.test_dataloader() if callable(evaluate) and has_data else None
         if loader is None:
             return
         with self._charged(trainer, "evaluation"), trainer.precision_plugin.val_step_context():
@@ -164,9 +187,12 @@ class RunReport(Callback):
         with self._charged(trainer, "export"):
             saved = export_base(module, masks, self.folder.base)
             saved.save(self.folder.masks)
-            inspection = inspect_folder(self.folder.path)
-            files = ", ".join(str(file.relative_to(self.folder.path)) for file in inspection.files)
-            self.report["sparsity"] = inspection.account() | {"counted_on": files}
+            self._count()
+
+    def _count(self) -> None:
+        inspection = inspect_folder(self.folder.path)
+        files = ", ".join(str(file.relative_to(self.folder.path)) for file in inspection.files)
+        self.report["sparsity"] = inspection.account() | {"counted_on": files}
 
     def _export_trained(self, trainer: Trainer, module: LightningModule) -> None:
         masks = _masks_of(trainer)
@@ -174,8 +200,10 @@ class RunReport(Callback):
             return
         with self._charged(trainer, "export"):
             has_adapter = export_adapter(module, self.folder.base, self.folder.adapter)
-        if not has_adapter or not self.folder.masks.exists():  # the base itself was trained, or lies elsewhere
-            self._export_base(trainer, module, masks)
+        if not has_adapter or trains_base(module) or not self.folder.masks.exists():
+            self._export_base(trainer, module, masks)  # it was trained itself, or lies in the folder of another run
+        elif "sparsity" not in self.report:  # a resumed run: the base is that of the first one
+            self._count()
 
     def _write(self, trainer: Trainer, module: LightningModule, status: str) -> None:
         ledger, budget = ledger_of(trainer), budget_of(trainer)

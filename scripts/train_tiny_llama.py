@@ -6,7 +6,8 @@
 
 It reads Python's documentation from the running Python (all but its test part) and any further texts: a
 plain file is one document, a `.jsonl` file has a document in each line's field `text`, and `FILE:N` takes
-the first N of them. The learning rate falls linearly to zero as the minutes run out.
+the first N of them. The learning rate falls linearly to zero as the minutes run out. `--start` goes on from a
+model saved before, with its tokenizer.
 """
 
 from __future__ import annotations
@@ -140,9 +141,11 @@ def train(
 
 
 def main() -> None:
+    """Run the script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", nargs="*", default=[], metavar="FILE[:N]")
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="a folder to go on from instead of random weights")
     parser.add_argument("--minutes", type=float, default=80)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
@@ -156,14 +159,17 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     python_docs = documents("train") + documents("calibration")
     further = [text for source in args.texts for text in read_texts(source)]
-    tokenizer = train_tokenizer(python_docs + further, CONFIG["vocab_size"])
+    if args.start:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.start)
+    else:
+        tokenizer = train_tokenizer(python_docs + further, CONFIG["vocab_size"])
     # Python's documentation counts twice: it is the smaller half, and what the quickstart is about.
     stream = torch.cat([token_stream(tokenizer, python_docs)] * 2 + [token_stream(tokenizer, further)])
     held_out = token_stream(tokenizer, documents("test")).to(device)
     end = tokenizer.eos_token_id
-    model = LlamaForCausalLM(
-        LlamaConfig(**CONFIG, bos_token_id=end, eos_token_id=end, pad_token_id=tokenizer.pad_token_id)
-    ).to(device)
+    config = LlamaConfig(**CONFIG, bos_token_id=end, eos_token_id=end, pad_token_id=tokenizer.pad_token_id)
+    model = LlamaForCausalLM.from_pretrained(args.start, dtype="float32") if args.start else LlamaForCausalLM(config)
+    model.train().to(device)
     length = CONFIG["max_position_embeddings"]
     print(f"{model.num_parameters():,} parameters, {len(stream):,} tokens an epoch, {len(held_out):,} held out")
 

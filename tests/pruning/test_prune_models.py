@@ -101,6 +101,16 @@ def test_patterns_and_granularity_follow_the_same_order(tiny_model, architecture
     assert_same_masks(result, reference_prune(slow, samples, stages(slow, architecture, "block"), **settings))
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2"])
+def test_each_batch_keeps_its_own_arguments(tiny_model, architecture):
+    model = tiny_model(architecture)
+    slow = copy.deepcopy(model)
+    strides = zip(sequences([12] * 4), (1, 2, 3, 5), strict=True)
+    samples = [{"input_ids": ids, "position_ids": torch.arange(12)[None] * stride} for ids, stride in strides]
+    result = prune(model, samples, PruningConfig(micro_batch_size=1))
+    assert_same_masks(result, reference_prune(slow, samples, stages(slow, architecture, "block")))
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("architecture", [*DECODERS, "bert"])
 def test_padding_counts_for_nothing(tiny_model, architecture, side):

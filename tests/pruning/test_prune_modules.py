@@ -260,6 +260,21 @@ def test_own_forward_is_used_with_batches_of_any_form():
         np.testing.assert_array_equal(result.masks[name].numpy(), mask)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_what_is_no_tensor_stays_with_its_samples(size):
+    model = seeded(no_blocks)
+    data = torch.cat(batches(6))
+    pairs = set()
+
+    def forward(batch):
+        pairs.update(zip(batch["x"][:, 0, 0].tolist(), batch["names"], strict=True))
+        return model(batch["x"])
+
+    cut = [{"x": data[i : i + size], "names": list("abcdef")[i : i + size]} for i in range(0, 6, size)]
+    prune(model, cut, PruningConfig(micro_batch_size=4), forward=forward)
+    assert pairs == set(zip(data[:, 0, 0].tolist(), "abcdef", strict=True))
+
+
 def test_default_config_is_half_of_wanda_per_output():
     result = prune(seeded(no_blocks), batches())
     assert result.masks.sparsity == 0.5

@@ -60,8 +60,10 @@ class SparsefitCLI(LightningCLI):
         return super().instantiate_trainer(**{"callbacks": callbacks, "default_root_dir": str(folder), **kwargs})
 
     def before_fit(self) -> None:
-        """Look at the checkpoint to resume from before anything is loaded."""
+        """Look at the run folder and the checkpoint to resume from before anything is written."""
         path = self.config.fit.ckpt_path
+        if self.trainer.is_global_zero:
+            self.config_init.fit.run.folder.check(resuming=path is not None)
         if path is not None and path not in ("last", "best", "hpc"):
             check_checkpoint(Path(path))
 

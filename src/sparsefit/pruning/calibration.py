@@ -71,9 +71,12 @@ def regroup(batches: Iterable[Any], size: int) -> Iterator[MicroBatch]:
 
 
 def split_samples(batch: Any) -> list[Any] | None:
-    """A batch as a list of batches of one sample, or None if its tensors do not agree on their first dimension."""
+    """A batch as a list of batches of one sample, or None if its tensors do not agree on their first dimension, or
+    it holds something else for each sample (a list of texts)."""
     tensors = list(_tensors(batch))
     if not tensors or any(t.ndim == 0 for t in tensors) or len({len(t) for t in tensors}) != 1:
+        return None
+    if len(tensors[0]) in map(len, _lists_without_tensors(batch)):
         return None
     return [_map_tensors(lambda t, i=i: t[i : i + 1], batch) for i in range(len(tensors[0]))]
 
@@ -110,6 +113,18 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
     elif isinstance(batch, list | tuple):
         for value in batch:
             yield from _tensors(value)
+
+
+def _lists_without_tensors(batch: Any) -> Iterator[list[Any] | tuple[Any, ...]]:
+    if isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _lists_without_tensors(value)
+    elif isinstance(batch, list | tuple):
+        if not any(True for _ in _tensors(batch)):
+            yield batch
+            return
+        for value in batch:
+            yield from _lists_without_tensors(value)
 
 
 def _map_tensors(function: Callable[..., Tensor], *batches: Any) -> Any:

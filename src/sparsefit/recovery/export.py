@@ -30,6 +30,12 @@ def adapted_part(module: nn.Module) -> nn.Module | None:
     return next((part for part in module.modules() if hasattr(part, "peft_config")), None)
 
 
+def trains_base(module: nn.Module) -> bool:
+    """Whether any parameter outside the adapters requires a gradient."""
+    owned = (parameter for part in base_modules(module).values() for parameter in part.parameters(recurse=False))
+    return any(parameter.requires_grad for parameter in owned)
+
+
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state of the bare model, under the bare model's names: adapters and their wrappers are left out."""
     owners = set(base_modules(model))

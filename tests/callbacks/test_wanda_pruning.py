@@ -1,0 +1,420 @@
+from __future__ import annotations
+
+import copy
+import csv
+import json
+
+import peft
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from small_runs import Classifier, Data, LanguageModel, fit, labelled, text, trainer_with
+from torch import nn
+
+from sparsefit import PruningConfig, prune
+from sparsefit.callbacks import WandaPruning
+from sparsefit.errors import ConfigError, MaskError
+
+
+class Watch(Callback):
+    """Notes when the model is pruned, and what it is like then."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.zeros: list[int] = []
+
+    def on_pruning_start(self, trainer, module):
+        self.note("start", module)
+
+    def on_pruning_end(self, trainer, module, result):
+        self.note("end", module)
+        self.result = result
+
+    def on_train_start(self, trainer, module):
+        self.note("train", module)
+
+    def note(self, event, module):
+        self.events.append(event)
+        self.zeros.append(sum(int((p == 0).sum()) for p in module.parameters() if p.ndim > 1))
+
+
+class RestoresLate(SingleDeviceStrategy):
+    """Restores weights and callbacks after setup, as FSDP does."""
+
+    restore_checkpoint_after_setup = True
+
+
+def strategy(late: bool):
+    return {"strategy": RestoresLate(device="cpu"), "accelerator": "auto"} if late else {}
+
+
+def lora(model, **settings):
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=2, **settings))
+
+
+def under_model(masks):
+    return {f"model.{name}": mask for name, mask in masks.items()}
+
+
+def assert_equal_masks(masks, expected):
+    assert masks.keys() == expected.keys()
+    assert all(torch.equal(masks[name], expected[name]) for name in expected)
+
+
+# What is pruned.
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"sparsity": 0.3, "update": "none", "micro_batch_size": 3},
+        {"pattern": "2:4", "targets": ["up", "gate_proj"]},
+        {"score": "magnitude", "sparsity": 0.7},
+    ],
+)
+@pytest.mark.parametrize("kind", ["plain", "transformers", "peft"])
+def test_the_masks_are_those_of_prune(tiny_model, kind, settings):
+    if "targets" in settings:
+        settings = settings | {"targets": ["up"] if kind == "plain" else ["gate_proj"]}
+    model = Classifier().model if kind == "plain" else tiny_model("llama")
+    data = labelled() if kind == "plain" else text()
+    bare = copy.deepcopy(model)
+    if kind == "plain":
+        module = Classifier()
+        module.model = model
+    else:
+        module = LanguageModel(lora(model) if kind == "peft" else model)
+    pruning = WandaPruning(**settings, calibration=list(data))
+    fit(module, data, pruning, max_steps=0)
+
+    batches = [x for x, _ in data] if kind == "plain" else [{"input_ids": batch["input_ids"]} for batch in data]
+    expected = prune(bare, batches, PruningConfig(**settings)).masks
+    assert_equal_masks(pruning.masks, under_model(expected))
+    assert pruning.masks.sparsity == pytest.approx(settings.get("sparsity", 0.5), abs=0.05)
+    pruned = module.model.unload() if kind == "peft" else module.model
+    for name, parameter in bare.named_parameters():
+        assert torch.equal(parameter, pruned.get_parameter(name)), name
+    assert pruning.result.config == PruningConfig(**settings)
+
+
+def test_under_lora_only_adapters_change_and_nothing_runs_per_step(tiny_model, monkeypatch):
+    hooks = []
+    monkeypatch.setattr(torch.Tensor, "register_hook", lambda *_: hooks.append("gradient"))
+    monkeypatch.setattr(torch.optim.Optimizer, "register_step_post_hook", lambda *_: hooks.append("step"))
+    module, watch = LanguageModel(lora(tiny_model("llama"))), Watch()
+    watch.on_pruning_end = lambda trainer, module, result: watch.__setattr__("state", copy.deepcopy(module.state_dict()))
+    pruning = WandaPruning()
+    fit(module, text(), pruning, watch)
+    changed = {name for name, value in module.state_dict().items() if not torch.equal(value, watch.state[name])}
+    assert changed == {name for name in watch.state if "lora_" in name}
+    assert hooks == []
+    assert not any("lora" in name for name in pruning.masks)
+
+
+def test_other_callbacks_see_the_dense_and_the_pruned_model_in_any_order():
+    before, after = Watch(), Watch()
+    pruning = WandaPruning()
+    fit(Classifier(), labelled(), before, pruning, after)
+    zeros = sum(count for _, count in pruning.masks.counts().values())
+    for watch in (before, after):
+        assert watch.events == ["start", "end", "train"]
+        assert watch.zeros == [0, zeros, zeros]
+        assert watch.result is pruning.result
+
+
+def test_a_budgetless_run_trains_as_a_pruned_model_would():
+    module, pruning = Classifier(), WandaPruning(calibration=list(labelled()))
+    fit(module, labelled(), pruning)
+    other = Classifier()
+    prune(other, [x for x, _ in labelled()])
+    masks = pruning.masks
+    fit(other, labelled(), max_epochs=1, limit_train_batches=1)
+    assert not torch.equal(other.model.head.weight, module.model.head.weight)
+    again, second = Classifier(), WandaPruning(calibration=list(labelled()))
+    fit(again, labelled(), second)
+    assert second.masks.digest() == masks.digest()
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), again.parameters(), strict=True))
+
+
+# Once.
+
+
+def test_fitting_again_prunes_only_what_is_dense():
+    module, pruning, watch = Classifier(), WandaPruning(), Watch()
+    fit(module, labelled(), pruning, watch)
+    digest = pruning.masks.digest()
+    fit(module, labelled(), pruning, watch)
+    assert watch.events.count("start") == 1
+    assert pruning.masks.digest() == digest
+    other = Classifier(seed=1)
+    fit(other, labelled(), pruning, watch)
+    assert watch.events.count("start") == 2
+    assert pruning.masks.digest() != digest
+    pruning.masks.verify(other)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("same_callback", [False, True])
+def test_a_resumed_run_keeps_its_masks(tmp_path, late, same_callback):
+    first = WandaPruning()
+    trainer = fit(Classifier(), labelled(), first, max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    digest = first.masks.digest()
+
+    # Other settings and other data: nothing of them may count.
+    pruning = first if same_callback else WandaPruning(sparsity=0.2, calibration=list(labelled(seed=9)))
+    module, watch = Classifier(seed=5), Watch()
+    fit(module, labelled(), pruning, watch, **strategy(late), ckpt_path=tmp_path / "a.ckpt")
+    assert watch.events == ["train"]
+    assert pruning.masks.digest() == digest == saved["callbacks"]["WandaPruning"]["digest"]
+    assert pruning.masks.sparsity == 0.5
+    pruning.masks.verify(module)
+
+    straight, straight_pruning = Classifier(), WandaPruning()
+    fit(straight, labelled(), straight_pruning)
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), module.parameters(), strict=True))
+
+
+def test_resuming_with_other_settings_says_that_they_change_nothing(tmp_path):
+    trainer = fit(Classifier(), labelled(), WandaPruning(), max_steps=1)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.warns(UserWarning, match="stays pruned as the checkpoint has it"):
+        trainer_with(WandaPruning(sparsity=0.2), max_steps=2).fit(
+            Classifier(), labelled(), ckpt_path=tmp_path / "a.ckpt"
+        )
+
+
+@pytest.mark.parametrize("used_before", [False, True])
+@pytest.mark.parametrize("max_steps", [0, 12])
+@pytest.mark.parametrize("late", [False, True])
+def test_the_checkpoint_of_a_dense_run_is_pruned(tmp_path, late, max_steps, used_before):
+    if max_steps == 0 and late:
+        pytest.skip("with nothing to train, no hook comes after the restoring")
+    dense = Classifier(lambda parameters: torch.optim.AdamW(parameters, lr=0.05, weight_decay=0.1))
+    fit(dense, labelled(), max_steps=8).save_checkpoint(tmp_path / "dense.ckpt")
+    expected = prune(dense, [x for x, _ in labelled()]).masks
+    module, pruning, watch = Classifier(dense.optimizer), WandaPruning(), Watch()
+    if used_before:
+        fit(Classifier(seed=3), labelled(), pruning, max_steps=1)
+    fit(
+        module, labelled(), pruning, watch, **strategy(late),
+        max_epochs=-1, max_steps=max_steps, ckpt_path=tmp_path / "dense.ckpt",
+    )  # fmt: skip
+    assert watch.events == ["start", "end", "train"][: 3 if max_steps else 2]
+    assert watch.zeros[0] == 0
+    assert_equal_masks(pruning.masks, expected)
+    pruning.masks.verify(module)  # the moments of the dense run have brought nothing back
+
+
+# Fixed masks.
+
+
+class Unfreeze(BaseFinetuning):
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.model.blocks)
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.model.blocks, optimizer, lr=0.05)
+
+
+def trainable(parameters):
+    return [parameter for parameter in parameters if parameter.requires_grad]
+
+
+def momentum(parameters):
+    return torch.optim.SGD(trainable(parameters), lr=0.02, momentum=0.9, weight_decay=0.1, nesterov=True)
+
+
+def adamw(parameters):
+    return torch.optim.AdamW(trainable(parameters), lr=0.05, weight_decay=0.1)
+
+
+TRAININGS = {
+    "momentum": (momentum, [], {}),
+    "adamw": (adamw, [], {}),
+    "lbfgs": (lambda parameters: torch.optim.LBFGS(parameters, lr=0.1, max_iter=3), [], {}),
+    "clipping and accumulation": (momentum, [], {"gradient_clip_val": 0.1, "accumulate_grad_batches": 2}),
+    "bf16": (adamw, [], {"precision": "bf16-mixed"}),
+    "unfreezing first": (momentum, [Unfreeze], {}),
+    "weight averaging": (adamw, [lambda: WeightAveraging()], {}),
+    "swa": (momentum, [lambda: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)], {}),
+}
+
+
+@pytest.mark.parametrize("pruning_first", [True, False])
+@pytest.mark.parametrize("name", TRAININGS)
+def test_masks_hold_whatever_trains(tmp_path, name, pruning_first):
+    optimizer, others, settings = TRAININGS[name]
+    module, pruning = Classifier(optimizer), WandaPruning()
+    start = copy.deepcopy(module.model.blocks)
+    callbacks = [other() for other in others]
+    callbacks = [pruning, *callbacks] if pruning_first else [*callbacks, pruning]
+    checkpoints = ModelCheckpoint(tmp_path, save_top_k=-1)
+    fit(module, labelled(), *callbacks, checkpoints, max_epochs=4, enable_checkpointing=True, **settings)
+    pruning.masks.verify(module)
+    for file in tmp_path.glob("*.ckpt"):
+        pruning.masks.verify(torch.load(file, weights_only=True)["state_dict"])
+    assert len(list(tmp_path.glob("*.ckpt"))) == 4
+    for was, block in zip(start, module.model.blocks, strict=True):
+        assert (block.up.weight == 0).float().mean() == 0.5
+        changed = (was.up.weight != block.up.weight).sum() - (block.up.weight == 0).sum()
+        assert changed > 0.25 * block.up.weight.numel()  # about half of the kept ones sit behind a dead ReLU
+
+
+def test_the_guard_is_gone_after_the_fit():
+    module = Classifier()
+    fit(module, labelled(), WandaPruning())
+    with pytest.raises(ZeroDivisionError):
+        fit(module, labelled(), WandaPruning(), Fail())
+    for parameter in module.parameters():
+        parameter.grad = None
+    module(torch.ones(2, 6)).sum().backward()
+    weight = module.model.blocks[0].down.weight
+    assert (weight.grad[weight == 0] != 0).any()
+
+
+class Fail(Callback):
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        raise ZeroDivisionError
+
+
+class BringBack(Callback):
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch == self.epoch:
+            weight = pl_module.model.blocks[1].down.base_layer.weight
+            with torch.no_grad():
+                weight[weight == 0] += 1
+
+
+class Frozen(nn.Module):
+    """A frozen layer with something trained beside it."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = layer.requires_grad_(False)
+        self.scale = nn.Parameter(torch.ones(layer.out_features))
+
+    def forward(self, x):
+        return self.base_layer(x) * self.scale
+
+
+@pytest.mark.parametrize("with_checkpoints", [True, False])
+def test_a_weight_brought_back_is_found_before_it_is_saved(tmp_path, with_checkpoints):
+    module = Classifier()
+    module.model.blocks[1].down = Frozen(module.model.blocks[1].down)
+    others = [ModelCheckpoint(tmp_path, save_top_k=-1)] if with_checkpoints else []
+    with pytest.raises(MaskError, match=r"model\.blocks\.1\.down\.weight \(64\)"):
+        fit(
+            module, labelled(), WandaPruning(), BringBack(1), *others,
+            max_epochs=2, enable_checkpointing=with_checkpoints,
+        )  # fmt: skip
+    assert len(list(tmp_path.iterdir())) == with_checkpoints
+
+
+# What is told.
+
+
+def test_what_is_decided_is_logged_and_saved(tmp_path):
+    logger, pruning = CSVLogger(tmp_path), WandaPruning(sparsity=0.25, exclude=["blocks.1.up"])
+    trainer = fit(Classifier(), labelled(), pruning, logger=logger, log_every_n_steps=1)
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        row = next(csv.DictReader(file))
+    assert float(row["pruning/sparsity"]) == 0.25
+    assert float(row["pruning/seconds"]) > 0
+    assert float(row["pruning/peak_memory_bytes"]) > 1e6
+    layers = {key: float(value) for key, value in row.items() if key.startswith("sparsity/")}
+    assert layers == {f"sparsity/model.blocks.{n}.weight": 0.25 for n in ("0.up", "0.down", "1.down")}
+    hparams = open(f"{logger.log_dir}/hparams.yaml").read()
+    assert "pruning/score: wanda" in hparams
+    assert pruning.masks.digest() in hparams
+
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    summary = torch.load(tmp_path / "a.ckpt", weights_only=True)["callbacks"]["WandaPruning"]["summary"]
+    assert summary == pruning.summary
+    assert summary["config"]["exclude"] == ["blocks.1.up"]
+    assert summary["left_dense"]["model.blocks.1.up.weight"] == "excluded by the configuration"
+    assert (summary["samples"], summary["tokens"], summary["source"]) == (16, 16, "the training data")
+    assert json.dumps(summary)
+
+
+def test_masks_damaged_in_a_checkpoint_are_refused(tmp_path):
+    trainer = fit(Classifier(), labelled(), WandaPruning(), max_steps=1)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    next(iter(checkpoint["callbacks"]["WandaPruning"]["masks"].values()))["bits"][0] ^= 1
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    with pytest.raises(MaskError, match="checkpoint is damaged"):
+        fit(Classifier(), labelled(), WandaPruning(), max_steps=2, ckpt_path=tmp_path / "a.ckpt")
+
+
+def test_weights_that_came_back_in_a_checkpoint_are_refused(tmp_path):
+    trainer = fit(Classifier(), labelled(), WandaPruning(), max_steps=1)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    checkpoint["state_dict"]["model.blocks.0.up.weight"] += 1
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    with pytest.raises(MaskError, match=r"model\.blocks\.0\.up\.weight \(64\)"):
+        fit(Classifier(), labelled(), WandaPruning(), max_steps=2, ckpt_path=tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"sparsity": 1.0}, {"calibration_samples": 0}, {"calibration_samples": 2.5}, {"score": "wandb"}]
+)
+def test_settings_that_cannot_work(settings):
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        WandaPruning(**settings)
+
+
+# Two processes.
+
+
+class RankedData(Data):
+    """Each rank calibrates on its own half."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def calibration_dataloader(self):
+        batches = list(labelled(32, seed=4))
+        return batches[self.trainer.global_rank :: self.trainer.world_size]
+
+
+class Record(Callback):
+    def __init__(self, folder) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer, pl_module):
+        pruning = next(c for c in trainer.callbacks if isinstance(c, WandaPruning))
+        pruning.masks.verify(pl_module)
+        record = {
+            "digest": pruning.masks.digest(),
+            "samples": pruning.summary["samples"],
+            "tokens": pruning.summary["tokens"],
+            "weights": [float(p.double().sum()) for p in pl_module.parameters()],
+        }
+        (self.folder / f"{trainer.world_size}-{trainer.global_rank}.json").write_text(json.dumps(record))
+
+
+def test_two_ranks_choose_the_masks_of_one(tmp_path):
+    for devices in (1, 2):
+        settings = {"devices": 2, "strategy": "ddp_spawn"} if devices == 2 else {}
+        fit(Classifier(momentum), RankedData(), WandaPruning(), Record(tmp_path), **settings)
+    one, first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
+    assert one["digest"] == first["digest"] == second["digest"]
+    assert (one["samples"], first["samples"], second["samples"]) == (32, 16, 16)
+    assert one["tokens"] == first["tokens"] == second["tokens"] == 32
+    assert first["weights"] == second["weights"]
