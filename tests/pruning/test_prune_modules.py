@@ -178,6 +178,20 @@ def test_one_block_under_several_places_counts_each_use_once():
     assert prune(seeded(lambda: Tower([Block()] * 3)), batches()).tokens == 3 * 15
 
 
+def test_one_part_that_cannot_be_swept_takes_the_whole_model_to_one_pass():
+    class Towers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = Tower([Block() for _ in range(2)])
+            self.second = Tower([Block() for _ in range(2)], between=lambda x: x * 2)
+
+        def forward(self, x):
+            return self.second(self.first.blocks[1](self.first.blocks[0](x)))
+
+    names = [f"{tower}.blocks.{i}.{name}" for tower in ("first", "second") for i in (0, 1) for name in ("up", "down")]
+    check(seeded(Towers), [names], "none", "between blocks")
+
+
 def test_inputs_changed_in_place_between_two_layers_are_seen_as_they_are():
     class Pair(nn.Module):
         def __init__(self):

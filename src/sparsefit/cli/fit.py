@@ -43,6 +43,13 @@ class SparsefitCLI(LightningCLI):
         parser.add_lightning_class_args(RunReport, "run")
         parser.add_lightning_class_args(WandaPruning, "pruning")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and look at the checkpoint to resume from before anything is loaded."""
+        super().parse_arguments(parser, args)
+        path = self.config.fit.ckpt_path
+        if path is not None and path not in ("last", "best", "hpc"):
+            check_checkpoint(Path(path))
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Only `fit`: a recipe evaluates by itself."""
@@ -58,14 +65,6 @@ class SparsefitCLI(LightningCLI):
         if settings.trainer.enable_checkpointing is not False and not any(isinstance(c, Checkpoint) for c in callbacks):
             callbacks.append(ModelCheckpoint(folder / "checkpoints", save_last=True, save_on_exception=True))
         return super().instantiate_trainer(**{"callbacks": callbacks, "default_root_dir": str(folder), **kwargs})
-
-    def before_fit(self) -> None:
-        """Look at the run folder and the checkpoint to resume from before anything is written."""
-        path = self.config.fit.ckpt_path
-        if self.trainer.is_global_zero:
-            self.config_init.fit.run.folder.check(resuming=path is not None)
-        if path is not None and path not in ("last", "best", "hpc"):
-            check_checkpoint(Path(path))
 
 
 class _ConfigurationOfRun(SaveConfigCallback):
