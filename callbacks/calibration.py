@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import numpy
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from sparsefit.errors import CalibrationError
@@ -47,6 +51,7 @@ def calibration_batches(trainer: Trainer, source: Iterable[Any] | None, samples:
     if batches is None:
         loader = _training_loader(trainer)
         with isolate_rng(), _generators_restored(loader):
+            _check_rereadable(loader)
             batches = list(_first(_single_process(loader), samples or TRAINING_SAMPLES))
     available = sum(map(_size, batches))
     if not batches or (samples is not None and available < samples):
@@ -99,17 +104,24 @@ def _training_loader(trainer: Trainer) -> Any:
             "there is nothing to calibrate on: no calibration data and no training data were given. Pass "
             "WandaPruning(calibration=...) or give the datamodule a calibration_dataloader()"
         )
-    dataset = getattr(loader, "dataset", None)
-    if _is_iterator(loader) or (isinstance(dataset, IterableDataset) and _is_iterator(dataset)):
-        raise CalibrationError(
-            "the training data can be read only once, so calibrating on it would take batches from training. Pass "
-            "WandaPruning(calibration=...) or give the datamodule a calibration_dataloader()"
-        )
     return loader
 
 
-def _is_iterator(source: Any) -> bool:
-    return isinstance(source, Iterator)
+def _loaders(source: Any) -> list[Any]:
+    """The loaders in the collection of loaders that training data may be."""
+    if isinstance(source, Mapping):
+        source = list(source.values())
+    return [loader for part in source for loader in _loaders(part)] if isinstance(source, list | tuple) else [source]
+
+
+def _check_rereadable(source: Any) -> None:
+    for loader in _loaders(source):
+        dataset = getattr(loader, "dataset", None)
+        if isinstance(loader, Iterator) or (isinstance(dataset, IterableDataset) and iter(dataset) is iter(dataset)):
+            raise CalibrationError(
+                "the training data can be read only once, so calibrating on it would take batches from training. Pass "
+                "WandaPruning(calibration=...) or give the datamodule a calibration_dataloader()"
+            )
 
 
 def _single_process(loader: Any) -> Iterable[Any]:
@@ -127,20 +139,34 @@ def _single_process(loader: Any) -> Iterable[Any]:
 
 
 @contextmanager
-def _generators_restored(loader: Any) -> Iterator[None]:
-    """Put the random generators that a loader and its samplers own back to where they were."""
-    owners = [
-        loader,
-        getattr(loader, "sampler", None),
-        getattr(getattr(loader, "batch_sampler", None), "sampler", None),
-    ]
-    found = {id(g): g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)}
-    states = {key: generator.get_state() for key, generator in found.items()}
+def _generators_restored(source: Any) -> Iterator[None]:
+    """Put the random generators that loaders, their samplers and data sets own back to where they were."""
+    restore = [_restoring(generator) for loader in _loaders(source) for generator in _generators_of(loader)]
     try:
         yield
     finally:
-        for key, generator in found.items():
-            generator.set_state(states[key])
+        for put_back in restore:
+            put_back()
+
+
+def _generators_of(loader: Any) -> list[Any]:
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    samplers = [getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
+    owners = [loader, getattr(loader, "dataset", None), *samplers]
+    return [value for owner in owners for value in getattr(owner, "__dict__", {}).values()]
+
+
+def _restoring(generator: Any) -> Callable[[], None]:
+    """What puts a generator of torch, Python or NumPy back to its state of now; nothing for other objects."""
+    if isinstance(generator, torch.Generator):
+        return partial(generator.set_state, generator.get_state())
+    if isinstance(generator, random.Random):
+        return partial(generator.setstate, generator.getstate())
+    if isinstance(generator, numpy.random.RandomState):
+        return partial(generator.set_state, generator.get_state())
+    if isinstance(generator, numpy.random.Generator):
+        return partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
+    return lambda: None
 
 
 @contextmanager
@@ -165,9 +191,18 @@ def calibration_forward(trainer: Trainer, module: LightningModule) -> Callable[[
 
     Where the module defines neither, Lightning's `predict_step` would hand the whole batch to `forward`; a
     labelled batch is then reduced to what `forward` takes: (x, y) to x, a mapping to its arguments.
+
+    Raises:
+        CalibrationError: if it defines no `forward` either.
     """
     own_step = getattr(module, "calibration_step", None)
     has_predict_step = is_overridden("predict_step", module)
+    has_forward = type(module).forward not in (LightningModule.forward, nn.Module.forward)
+    if not (callable(own_step) or has_predict_step or has_forward):
+        raise CalibrationError(
+            f"{type(module).__name__} has no forward and no predict_step, so calibration cannot call its model. Give it "
+            "one of them, or a calibration_step(batch)"
+        )
 
     def forward(batch: Any) -> Any:
         batch = trainer.precision_plugin.convert_input(batch)

@@ -87,13 +87,13 @@ class RunReport(Callback):
         """Evaluate the dense model."""
         self._claim(trainer, pl_module)
         self._evaluate(trainer, pl_module, "dense")
+        self._reserve(trainer, 2 * self._seconds["evaluation"])  # the pruned and the recovered model are to come
 
     def on_pruning_end(self, trainer: Trainer, pl_module: LightningModule, result: PruningResult) -> None:
         """Write the sparse base and its masks, and evaluate it."""
         self._export_base(trainer, pl_module, result.masks)
         self._evaluate(trainer, pl_module, "pruned")
-        if (budget := budget_of(trainer)) is not None:
-            budget.keep(_MARGIN * sum(self._seconds.values()), "closing")
+        self._reserve(trainer, sum(self._seconds.values()))
         self._write(trainer, pl_module, "running")
 
     def on_train_batch_end(
@@ -115,8 +115,9 @@ class RunReport(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export what was trained, evaluate it, and write the report."""
-        self._export_trained(trainer, pl_module)
-        self._evaluate(trainer, pl_module, "recovered")
+        if trainer.global_step > 0:
+            self._export_trained(trainer, pl_module)
+            self._evaluate(trainer, pl_module, "recovered")
         self._write(trainer, pl_module, "finished")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -173,6 +174,11 @@ class RunReport(Callback):
             self.report.setdefault(metric, {})[stage] = value
             for logger in trainer.loggers:
                 logger.log_metrics({f"{metric}/{stage}": value}, step=trainer.global_step)
+
+    def _reserve(self, trainer: Trainer, seconds: float) -> None:
+        """Have the budget keep the time that is still needed when training ends."""
+        if (budget := budget_of(trainer)) is not None:
+            budget.keep(_MARGIN * seconds, "closing")
 
     @contextmanager
     def _charged(self, trainer: Trainer, stage: str) -> Iterator[None]:

@@ -25,7 +25,7 @@ ALLOWED = {
     "data": {"torch", "transformers", "datasets", "torchmetrics", "lightning", "huggingface_hub"}
     | {"pyarrow", "fsspec", "sparsefit.modules"},
     "reporting": {"torch", "rich", "matplotlib", "numpy", "psutil"},
-    "callbacks": {"torch", "lightning", "sparsefit.pruning", "sparsefit.recovery", "sparsefit.reporting"},
+    "callbacks": {"torch", "numpy", "lightning", "sparsefit.pruning", "sparsefit.recovery", "sparsefit.reporting"},
 }
 
 

@@ -6,7 +6,7 @@ import random
 import numpy
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch import Callback, LightningModule
 from small_runs import Classifier, Data, LanguageModel, fit, labelled, text
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
@@ -58,6 +58,13 @@ class Collate:
         return torch.stack([x for x, _ in samples]) * 0.1, torch.stack([y for _, y in samples])
 
 
+class Batches:
+    """No loader at all."""
+
+    def __iter__(self):
+        return iter(labelled(24))
+
+
 class OwnLoader(DataLoader):
     """A loader of somebody's own class."""
 
@@ -82,7 +89,7 @@ LOADERS = {
     "workers": lambda: DataLoader(Rows(), batch_size=4, shuffle=True, num_workers=2, persistent_workers=True),
     "stream with workers": lambda: DataLoader(Stream(), batch_size=4, num_workers=2),
     "own class": lambda: OwnLoader(Rows(), batch_size=4, shuffle=True),
-    "list of batches": lambda: [(torch.randn(4, 6, generator=seeded()), torch.ones(4).long())] * 6,
+    "any iterable": lambda: Batches(),
     "several": lambda: {
         "a": DataLoader(Rows(), batch_size=4, shuffle=True, generator=seeded()),
         "b": DataLoader(Rows(12), batch_size=4, shuffle=True),
@@ -122,10 +129,7 @@ def test_training_sees_what_it_would_have_seen(name):
 
 def test_the_first_training_batches_serve_where_there_is_nothing_else():
     module, pruning = Classifier(), WandaPruning(calibration_samples=10)
-    loader = DataLoader(labelled().dataset, batch_size=4, shuffle=True, generator=seeded())
-    fit(module, loader, pruning)
-    other = Classifier()
-    prune(other, [torch.cat(module.seen)[:10]])
+    fit(module, labelled(), pruning)
     expected = prune(Classifier(), [torch.cat(module.seen)[:10]]).masks
     assert pruning.masks.digest() == expected.digest()
 
@@ -283,18 +287,14 @@ def test_a_mapping_reaches_the_arguments_that_forward_has(names):
 
 
 def test_a_module_whose_model_cannot_be_called_is_told_what_to_define():
-    class NoForward(LanguageModel):
-        forward = LightningDataModule  # taken away below
-
-    del NoForward.forward
-    NoForward = type("NoForward", (Classifier,), {"forward": torch.nn.Module.forward})
+    module = type("NoForward", (Classifier,), {"forward": LightningModule.forward})()
     with pytest.raises(CalibrationError, match=r"forward.*predict_step.*calibration_step"):
-        fit(NoForward(), labelled(), WandaPruning())
+        fit(module, labelled(), WandaPruning())
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_padding_does_not_count(tiny_model, side):
-    rows = next(iter(text(4)))["input_ids"]
+    rows = next(iter(text(4, batch_size=4)))["input_ids"]
     padded = []
     for row, real in zip(rows, (10, 7, 4, 9), strict=True):
         pad = torch.zeros(10 - real, dtype=torch.long)

@@ -404,7 +404,7 @@ class Record(Callback):
             "digest": pruning.masks.digest(),
             "samples": pruning.summary["samples"],
             "tokens": pruning.summary["tokens"],
-            "weights": [float(p.double().sum()) for p in pl_module.parameters()],
+            "weights": [float(p.detach().double().sum()) for p in pl_module.parameters()],
         }
         (self.folder / f"{trainer.world_size}-{trainer.global_rank}.json").write_text(json.dumps(record))
 

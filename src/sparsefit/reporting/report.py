@@ -20,7 +20,7 @@ from sparsefit.errors import RunFolderError
 
 STAGES = ("dense", "pruned", "recovered")
 _METRICS = {"perplexity": "lower", "accuracy": "higher"}
-_RUN_ORDER = ("setup", "evaluation", "calibration", "pruning", "training", "validation", "merging", "export")
+_RUN_ORDER = ("setup", "calibration and pruning", "training", "validation", "evaluation", "export", "closing")
 # Names that layers of one block share (attn.c_proj and mlp.c_proj of GPT-2): the path before them tells them apart.
 _SHARED_NAMES = frozenset({"c_proj", "dense", "proj", "linear"})
 
@@ -257,9 +257,11 @@ def format_percent(share: float | None, digits: int = 2, missing: str = "—") -
 
 
 def format_hours(hours: float | None, missing: str = "—") -> str:
-    """GPU-hours with three significant digits."""
+    """GPU-hours with three significant digits, but none beyond a millionth."""
     if hours is None:
         return missing
+    if 0 < hours < 5e-7:
+        return "0.000000"
     return "0" if hours == 0 else f"{hours:,.{max(0, 2 - math.floor(math.log10(abs(hours))))}f}"
 
 
@@ -274,11 +276,12 @@ def format_seconds(seconds: float | None, missing: str = "—") -> str:
 
 
 def format_bytes(count: float | None, missing: str = "—") -> str:
-    """Bytes in binary units: 1.50 GiB."""
+    """Bytes in binary units: 1.50 GiB, 957 MiB."""
     if count is None:
         return missing
     power = min(4, max(0, (int(count).bit_length() - 1) // 10))
-    return f"{count / 1024**power:.{2 if power else 0}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+    size = count / 1024**power
+    return f"{size:.{2 if power and size < 100 else 0}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 def format_count(count: Any, missing: str = "—") -> str:
