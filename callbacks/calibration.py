@@ -200,8 +200,8 @@ def calibration_forward(trainer: Trainer, module: LightningModule) -> Callable[[
     has_forward = type(module).forward not in (LightningModule.forward, nn.Module.forward)
     if not (callable(own_step) or has_predict_step or has_forward):
         raise CalibrationError(
-            f"{type(module).__name__} has no forward and no predict_step, so calibration cannot call its model. Give it "
-            "one of them, or a calibration_step(batch)"
+            f"{type(module).__name__} has no forward and no predict_step, so calibration cannot call its model. Give "
+            "it one of them, or a calibration_step(batch)"
         )
 
     def forward(batch: Any) -> Any:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from sparsefit.callbacks import WandaPruning
 
 QUIET = {
     "accelerator": "cpu",
@@ -91,6 +94,41 @@ class Data(LightningDataModule):
 
     def train_dataloader(self):
         return labelled(16)
+
+
+class RankedData(Data):
+    """Each rank calibrates on its own half."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def calibration_dataloader(self):
+        batches = list(labelled(32, seed=4))
+        return batches[self.trainer.global_rank :: self.trainer.world_size]
+
+
+class Record(Callback):
+    def __init__(self, folder) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer, pl_module):
+        pruning = next(c for c in trainer.callbacks if isinstance(c, WandaPruning))
+        pruning.masks.verify(pl_module)
+        record = {
+            "digest": pruning.masks.digest(),
+            "samples": pruning.summary["samples"],
+            "tokens": pruning.summary["tokens"],
+            "weights": [float(p.detach().double().sum()) for p in pl_module.parameters()],
+        }
+        (self.folder / f"{trainer.world_size}-{trainer.global_rank}.json").write_text(json.dumps(record))
+
+
+def trainable(parameters):
+    return [parameter for parameter in parameters if parameter.requires_grad]
+
+
+def momentum(parameters):
+    return torch.optim.SGD(trainable(parameters), lr=0.02, momentum=0.9, weight_decay=0.1, nesterov=True)
 
 
 def labelled(samples: int = 16, seed: int = 0, **settings) -> DataLoader:

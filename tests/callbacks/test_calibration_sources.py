@@ -82,7 +82,9 @@ LOADERS = {
     ),
     "batch sampler": lambda: DataLoader(
         Rows(),
-        batch_sampler=torch.utils.data.BatchSampler(torch.utils.data.RandomSampler(Rows(), generator=seeded()), 4, True),
+        batch_sampler=torch.utils.data.BatchSampler(
+            torch.utils.data.RandomSampler(Rows(), generator=seeded()), 4, True
+        ),
     ),
     "stream": lambda: DataLoader(Stream(), batch_size=4),
     "stream that draws": lambda: DataLoader(Drawn(), batch_size=4),

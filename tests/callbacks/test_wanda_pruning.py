@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import csv
 import json
+from pathlib import Path
 
 import peft
 import pytest
@@ -16,7 +17,18 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from small_runs import Classifier, Data, LanguageModel, fit, labelled, text, trainer_with
+from small_runs import (
+    Classifier,
+    LanguageModel,
+    RankedData,
+    Record,
+    fit,
+    labelled,
+    momentum,
+    text,
+    trainable,
+    trainer_with,
+)
 from torch import nn
 
 from sparsefit import PruningConfig, prune
@@ -111,7 +123,9 @@ def test_under_lora_only_adapters_change_and_nothing_runs_per_step(tiny_model, m
     monkeypatch.setattr(torch.Tensor, "register_hook", lambda *_: hooks.append("gradient"))
     monkeypatch.setattr(torch.optim.Optimizer, "register_step_post_hook", lambda *_: hooks.append("step"))
     module, watch = LanguageModel(lora(tiny_model("llama"))), Watch()
-    watch.on_pruning_end = lambda trainer, module, result: watch.__setattr__("state", copy.deepcopy(module.state_dict()))
+    watch.on_pruning_end = lambda trainer, module, result: watch.__setattr__(
+        "state", copy.deepcopy(module.state_dict())
+    )
     pruning = WandaPruning()
     fit(module, text(), pruning, watch)
     changed = {name for name, value in module.state_dict().items() if not torch.equal(value, watch.state[name])}
@@ -228,14 +242,6 @@ class Unfreeze(BaseFinetuning):
             self.unfreeze_and_add_param_group(pl_module.model.blocks, optimizer, lr=0.05)
 
 
-def trainable(parameters):
-    return [parameter for parameter in parameters if parameter.requires_grad]
-
-
-def momentum(parameters):
-    return torch.optim.SGD(trainable(parameters), lr=0.02, momentum=0.9, weight_decay=0.1, nesterov=True)
-
-
 def adamw(parameters):
     return torch.optim.AdamW(trainable(parameters), lr=0.05, weight_decay=0.1)
 
@@ -338,7 +344,7 @@ def test_what_is_decided_is_logged_and_saved(tmp_path):
     assert float(row["pruning/peak_memory_bytes"]) > 1e6
     layers = {key: float(value) for key, value in row.items() if key.startswith("sparsity/")}
     assert layers == {f"sparsity/model.blocks.{n}.weight": 0.25 for n in ("0.up", "0.down", "1.down")}
-    hparams = open(f"{logger.log_dir}/hparams.yaml").read()
+    hparams = Path(logger.log_dir, "hparams.yaml").read_text()
     assert "pruning/score: wanda" in hparams
     assert pruning.masks.digest() in hparams
 
@@ -380,33 +386,6 @@ def test_settings_that_cannot_work(settings):
 
 
 # Two processes.
-
-
-class RankedData(Data):
-    """Each rank calibrates on its own half."""
-
-    def __init__(self) -> None:
-        super().__init__()
-
-    def calibration_dataloader(self):
-        batches = list(labelled(32, seed=4))
-        return batches[self.trainer.global_rank :: self.trainer.world_size]
-
-
-class Record(Callback):
-    def __init__(self, folder) -> None:
-        self.folder = folder
-
-    def on_train_end(self, trainer, pl_module):
-        pruning = next(c for c in trainer.callbacks if isinstance(c, WandaPruning))
-        pruning.masks.verify(pl_module)
-        record = {
-            "digest": pruning.masks.digest(),
-            "samples": pruning.summary["samples"],
-            "tokens": pruning.summary["tokens"],
-            "weights": [float(p.detach().double().sum()) for p in pl_module.parameters()],
-        }
-        (self.folder / f"{trainer.world_size}-{trainer.global_rank}.json").write_text(json.dumps(record))
 
 
 def test_two_ranks_choose_the_masks_of_one(tmp_path):

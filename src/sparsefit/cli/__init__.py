@@ -43,5 +43,16 @@ def main() -> int:
 
         return fit(rest, train=command == "fit")
     except SparsefitError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+        return _wrong(error)
+    except ValueError as error:  # the parser wraps what the classes of a recipe raise
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, SparsefitError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        return _wrong(cause)
+
+
+def _wrong(error: BaseException) -> int:
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    return 2

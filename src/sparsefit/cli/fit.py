@@ -46,9 +46,21 @@ class SparsefitCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and look at the checkpoint to resume from before anything is loaded."""
         super().parse_arguments(parser, args)
-        path = self.config.fit.ckpt_path
+        self.resumed_from = path = self.config.fit.ckpt_path
         if path is not None and path not in ("last", "best", "hpc"):
             check_checkpoint(Path(path))
+        # LightningCLI would mix the hyperparameters in the checkpoint with those of the recipe, which says them all.
+        self.config.fit.ckpt_path = None
+
+    def before_instantiate_classes(self) -> None:
+        """Put the checkpoint to resume from back."""
+        self.config.fit.ckpt_path = self.resumed_from
+
+    def before_fit(self) -> None:
+        """Look at the run folder before Lightning opens its logger there."""
+        settings = self.config_init.fit
+        if self.trainer.is_global_zero:
+            settings.run.folder.check(resuming=settings.ckpt_path is not None)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:

@@ -16,6 +16,7 @@ from sparsefit.pruning.blocks import BlockCall, NotSweepable, capture_calls, fin
 from sparsefit.pruning.calibration import InputRecorder, MicroBatch, call_model, regroup, to_device, with_names
 from sparsefit.pruning.config import PruningConfig
 from sparsefit.pruning.masks import MaskSet
+from sparsefit.pruning.removal import remove_for_good, removed_for_a_while
 from sparsefit.pruning.scores import SCORES, magnitude_score
 from sparsefit.pruning.selection import GRANULARITIES, select_n_of_m
 from sparsefit.pruning.statistics import InputStatistics
@@ -94,7 +95,7 @@ def prune(
         result.samples = sum(len(batch.origin) for batch in data)
         sweep = _Sweep(weights, data, config, pass_on, progress or (lambda done, total: None), result)
         sweep.run(block_lists)
-        _commit(weights, result.masks)
+        remove_for_good(weights, result.masks)
     result.seconds = time.perf_counter() - start
     return result
 
@@ -148,7 +149,7 @@ class _Sweep:
         else:
             self.result.update = "none"
         rest = [weight for weight in self.weights if weight.name not in self.masks]
-        with _applied(self._chosen(), self.masks):
+        with removed_for_a_while(self._chosen(), self.masks):
             statistics = self._statistics_of(rest, self._whole_passes) if rest and self.data else {}
         self._select(rest, statistics)
         self.progress(self.steps_in_all, self.steps_in_all)
@@ -174,7 +175,9 @@ class _Sweep:
 
     def _sweep_list(self, blocks: list[nn.Module], by_block: dict[int, list[PrunableWeight]]) -> None:
         """Algorithm 1: statistics of a block, its masks, and its pruned outputs as the next one's inputs."""
-        with _applied(self._chosen(), self.masks):  # an encoder is pruned before its decoder's inputs are computed
+        with removed_for_a_while(
+            self._chosen(), self.masks
+        ):  # an encoder is pruned before its decoder's inputs are computed
             probe = self.data[0].first_sample()
             capture_calls(blocks, lambda: self.forward(probe), to_the_end=True)
             captured = [self._captured(blocks, batch) for batch in self.data]
@@ -201,7 +204,7 @@ class _Sweep:
         self._select(weights, self._statistics_of(weights, lambda recorder: self._run(block, calls, hidden, recorder)))
         if not needs_outputs:
             return []
-        with _applied(weights, self.masks):
+        with removed_for_a_while(weights, self.masks):
             return self._run(block, calls, hidden)
 
     def _captured(self, blocks: list[nn.Module], batch: MicroBatch) -> list[tuple[int, BlockCall]]:
@@ -271,36 +274,6 @@ class _Sweep:
     def _note(self, note: str) -> None:
         if note not in self.result.notes:
             self.result.notes.append(note)
-
-
-def _commit(weights: list[PrunableWeight], masks: MaskSet) -> None:
-    """Apply all masks for good."""
-    _all_or_again(lambda weight: weight.remove(masks[weight.name]), weights)
-
-
-def _all_or_again(act: Callable[[Any], None], items: Iterable[Any]) -> None:
-    """Act on every item. An interrupt half-way is held back until all are acted on, from the first one anew."""
-    try:
-        for item in items:
-            act(item)
-    except BaseException:
-        for item in items:
-            act(item)
-        raise
-
-
-@contextmanager
-def _applied(weights: list[PrunableWeight], masks: MaskSet) -> Iterator[None]:
-    """Weights pruned for a while: dense again afterwards, whatever happens."""
-    taken: list[tuple[PrunableWeight, Tensor, Tensor]] = []
-    try:
-        for weight in weights:
-            mask = masks[weight.name].to(weight.parameter.device)
-            taken.append((weight, mask, weight.matrix()[~mask]))
-            weight.remove(mask)
-        yield
-    finally:
-        _all_or_again(lambda item: item[0].restore(*item[1:]), taken)
 
 
 @contextmanager

@@ -123,13 +123,19 @@ def _weight_files(folder: Path) -> list[Path]:
     for place in (folder, folder / BASE_FOLDER):
         index = place / "model.safetensors.index.json"
         if index.is_file():
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            return [place / name for name in sorted(names)]
+            return [place / name for name in _shards(index)]
         if (place / "model.safetensors").is_file():
             return [place / "model.safetensors"]
     if not folder.is_dir():
         raise RunFolderError(f"there is no folder {folder}")
     raise RunFolderError(f"{folder} holds no saved model: no model.safetensors in it or in its {BASE_FOLDER}/")
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunFolderError(f"{index} cannot be read: {error}") from error
 
 
 def _masks_of(folder: Path) -> MaskSet | None:

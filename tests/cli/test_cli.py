@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from sparsefit.cli import main
+from sparsefit.modules.loading import load_tokenizer
+from sparsefit.pruning import MaskSet
+
+WORDS = "the quick brown fox jumps over a lazy dog while seven wizards read the documentation of python aloud"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder with a tiny Llama and a tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = load_tokenizer("tiny-llama")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path, model):
+    """A recipe on text files, as a dictionary to change; with the folder that it is written to."""
+    words = WORDS.split()
+    for part in ("train", "test"):
+        (tmp_path / part).mkdir()
+        for number in range(4):
+            text = " ".join(words[(number + i * i) % len(words)] for i in range(300))
+            (tmp_path / part / f"{number}.txt").write_text(text + part)
+    return {
+        "model": {
+            "class_path": "sparsefit.modules.CausalLMModule",
+            "init_args": {"model": str(model), "learning_rate": 0.01, "lora": {"r": 2, "dropout": 0.0}},
+        },
+        "data": {
+            "class_path": "sparsefit.data.TextFilesDataModule",
+            "init_args": {
+                "tokenizer": str(model),
+                "train_source": str(tmp_path / "train"),
+                "test_source": str(tmp_path / "test"),
+                "sequence_length": 16,
+                "batch_size": 2,
+                "calibration_samples": 6,
+                "calibration": "pack",
+            },
+        },
+        "pruning": {"sparsity": 0.5},
+        "budget": {"gpu_hours": 1.0},
+        "run": {"folder": str(tmp_path / "run")},
+        "trainer": {"accelerator": "cpu", "max_steps": 3, "log_every_n_steps": 1, "enable_progress_bar": False},
+    }
+
+
+@pytest.fixture
+def sparsefit(tmp_path, monkeypatch, capsys):
+    """Runs the command in this process: status, output and errors, their white space made single."""
+
+    def run(*arguments, recipe=None):
+        if recipe is not None:
+            (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+            arguments = (arguments[0], "--config", tmp_path / "recipe.yaml", *arguments[1:])
+        monkeypatch.setattr(sys, "argv", ["sparsefit", *map(str, arguments)])
+        monkeypatch.chdir(tmp_path)
+        try:
+            status = main()
+        except SystemExit as stop:
+            status = stop.code
+        return status, *(" ".join(text.split()) for text in capsys.readouterr())
+
+    return run
+
+
+# Without a recipe.
+
+
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])
+def test_help_names_the_commands(sparsefit, arguments):
+    status, output, _ = sparsefit(*arguments)
+    assert status == 0
+    assert all(f"{command} " in output for command in ("fit", "prune", "inspect"))
+
+
+def test_help_comes_at_once():
+    command = Path(sys.executable).with_name("sparsefit")
+    if not command.exists():
+        pytest.skip("the command is not installed beside this Python")
+    heavy = "{'lightning', 'transformers', 'peft', 'matplotlib'} & set(sys.modules)"
+    code = f"import sys; sys.argv = ['sparsefit']; from sparsefit.cli import main; main(); print({heavy})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("set()\n")
+    done = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.count(".") == 2
+
+
+def test_an_unknown_command(sparsefit):
+    status, _, errors = sparsefit("train")
+    assert status == 2
+    assert "no command 'train'" in errors
+    assert "inspect FOLDER" in errors
+
+
+def test_inspecting_what_is_not_there(sparsefit, tmp_path):
+    status, _, errors = sparsefit("inspect", tmp_path / "nothing")
+    assert status == 2
+    assert "there is no folder" in errors
+
+
+# Recipes that cannot work.
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("pruning", "sparsty", 0.5, "sparsty"),
+        ("trainer", "max_stepz", 1, "max_stepz"),
+        ("", "budgets", {"gpu_hours": 1.0}, "budgets"),
+        ("model.init_args", "learning_rat", 1, "learning_rat"),
+        ("data.init_args", "train_sources", "x", "train_sources"),
+        ("pruning", "sparsity", "half", "sparsity"),
+    ],
+)
+def test_unknown_and_wrong_settings_are_named(sparsefit, recipe, tmp_path, section, key, value, message):
+    place = recipe
+    for part in filter(None, section.split(".")):
+        place = place[part]
+    place[key] = value
+    status, _, errors = sparsefit("fit", recipe=recipe)
+    assert status == 2
+    assert message in errors
+    assert not (tmp_path / "run").exists()
+
+
+def wrong_model(recipe, folder):
+    recipe["model"]["init_args"]["model"] = str(folder / "modle")
+    return "ConfigError: there is no folder"
+
+
+def wrong_sparsity(recipe, folder):
+    recipe["pruning"]["sparsity"] = 1.5
+    return "sparsity is 1.5"
+
+
+def wrong_text(recipe, folder):
+    recipe["data"]["init_args"]["train_source"] = str(folder / "nothing.txt")
+    return "DataError: there is no file"
+
+
+def file_in_place(recipe, folder):
+    (folder / "run").write_text("mine")
+    return "RunFolderError: the run folder"
+
+
+def used_folder(recipe, folder):
+    (folder / "run").mkdir()
+    (folder / "run/thesis.txt").write_text("mine")
+    return "exists and is not empty"
+
+
+def no_checkpoint(recipe, folder):
+    recipe["ckpt_path"] = str(folder / "none.ckpt")
+    return "ConfigError: there is no checkpoint"
+
+
+def damaged_checkpoint(recipe, folder):
+    torch.save({"state_dict": torch.ones(1000)}, folder / "cut.ckpt")
+    (folder / "cut.ckpt").write_bytes((folder / "cut.ckpt").read_bytes()[:-200])
+    recipe["ckpt_path"] = str(folder / "cut.ckpt")
+    return "is damaged and cannot be read"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [wrong_model, wrong_sparsity, wrong_text, file_in_place, used_folder, no_checkpoint, damaged_checkpoint],
+)
+def test_a_recipe_that_cannot_work_says_so_and_leaves_nothing(sparsefit, recipe, tmp_path, spoil):
+    message = spoil(recipe, tmp_path)
+    status, _, errors = sparsefit("fit", recipe=recipe)
+    assert status == 2
+    assert message in errors
+    assert "Traceback" not in errors
+    left = {path.name for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    if spoil is wrong_text:  # Lightning has opened its logger by then, which does not hinder the next try
+        left = {name for name in left if "events" not in name}
+    assert left == ({"thesis.txt"} if spoil is used_folder else set())
+
+
+# Recipes that work.
+
+
+def test_a_recipe_from_start_to_resumed_end(sparsefit, recipe, tmp_path):
+    run = tmp_path / "run"
+    status, output, _ = sparsefit("fit", recipe=recipe)
+    assert status == 0
+    report = json.loads((run / "report.json").read_text())
+    assert report["status"] == "finished"
+    assert report["training"]["steps"] == 3
+    assert report["sparsity"]["total"] == 0.5
+    assert set(report["perplexity"]) == {"dense", "pruned", "recovered"}
+    assert report["metrics"] == {"perplexity": "lower"}
+    assert "50.00%" in output
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    assert report["configuration"] == (run / "config.yaml").read_text()
+    assert settings["data"]["init_args"]["calibration_samples"] == 6
+    MaskSet.load(run / "masks.safetensors").verify(AutoModelForCausalLM.from_pretrained(run / "base"))
+    assert (run / "checkpoints/last.ckpt").exists()
+    assert list((run / "logs").rglob("events.*"))
+    assert not list(tmp_path.glob("*/lightning_logs"))
+
+    status, output, _ = sparsefit("inspect", run)
+    assert (status, "masks hold" in output) == (0, True)
+
+    # The same command again would overwrite the run; going on from its checkpoint does not.
+    status, _, errors = sparsefit("fit", recipe=recipe)
+    assert (status, "not empty" in errors) == (2, True)
+    more = (f"--ckpt_path={run}/checkpoints/last.ckpt", "--trainer.max_steps=5")
+    status, _, errors = sparsefit("fit", *more, recipe=recipe)
+    assert status == 0, errors
+    resumed = json.loads((run / "report.json").read_text())
+    assert resumed["training"]["steps"] == 5
+    assert [entry["step"] for entry in resumed["training"]["history"]] == [1, 2, 3, 4, 5]
+    assert resumed["perplexity"]["dense"] == report["perplexity"]["dense"]
+    assert resumed["pruning"]["digest"] == report["pruning"]["digest"]
+    assert resumed["sparsity"]["total"] == 0.5
+    pruned_once = report["gpu_hours"]["stages"]["calibration and pruning"]
+    assert resumed["gpu_hours"]["stages"]["calibration and pruning"] == pytest.approx(pruned_once)
+
+
+def test_pruning_alone_and_settings_on_the_command_line(sparsefit, recipe, tmp_path):
+    del recipe["model"]["init_args"]["lora"]
+    status, *_ = sparsefit("prune", "--pruning.pattern=2:4", "--run.name", "two of four", recipe=recipe)
+    assert status == 0
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert (report["name"], report["training"]["steps"]) == ("two of four", 0)
+    assert set(report["perplexity"]) == {"dense", "pruned"}
+    weight = load_file(tmp_path / "run/base/model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+    assert ((weight.view(16, 8, 4) != 0).sum(-1) == 2).all()
+    assert not (tmp_path / "run/adapter").exists()
+
+
+def test_a_recipe_printed_is_a_recipe(sparsefit, recipe):
+    status, output, _ = sparsefit("fit", "--print_config", recipe=recipe)
+    assert status == 0
+    assert "gpu_hours: 1.0" in output
