@@ -59,7 +59,7 @@ def texts(shared_data, kind):
 def test_a_real_model_is_pruned_recovered_and_exported_exactly_sparse(shared_data, tmp_path, kind, pattern, capsys):
     folder = tmp_path / "run"
     model = str(shared_data / "tinystories656K")
-    module, data, report = run(folder, model, texts(shared_data, kind), steps=60, pattern=pattern)
+    _, data, report = run(folder, model, texts(shared_data, kind), steps=60, pattern=pattern)
 
     figures = report["perplexity"]
     assert figures["dense"] < figures["pruned"]

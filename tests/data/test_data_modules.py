@@ -163,7 +163,7 @@ def test_a_run_resumed_at_the_end_of_an_epoch_starts_the_next(tokenizer, corpus,
     Trainer(max_epochs=2, callbacks=[seen, saver], **settings).fit(Model(), data)
     again = Seen()
     data = C4DataModule(tokenizer, str(corpus), **SETTINGS)
-    Trainer(max_epochs=2, callbacks=[again], **settings).fit(
+    Trainer(max_epochs=2, callbacks=[again], default_root_dir=tmp_path / "again", **settings).fit(
         Model(), data, ckpt_path=tmp_path / "epoch=0.ckpt", weights_only=True
     )
     assert again.windows == seen.windows[len(seen.windows) // 2 :]

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sparsefit import prune
+from sparsefit import MaskSet, prune
 from sparsefit.errors import MaskError
 from sparsefit.modules.loading import load_tokenizer
 from sparsefit.recovery.export import export_adapter, export_base, trains_base
@@ -124,3 +124,16 @@ def test_whether_the_base_trains(tiny_model):
     assert not trains_base(model)
     model.inner.base_model.model.model.norm.weight.requires_grad_(True)
     assert trains_base(model)
+
+
+def test_a_layer_that_peft_trains_a_copy_of_is_exported_as_it_was(tmp_path, tiny_model):
+    base = tiny_model("llama")
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model = lora(base, target_modules=["q_proj"], modules_to_save=["norm"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(1)
+    export_base(model, MaskSet(), tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.state_dict().items())

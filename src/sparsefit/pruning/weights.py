@@ -15,7 +15,7 @@ from sparsefit.pruning.config import Pattern, PruningConfig
 
 HEAD_NAMES = frozenset({"lm_head", "head", "classifier", "score", "embed_out", "output_projection", "qa_outputs"})
 
-_WRAPPERS = re.compile(r"(?<![^.])(?:base_model\.model\.|_orig_mod\.)|(?<=\.)base_layer\.")
+_WRAPPERS = re.compile(r"(?<![^.])(?:base_model\.model\.|_orig_mod\.)|(?<=\.)(?:base_layer|original_module)\.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,16 +120,23 @@ def find_weights(
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """All modules of the bare model by canonical name: what adapters added is left out."""
+    wrapped = {id(module): base for module in model.modules() if (base := _wrapped_by(module)) is not None}
     adapters: set[int] = set()
     for module in model.modules():
-        if isinstance(getattr(module, "base_layer", None), nn.Module):
-            base = {id(m) for m in module.base_layer.modules()}
-            adapters |= {id(m) for m in module.modules() if m is not module} - base
+        if id(module) in wrapped:
+            inner = {id(m) for m in wrapped[id(module)].modules()}
+            adapters |= {id(m) for m in module.modules() if m is not module} - inner
     return {
         canonical_name(name): module
         for name, module in model.named_modules(remove_duplicate=False)
-        if id(module) not in adapters and not isinstance(getattr(module, "base_layer", None), nn.Module)
+        if id(module) not in adapters and id(module) not in wrapped
     }
+
+
+def _wrapped_by(module: nn.Module) -> nn.Module | None:
+    """The layer that a PEFT layer adapts (base_layer) or keeps a trained copy of (original_module)."""
+    candidates = (getattr(module, name, None) for name in ("base_layer", "original_module"))
+    return next((base for base in candidates if isinstance(base, nn.Module)), None)
 
 
 def _output_layers(model: nn.Module) -> set[int]:

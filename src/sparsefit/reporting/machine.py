@@ -71,11 +71,17 @@ def peak_memory() -> tuple[int | None, str]:
 
 def _process_peak() -> int | None:
     try:
+        # Linux: a process that was just started has its parent's peak in getrusage, but not here.
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+    except (OSError, StopIteration, ValueError, IndexError):
+        pass
+    try:
         import resource
     except ImportError:  # Windows
         return _windows_peak()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kibibytes
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others kibibytes
 
 
 def _windows_peak() -> int | None:
