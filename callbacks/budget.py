@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,8 +15,6 @@ from sparsefit.recovery.ledger import SECONDS_PER_HOUR, GPUHourLedger, Pace, est
 from sparsefit.recovery.schedule import budget_factor, first_rate, keep_base_rates, progress, set_rates
 
 SYNC_STEPS = 20  # so many steps before the end, an accelerator's queue is awaited before the clock is read
-
-_ledgers: WeakKeyDictionary[Trainer, GPUHourLedger] = WeakKeyDictionary()
 
 
 class GPUHourBudget(Callback):
@@ -320,28 +317,6 @@ class GPUHourBudget(Callback):
         near = self._spent + SYNC_STEPS * self._hours(self._pace.step or math.inf) > self._limit
         if device.type == "cuda" and near:
             torch.cuda.synchronize(device)
-
-
-def budget_of(trainer: Trainer) -> GPUHourBudget | None:
-    """The GPUHourBudget among the trainer's callbacks, or None."""
-    return next((callback for callback in trainer.callbacks if isinstance(callback, GPUHourBudget)), None)
-
-
-def ledger_of(trainer: Trainer) -> GPUHourLedger:
-    """The ledger that a trainer's callbacks charge their stages to.
-
-    With a GPUHourBudget it is the budget's, started by this call if its own `setup` has not run yet. Without one it is
-    kept for the trainer, runs from the first call on, and charges time outside every stage to "fit".
-    """
-    budget = budget_of(trainer)
-    if budget is not None:
-        if trainer.state.fn == TrainerFn.FITTING and not budget.ledger.started:
-            budget.ledger.start(trainer.world_size)
-        return budget.ledger
-    if trainer not in _ledgers:
-        _ledgers[trainer] = GPUHourLedger(base_stage="fit")
-        _ledgers[trainer].start(trainer.world_size)
-    return _ledgers[trainer]
 
 
 def _is_number(value: object) -> bool:

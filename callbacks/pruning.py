@@ -11,8 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from sparsefit.callbacks.budget import budget_of, ledger_of
 from sparsefit.callbacks.calibration import calibration_batches, calibration_forward, predicting
+from sparsefit.callbacks.ledgers import budget_of, ledger_of
 from sparsefit.errors import ConfigError, MaskError
 from sparsefit.pruning import MaskSet, PruningConfig, PruningResult, prune
 from sparsefit.pruning.scores import SCORES

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from sparsefit.callbacks.budget import budget_of, ledger_of
+from sparsefit.callbacks.ledgers import budget_of, ledger_of
 from sparsefit.callbacks.run_folder import RunFolder
 from sparsefit.pruning import MaskSet, PruningResult
 from sparsefit.recovery.export import export_adapter, export_base, trains_base

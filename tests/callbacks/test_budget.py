@@ -13,7 +13,8 @@ from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from sparsefit.callbacks.budget import GPUHourBudget, budget_of, ledger_of
+from sparsefit.callbacks.budget import GPUHourBudget
+from sparsefit.callbacks.ledgers import budget_of, ledger_of
 from sparsefit.errors import BudgetError, ConfigError
 
 BASE_RATE = 0.1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from sparsefit.callbacks import GPUHourBudget, RunReport, WandaPruning
 from sparsefit.callbacks.run_folder import LOGS
 from sparsefit.errors import ConfigError
+
+CHECKPOINT_INTERVAL = timedelta(minutes=15)
 
 
 def fit(arguments: list[str], train: bool) -> int:
@@ -75,7 +78,12 @@ class SparsefitCLI(LightningCLI):
             kwargs["logger"] = TensorBoardLogger(folder, name=LOGS, version="")
         callbacks = list(settings.trainer.callbacks or [])
         if settings.trainer.enable_checkpointing is not False and not any(isinstance(c, Checkpoint) for c in callbacks):
-            callbacks.append(ModelCheckpoint(folder / "checkpoints", save_last=True, save_on_exception=True))
+            checkpoints = folder / "checkpoints"
+            callbacks += [
+                ModelCheckpoint(checkpoints, save_last=True, save_on_exception=True),
+                # A stream has no epochs to save at.
+                ModelCheckpoint(checkpoints, filename="timed-{step}", train_time_interval=CHECKPOINT_INTERVAL),
+            ]
         return super().instantiate_trainer(**{"callbacks": callbacks, "default_root_dir": str(folder), **kwargs})
 
 
