@@ -224,10 +224,10 @@ def _wikitext_rows(location: str) -> list[str]:
         lines = _read_file(location).split("\n")
         rows = [line + "\n" for line in lines[:-1]] + lines[-1:] * bool(lines[-1])
         return [row if row.strip() else "" for row in rows]
-    import pyarrow.parquet
+    from datasets import load_dataset
 
-    with _reading(location), fsspec.open(_address(location), "rb") as file:
-        return pyarrow.parquet.read_table(file, columns=["text"])["text"].to_pylist()
+    with _reading(location):
+        return list(load_dataset("parquet", data_files=_address(location), split="train", streaming=True)["text"])
 
 
 def _wikitext_articles(location: str) -> Iterator[str]:
