@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import sys
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,14 @@ from sparsefit.errors import ConfigError
 
 CHECKPOINT_INTERVAL = timedelta(minutes=15)
 
+# What libraries say of one another, and of validation data that a recipe leaves out on purpose.
+IRRELEVANT_WARNINGS = ("`isinstance\\(treespec, LeafSpec\\)`", "`is_gradient_checkpointing`", "Total length of `list`")
+
 
 def fit(arguments: list[str], train: bool) -> int:
     """Run a recipe; without training it is a fit that takes no step."""
+    for message in IRRELEVANT_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
     sys.argv[1:] = ["fit", *arguments, *([] if train else ["--trainer.max_steps=0"])]  # LightningCLI reads it there
     SparsefitCLI(
         LightningModule,

@@ -257,11 +257,11 @@ def format_percent(share: float | None, digits: int = 2, missing: str = "—") -
 
 
 def format_hours(hours: float | None, missing: str = "—") -> str:
-    """GPU-hours with three significant digits, but none beyond a millionth."""
+    """GPU-hours with three significant digits; less than a thirtieth of a second is only called less."""
     if hours is None:
         return missing
-    if 0 < hours < 5e-7:
-        return "0.000000"
+    if 0 < hours < 1e-5:
+        return "<0.00001"
     return "0" if hours == 0 else f"{hours:,.{max(0, 2 - math.floor(math.log10(abs(hours))))}f}"
 
 
