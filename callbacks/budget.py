@@ -24,8 +24,8 @@ class GPUHourBudget(Callback):
     charge is saved in checkpoints and goes on from there after a resume. Training stops, on all ranks at the same step,
     when one more step (the longest of the last 10) would not leave the reserve and the time of the validation that
     Lightning runs on stopping. While it trains, the learning rate rises for `warmup_steps` and then falls linearly to
-    zero as the budget, `max_steps` or `max_epochs` runs out, whichever is nearest (Budgeted Training,
-    https://arxiv.org/abs/1905.04753); for this, data need no known length.
+    zero as the budget or `max_steps` (or `max_epochs`, where the data have a length) runs out, whichever is nearest
+    (Budgeted Training, https://arxiv.org/abs/1905.04753).
 
     The rate is set before each optimizer step from the rate each parameter group starts with ("initial_lr"). A module
     that brings learning rate schedulers of its own keeps them, with a warning. A resume with more `gpu_hours` extends
@@ -93,11 +93,6 @@ class GPUHourBudget(Callback):
         kept = max(self.reserve * self.gpu_hours, self._hours(max(self._kept_agreed, self.closing_seconds)))
         validation = self._pace.validation or self._validation_estimate
         return kept + (self._hours(validation) if self._closing_validation else 0.0)
-
-    @property
-    def hours_left(self) -> float:
-        """GPU-hours that training may still spend; negative when it has spent from the reserve."""
-        return self.gpu_hours - self.reserve_hours - self.ledger.hours
 
     def keep(self, seconds: float, what: str = "closing") -> None:
         """Keep at least so much time for what follows training.

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -54,6 +55,8 @@ def calibration_batches(trainer: Trainer, source: Iterable[Any] | None, samples:
             _check_rereadable(loader)
             batches = list(_first(_single_process(loader), samples or TRAINING_SAMPLES))
     available = sum(map(_size, batches))
+    if source is None and not callable(own) and samples is None and 0 < available < TRAINING_SAMPLES:
+        rank_zero_warn(f"{name} gives only {available} calibration samples; {TRAINING_SAMPLES} are usual")
     if not batches or (samples is not None and available < samples):
         raise CalibrationError(
             f"{name} gives {available} calibration samples"
@@ -76,10 +79,16 @@ def _first(source: Iterable[Any], samples: int | None) -> Iterator[Any]:
 
 
 def _size(batch: Any) -> int:
+    """Samples in a batch: the first dimension of its first tensor; 1 if it holds none."""
+    return next((len(tensor) for tensor in _tensors(batch) if tensor.ndim), 1)
+
+
+def _tensors(batch: Any) -> Iterator[torch.Tensor]:
     if isinstance(batch, torch.Tensor):
-        return len(batch) if batch.ndim else 1
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
-    return next((_size(value) for value in values), 1)
+        yield batch
+    elif isinstance(batch, Mapping | list | tuple):
+        for value in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _tensors(value)
 
 
 def _cut(batch: Any, size: int) -> Any:

@@ -45,7 +45,7 @@ class WandaPruning(Callback):
             `calibration_dataloader()`, else the first of the training data.
         calibration_samples: How many samples to take; by default all of a source made for calibration, and
             128 from training data.
-        micro_batch_size: Samples that go through the model at once; changes no mask.
+        micro_batch_size: Samples that go through the model at once.
 
     Raises:
         ConfigError: if a setting cannot work.
@@ -70,8 +70,8 @@ class WandaPruning(Callback):
             score=score,
             granularity=granularity,
             update=update,
-            targets=None if targets is None else tuple(targets),
-            exclude=tuple(exclude or ()),
+            targets=targets,
+            exclude=exclude or (),
             micro_batch_size=micro_batch_size,
         )
         if calibration_samples is not None and (not isinstance(calibration_samples, int) or calibration_samples < 1):

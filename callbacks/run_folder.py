@@ -60,8 +60,11 @@ class RunFolder:
             RunFolderError: as `check`, or if its disk is too full for the model and a checkpoint of it.
         """
         self.check(resuming)
-        # The sparse base, a checkpoint, and the one that replaces it.
-        needed = 3 * sum(p.numel() * p.element_size() for p in module.parameters())
+        # The sparse base, the checkpoint of the last epoch and the timed one, and what replaces each, with the two
+        # moments of Adam for what trains.
+        sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in module.parameters()]
+        weights, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
+        needed = weights + 4 * (weights + 2 * trained)
         free = shutil.disk_usage(self.path).free
         if free < needed:
             raise RunFolderError(

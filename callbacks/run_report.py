@@ -17,8 +17,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from sparsefit.callbacks.ledgers import budget_of, ledger_of
 from sparsefit.callbacks.run_folder import RunFolder
+from sparsefit.errors import RunFolderError
 from sparsefit.pruning import MaskSet, PruningResult
-from sparsefit.recovery.export import export_adapter, export_base, trains_base
+from sparsefit.recovery.export import export_adapter, export_base, exported_masks, trains_base
 from sparsefit.recovery.inspection import inspect_folder
 from sparsefit.reporting.console import console, stage_progress, summary
 from sparsefit.reporting.html import render_html
@@ -136,9 +137,9 @@ class RunReport(Callback):
         try:
             if trainer.global_step > 0:
                 self._export_trained(trainer, pl_module)
-        except Exception as error:
-            rank_zero_warn(f"What was trained could not be exported: {error}")
-        self._write(trainer, pl_module, status)
+            self._write(trainer, pl_module, status)
+        except Exception as error:  # whatever it is, the checkpoint that follows must be written
+            rank_zero_warn(f"What was trained could not be exported or reported: {error!r}")
 
     def state_dict(self) -> dict[str, Any]:
         """The figures so far, for a run that is resumed."""
@@ -154,10 +155,22 @@ class RunReport(Callback):
             return
         if trainer.is_global_zero:
             self.folder.claim(module, resuming=trainer.ckpt_path is not None)
+            self._check_same_run(trainer, module)
             if self._configuration is not None:
                 self.folder.configuration.write_text(self._configuration, encoding="utf-8")
         self.report["configuration"] = self._configuration
         self._claimed = True
+
+    def _check_same_run(self, trainer: Trainer, module: LightningModule) -> None:
+        """A base that lies in the folder must be the one that the resumed run trains its adapter for."""
+        masks = _masks_of(trainer)
+        if trainer.ckpt_path is None or masks is None or not self.folder.masks.exists():
+            return
+        if MaskSet.load(self.folder.masks).digest() != exported_masks(module, masks).digest():
+            raise RunFolderError(
+                f"the run folder {self.folder.path} holds another run: its masks are not those of the checkpoint. Give "
+                "the folder of the run that the checkpoint is from, or a new one"
+            )
 
     def _evaluate(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         evaluate = getattr(module, "evaluate", None)

@@ -6,12 +6,13 @@ import random
 import numpy
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from small_runs import Classifier, Data, LanguageModel, fit, labelled, text
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from sparsefit import prune
 from sparsefit.callbacks import WandaPruning
+from sparsefit.callbacks.calibration import calibration_batches
 from sparsefit.errors import CalibrationError
 
 
@@ -159,6 +160,12 @@ def test_as_many_samples_as_asked_for(asked, used):
     x = torch.cat([x for x, _ in labelled(8)])
     assert pruning.summary["samples"] == used
     assert pruning.masks.digest() == prune(Classifier(), [x[:used]]).masks.digest()
+
+
+def test_samples_are_counted_by_tensors_whatever_stands_beside_them():
+    batches = [{"id": ["a", "b"], "x": torch.randn(2, 6)} for _ in range(4)]
+    taken, _ = calibration_batches(Trainer(logger=False, enable_checkpointing=False), batches, 4)
+    assert sum(len(batch["x"]) for batch in taken) == 4
 
 
 def one_shot_stream():

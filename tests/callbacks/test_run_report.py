@@ -209,6 +209,16 @@ def test_a_run_resumed_in_another_folder_is_whole(tmp_path, measured):
     assert report_of(tmp_path / "b")["sparsity"]["total"] == 0.5
 
 
+def test_a_checkpoint_cannot_go_on_in_the_folder_of_another_run(tmp_path, measured):
+    trainer = fit(measured(), TextData(), RunReport(tmp_path / "a"), WandaPruning(), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    fit(measured(), TextData(), RunReport(tmp_path / "b"), WandaPruning(pattern="2:4"), max_steps=0)
+    before = {path: path.read_bytes() for path in (tmp_path / "b").rglob("*") if path.is_file()}
+    with pytest.raises(RunFolderError, match="holds another run"):
+        fit(measured(), TextData(), RunReport(tmp_path / "b"), WandaPruning(), ckpt_path=tmp_path / "a.ckpt")
+    assert {path: path.read_bytes() for path in (tmp_path / "b").rglob("*") if path.is_file()} == before
+
+
 # Folders that cannot be used.
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from sparsefit.cli import main
+from sparsefit.cli.fit import check_checkpoint
 from sparsefit.modules.loading import load_tokenizer
 from sparsefit.pruning import MaskSet
 
@@ -157,6 +158,14 @@ def wrong_text(recipe, folder):
     return "DataError: there is no file"
 
 
+def wrong_tokenizer(recipe, folder):
+    tokenizer = load_tokenizer("tiny-llama")
+    tokenizer.add_tokens(["zebra"])
+    tokenizer.save_pretrained(folder / "other")
+    recipe["data"]["init_args"]["tokenizer"] = str(folder / "other")
+    return "vocabularies differ"
+
+
 def file_in_place(recipe, folder):
     (folder / "run").write_text("mine")
     return "RunFolderError: the run folder"
@@ -182,7 +191,16 @@ def damaged_checkpoint(recipe, folder):
 
 @pytest.mark.parametrize(
     "spoil",
-    [wrong_model, wrong_sparsity, wrong_text, file_in_place, used_folder, no_checkpoint, damaged_checkpoint],
+    [
+        wrong_model,
+        wrong_sparsity,
+        wrong_text,
+        wrong_tokenizer,
+        file_in_place,
+        used_folder,
+        no_checkpoint,
+        damaged_checkpoint,
+    ],
 )
 def test_a_recipe_that_cannot_work_says_so_and_leaves_nothing(sparsefit, recipe, tmp_path, spoil):
     message = spoil(recipe, tmp_path)
@@ -194,6 +212,11 @@ def test_a_recipe_that_cannot_work_says_so_and_leaves_nothing(sparsefit, recipe,
     if spoil is wrong_text:  # Lightning has opened its logger by then, which does not hinder the next try
         left = {name for name in left if "events" not in name}
     assert left == ({"thesis.txt"} if spoil is used_folder else set())
+
+
+def test_a_checkpoint_with_objects_of_the_users_own_is_not_called_damaged(tmp_path):
+    torch.save({"hyper_parameters": {"folder": tmp_path}}, tmp_path / "own.ckpt")
+    check_checkpoint(tmp_path / "own.ckpt")
 
 
 # Recipes that work.

@@ -74,6 +74,8 @@ def test_wikitext_is_read_by_rows_and_by_articles(tmp_path, form):
     assert [article.split(" = ")[1] for article in articles] == ["Title", "Other"]
     assert "".join(articles) == "".join(WIKI_ROWS)
     assert texts(str(file), "wikitext") == articles
+    (last,) = shards_of(f"wikitext:{file}[1:]")
+    assert wikitext_as_one(last) == "\n\n".join(WIKI_ROWS[-2:])
 
 
 def test_the_wikitext_test_file_has_the_rows_of_the_hub(shared_data):

@@ -135,8 +135,11 @@ def test_an_interrupt_at_any_step_leaves_the_model_dense(tiny_model, update):
     result.masks.verify(model)
 
 
+@pytest.mark.parametrize("presses", [1, 3])
 @pytest.mark.parametrize("method", ["remove", "restore"])
-def test_an_interrupt_while_weights_are_written_leaves_the_model_dense_or_whole_pruned(tiny_model, monkeypatch, method):
+def test_interrupts_while_weights_are_written_leave_the_model_dense_or_whole_pruned(
+    tiny_model, monkeypatch, method, presses
+):
     config = PruningConfig(micro_batch_size=1)
     pruned = tiny_model("llama")
     original, total = getattr(PrunableWeight, method), itertools.count()
@@ -147,7 +150,7 @@ def test_an_interrupt_while_weights_are_written_leaves_the_model_dense_or_whole_
         model, calls = tiny_model("llama"), itertools.count()
 
         def interrupted(*args, calls=calls, at=at):
-            if next(calls) == at:
+            if at <= next(calls) < at + presses:
                 raise KeyboardInterrupt
             return original(*args)
 

@@ -66,7 +66,8 @@ class SparsefitCLI(LightningCLI):
         self.config.fit.ckpt_path = self.resumed_from
 
     def before_fit(self) -> None:
-        """Look at the run folder before Lightning opens its logger there."""
+        """Look at the tokenizers, and at the run folder before Lightning opens its logger there."""
+        check_tokenizers(self.model, self.datamodule)
         settings = self.config_init.fit
         if self.trainer.is_global_zero:
             settings.run.folder.check(resuming=settings.ckpt_path is not None)
@@ -86,7 +87,7 @@ class SparsefitCLI(LightningCLI):
         if settings.trainer.enable_checkpointing is not False and not any(isinstance(c, Checkpoint) for c in callbacks):
             checkpoints = folder / "checkpoints"
             callbacks += [
-                ModelCheckpoint(checkpoints, save_last=True, save_on_exception=True),
+                ModelCheckpoint(checkpoints, save_last="link", save_on_exception=True),
                 # A stream has no epochs to save at.
                 ModelCheckpoint(checkpoints, filename="timed-{step}", train_time_interval=CHECKPOINT_INTERVAL),
             ]
@@ -103,6 +104,20 @@ class _ConfigurationOfRun(SaveConfigCallback):
                 callback.take_configuration(text)
 
 
+def check_tokenizers(model: LightningModule, data: LightningDataModule) -> None:
+    """See that the text is tokenised for the model.
+
+    Raises:
+        ConfigError: if model and data both have a tokenizer and the vocabularies differ.
+    """
+    of_model, of_data = getattr(model, "tokenizer", None), getattr(data, "tokenizer", None)
+    if of_model is not None and of_data is not None and of_model.get_vocab() != of_data.get_vocab():
+        raise ConfigError(
+            f"the data's tokenizer ({of_data.name_or_path}) is not the model's ({of_model.name_or_path}): their "
+            "vocabularies differ. Give data.init_args.tokenizer the same name as model.init_args.model"
+        )
+
+
 def check_checkpoint(path: Path) -> None:
     """See that a checkpoint can be read.
 
@@ -114,6 +129,8 @@ def check_checkpoint(path: Path) -> None:
     try:
         torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        if "Weights only load failed" in str(error):
+            return  # whole, but it holds objects of the user's own
         raise ConfigError(
             f"the checkpoint {path} is damaged and cannot be read ({type(error).__name__}: {error}). "
             "Resume from an earlier one, or start again in another run folder"

@@ -108,8 +108,9 @@ def documents(shards: Iterable[Shard]) -> Iterator[Document]:
 
 
 def wikitext_as_one(shard: Shard) -> str:
-    """WikiText's rows joined by two newlines: the text on which perplexities are published."""
-    return "\n\n".join(_wikitext_rows(shard.location))
+    """WikiText's rows joined by two newlines: the text on which perplexities are published. A slice takes articles."""
+    articles = islice(_rows_of_articles(shard.location), shard.start, shard.stop)
+    return "\n\n".join(row for rows in articles for row in rows)
 
 
 def _shards_of_one(source: str, text_kind: str) -> list[Shard]:
@@ -230,15 +231,19 @@ def _wikitext_rows(location: str) -> list[str]:
         return list(load_dataset("parquet", data_files=_address(location), split="train", streaming=True)["text"])
 
 
-def _wikitext_articles(location: str) -> Iterator[str]:
+def _rows_of_articles(location: str) -> Iterator[list[str]]:
+    """The rows of each article; blank rows before the first title belong to the first article."""
     article: list[str] = []
     for row in _wikitext_rows(location):
         if _ARTICLE.fullmatch(row) and any(article):
-            yield "".join(article)
+            yield article
             article = []
         article.append(row)
-    if any(article):
-        yield "".join(article)
+    yield article
+
+
+def _wikitext_articles(location: str) -> Iterator[str]:
+    return ("".join(article) for article in _rows_of_articles(location) if any(article))
 
 
 @contextmanager

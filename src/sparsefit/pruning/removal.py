@@ -23,9 +23,18 @@ def _all_or_again(act: Callable[[Any], None], items: Iterable[Any]) -> None:
         for item in items:
             act(item)
     except BaseException:
+        while not _done(act, items):
+            pass
+        raise
+
+
+def _done(act: Callable[[Any], None], items: Iterable[Any]) -> bool:
+    try:
         for item in items:
             act(item)
-        raise
+    except KeyboardInterrupt:  # an impatient one more
+        return False
+    return True
 
 
 @contextmanager

@@ -67,12 +67,18 @@ def export_base(module: nn.Module, masks: MaskSet, folder: Path) -> MaskSet:
         state = {name: tensor.detach().contiguous().clone() for name, tensor in base_state_dict(module).items()}
         save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         return masks
-    name, model = found
+    _, model = found
     model.save_pretrained(folder, state_dict=base_state_dict(model))
     tokenizer = getattr(module, "tokenizer", None)
     if callable(getattr(tokenizer, "save_pretrained", None)):
         tokenizer.save_pretrained(folder)
-    prefix = f"{name}." if name else ""
+    return exported_masks(module, masks)
+
+
+def exported_masks(module: nn.Module, masks: MaskSet) -> MaskSet:
+    """The masks of a module under the names that its weights have where `export_base` writes them."""
+    found = pretrained_part(module)
+    prefix = f"{found[0]}." if found is not None and found[0] else ""
     return masks.renamed(lambda weight: weight.removeprefix(prefix))
 
 
