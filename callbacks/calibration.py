@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from sparsefit.errors import CalibrationError
+from sparsefit.pruning.calibration import tensors_in
 
 TRAINING_SAMPLES = 128
 """How many samples are taken where nobody said and the training data must serve (the paper's number)."""
@@ -80,15 +81,7 @@ def _first(source: Iterable[Any], samples: int | None) -> Iterator[Any]:
 
 def _size(batch: Any) -> int:
     """Samples in a batch: the first dimension of its first tensor; 1 if it holds none."""
-    return next((len(tensor) for tensor in _tensors(batch) if tensor.ndim), 1)
-
-
-def _tensors(batch: Any) -> Iterator[torch.Tensor]:
-    if isinstance(batch, torch.Tensor):
-        yield batch
-    elif isinstance(batch, Mapping | list | tuple):
-        for value in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from _tensors(value)
+    return next((len(tensor) for tensor in tensors_in(batch) if tensor.ndim), 1)
 
 
 def _cut(batch: Any, size: int) -> Any:

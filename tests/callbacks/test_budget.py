@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from small_runs import QUIET
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from sparsefit.callbacks.budget import GPUHourBudget
@@ -69,16 +70,7 @@ def budget_of_seconds(clock: Clock, seconds: float, **arguments) -> GPUHourBudge
 
 
 def make_trainer(*callbacks: Callback, **arguments) -> Trainer:
-    defaults = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "max_epochs": -1,
-    }
-    return Trainer(callbacks=list(callbacks), **(defaults | arguments))
+    return Trainer(callbacks=list(callbacks), **(QUIET | {"max_epochs": -1} | arguments))
 
 
 def stream() -> DataLoader:

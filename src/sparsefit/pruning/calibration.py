@@ -73,7 +73,7 @@ def regroup(batches: Iterable[Any], size: int) -> Iterator[MicroBatch]:
 def split_samples(batch: Any) -> list[Any] | None:
     """A batch as a list of batches of one sample, or None if its tensors do not agree on their first dimension, or
     it holds something else for each sample (a list of texts)."""
-    tensors = list(_tensors(batch))
+    tensors = list(tensors_in(batch))
     if not tensors or any(t.ndim == 0 for t in tensors) or len({len(t) for t in tensors}) != 1:
         return None
     if len(tensors[0]) in map(len, _lists_without_tensors(batch)):
@@ -104,15 +104,16 @@ def _has_tokens(sample: Any) -> bool:
     return not isinstance(mask, Tensor) or mask.numel() > 0
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
+def tensors_in(batch: Any) -> Iterator[Tensor]:
+    """The tensors of a batch, however its mappings, lists and tuples are nested."""
     if isinstance(batch, Tensor):
         yield batch
     elif isinstance(batch, Mapping):
         for value in batch.values():
-            yield from _tensors(value)
+            yield from tensors_in(value)
     elif isinstance(batch, list | tuple):
         for value in batch:
-            yield from _tensors(value)
+            yield from tensors_in(value)
 
 
 def _lists_without_tensors(batch: Any) -> Iterator[list[Any] | tuple[Any, ...]]:
@@ -120,7 +121,7 @@ def _lists_without_tensors(batch: Any) -> Iterator[list[Any] | tuple[Any, ...]]:
         for value in batch.values():
             yield from _lists_without_tensors(value)
     elif isinstance(batch, list | tuple):
-        if not any(True for _ in _tensors(batch)):
+        if not any(True for _ in tensors_in(batch)):
             yield batch
             return
         for value in batch:
@@ -146,7 +147,7 @@ def _join(samples: list[Any]) -> Any:
 
 
 def _shapes(sample: Any) -> list[torch.Size]:
-    return [tensor.shape for tensor in _tensors(sample)]
+    return [tensor.shape for tensor in tensors_in(sample)]
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -114,9 +115,10 @@ class PruningConfig:
         return Fraction(str(self.sparsity)) if structure is None else structure.sparsity
 
 
-def _check_choice(field: str, value: object, choices: object) -> None:
-    if value not in tuple(choices):  # type: ignore[arg-type]
-        raise ConfigError(f"unknown {field} {value!r}; the choices are {', '.join(choices)}")  # type: ignore[arg-type]
+def _check_choice(field: str, value: object, choices: Iterable[str]) -> None:
+    names = tuple(choices)
+    if value not in names:
+        raise ConfigError(f"unknown {field} {value!r}; the choices are {', '.join(names)}")
 
 
 def _checked_names(field: str, names: object) -> tuple[str, ...] | None:
