@@ -37,6 +37,7 @@ h3{font-size:.95rem;margin:18px 0 6px}
 .tiles>*{flex:1 1 150px;overflow-wrap:anywhere}.tiles>.wide{flex:2 1 400px}
 .card{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:16px 18px;min-width:0}
 section.card{margin-top:14px}
+.grid.wide{grid-template-columns:repeat(auto-fit,minmax(min(100%,500px),1fr))}
 .grid>section.card{margin-top:0}
 .grid>section:last-child:nth-child(odd){grid-column:1/-1}
 .card svg{display:block;width:100%;height:auto;max-width:540px;margin:0 auto}
@@ -78,7 +79,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         _header(report),
         f'<div class="tiles">{"".join(_tiles(report))}</div>',
         _figures(report),
-        f'<div class="grid">{"".join(tables)}</div>' if any(tables) else "",
+        f'<div class="grid wide">{"".join(tables)}</div>' if any(tables) else "",
         _layers(report),
         _pruning(report),
         _training(report),
