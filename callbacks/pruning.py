@@ -15,7 +15,6 @@ from sparsefit.callbacks.calibration import calibration_batches, calibration_for
 from sparsefit.callbacks.ledgers import budget_of, ledger_of
 from sparsefit.errors import ConfigError, MaskError
 from sparsefit.pruning import MaskSet, PruningConfig, PruningResult, prune
-from sparsefit.pruning.scores import SCORES
 from sparsefit.recovery.guard import MaskGuard
 from sparsefit.reporting.console import stage_progress
 from sparsefit.reporting.machine import peak_memory
@@ -35,17 +34,12 @@ class WandaPruning(Callback):
 
     Args:
         sparsity: Share of weights to remove, in [0, 1).
-        pattern: None (unstructured) or "N:M", N non-zeros of every M consecutive inputs.
-        score: "wanda" or "magnitude".
-        granularity: Which weights compete: "output" or "layer"; None takes what the score's authors use.
-        update: "block" (statistics from the pruned blocks before) or "none" (from the dense network).
-        targets: Names of the layers to prune; None takes every linear layer inside the repeated blocks.
-        exclude: Names of layers that stay dense.
         calibration: Batches to calibrate on, in the form of the training batches. By default the datamodule's
             `calibration_dataloader()`, else the first of the training data.
         calibration_samples: How many samples to take; by default all of a source made for calibration, and
             128 from training data.
-        micro_batch_size: Samples that go through the model at once.
+        settings: Every other field of `PruningConfig`, such as `pattern`, `score`, `granularity`, `update`,
+            `allocation`, `swaps`, `reconstruction`, `targets`, `exclude`.
 
     Raises:
         ConfigError: if a setting cannot work.
@@ -54,26 +48,11 @@ class WandaPruning(Callback):
     def __init__(
         self,
         sparsity: float = 0.5,
-        pattern: str | None = None,
-        score: str = "wanda",
-        granularity: str | None = None,
-        update: str = "block",
-        targets: list[str] | None = None,
-        exclude: list[str] | None = None,
         calibration: Iterable[Any] | None = None,
         calibration_samples: int | None = None,
-        micro_batch_size: int = 8,
+        **settings: Any,
     ) -> None:
-        self.config = PruningConfig(
-            sparsity=sparsity,
-            pattern=pattern,
-            score=score,
-            granularity=granularity,
-            update=update,
-            targets=targets,
-            exclude=exclude or (),
-            micro_batch_size=micro_batch_size,
-        )
+        self.config = PruningConfig(sparsity=sparsity, **settings)
         if calibration_samples is not None and (not isinstance(calibration_samples, int) or calibration_samples < 1):
             raise ConfigError(f"calibration_samples is {calibration_samples!r}; it must be a whole number from 1 on")
         self.calibration = calibration
@@ -160,8 +139,8 @@ class WandaPruning(Callback):
             rank_zero_info("The checkpoint holds no masks: it was saved before any pruning. The model is pruned now.")
         _tell_callbacks(trainer, "on_pruning_start", module)
         with ledger_of(trainer).stage("calibration and pruning"), predicting(trainer):
-            batches, source = None, "nothing: this score needs no data"
-            if SCORES[self.config.score].needs_inputs:
+            batches, source = None, "nothing: this method needs no data"
+            if self.config.needs_inputs:
                 batches, source = calibration_batches(trainer, self.calibration, self.calibration_samples)
             rank_zero_info(f"Calibrating on {source}.")
             forward = calibration_forward(trainer, module)
@@ -210,6 +189,7 @@ class WandaPruning(Callback):
             "seconds": result.seconds,
             "peak_memory_bytes": memory,
             "peak_memory_kind": kind,
+            "layer_errors": dict(result.layer_errors),
             "notes": list(result.notes),
             "left_dense": dict(result.left_dense),
         }

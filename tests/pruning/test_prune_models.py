@@ -68,7 +68,7 @@ def assert_weights_masked(model: nn.Module, dense: nn.Module, result) -> None:
     """Kept weights and everything outside the masks unchanged to the bit, pruned weights exactly zero."""
     before = dict(dense.named_parameters(remove_duplicate=False))
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        kept = result.masks.for_parameter(name) if name in result.masks else torch.tensor(True)
+        kept = result.masks.for_parameter(name, parameter) if name in result.masks else torch.tensor(True)
         assert torch.equal(parameter, torch.where(kept, before[name], 0)), name
 
 

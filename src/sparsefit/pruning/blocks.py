@@ -7,9 +7,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from sparsefit.pruning.weights import is_linear
+from sparsefit.pruning.calibration import map_tensors
+from sparsefit.pruning.weights import matrices_of
 
 
 class NotSweepable(Exception):
@@ -34,7 +36,7 @@ def _is_block_list(modules: nn.ModuleList | nn.Sequential) -> bool:
 
 def _holds_linear(module: nn.Module) -> bool:
     # A bare linear layer is no block: a list of them is a plain network or a set of parallel heads.
-    return not is_linear(module) and any(is_linear(m) for m in module.modules())
+    return not matrices_of(module) and any(matrices_of(m) for m in module.modules())
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,21 @@ class BlockCall:
         """The hidden state that goes into the block."""
         key = self._key
         return self.args[0] if key == 0 else self.kwargs[key]
+
+    def moved(self, device: torch.device | str, memo: dict[int, Tensor]) -> BlockCall:
+        """The same call with its tensors on a device; one tensor in several places stays one.
+
+        Args:
+            device: Where to.
+            memo: By id of a tensor, what it became: one for all calls of a pass. The tensors must live as long as it.
+        """
+
+        def move(tensor: Tensor) -> Tensor:
+            if id(tensor) not in memo:
+                memo[id(tensor)] = tensor.to(device)
+            return memo[id(tensor)]
+
+        return BlockCall(map_tensors(move, self.args), map_tensors(move, self.kwargs))
 
     def run(self, block: Callable[..., Any], hidden: Tensor) -> Any:
         """Call the block with the very same arguments but another hidden state; returns all that it does."""

@@ -1,10 +1,9 @@
-"""From batches to input statistics: regrouping samples, leaving out padding, watching the inputs of layers."""
+"""Calibration data: samples without padding, regrouped to micro-batches of one size; calling a model with them."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from sparsefit.errors import CalibrationError
-from sparsefit.pruning.blocks import version_of
-from sparsefit.pruning.statistics import InputStatistics, squared_norms
-from sparsefit.pruning.weights import PrunableWeight
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,7 @@ def split_samples(batch: Any) -> list[Any] | None:
         return None
     if len(tensors[0]) in map(len, _lists_without_tensors(batch)):
         return None
-    return [_map_tensors(lambda t, i=i: t[i : i + 1], batch) for i in range(len(tensors[0]))]
+    return [map_tensors(lambda t, i=i: t[i : i + 1], batch) for i in range(len(tensors[0]))]
 
 
 def without_padding(sample: Any) -> Any:
@@ -128,22 +124,22 @@ def _lists_without_tensors(batch: Any) -> Iterator[list[Any] | tuple[Any, ...]]:
             yield from _lists_without_tensors(value)
 
 
-def _map_tensors(function: Callable[..., Tensor], *batches: Any) -> Any:
+def map_tensors(function: Callable[..., Tensor], *batches: Any) -> Any:
     """Apply a function to the corresponding tensors of batches of one structure; the rest is taken from the first."""
     first = batches[0]
     if isinstance(first, Tensor):
         return function(*batches)
     if isinstance(first, Mapping):
-        return {key: _map_tensors(function, *(batch[key] for batch in batches)) for key in first}
+        return {key: map_tensors(function, *(batch[key] for batch in batches)) for key in first}
     if isinstance(first, tuple) and hasattr(first, "_fields"):
-        return type(first)(*(_map_tensors(function, *values) for values in zip(*batches, strict=True)))
+        return type(first)(*(map_tensors(function, *values) for values in zip(*batches, strict=True)))
     if isinstance(first, list | tuple):
-        return type(first)(_map_tensors(function, *values) for values in zip(*batches, strict=True))
+        return type(first)(map_tensors(function, *values) for values in zip(*batches, strict=True))
     return first
 
 
 def _join(samples: list[Any]) -> Any:
-    return _map_tensors(lambda *parts: torch.cat(parts), *samples)
+    return map_tensors(lambda *parts: torch.cat(parts), *samples)
 
 
 def _shapes(sample: Any) -> list[torch.Size]:
@@ -152,7 +148,7 @@ def _shapes(sample: Any) -> list[torch.Size]:
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """A batch with its tensors on a device."""
-    return _map_tensors(lambda t: t.to(device), batch)
+    return map_tensors(lambda t: t.to(device), batch)
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:
@@ -191,76 +187,3 @@ def with_names(model: nn.Module, batch: Any) -> Any:
     except TypeError:  # call_model says what is wrong
         return batch
     return named if "attention_mask" in named else batch
-
-
-class InputRecorder:
-    """Collects the statistics of the inputs of some weights' layers while a model runs.
-
-    Attributes:
-        statistics: By weight name.
-        notes: What could not be told, for the report.
-    """
-
-    def __init__(self, weights: Iterable[PrunableWeight]) -> None:
-        self.weights = list(weights)
-        self.statistics = {
-            weight.name: InputStatistics(weight.matrix().shape[1], weight.parameter.device) for weight in self.weights
-        }
-        self.notes: set[str] = set()
-        self._batch: MicroBatch | None = None
-        self._padding: Tensor | None = None
-        self._last: tuple[Tensor, int, Tensor, int] | None = None  # q, k and v get one and the same input
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Watch the layers' inputs; hooks are gone afterwards, whatever happens."""
-        handles = [
-            layer.register_forward_pre_hook(self._hook(weight), with_kwargs=True)
-            for weight in self.weights
-            for layer in weight.layers
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            self._last = None
-
-    def next_batch(self, batch: MicroBatch) -> None:
-        """Say which micro-batch runs next."""
-        self._batch, self._padding, self._last = batch, batch.padding_mask, None
-
-    def _hook(self, weight: PrunableWeight) -> Callable[..., None]:
-        def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs = args[0] if args else next(iter(kwargs.values()))
-            version = version_of(inputs)
-            if self._last is None or self._last[0] is not inputs or self._last[1] != version:
-                tokens = self._real_tokens(inputs, weight.name)
-                self._last = (inputs, version, squared_norms(tokens), len(tokens))
-            _, _, norms, count = self._last
-            if not bool(norms.isfinite().all()):
-                self._raise_not_finite(weight.name, inputs)
-            self.statistics[weight.name].add(norms.to(weight.parameter.device), count)
-
-        return record
-
-    def _real_tokens(self, inputs: Tensor, name: str) -> Tensor:
-        """(..., in) inputs as (tokens, in), without the positions that are padding."""
-        flat = inputs.detach().reshape(-1, inputs.shape[-1])
-        if self._padding is None:
-            return flat
-        if len(flat) != self._padding.numel():
-            self.notes.add(f"{name}: padding could not be told from tokens in inputs of shape {tuple(inputs.shape)}")
-            return flat
-        return flat[self._padding.flatten().to(flat.device)]
-
-    def _raise_not_finite(self, name: str, inputs: Tensor) -> None:
-        origin = self._batch.origin if self._batch is not None else ()
-        if origin and len(inputs) % len(origin) == 0:  # samples one after the other, each alone or token by token
-            finite = inputs.float().square().isfinite().reshape(len(origin), -1).all(dim=1).tolist()
-            origin = tuple(batch for batch, fine in zip(origin, finite, strict=True) if not fine)[:1] or origin
-        batches = " or ".join(map(str, dict.fromkeys(origin))) or "?"
-        raise CalibrationError(
-            f"the inputs of {name} are NaN or infinite in calibration batch {batches}. The model was left as it was; "
-            "look at that batch, or run the model in float32 or bfloat16 if it overflows in float16"
-        )

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
+import torch
+
 from sparsefit.errors import ConfigError
 from sparsefit.pruning.scores import SCORES
-from sparsefit.pruning.selection import GRANULARITIES
+from sparsefit.pruning.selection import Granularity
+from sparsefit.pruning.statistics import DERIVED
 
-UPDATES = ("block", "none")
+UPDATES = ("block", "layer", "none")
+ALLOCATIONS = ("uniform", "owl")
+RECONSTRUCTIONS = ("sequential", "iterative", "least_squares")
 
 
 @dataclass(frozen=True)
@@ -51,45 +56,78 @@ class PruningConfig:
         sparsity: Share of the weights of every comparison group that become zero, in [0, 1). Taken as the
             decimal it is written as: 0.57 of 300 weights are 171. With a pattern, the pattern's own share.
         pattern: None (unstructured) or "N:M": N non-zeros of every M consecutive weights of a row.
-        score: How important a weight is: "wanda" or "magnitude".
-        granularity: Which weights compete: "output" (each row of a matrix) or "layer" (the whole matrix).
-            None is what the score's authors use: per output for Wanda, per layer for magnitude. A pattern
-            compares within its groups of M whatever the granularity.
+        score: How important a weight is: "wanda", "magnitude", "wanda_l1", "wanda_linf", "sparsegpt", "ria", or one
+            added with `register_score`.
+        granularity: Which weights compete: "output" (each row of a matrix), "layer" (the whole matrix), "input" (each
+            column), "(output, 128)" or "(input, 128)" (so many rows or columns together), or "variant" (each row loses
+            weights up to a share of its score, the same for all rows: the Wanda variant). None is what the score's
+            authors use: per output for Wanda, per layer for magnitude. A pattern compares within its groups of M
+            whatever the granularity.
         update: The order. "block": blocks are pruned one after the other and each one's statistics come from
-            the outputs of the pruned blocks before it (the paper's order for language models). "none": all
-            statistics come from the dense network (the paper's order for image classifiers).
+            the outputs of the pruned blocks before it (the paper's order for language models). "layer": each
+            layer sees inputs already pruned before it within the block too, in a single pass of the data.
+            "none": all statistics come from the dense network (the paper's order for image classifiers).
+        allocation: How the sparsity is shared out. None: every comparison group loses floor(size * sparsity), as in
+            the paper. "uniform": every matrix loses the same share, rounded so that the total is exact to the weight.
+            "owl": blocks with more outliers lose less. A mapping from layer names (as in `targets`) to sparsities:
+            those layers lose that share, the others what is left of the total.
+        owl_threshold: M of OWL: how many times the mean score makes an outlier.
+        owl_spread: Lambda of OWL: how far a block's density may lie from the mean.
+        swaps: Refine each mask by at most so many swaps a row of a kept and a pruned weight, each of which lowers
+            the layer's error (SparseSwaps). Weights keep their values.
+        reconstruction: None (kept weights keep their values), "sequential" (the mask first, then the OBS update of the
+            kept weights, column by column), "iterative" (SparseGPT's loop: masks are chosen as the update goes on,
+            each 128 columns from the weights already updated) or "least_squares" (the kept weights that bring the
+            layer's outputs nearest to the dense ones, exactly). SparseGPT is score "sparsegpt" with "iterative".
+        damping: Share of the Gram matrix's mean diagonal that is added to the diagonal before it is inverted.
         targets: Names of the layers to prune ("q_proj", "mlp.down_proj", or whole names). None: every linear
             layer inside the repeated blocks of the model.
         exclude: Names of layers that stay dense.
         micro_batch_size: Calibration samples that go through the model at once. Samples are regrouped to this
             size, so that the result does not depend on how the calibration data was batched.
+        device: Where blocks are computed, one at a time, if that is not where the model is: so a model too large for
+            the GPU is pruned on it from CPU memory ("cuda").
+        states_on_cpu: Keep the calibration samples' hidden states in CPU memory between blocks.
     """
 
     sparsity: float = 0.5
     pattern: str | None = None
     score: str = "wanda"
-    granularity: str | None = None
+    granularity: str | tuple[str, int] | None = None
     update: str = "block"
+    allocation: str | Mapping[str, float] | None = None
+    owl_threshold: float = 5.0
+    owl_spread: float = 0.08
+    swaps: int = 0
+    reconstruction: str | None = None
+    damping: float = 0.01
     targets: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
     micro_batch_size: int = 8
+    device: str | None = None
+    states_on_cpu: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("score", self.score, SCORES)
         _check_choice("update", self.update, UPDATES)
-        if self.granularity is None:
-            object.__setattr__(self, "granularity", SCORES[self.score].granularity)
-        _check_choice("granularity", self.granularity, GRANULARITIES)
+        if self.reconstruction is not None:
+            _check_choice("reconstruction", self.reconstruction, RECONSTRUCTIONS)
+        granularity = Granularity.parse(self.granularity or SCORES[self.score].granularity)
+        object.__setattr__(self, "granularity", str(granularity))
         object.__setattr__(self, "sparsity", self._checked_sparsity())
+        object.__setattr__(self, "allocation", _checked_allocation(self.allocation))
         for field in ("targets", "exclude"):
             object.__setattr__(self, field, _checked_names(field, getattr(self, field)))
-        whole = isinstance(self.micro_batch_size, int) and not isinstance(self.micro_batch_size, bool)
-        if not whole or self.micro_batch_size < 1:
-            raise ConfigError(f"micro_batch_size is {self.micro_batch_size!r}; it must be a whole number from 1 on")
+        _check_whole("micro_batch_size", self.micro_batch_size, 1)
+        _check_whole("swaps", self.swaps, 0)
+        _check_positive("damping", self.damping)
+        _check_positive("owl_threshold", self.owl_threshold)
+        _check_positive("owl_spread", self.owl_spread)
+        _check_device(self.device)
+        self._check_combinations(granularity)
 
     def _checked_sparsity(self) -> float:
-        number = isinstance(self.sparsity, int | float) and not isinstance(self.sparsity, bool)
-        if not number or not math.isfinite(self.sparsity) or not 0 <= self.sparsity < 1:
+        if not _is_share(self.sparsity):
             raise ConfigError(
                 f"sparsity is {self.sparsity!r}; it must be a number in [0, 1), the share of weights to remove"
             )
@@ -103,6 +141,21 @@ class PruningConfig:
             )
         return implied
 
+    def _check_combinations(self, granularity: Granularity) -> None:
+        if self.allocation is not None and self.pattern is not None:
+            raise ConfigError(f"pattern '{self.pattern}' fixes the sparsity of every layer: leave out the allocation")
+        varied = granularity.axis == "variant" and self.pattern is None
+        if varied and (self.allocation is not None or self.reconstruction == "iterative"):
+            raise ConfigError(
+                "granularity 'variant' chooses how many weights each row loses: it goes with no allocation and not "
+                "with reconstruction 'iterative'; take granularity 'output'"
+            )
+        if self.reconstruction == "iterative" and self.swaps:
+            raise ConfigError(
+                "swaps refine a mask before the weights change, and reconstruction 'iterative' changes them while it "
+                "chooses: take swaps=0, or reconstruction 'sequential' or 'least_squares'"
+            )
+
     @property
     def structure(self) -> Pattern | None:
         """The parsed pattern, or None for unstructured pruning."""
@@ -114,11 +167,62 @@ class PruningConfig:
         structure = self.structure
         return Fraction(str(self.sparsity)) if structure is None else structure.sparsity
 
+    @property
+    def statistics(self) -> frozenset[str]:
+        """The statistics of the inputs that choosing the masks and new values takes: names from `KINDS`."""
+        needs = {DERIVED.get(need, need) for need in SCORES[self.score].needs}
+        return frozenset(needs | ({"gram"} if self.swaps or self.reconstruction else set()))
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether calibration data is needed."""
+        return bool(self.statistics) or self.allocation == "owl"
+
 
 def _check_choice(field: str, value: object, choices: Iterable[str]) -> None:
     names = tuple(choices)
     if value not in names:
         raise ConfigError(f"unknown {field} {value!r}; the choices are {', '.join(names)}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_share(value: object) -> bool:
+    return _is_number(value) and 0 <= value < 1
+
+
+def _check_whole(field: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{field} is {value!r}; it must be a whole number from {least} on")
+
+
+def _check_positive(field: str, value: object) -> None:
+    if not _is_number(value) or value <= 0:
+        raise ConfigError(f"{field} is {value!r}; it must be a number above 0")
+
+
+def _check_device(device: object) -> None:
+    try:
+        if device is not None:
+            torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device {device!r} is no device of torch; such as 'cuda' or 'cuda:1'") from error
+
+
+def _checked_allocation(allocation: object) -> str | dict[str, float] | None:
+    if allocation is None or allocation in ALLOCATIONS:
+        return allocation
+    if isinstance(allocation, Mapping) and allocation:
+        wrong = {name: share for name, share in allocation.items() if not isinstance(name, str) or not _is_share(share)}
+        if not wrong:
+            return {name: float(share) for name, share in allocation.items()}
+        raise ConfigError(f"allocation gives {wrong}; every layer name needs a sparsity in [0, 1)")
+    raise ConfigError(
+        f"unknown allocation {allocation!r}; the choices are {', '.join(ALLOCATIONS)}, a mapping such as "
+        "{'down_proj': 0.4}, or None"
+    )
 
 
 def _checked_names(field: str, names: object) -> tuple[str, ...] | None:

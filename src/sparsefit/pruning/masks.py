@@ -6,10 +6,11 @@ import difflib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsefit.errors import MaskError
-from sparsefit.pruning.weights import canonical_name
+from sparsefit.pruning.quantized import dequantized, is_quantized, matrix_shape, zero_outside
+from sparsefit.pruning.weights import as_matrix, canonical_name
 
 _FORMAT = "sparsefit-masks-1"
 _BITS = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
@@ -50,11 +52,56 @@ class _Packed:
         return int(self.mask().sum())
 
 
+def _split(name: str) -> tuple[str, int | None]:
+    """The parameter that a mask's name speaks of, and which matrix of it."""
+    match = re.fullmatch(r"(.+)\[(\d+)\]", name)
+    return (match[1], int(match[2])) if match else (name, None)
+
+
+class _Stored(NamedTuple):
+    """A parameter as a model or a file holds it, and its layer if that is quantized."""
+
+    tensor: Tensor
+    quantized: nn.Module | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape if self.quantized is None else matrix_shape(self.quantized))
+
+    def matrix(self, packed: _Packed, index: int | None) -> Tensor:
+        """The (out, in) matrix that a mask belongs to; a copy where it is quantized, else a view."""
+        values = self.tensor if self.quantized is None else dequantized(self.quantized)
+        return as_matrix(values, packed.transposed, index)
+
+    def fits(self, packed: _Packed, index: int | None) -> bool:
+        shape = self.shape
+        if index is not None:
+            if len(shape) != 3 or index >= shape[0]:
+                return False
+            shape = shape[1:]
+        is_matrix = len(shape) == 2 or (len(shape) == 4 and shape[2:] == (1, 1))
+        return is_matrix and shape[:2] == (packed.shape[::-1] if packed.transposed else packed.shape)
+
+
+def _stored_in(tensors: nn.Module | Mapping[str, Tensor]) -> dict[str, _Stored]:
+    """Parameters by the name that they have in the bare model."""
+    if not isinstance(tensors, nn.Module):
+        return {canonical_name(name): _Stored(tensor.detach()) for name, tensor in tensors.items()}
+    return {
+        canonical_name(f"{prefix}.{name}" if prefix else name): _Stored(
+            parameter.detach(), module if name == "weight" and is_quantized(module) else None
+        )
+        for prefix, module in tensors.named_modules(remove_duplicate=False)
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+
+
 class MaskSet(Mapping[str, Tensor]):
     """Masks by parameter name, held at one bit a weight.
 
     `masks[name]` is a bool tensor (out, in), True = kept. Names are those of the bare model, so a set fits the
-    model with and without PEFT's wrappers.
+    model with and without PEFT's wrappers. Each matrix of a stack of experts has a mask of its own, under the
+    parameter's name and its number: "...experts.down_proj[3]".
     """
 
     def __init__(self) -> None:
@@ -73,11 +120,21 @@ class MaskSet(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._packed)
 
-    def for_parameter(self, name: str, device: torch.device | str = "cpu") -> Tensor:
-        """A mask in the layout in which its parameter is stored."""
-        packed = self._packed[name]
-        mask = packed.mask(device)
-        return mask.t() if packed.transposed else mask
+    @property
+    def parameters(self) -> dict[str, list[str]]:
+        """The names of the masked parameters, and of the masks of each: several for a stack of experts."""
+        names: dict[str, list[str]] = {}
+        for name in self._packed:
+            names.setdefault(_split(name)[0], []).append(name)
+        return names
+
+    def for_parameter(self, parameter: str, like: Tensor) -> Tensor:
+        """The mask of a whole parameter in the shape and layout in which it is stored, on its device."""
+        stored = torch.ones(like.shape, dtype=torch.bool, device=like.device)
+        for name in self.parameters[parameter]:
+            packed = self._packed[name]
+            as_matrix(stored, packed.transposed, _split(name)[1]).copy_(packed.mask(like.device))
+        return stored
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """(weights, zeros) of each mask."""
@@ -110,10 +167,14 @@ class MaskSet(Mapping[str, Tensor]):
         Raises:
             MaskError: if a mask has no parameter in the model, or one of another shape.
         """
-        parameters = self.parameters_in(model)
         with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.masked_fill_(~self.for_parameter(name, parameter.device), 0)
+            for name, stored in self._found_in(model).items():
+                packed = self._packed[name]
+                if stored.quantized is not None:
+                    zero_outside(stored.quantized, packed.mask())
+                else:
+                    matrix = stored.matrix(packed, _split(name)[1])
+                    matrix.masked_fill_(~packed.mask(matrix.device), 0)
 
     def verify(self, tensors: nn.Module | Mapping[str, Tensor]) -> None:
         """Check that every pruned weight is exactly zero.
@@ -125,9 +186,8 @@ class MaskSet(Mapping[str, Tensor]):
             MaskError: naming the parameters in which weights came back, and how many; or if masks do not fit.
         """
         broken = {}
-        for name, tensor in self.parameters_in(tensors).items():
-            values = tensor.detach()
-            alive = int(torch.count_nonzero(values.masked_fill(self.for_parameter(name, values.device), 0)))
+        for name, matrix in self.matrices_in(tensors):
+            alive = int(torch.count_nonzero(matrix.masked_fill(self._packed[name].mask(matrix.device), 0)))
             if alive:
                 broken[name] = alive
         if broken:
@@ -137,26 +197,34 @@ class MaskSet(Mapping[str, Tensor]):
                 "Something wrote to them after pruning; MaskSet.apply(model) makes them zero again"
             )
 
-    def parameters_in(self, tensors: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensor that each mask belongs to.
+    def matrices_in(self, tensors: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """The name of each mask and the (out, in) matrix that it belongs to, one after the other; a copy where that
+        is quantized, else a view.
 
         Raises:
             MaskError: if one is missing (with the nearest names) or has another shape.
         """
-        named = tensors.named_parameters(remove_duplicate=False) if isinstance(tensors, nn.Module) else tensors.items()
-        available = {canonical_name(name): tensor for name, tensor in named}
+        for name, stored in self._found_in(tensors).items():
+            yield name, stored.matrix(self._packed[name], _split(name)[1])
+
+    def _found_in(self, tensors: nn.Module | Mapping[str, Tensor]) -> dict[str, _Stored]:
+        available = _stored_in(tensors)
+        found = {}
         for name, packed in self._packed.items():
-            if name not in available:
-                nearest = difflib.get_close_matches(name, available, n=2, cutoff=0)
+            parameter, index = _split(name)
+            if parameter not in available:
+                nearest = difflib.get_close_matches(parameter, available, n=2, cutoff=0)
                 raise MaskError(
-                    f"the masks do not fit the model: it has no parameter {name}; the nearest are {', '.join(nearest)}"
+                    f"the masks do not fit the model: it has no parameter {parameter}; the nearest are "
+                    f"{', '.join(nearest)}"
                 )
-            stored = packed.shape[::-1] if packed.transposed else packed.shape
-            if tuple(available[name].shape) != stored:
+            found[name] = available[parameter]
+            if not found[name].fits(packed, index):
                 raise MaskError(
-                    f"the masks do not fit the model: {name} is {tuple(available[name].shape)}, its mask {stored}"
+                    f"the masks do not fit the model: {parameter} is {found[name].shape}, the mask {name} "
+                    f"{packed.shape}{' (stored the other way round)' if packed.transposed else ''}"
                 )
-        return {name: available[name] for name in self._packed}
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and primitives, for a checkpoint."""

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from torch import Tensor
 
+from sparsefit.errors import ConfigError
+from sparsefit.pruning.statistics import DERIVED, KINDS
 
-def magnitude_score(weight: Tensor, statistic: Tensor | None = None) -> Tensor:
+
+def magnitude_score(weight: Tensor) -> Tensor:
     """|W|: the magnitude of each weight (Han et al. 2015, arXiv 1506.02626).
 
     Args:
         weight: (out, in), any floating dtype.
-        statistic: not used.
 
     Returns:
         (out, in) in float32.
@@ -21,29 +23,111 @@ def magnitude_score(weight: Tensor, statistic: Tensor | None = None) -> Tensor:
     return weight.float().abs()
 
 
-def wanda_score(weight: Tensor, statistic: Tensor) -> Tensor:
+def wanda_score(weight: Tensor, squared_norm: Tensor) -> Tensor:
     """|W_ij| * ||X_j||_2 (Sun et al. 2023, arXiv 2306.11695, Equation 1).
 
     Args:
         weight: (out, in), any floating dtype; the score is computed in float32.
-        statistic: (in,) squared l2 norm of each input feature over all calibration tokens, float32.
+        squared_norm: (in,) squared l2 norm of each input feature over all calibration tokens, float32.
             A constant factor changes no mask.
 
     Returns:
         (out, in) in float32.
     """
-    return weight.float().abs() * statistic.sqrt()
+    return weight.float().abs() * squared_norm.sqrt()
+
+
+def wanda_l1_score(weight: Tensor, abs_sum: Tensor) -> Tensor:
+    """|W_ij| * ||X_j||_1: the l1 norm in place of Wanda's l2 (arXiv 2306.11695, its ablation of norms).
+
+    Args:
+        weight: (out, in).
+        abs_sum: (in,) sum of the absolute inputs of each feature over all calibration tokens.
+    """
+    return weight.float().abs() * abs_sum
+
+
+def wanda_linf_score(weight: Tensor, abs_max: Tensor) -> Tensor:
+    """|W_ij| * ||X_j||_inf: the largest absolute input in place of Wanda's l2 norm (arXiv 2306.11695, ablation).
+
+    Args:
+        weight: (out, in).
+        abs_max: (in,) largest absolute input of each feature over all calibration tokens.
+    """
+    return weight.float().abs() * abs_max
+
+
+def sparsegpt_score(weight: Tensor, inverse_diagonal: Tensor) -> Tensor:
+    """W_ij^2 / [H^-1]_jj: the loss of removing one weight and mending the others of its row
+    (Frantar and Alistarh 2023, arXiv 2301.00774, Equation 3; Hassibi et al. 1993).
+
+    Args:
+        weight: (out, in).
+        inverse_diagonal: (in,) diagonal of the inverse of the damped Gram matrix.
+    """
+    return weight.float().square() / inverse_diagonal
+
+
+def ria_score(weight: Tensor, squared_norm: Tensor, exponent: float = 0.5) -> Tensor:
+    """(|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) * ||X_j||_2^a: relative importance and activations
+    (Zhang et al. 2024, "Plug-and-Play: an efficient post-training pruning method for LLMs", Equation 4).
+
+    Args:
+        weight: (out, in).
+        squared_norm: (in,) squared l2 norm of each input feature.
+        exponent: a; 0.5 in the paper.
+    """
+    magnitude = weight.float().abs()
+    # A row or column of zeros has no relative importance: 0, not NaN.
+    by_column = magnitude / magnitude.sum(dim=0, keepdim=True).clamp_min(1e-38)
+    by_row = magnitude / magnitude.sum(dim=1, keepdim=True).clamp_min(1e-38)
+    return (by_column + by_row) * squared_norm.pow(exponent / 2)
 
 
 class Score(NamedTuple):
-    """A score and what it needs."""
+    """A score and what it needs.
 
-    function: Callable[[Tensor, Tensor], Tensor]
-    granularity: str  # what its authors compare by
-    needs_inputs: bool
+    Attributes:
+        function: Called with an (out, in) weight and one tensor for each name in `needs`; returns (out, in).
+        granularity: What its authors compare by.
+        needs: Statistics of the inputs: "squared_norm", "abs_sum", "abs_max" or "inverse_diagonal", (in,) each,
+            or "gram", (in, in).
+    """
+
+    function: Callable[..., Tensor]
+    granularity: str
+    needs: tuple[str, ...]
 
 
 SCORES: dict[str, Score] = {
-    "wanda": Score(wanda_score, granularity="output", needs_inputs=True),
-    "magnitude": Score(magnitude_score, granularity="layer", needs_inputs=False),
+    "wanda": Score(wanda_score, "output", ("squared_norm",)),
+    "magnitude": Score(magnitude_score, "layer", ()),
+    "wanda_l1": Score(wanda_l1_score, "output", ("abs_sum",)),
+    "wanda_linf": Score(wanda_linf_score, "output", ("abs_max",)),
+    "sparsegpt": Score(sparsegpt_score, "(input, 128)", ("inverse_diagonal",)),
+    "ria": Score(ria_score, "output", ("squared_norm",)),
 }
+
+
+def register_score(
+    name: str, function: Callable[..., Tensor], needs: Iterable[str] = ("squared_norm",), granularity: str = "output"
+) -> None:
+    """Add a score of one's own; `PruningConfig(score=name)` then knows it.
+
+    Args:
+        name: What it is called in a configuration.
+        function: Called with an (out, in) weight (any floating dtype) and one tensor for each of `needs`; returns
+            finite (out, in) scores, of which the largest are kept.
+        needs: Statistics of the inputs that it takes, in order: see `Score`.
+        granularity: What it compares by where the configuration does not say.
+
+    Raises:
+        ConfigError: if the name is taken by another function or a statistic does not exist.
+    """
+    needs = (needs,) if isinstance(needs, str) else tuple(needs)
+    unknown = [need for need in needs if need not in (*KINDS, *DERIVED)]
+    if unknown:
+        raise ConfigError(f"score '{name}' needs {unknown}; the statistics are {', '.join((*KINDS, *DERIVED))}")
+    if name in SCORES and SCORES[name].function is not function:
+        raise ConfigError(f"there is a score '{name}' already; give yours another name")
+    SCORES[name] = Score(function, granularity, needs)

@@ -1,23 +1,153 @@
 """Which weights of a comparison group lose. Pure functions from scores to masks (True = kept).
 
-Every selection removes an exact number of weights; among equal scores the lowest index goes first. That is
-what a stable ascending sort would remove, but none is needed: the k-th smallest score splits a row into what
-goes, what stays and the ties, and only rows with surplus ties count them.
+Every selection removes an exact number of weights; among equal scores the lowest index goes first, in row-major
+order of the matrix. That is what a stable ascending sort would remove, but none is needed: a threshold splits a
+group into what goes, what stays and the ties, and only groups with surplus ties count them.
+
+Scores are (out, in), of any floating dtype, on any device, without NaN.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
-from math import floor
+from math import floor, sqrt
 
 import torch
 from torch import Tensor
+
+from sparsefit.errors import ConfigError
+
+AXES = ("output", "input", "layer", "variant")
+
+CHUNK = 2**19  # scores that are worked on at once on a CPU: they and their temporaries stay in its cache
+LONG = 2**17  # a group above this is thresholded on its own, from the few candidates that a sample leaves
+SHORT = 1024  # a group below this is cheapest to select from directly
+SAMPLE = 128  # scores of a row that bracket its threshold
+PASSES = 10  # counts that narrow the bracket; about one row in twenty is still open after them
+
+
+@dataclass(frozen=True)
+class Granularity:
+    """Which weights of an (out, in) matrix compete with each other (arXiv 2306.11695, Table 5).
+
+    Args:
+        axis: "output": `size` consecutive rows with all their inputs; "input": `size` consecutive columns with all
+            their outputs; "layer": the whole matrix; "variant": each row, by a share of the sum of its scores
+            (Section 5 of the paper's code, `use_variant`).
+        size: Rows or columns of one group; the last group is smaller where they do not divide evenly.
+
+    Raises:
+        ConfigError: for an unknown axis, a size that is not a whole number from 1 on, or a size with an axis that
+            takes none.
+    """
+
+    axis: str
+    size: int = 1
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.size, int) and not isinstance(self.size, bool)
+        if self.axis not in AXES or not whole or self.size < 1 or (self.size > 1 and self.axis in AXES[2:]):
+            raise _not_a_granularity((self.axis, self.size))
+
+    @classmethod
+    def parse(cls, value: object) -> Granularity:
+        """Read "output", "input", "layer", "variant", ("output", 128), "(output, 128)" or "output:128".
+
+        Raises:
+            ConfigError: for anything else; the message names the choices.
+        """
+        if isinstance(value, Granularity):
+            return value
+        if isinstance(value, str):
+            match = re.fullmatch(
+                r"\s*(?:(\w+)|(\w+)\s*:\s*(\d+)|[(\[]\s*['\"]?(\w+)['\"]?\s*,\s*(\d+)\s*[)\]])\s*", value
+            )
+            axis, *sized = (group for group in match.groups() if group is not None) if match else (None,)
+            sized = [int(size) for size in sized]
+        elif isinstance(value, tuple | list) and len(value) == 2:
+            axis, sized = value[0], [value[1]]
+        else:
+            raise _not_a_granularity(value)
+        if axis not in (AXES[:2] if sized else AXES):
+            raise _not_a_granularity(value)
+        return cls(axis, *sized)
+
+    def __str__(self) -> str:
+        return self.axis if self.size == 1 else f"({self.axis}, {self.size})"
+
+
+def _not_a_granularity(value: object) -> ConfigError:
+    return ConfigError(
+        f"unknown granularity {value!r}; the choices are 'output', 'input', 'layer', 'variant', and groups of k rows "
+        "('output', k) or of k columns ('input', k), where k is a whole number from 1 on"
+    )
 
 
 def prune_count(size: int, sparsity: Fraction) -> int:
     """floor(size * sparsity), in exact arithmetic: 300 * 0.57 is 171, not 170."""
     return floor(size * sparsity)
+
+
+def select(scores: Tensor, granularity: Granularity, sparsity: Fraction) -> Tensor:
+    """Each comparison group of (out, in) scores loses its floor(size * sparsity) smallest.
+
+    Returns:
+        (out, in) bool, True = kept.
+    """
+    if granularity.axis == "variant":
+        return select_variant(scores, sparsity)
+    return _select_in_groups(scores, granularity, lambda sizes: [prune_count(size, sparsity) for size in sizes])
+
+
+def select_count(scores: Tensor, granularity: Granularity, count: int) -> Tensor:
+    """Exactly `count` of the (out, in) scores go, spread over the comparison groups by their sizes.
+
+    Each group loses the floor of its share; what is then missing comes one each from the first groups.
+
+    Returns:
+        (out, in) bool, True = kept.
+
+    Raises:
+        ValueError: if the count is out of range, or for the variant, which has no exact counts.
+    """
+    if granularity.axis == "variant":
+        raise ValueError("the variant cannot remove an exact number of weights; use another granularity")
+    if not 0 <= count <= scores.numel():
+        raise ValueError(f"cannot remove {count} of {scores.numel()} weights")
+
+    def counts(sizes: list[int]) -> list[int]:
+        floors = [count * size // scores.numel() for size in sizes]
+        missing = count - sum(floors)  # below the number of groups; and no group is full unless all are
+        return [share + (i < missing) for i, share in enumerate(floors)]
+
+    return (
+        _select_in_groups(scores, granularity, counts) if scores.numel() else torch.ones_like(scores, dtype=torch.bool)
+    )
+
+
+def _select_in_groups(scores: Tensor, granularity: Granularity, counts: Callable[[list[int]], list[int]]) -> Tensor:
+    """`counts` gives how many go of each group from the sizes of all groups, first to last."""
+    dim = 1 if granularity.axis == "input" else 0
+    width = scores.shape[dim]
+    size = width if granularity.axis == "layer" else min(granularity.size, width)
+    whole = width // size
+    pieces = [piece for piece in scores.split([whole * size, width - whole * size], dim) if piece.numel()]
+    groups = [piece.unflatten(dim, (-1, min(size, piece.shape[dim]))).movedim(dim, 0) for piece in pieces]
+    removed = counts([group.numel() for piece in groups for group in piece])
+    masks = []
+    for piece in groups:  # (groups, rows, columns), where equally large groups may still lose one more or one less
+        rows = piece.flatten(1)
+        mine, removed = removed[: len(rows)], removed[len(rows) :]
+        first = mine.count(mine[0])
+        kept = [mask_of_smallest(rows[:first], mine[0])]
+        if first < len(rows):
+            kept.append(mask_of_smallest(rows[first:], mine[-1]))
+        kept = kept[0] if len(kept) == 1 else torch.cat(kept)
+        masks.append(kept.view(piece.shape).movedim(0, dim).flatten(dim, dim + 1))
+    return masks[0] if len(masks) == 1 else torch.cat(masks, dim)
 
 
 def mask_of_smallest(scores: Tensor, count: int) -> Tensor:
@@ -34,45 +164,168 @@ def mask_of_smallest(scores: Tensor, count: int) -> Tensor:
         return torch.ones_like(scores, dtype=torch.bool)
     if count == scores.shape[1]:
         return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = scores.kthvalue(count, dim=1, keepdim=True).values  # (rows, 1)
-    kept = scores > threshold
-    surplus = kept.shape[1] - count - kept.sum(dim=1)  # (rows,) ties that must stay after all
-    tied_rows = surplus.nonzero().squeeze(1)
-    if len(tied_rows):
-        ties = scores[tied_rows] == threshold[tied_rows]
-        rank_from_the_right = ties.flip(1).cumsum(1).flip(1)
-        kept[tied_rows] |= ties & (rank_from_the_right <= surplus[tied_rows, None])
+    kept = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    rows = max(1, CHUNK // scores.shape[1]) if scores.device.type == "cpu" else len(scores)
+    for part, out in zip(scores.split(rows), kept.split(rows), strict=True):
+        exact = part if part.dtype in (torch.float32, torch.float64) else part.float()
+        threshold = _thresholds(exact, count)
+        torch.gt(exact, threshold, out=out)
+        _keep_surplus_ties(exact, threshold, count, out)
     return kept
 
 
-def select_per_output(scores: Tensor, sparsity: Fraction) -> Tensor:
-    """In each row of (out, in) scores, floor(in * sparsity) weights go (arXiv 2306.11695, Section 3)."""
-    return mask_of_smallest(scores, prune_count(scores.shape[1], sparsity))
+def _keep_surplus_ties(scores: Tensor, threshold: Tensor, count: int, kept: Tensor) -> None:
+    """Of the scores equal to the (rows, 1) threshold, those on the right stay where too many would go."""
+    surplus = scores.shape[1] - count - _count(kept)  # (rows, 1)
+    rows = surplus.squeeze(1).nonzero().squeeze(1)
+    if len(rows):
+        scores, threshold = (scores, threshold) if len(rows) == len(scores) else (scores[rows], threshold[rows])
+        ties = scores == threshold
+        rank = ties.cumsum(1, dtype=torch.int32 if scores.shape[1] < 2**31 else torch.int64)
+        kept[rows] |= ties & (rank > rank[:, -1:] - surplus[rows])
 
 
-def select_per_layer(scores: Tensor, sparsity: Fraction) -> Tensor:
-    """Of all (out, in) scores together, exactly floor(numel * sparsity) go; ties in row-major order."""
-    return mask_of_smallest(scores.reshape(1, -1), prune_count(scores.numel(), sparsity)).view_as(scores)
+def _count(mask: Tensor) -> Tensor:
+    """(rows, 1) number of True in each row."""
+    return mask.sum(dim=1, keepdim=True, dtype=torch.int32 if mask.shape[1] < 2**31 else torch.int64)
+
+
+def _thresholds(scores: Tensor, count: int) -> Tensor:
+    """(rows, 1) values: at most `count` of a row are below, at least `count` are not above."""
+    if scores.shape[1] > LONG:
+        return torch.stack([_threshold_of_long(row, count) for row in scores])[:, None]
+    # A CPU's selection mispredicts every other comparison; a GPU's reads each row a few times from its cache.
+    if scores.device.type != "cpu" or scores.shape[1] < SHORT:
+        return scores.kthvalue(count, dim=1, keepdim=True).values
+    return _thresholds_by_counting(scores, count)
+
+
+def _bracket(sample: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Values of the (..., n) sample between which the population's quantile lies, but for 3 standard deviations."""
+    size = sample.shape[-1]
+    margin = 3 * sqrt(size * share * (1 - share)) + 1
+    ordered = sample.sort(dim=-1).values
+    low, high = max(int(size * share - margin), 0), min(int(size * share + margin), size - 1)
+    return ordered[..., low : low + 1], ordered[..., high : high + 1]
+
+
+def _thresholds_by_counting(scores: Tensor, count: int) -> Tensor:
+    """Thresholds by regula falsi on the number of scores that are not above a guess.
+
+    A row is settled when that number is `count`. Rows that stay open (ties at the threshold, or bad luck with the
+    sample) are selected from directly, so that the result never depends on the bracket.
+    """
+    low, high = _bracket(scores[:, :: scores.shape[1] // SAMPLE], count / scores.shape[1])
+    below, above = _count(scores <= low), _count(scores <= high)
+    guess, settled = low, below == count
+    for _ in range(PASSES):
+        share = ((count - below + 0.5) / (above - below).clamp(min=1)).clamp(0, 1)
+        guess = torch.where(settled, guess, torch.lerp(low, high, share.to(scores.dtype)))
+        number = _count(scores <= guess)
+        settled = number == count
+        if settled.all():
+            return guess
+        less = number < count
+        low, below = torch.where(less, guess, low), torch.where(less, number, below)
+        high, above = torch.where(less, high, guess), torch.where(less, above, number)
+    still_open = (~settled).squeeze(1).nonzero().squeeze(1)
+    guess[still_open] = scores[still_open].kthvalue(count, dim=1, keepdim=True).values
+    return guess
+
+
+def _threshold_of_long(scores: Tensor, count: int) -> Tensor:
+    """The `count`-th smallest of the (columns,) scores, from the candidates between two values of a sample."""
+    low, high = _bracket(scores[:: scores.numel() // (LONG // 2)], count / scores.numel())
+    below, candidates = 0, []
+    # Up to this size masked_select runs through a CPU's cache without a table of positions.
+    size = 2**15 if scores.device.type == "cpu" else scores.numel()
+    for part in scores.split(size):
+        smaller = part < low
+        below += smaller.sum(dtype=torch.int64)
+        candidates.append(part.masked_select((part <= high).logical_xor_(smaller)))
+    rank = count - int(below)
+    inside = torch.cat(candidates)
+    if 0 < rank <= inside.numel():
+        return inside.kthvalue(rank).values
+    return scores.kthvalue(count).values
 
 
 def select_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
     """In each group of m consecutive inputs of a row, the m - n smallest of (out, in) scores go.
 
-    A weight's rank in its group is the number of group members that go before it: smaller ones, and equal
-    ones on its left. m comparisons of whole matrices are cheaper than sorting groups of m.
+    A weight's rank in its group is the number of members that go before it: smaller ones, and equal ones on its
+    left. One comparison of the scores with themselves moved by d settles all pairs at distance d: if the right one
+    is smaller, the left one gains a rank, and the right one loses the rank that its place had given it.
+
+    Returns:
+        (out, in) bool, True = kept.
 
     Raises:
         ValueError: if m does not divide the number of inputs.
     """
     if scores.shape[1] % m:
         raise ValueError(f"{scores.shape[1]} inputs cannot be cut into groups of {m}")
-    groups = scores.reshape(scores.shape[0], -1, m)  # (out, in / m, m)
-    before = torch.zeros(groups.shape, dtype=torch.int16, device=scores.device)
-    for j in range(m):
-        other = groups[..., j : j + 1]
-        before[..., :j] += other < groups[..., :j]
-        before[..., j + 1 :] += other <= groups[..., j + 1 :]
-    return (before >= m - n).view_as(scores)
+    flat = scores.reshape(-1)
+    kept = torch.empty(flat.shape, dtype=torch.bool, device=flat.device)
+    size = min(max(1, (CHUNK // 2 if flat.device.type == "cpu" else 2**24) // m) * m, flat.numel())
+    place = torch.arange(size, device=flat.device).remainder_(m).to(torch.int8 if m <= 128 else torch.int16)
+    same_group = [place < m - distance for distance in range(m)]  # the right one of the pair is in it too
+    for part, out in zip(flat.split(size), kept.split(size), strict=True):
+        rank = place[: len(part)].clone()
+        for distance in range(1, m):
+            right_first = torch.lt(part[distance:], part[:-distance])
+            right_first &= same_group[distance][: len(right_first)]
+            rank[:-distance] += right_first.view(torch.int8)
+            rank[distance:] -= right_first.view(torch.int8)
+        torch.ge(rank, m - n, out=out)
+    return kept.view(scores.shape)
+
+
+def select_variant(scores: Tensor, sparsity: Fraction) -> Tensor:
+    """The Wanda variant: in each row, small scores go until their sum reaches a share alpha of the row's.
+
+    A row's threshold is its largest score whose cumulative sum, in ascending order, is at most alpha times the sum
+    of the row; scores up to it go. One alpha for the matrix is bisected in [0, 1] until its sparsity is within
+    0.001 of the target, or, where ties or a small matrix leave nothing so near, as near as bisection comes.
+
+    Args:
+        scores: (out, in), not negative.
+        sparsity: share of the matrix that shall go; 0 removes nothing.
+
+    Returns:
+        (out, in) bool, True = kept.
+
+    Raises:
+        ValueError: for negative scores, whose sums do not ascend.
+    """
+    if sparsity == 0 or not scores.numel():
+        return torch.ones_like(scores, dtype=torch.bool)
+    ordered = scores.sort(dim=1).values
+    if bool((ordered[:, :1] < 0).any()):
+        raise ValueError("the variant compares sums of scores, and some are negative; use another granularity")
+    sums = ordered.cumsum(dim=1, dtype=torch.float64)
+    low, high, nearest, threshold = 0.0, 1.0, 2.0, ordered[:, :1]
+    for _ in range(60):
+        alpha = (low + high) / 2
+        going = torch.searchsorted(sums, alpha * sums[:, -1:], right=True)  # (out, 1), before ties
+        candidate = ordered.gather(1, (going - 1).clamp(min=0)).masked_fill(going == 0, -torch.inf)
+        reached = int(torch.searchsorted(ordered, candidate, right=True).sum()) / scores.numel()
+        if abs(reached - sparsity) < nearest:
+            nearest, threshold = abs(reached - sparsity), candidate
+        if nearest <= 0.001:
+            break
+        low, high = (alpha, high) if reached < sparsity else (low, alpha)
+    return scores > threshold
+
+
+def select_per_output(scores: Tensor, sparsity: Fraction) -> Tensor:
+    """`select` with the granularity "output"."""
+    return select(scores, Granularity("output"), sparsity)
+
+
+def select_per_layer(scores: Tensor, sparsity: Fraction) -> Tensor:
+    """`select` with the granularity "layer"."""
+    return select(scores, Granularity("layer"), sparsity)
 
 
 GRANULARITIES: dict[str, Callable[[Tensor, Fraction], Tensor]] = {

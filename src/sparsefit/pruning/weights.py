@@ -5,13 +5,15 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from sparsefit.errors import ConfigError
 from sparsefit.pruning.config import Pattern, PruningConfig
+from sparsefit.pruning.fused import find_attention_weights, find_stacks
+from sparsefit.pruning.quantized import dequantized, is_quantized, matrix_shape
 
 HEAD_NAMES = frozenset({"lm_head", "head", "classifier", "score", "embed_out", "output_projection", "qa_outputs"})
 
@@ -23,29 +25,49 @@ class PrunableWeight:
     """One weight matrix and the layers that use it.
 
     Attributes:
-        name: Name of the parameter in the bare model: wrappers (PEFT, torch.compile) leave no trace in it.
+        name: Name of the parameter in the bare model: wrappers (PEFT, torch.compile) leave no trace in it. One matrix
+            of a stack of experts carries its number: "model.layers.0.mlp.experts.down_proj[3]".
         parameter: The parameter itself.
         layers: Every layer that multiplies its input by this parameter (more than one where it is shared).
         transposed: Whether the parameter is stored (in, out), as GPT-2's Conv1D does.
+        index: Which matrix of the parameter, where that is a stack (experts, out, in); else None.
+        fused: Whether a fused function uses it, so that no layer of its own is called.
     """
 
     name: str
     parameter: nn.Parameter
     layers: tuple[nn.Module, ...]
     transposed: bool = False
+    index: int | None = None
+    fused: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        stored = matrix_shape(self.layers[0]) if self.is_quantized else self.parameter.shape
+        if self.index is not None:
+            stored = stored[1:]
+        return (stored[1], stored[0]) if self.transposed else (stored[0], stored[1])
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether bitsandbytes holds it in 8 or 4 bits."""
+        return is_quantized(self.layers[0])
 
     def matrix(self) -> Tensor:
-        """The weights as an (out, in) view that shares memory with the parameter."""
-        weight = self.parameter.detach()
-        return weight.t() if self.transposed else weight
+        """The weights as (out, in): a view that shares memory with the parameter, or a copy if that is quantized."""
+        if self.is_quantized:
+            return dequantized(self.layers[0])
+        return as_matrix(self.parameter.detach(), self.transposed, self.index)
 
-    def remove(self, mask: Tensor) -> None:
-        """Set the weights outside an (out, in) mask to zero, in place."""
-        self.matrix().masked_fill_(~mask.to(self.parameter.device), 0)
 
-    def restore(self, mask: Tensor, values: Tensor) -> None:
-        """Put back the values that `remove` took, to the bit."""
-        self.matrix()[~mask.to(self.parameter.device)] = values
+def as_matrix(tensor: Tensor, transposed: bool = False, index: int | None = None) -> Tensor:
+    """The (out, in) view of a stored weight: (out, in), (in, out), a stack of these, or a 1x1 convolution's
+    (out, in, 1, 1)."""
+    matrix = tensor if index is None else tensor[index]
+    if matrix.ndim == 4:
+        matrix = matrix.flatten(1)
+    return matrix.t() if transposed else matrix
 
 
 def canonical_name(name: str) -> str:
@@ -58,17 +80,47 @@ def canonical_name(name: str) -> str:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a layer that this package can prune: nn.Linear, or the Conv1D of GPT-2."""
+    """Whether a module is a layer that multiplies its input by one matrix: nn.Linear (one that bitsandbytes has
+    quantized, too), the Conv1D of GPT-2, or a 1x1 convolution."""
     weight = getattr(module, "weight", None)
     # A weight that a parametrization computes anew in each pass is no parameter: zeros written to it would be lost.
-    if not isinstance(weight, nn.Parameter) or weight.ndim != 2 or not weight.is_floating_point():
+    # The output projection of nn.MultiheadAttention lends its weight to a fused function and is never called.
+    if not isinstance(weight, nn.Parameter) or type(module).__name__ == "NonDynamicallyQuantizableLinear":
         return False
-    return isinstance(module, nn.Linear) or _is_transposed(module)
+    if isinstance(module, nn.Conv2d):
+        return module.kernel_size == (1, 1) and module.groups == 1
+    if is_quantized(module):
+        return True
+    return weight.ndim == 2 and weight.is_floating_point() and (isinstance(module, nn.Linear) or _is_conv1d(module))
 
 
-def _is_transposed(module: nn.Module) -> bool:
+def _is_conv1d(module: nn.Module) -> bool:
     # transformers' Conv1D (GPT-2): y = x W + b with W (in, out). Known by its name, as this needs torch alone.
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def matrices_of(module: nn.Module, name: str = "") -> list[PrunableWeight]:
+    """The weights that a module itself (not its children) multiplies its inputs by, each as one matrix: of a linear
+    layer, of nn.MultiheadAttention, or of a stack of experts.
+
+    Args:
+        module: Any module.
+        name: Its name in the bare model.
+    """
+    prefix = f"{name}." if name else ""
+    found = []
+    if is_linear(module):
+        found.append(PrunableWeight(f"{prefix}weight", module.weight, (module,), _is_conv1d(module)))
+    for attribute, parameter in find_attention_weights(module):
+        found.append(PrunableWeight(prefix + attribute, parameter, (module,), fused=True))
+    stacks = find_stacks(module)
+    # Expert by expert, as they are computed.
+    found += [
+        PrunableWeight(f"{prefix}{attribute}[{index}]", stack, (module,), transposed, index, fused=True)
+        for index in range(max((len(stack) for _, stack, _ in stacks), default=0))
+        for attribute, stack, transposed in stacks
+    ]
+    return found
 
 
 def find_weights(
@@ -89,25 +141,24 @@ def find_weights(
         ConfigError: if nothing would be pruned, a target does not exist, N:M does not divide a width, or weights
             are NaN or infinite.
     """
-    candidates = {name: module for name, module in base_modules(model).items() if is_linear(module)}
-    _check_names_exist((*(config.targets or ()), *config.exclude), list(candidates))
+    candidates = [w for name, module in base_modules(model).items() for w in matrices_of(module, name)]
+    _check_names_exist((*(config.targets or ()), *config.exclude), [layer_name(w.name) for w in candidates])
     inside = {id(module) for block in blocks for module in block.modules()}
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     outputs = _output_layers(model)
 
-    found: dict[int, tuple[str, list[nn.Module]]] = {}
+    found: dict[tuple[int, int | None], PrunableWeight] = {}
     reasons: dict[int, str] = {}
-    for name, layer in candidates.items():
-        reason = _reason_to_keep(name, layer, config, inside, embedded, outputs)
+    for weight in candidates:
+        reason = _reason_to_keep(weight, config, inside, embedded, outputs)
+        key = (id(weight.parameter), weight.index)
         if reason:
-            reasons[id(layer.weight)] = reason
-            continue
-        layers = found.setdefault(id(layer.weight), (f"{name}.weight", []))[1]
-        if layer not in layers:  # one layer may stand under several names
-            layers.append(layer)
-    weights = [
-        PrunableWeight(n, layers[0].weight, tuple(layers), _is_transposed(layers[0])) for n, layers in found.values()
-    ]
+            reasons[id(weight.parameter)] = reason
+        elif key not in found:
+            found[key] = weight
+        elif weight.layers[0] not in found[key].layers:  # one layer may stand under several names
+            found[key] = replace(found[key], layers=(*found[key].layers, *weight.layers))
+    weights = list(found.values())
     if not weights:
         raise ConfigError(
             f"{type(model).__name__} has no prunable weights: no linear layer is left to prune"
@@ -115,7 +166,12 @@ def find_weights(
         )
     _check_widths(weights, config.structure)
     _check_finite(weights)
-    return weights, _left_dense(model, set(found), reasons)
+    return weights, _left_dense(model, {id(weight.parameter) for weight in weights}, reasons)
+
+
+def layer_name(weight_name: str) -> str:
+    """The name by which a configuration speaks of a weight: without ".weight" and without an expert's number."""
+    return re.sub(r"\[\d+\]$", "", weight_name).removesuffix(".weight")
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -151,16 +207,16 @@ def _output_layers(model: nn.Module) -> set[int]:
 
 
 def _reason_to_keep(
-    name: str,
-    layer: nn.Module,
+    weight: PrunableWeight,
     config: PruningConfig,
     inside: set[int],
     embedded: set[int],
     outputs: set[int],
 ) -> str | None:
+    name, layer = layer_name(weight.name), weight.layers[0]
     if matches(name, config.exclude):
         return "excluded by the configuration"
-    if id(layer.weight) in embedded:
+    if id(weight.parameter) in embedded:
         return "shared with an embedding"
     if config.targets is not None:
         return None if matches(name, config.targets) else "not among the targets"
@@ -168,9 +224,6 @@ def _reason_to_keep(
         return "outside the repeated blocks"
     if not inside and id(layer) in outputs:
         return "output layer"
-    # It lends its weight to a fused function and is never called itself, so its input cannot be seen.
-    if type(layer).__name__ == "NonDynamicallyQuantizableLinear":
-        return "part of a fused nn.MultiheadAttention, which is not supported"
     return None
 
 
@@ -194,7 +247,7 @@ def _check_names_exist(patterns: Iterable[str], names: list[str]) -> None:
 def _check_widths(weights: list[PrunableWeight], pattern: Pattern | None) -> None:
     if pattern is None:
         return
-    misfits = [f"{w.name} ({w.matrix().shape[1]} inputs)" for w in weights if w.matrix().shape[1] % pattern.m]
+    misfits = [f"{w.name} ({w.shape[1]} inputs)" for w in weights if w.shape[1] % pattern.m]
     if misfits:
         raise ConfigError(
             f"pattern '{pattern.n}:{pattern.m}' needs widths that {pattern.m} divides; it does not fit "

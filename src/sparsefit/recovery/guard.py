@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from sparsefit.pruning import MaskSet
+from sparsefit.pruning.weights import canonical_name
 
 
 class MaskGuard:
@@ -36,9 +37,11 @@ class MaskGuard:
         Returns:
             How many parameters are guarded now.
         """
-        for name, parameter in self.masks.parameters_in(model).items():
-            if parameter.requires_grad and parameter not in self._pruned:
-                pruned = ~self.masks.for_parameter(name, parameter.device)
+        named = {canonical_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+        for name in self.masks.parameters:
+            parameter = named.get(name)
+            if parameter is not None and parameter.requires_grad and parameter not in self._pruned:
+                pruned = ~self.masks.for_parameter(name, parameter)
                 self._pruned[parameter] = pruned
                 self._handles.append(parameter.register_hook(lambda grad, gone=pruned: grad.masked_fill(gone, 0)))
         for optimizer in optimizers if self._pruned else ():

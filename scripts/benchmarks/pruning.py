@@ -1,0 +1,243 @@
+"""The whole of a pruning, against the plain algorithm of straightforward.py: seconds, their ratio, memory, masks.
+
+    python scripts/benchmarks/pruning.py --repeats 5 --threads 2
+    python scripts/benchmarks/pruning.py --dtype bfloat16 --pattern 2:4 --micro-batch-size 4
+    python scripts/benchmarks/pruning.py --breakdown
+
+A Llama of about 91 million parameters with random weights, calibrated on the text of Python's manual (16 x 256 tokens),
+on the CPU. Every measurement is a process of its own, so that its peak memory is nobody else's; the two ways take turns.
+"peak" is the most memory held while pruning over what the model and the data held before. `--breakdown` shows in
+addition, from one more run under a profiler (which is slower), where the engine's seconds go.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import gc
+import json
+import os
+import pstats
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from straightforward import kept_weights, prune_straightforward
+from torch import Tensor, nn
+
+from sparsefit import PruningConfig, prune
+
+VOCABULARY = 4096
+WAYS = ("straightforward", "sparsefit")
+
+
+def add_size_options(parser: argparse.ArgumentParser, hidden: int, layers: int, samples: int, length: int) -> None:
+    """The options that all of these benchmarks take."""
+    parser.add_argument("--hidden", type=int, default=hidden, help="width of the model")
+    parser.add_argument("--layers", type=int, default=layers, help="number of its blocks")
+    parser.add_argument("--samples", type=int, default=samples, help="calibration samples")
+    parser.add_argument("--length", type=int, default=length, help="tokens in each")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--pattern", help="N:M instead of a sparsity")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+
+
+def make_model(hidden: int, layers: int, dtype: str = "float32", device: str = "cpu") -> nn.Module:
+    """A Llama with random weights, the same ones for the same sizes; feed-forward 8/3 as wide, heads of 64."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    heads = max(1, hidden // 64)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3 // 16 * 16,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=8192,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).to(device=device, dtype=getattr(torch, dtype)).eval()
+
+
+def make_samples(count: int, length: int, device: str = "cpu") -> list[Tensor]:
+    """Windows of the Python manual's text, each (1, length); random tokens where it has too few."""
+    from pydoc_data.topics import topics
+    from sparsefit.modules.loading import TINY_LLAMA, load_tokenizer
+
+    text = "\n\n".join(topics.values())[: 8 * count * length]
+    tokens = torch.tensor(load_tokenizer(TINY_LLAMA)(text, verbose=False)["input_ids"])
+    missing = max(0, count * length - len(tokens))
+    filler = torch.randint(VOCABULARY, (missing,), generator=torch.Generator().manual_seed(0))
+    windows = torch.cat([tokens, filler])[: count * length].view(count, 1, length)
+    return list(windows.to(device))
+
+
+class PeakMemory:
+    """The most memory that this process holds inside a `with`, over what it held before; bytes, in `above`."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device, self.above = device, 0
+
+    def __enter__(self) -> PeakMemory:
+        gc.collect()
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+            return self
+        status = Path("/proc/self/clear_refs")
+        if status.exists():
+            status.write_text("5")  # Linux: the peak starts anew, so that making the model leaves no trace in it
+        self._before = _status("VmRSS") or _rusage_peak()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+            self.above = torch.cuda.max_memory_allocated() - self._before
+        else:
+            self.above = (_status("VmHWM") or _rusage_peak()) - self._before
+
+
+def _status(key: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
+
+
+def _rusage_peak() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def way_to_prune(name: str, args: argparse.Namespace) -> Callable[[nn.Module, list[Tensor]], Any]:
+    """The function that prunes a model with some samples, as the options say."""
+    if name == "straightforward":
+        return lambda model, samples: prune_straightforward(model, samples, args.sparsity, args.pattern)
+    settings = {"sparsity": args.sparsity, "pattern": args.pattern}
+    if args.micro_batch_size is not None:
+        settings["micro_batch_size"] = args.micro_batch_size
+    config = PruningConfig(**settings)
+    return lambda model, samples: prune(model, samples, config)
+
+
+def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One pruning in this process: seconds, bytes above the model, and the masks into the file `args.masks`."""
+    torch.set_num_threads(args.threads)
+    way = way_to_prune(name, args)
+    way(make_model(128, 2, args.dtype), make_samples(2, 16))  # imports and first calls of kernels are not counted
+    model, samples = make_model(args.hidden, args.layers, args.dtype), make_samples(args.samples, args.length)
+    with PeakMemory() as memory:
+        start, cpu_start = time.perf_counter(), time.process_time()
+        way(model, samples)
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    masks = {key: np.packbits(mask.numpy()) for key, mask in kept_weights(model).items()}
+    np.savez(args.masks, **masks)
+    model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    return {
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "peak": memory.above,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "model_bytes": model_bytes,
+        "pruned": sum(mask.numel() for mask in kept_weights(model).values()),
+    }
+
+
+def in_a_process(script: str, arguments: list[str]) -> dict[str, Any]:
+    """The JSON that a script prints as its last line, run in a process of its own."""
+    done = subprocess.run([sys.executable, script, *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def where_time_goes(args: argparse.Namespace) -> list[tuple[str, float]]:
+    """Seconds of one profiled run by the file of the engine that calls the operations, largest first."""
+    torch.set_num_threads(args.threads)
+    way = way_to_prune("sparsefit", args)
+    way(make_model(128, 2, args.dtype), make_samples(2, 16))
+    model, samples = make_model(args.hidden, args.layers, args.dtype), make_samples(args.samples, args.length)
+    profile = cProfile.Profile()
+    profile.runcall(way, model, samples)
+    seconds: Counter[str] = Counter()
+    for (file, _, _), (_, _, own, _, callers) in pstats.Stats(profile).stats.items():
+        if file == "~":  # an operation written in C: its time is that of the functions that call it
+            for (calling_file, _, _), times in callers.items():
+                seconds[_part_of_engine(calling_file)] += times[2]
+        else:
+            seconds[_part_of_engine(file)] += own
+    return seconds.most_common()
+
+
+def _part_of_engine(file: str) -> str:
+    path = Path(file)
+    return path.name if path.parent.name == "pruning" else "forward passes (torch, transformers)"
+
+
+def report(runs: dict[str, list[dict[str, Any]]], agreement: float) -> None:
+    """Print the medians, the ratio and the agreement."""
+    first = runs[WAYS[0]][0]
+    print(f"{first['parameters']:,} parameters, {first['pruned']:,} of them prunable, {first['model_bytes'] / 1e6:.0f} MB")
+    print(f"\n{'':16} {'median s':>9} {'fastest s':>10} {'peak over the model, MB':>24}")
+    medians = {}
+    for name, measured in runs.items():
+        seconds = [run["seconds"] for run in measured]
+        medians[name] = statistics.median(seconds), statistics.median(run["peak"] for run in measured)
+        print(f"{name:16} {medians[name][0]:9.2f} {min(seconds):10.2f} {medians[name][1] / 1e6:24.1f}")
+    (plain_seconds, plain_peak), (seconds, peak) = (medians[name] for name in WAYS)
+    print(f"\ntime: {seconds / plain_seconds:.2f} of the straightforward one ({plain_seconds / seconds:.2f}x as fast)")
+    print(f"peak: {peak / plain_peak:.2f} of the straightforward one")
+    print(f"mask bits that are equal: {agreement:.6%}")
+
+
+def mask_agreement(first: Path, second: Path) -> float:
+    """The share of equal bits of two saved sets of masks."""
+    one, other = np.load(first), np.load(second)
+    different = sum(int(np.unpackbits(one[name] ^ other[name]).sum()) for name in one.files)
+    return 1 - different / sum(8 * one[name].size for name in one.files)
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_size_options(parser, hidden=768, layers=12, samples=16, length=256)
+    parser.add_argument("--micro-batch-size", type=int, help="of the engine; its default if not given")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--breakdown", action="store_true", help="also show where the engine's time goes")
+    parser.add_argument("--measure", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--masks", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure(args.measure, args)))
+        return
+    print(f"torch {torch.__version__}, {args.threads} threads, {args.dtype}, {args.samples} x {args.length} tokens")
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in WAYS}
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: Path(folder) / f"{name}.npz" for name in WAYS}
+        for repeat in range(args.repeats):
+            for name in WAYS if repeat % 2 == 0 else WAYS[::-1]:
+                arguments = [*sys.argv[1:], f"--measure={name}", f"--masks={files[name]}"]
+                runs[name].append(in_a_process(__file__, arguments))
+        report(runs, mask_agreement(*files.values()))
+    if args.breakdown:
+        found = where_time_goes(args)
+        whole = sum(seconds for _, seconds in found)
+        print(f"\nwhere the engine's time goes ({whole:.2f} s under the profiler)")
+        for part, seconds in found:
+            print(f"  {part:40} {seconds:8.2f} s {seconds / whole:7.1%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""How sparse each matrix becomes. Counts of weights to remove, whose sum is exact to the weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fractions import Fraction
+from math import floor
+
+from torch import Tensor
+
+from sparsefit.errors import ConfigError
+from sparsefit.pruning.config import PruningConfig
+from sparsefit.pruning.recording import Part
+from sparsefit.pruning.scores import wanda_score
+from sparsefit.pruning.weights import PrunableWeight, layer_name, matches
+
+
+def allocate(
+    weights: list[PrunableWeight],
+    config: PruningConfig,
+    groups: Mapping[str, int] | None = None,
+    parts: Mapping[str, list[Part]] | None = None,
+) -> dict[str, int]:
+    """How many weights each matrix loses by the configuration's allocation; empty where every comparison group simply
+    loses the same share.
+
+    Args:
+        weights: The dense weights.
+        config: Its `allocation`, `sparsity`, `owl_threshold` and `owl_spread` are used.
+        groups: For OWL, the block of each weight.
+        parts: For OWL, the statistics of the inputs of each weight in the dense network.
+
+    Raises:
+        ConfigError: if a mapping does not fit the weights or the total.
+    """
+    sizes = {weight.name: weight.shape[0] * weight.shape[1] for weight in weights}
+    if config.allocation is None:
+        return {}
+    if config.allocation == "uniform":
+        return uniform(sizes, config.exact_sparsity)
+    if config.allocation != "owl":
+        return by_mapping(sizes, config.exact_sparsity, config.allocation)
+    outliers = {}
+    for group in dict.fromkeys(groups.values()):
+        members = [weight for weight in weights if groups[weight.name] == group]
+        outliers[group] = outlier_share(
+            [
+                wanda_score(weight.matrix()[part.rows or slice(None)], part.statistics["squared_norm"])
+                for weight in members
+                for part in parts[weight.name]
+            ],
+            config.owl_threshold,
+        )
+    return owl(sizes, groups, outliers, config.exact_sparsity, config.owl_spread)
+
+
+def uniform(sizes: Mapping[str, int], sparsity: Fraction) -> dict[str, int]:
+    """The same share of every matrix, rounded so that floor(sparsity * all weights) go in all.
+
+    Args:
+        sizes: Number of weights of each matrix.
+        sparsity: Share of all weights to remove.
+    """
+    return _rounded(
+        {name: size * sparsity for name, size in sizes.items()}, sizes, floor(sum(sizes.values()) * sparsity)
+    )
+
+
+def by_mapping(sizes: Mapping[str, int], sparsity: Fraction, given: Mapping[str, float]) -> dict[str, int]:
+    """The shares that a user gave to some layers; the others share what is left of the total evenly.
+
+    Args:
+        sizes: Number of weights of each matrix, by weight name.
+        sparsity: Share of all weights to remove; not used if every matrix is given a share.
+        given: Sparsity by layer name, or the last parts of one; the longest name that fits counts.
+
+    Raises:
+        ConfigError: if a name fits no layer, or the others cannot make up the total.
+    """
+    shares: dict[str, Fraction] = {}
+    for pattern in sorted(given, key=len):
+        fitting = [name for name in sizes if matches(layer_name(name), [pattern])]
+        if not fitting:
+            raise ConfigError(f"allocation names '{pattern}', and no layer that is pruned is called that")
+        shares |= {name: Fraction(str(given[pattern])) for name in fitting}
+    fixed = {name: sizes[name] * share for name, share in shares.items()}
+    rest = {name: size for name, size in sizes.items() if name not in shares}
+    if not rest:
+        return _rounded(fixed, sizes, floor(sum(fixed.values())))
+    total = floor(sum(sizes.values()) * sparsity)
+    counts = _rounded(fixed, sizes, floor(sum(fixed.values())))
+    left = Fraction(total - sum(counts.values()), sum(rest.values()))
+    if not 0 <= left < 1:
+        raise ConfigError(
+            f"the allocation removes {sum(counts.values())} weights of its layers; with {total} in all (sparsity "
+            f"{float(sparsity):g}) the other layers would need a sparsity of {float(left):.3f}: change the shares or "
+            "the sparsity"
+        )
+    others = _rounded({n: size * left for n, size in rest.items()}, rest, total - sum(counts.values()))
+    return {name: (counts | others)[name] for name in sizes}
+
+
+def owl(
+    sizes: Mapping[str, int],
+    groups: Mapping[str, int],
+    outliers: Mapping[int, float],
+    sparsity: Fraction,
+    spread: float = 0.08,
+) -> dict[str, int]:
+    """Blocks with more outliers keep more (OWL: Yin et al. 2024, arXiv 2310.05175, Section 3).
+
+    The densities of the blocks lie on a line from the fewest outliers to the most, 2 * spread apart, around the mean
+    that gives the total.
+
+    Args:
+        sizes: Number of weights of each matrix.
+        groups: The block of each matrix.
+        outliers: Share of outliers of each block: see `outlier_share`.
+        sparsity: Share of all weights to remove.
+        spread: Lambda.
+    """
+    lowest, highest = min(outliers.values()), max(outliers.values())
+    scale = 2 * spread / (highest - lowest) if highest > lowest else 0.0
+    lean = {group: Fraction((share - lowest) * scale) for group, share in outliers.items()}  # density above the lowest
+    total = floor(sum(sizes.values()) * sparsity)
+
+    def removed(shift: Fraction) -> dict[str, Fraction]:
+        return {n: size * min(Fraction(1), max(Fraction(0), shift - lean[groups[n]])) for n, size in sizes.items()}
+
+    # The sum grows with the shift; where no density is cut off at 0 or 1 one step finds it.
+    low, high = Fraction(0), Fraction(1) + max(lean.values())
+    shift = Fraction(total + sum(size * lean[groups[n]] for n, size in sizes.items()), sum(sizes.values()))
+    for _ in range(60):
+        missing = total - sum(removed(shift).values())
+        if abs(missing) < 1:
+            break
+        low, high = (shift, high) if missing > 0 else (low, shift)
+        shift = (low + high) / 2
+    return _rounded(removed(shift), sizes, total)
+
+
+def outlier_share(scores: list[Tensor], threshold: float = 5.0) -> float:
+    """Percentage of the scores of a block that are above `threshold` times their mean (OWL, Equation 2).
+
+    Args:
+        scores: The scores of the block's matrices, of any shape.
+        threshold: M.
+    """
+    count = sum(score.numel() for score in scores)
+    mean = sum(float(score.double().sum()) for score in scores) / count
+    return 100 * sum(int((score > threshold * mean).sum()) for score in scores) / count
+
+
+def _rounded(shares: Mapping[str, Fraction], sizes: Mapping[str, int], total: int) -> dict[str, int]:
+    """Whole counts near the shares, with the given sum: rounded down, then up where the fraction is largest."""
+    counts = {name: floor(share) for name, share in shares.items()}
+    missing = total - sum(counts.values())
+    step = 1 if missing > 0 else -1
+    by_fraction = sorted(shares, key=lambda name: step * (counts[name] - shares[name]))
+    while missing:
+        for name in by_fraction:
+            if missing and 0 <= counts[name] + step <= sizes[name]:
+                counts[name] += step
+                missing -= step
+    return counts

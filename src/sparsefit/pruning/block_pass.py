@@ -1,0 +1,64 @@
+"""One block at its turn: running all micro-batches through it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from sparsefit.pruning.blocks import BlockCall, hidden_of
+from sparsefit.pruning.calibration import MicroBatch
+from sparsefit.pruning.config import PruningConfig
+from sparsefit.pruning.layerwise import run_in_step
+from sparsefit.pruning.recording import InputRecorder, Seen
+from sparsefit.pruning.weights import PrunableWeight
+
+
+class BlockPass:
+    """One block at its turn: all micro-batches before it, with the arguments that the model calls it with.
+
+    Attributes:
+        block: The block.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        data: list[MicroBatch],
+        calls: list[BlockCall],
+        hidden: list[Tensor],
+        config: PruningConfig,
+        step: Callable[[], None],
+    ) -> None:
+        self.block, self._data, self._calls, self._hidden = block, data, calls, hidden
+        self._config, self._step = config, step
+
+    def run_one(self, number: int) -> Tensor:
+        """The block's output for one micro-batch."""
+        call, hidden = self._calls[number], self._hidden[number]
+        if self._config.device is not None:
+            call = call.moved(self._config.device, {})
+            hidden = hidden.to(self._config.device)
+        output = hidden_of(call.run(self.block, hidden))
+        self._step()
+        return output.cpu() if self._config.states_on_cpu else output
+
+    def run(self, recorder: InputRecorder | None = None, keep_outputs: bool = True) -> list[Tensor]:
+        """The block's outputs for all micro-batches."""
+        outputs = []
+        for number, batch in enumerate(self._data):
+            if recorder is not None:
+                recorder.next_batch(batch)
+            output = self.run_one(number)
+            if keep_outputs:
+                outputs.append(output)
+        return outputs
+
+    def run_in_step(
+        self, weights: list[PrunableWeight], before: Callable[[PrunableWeight, list[tuple[MicroBatch, Seen]]], None]
+    ) -> list[Tensor]:
+        """The block's outputs for all micro-batches, which wait for each other before each weight."""
+        computations = [lambda number=number: self.run_one(number) for number in range(len(self._data))]
+        return run_in_step(
+            computations, weights, lambda weight, waiting: before(weight, [(self._data[n], s) for n, s in waiting])
+        )

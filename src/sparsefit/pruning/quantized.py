@@ -1,0 +1,300 @@
+"""Weights that bitsandbytes holds in 4 or 8 bits: read as an (out, in) matrix, pruned, written, put back.
+
+A zero of such a weight is a code, not a small number: NF4 and FP4 have a code for 0, and so has int8. To prune is
+therefore to write that code (`zero_outside`): the scales and the codes of the kept weights stay as they are, to
+the bit. Only weights that a reconstruction changed have to be quantized again (`write_quantized`).
+
+All functions take the layer, not its parameter: the scales of an 8-bit layer move from the parameter to
+`layer.state` in the first forward pass, and what is cached there must change together with the weights.
+
+bitsandbytes is imported for quantizing alone. Reading does without: its CPU kernel (0.50, AVX-512) gives wrong
+values where the width is a multiple of 32 but not of the blocksize, and a saved file can be counted anywhere.
+Formats: QLoRA (Dettmers et al. 2023, arXiv 2305.14314), LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsefit.errors import MaskError
+
+_INT8_MAX = 127  # a row's scale (SCB) is its largest magnitude, and that is code 127
+_CPU_ROWS = 32  # rows that the CPU layout of bitsandbytes interleaves
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedSnapshot:
+    """What a layer held when `snapshot` was called."""
+
+    data: Tensor
+    scales: Any  # 4-bit: the fields of the QuantState; 8-bit: SCB, (out,) float32
+    cpu_layout: bool  # whether bitsandbytes may change the layer to its CPU layout
+
+
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether a layer is a Linear4bit or Linear8bitLt of bitsandbytes and its weight is quantized already."""
+    if _is_4bit(layer):
+        return _state(layer) is not None
+    return _is_8bit(layer) and layer.weight.dtype == torch.int8 and _row_scales(layer) is not None
+
+
+def awaits_quantization(layer: nn.Module) -> bool:
+    """Whether a bitsandbytes layer still holds floats that it quantizes later: when it is moved to a device
+    (`model.to("cpu")` does it, too) or, with 8 bits, in its first forward pass."""
+    if _is_8bit(layer) and layer.state.has_fp16_weights:
+        return False
+    return (_is_4bit(layer) or _is_8bit(layer)) and not is_quantized(layer)
+
+
+def forget_cached(layer: nn.Module) -> None:
+    """Make a Linear8bitLt that keeps float weights (`has_fp16_weights`) see a change of them.
+
+    In evaluation mode it quantizes them once and computes with that copy ever after. No effect on other layers.
+    """
+    if _is_8bit(layer) and layer.state.has_fp16_weights:
+        layer.state.reset_grads()
+
+
+def matrix_shape(layer: nn.Module) -> tuple[int, int]:
+    """(out, in) of a quantized layer's weight."""
+    rows, columns = _state(layer).shape if _is_4bit(layer) else layer.weight.shape
+    return int(rows), int(columns)
+
+
+def dequantized(layer: nn.Module) -> Tensor:
+    """The weights of a quantized layer as a fresh (out, in) tensor on its device.
+
+    With 4 bits the dtype is that of the weights before they were quantized; with 8 bits it is float32, in which
+    the scales are held and the products are scaled.
+    """
+    if _is_4bit(layer):
+        return _values(layer.weight.data, _state(layer))
+    return _row_scales(layer).unsqueeze(1) / _INT8_MAX * layer.weight.data
+
+
+def zero_outside(layer: nn.Module, mask: Tensor) -> None:
+    """Set the weights outside an (out, in) bool mask to exactly zero; the others keep their value to the bit.
+
+    Raises:
+        MaskError: if the mask has another shape than the weights.
+    """
+    _check_shape(layer, mask)
+    mask = mask.to(layer.weight.device)
+    if _is_4bit(layer):
+        _write_codes(layer, _with_zeros(layer.weight.data, _state(layer), mask))
+    else:
+        _put_int8(layer, layer.weight.data.masked_fill(~mask, 0), _row_scales(layer))
+
+
+def write_quantized(layer: nn.Module, matrix: Tensor) -> None:
+    """Quantize an (out, in) float matrix with the layer's own settings, as its new weights.
+
+    Zeros of the matrix are exact zeros afterwards; the other weights get the rounding error of the format.
+
+    Raises:
+        MaskError: if the matrix has another shape than the weights.
+    """
+    from bitsandbytes import functional
+
+    _check_shape(layer, matrix)
+    weight, kept = layer.weight, (matrix != 0).to(layer.weight.device)
+    if _is_8bit(layer):
+        codes, scales, _ = functional.int8_vectorwise_quant(matrix.to(weight.device, torch.float16).contiguous())
+        # The scale of a row without weights is 0, and what a kernel makes of 0 / 0 is its own affair.
+        _put_int8(layer, codes.masked_fill(~kept, 0), scales)
+        return
+    state = _state(layer)
+    packed, new = functional.quantize_4bit(
+        matrix.to(weight.device, _dtype(state)).contiguous(),
+        blocksize=state.blocksize,
+        compress_statistics=getattr(state, "original_nested", state.nested),
+        quant_type=state.quant_type,
+        quant_storage=_storage(weight.data, state),
+    )
+    # A block without weights has the scale 0; quantized in its turn, that scale can come back as another number,
+    # and not every kernel gives the code of 0 to a weight of such a block.
+    packed = _with_zeros(packed, new, kept)
+    # The fields change, not the object: the parameter and every layer that shares it hold the same one. One
+    # assignment, so that an interrupt finds the old fields or the new ones.
+    state.__dict__ = vars(new)
+    _write_codes(layer, packed)
+
+
+def snapshot(layer: nn.Module) -> QuantizedSnapshot:
+    """A copy of the weights and scales of a quantized layer, for `restore`."""
+    scales = copy.deepcopy(vars(_state(layer))) if _is_4bit(layer) else _row_scales(layer).clone()
+    cpu_layout = getattr(layer, "support_avx512bf16_for_cpu", False)
+    return QuantizedSnapshot(layer.weight.data.clone(), scales, cpu_layout)
+
+
+def restore(layer: nn.Module, taken: QuantizedSnapshot) -> None:
+    """Put the weights and scales of a snapshot back, to the bit."""
+    if _is_8bit(layer):
+        _put_int8(layer, taken.data, taken.scales)
+        return
+    _state(layer).__dict__ = dict(taken.scales)
+    layer.weight.data = taken.data
+    layer.support_avx512bf16_for_cpu = taken.cpu_layout
+
+
+@contextmanager
+def plain_layout(model: nn.Module) -> Iterator[None]:
+    """Keep the 4-bit layers of a model in the layout in which they are stored, whatever passes through them.
+
+    On a CPU with AVX-512 BF16, a Linear4bit in evaluation mode rearranges its weights in its first forward pass.
+    That layout rounds the scales, does not exist for all shapes, and (bitsandbytes 0.50) is saved with the scales
+    in the wrong order and does not survive `model.to(device)`. So layers stay plain after this, too; only an error
+    gives them back their freedom.
+    """
+    switched = [m for m in model.modules() if _is_4bit(m) and getattr(m, "support_avx512bf16_for_cpu", False)]
+    for layer in switched:
+        layer.support_avx512bf16_for_cpu = False
+    try:
+        yield
+    except BaseException:
+        for layer in switched:
+            layer.support_avx512bf16_for_cpu = True
+        raise
+
+
+def stored_matrix(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """A weight out of a state dict or a file as an (out, in) matrix, dequantized if it was saved in 4 or 8 bits.
+
+    Args:
+        tensors: All of its tensors by name; the scales of a weight are found by their names.
+        name: Name of the weight.
+    """
+    data = tensors[name]
+    parts = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+    if "absmax" in parts:
+        return _values(data, _state_of_parts(parts))
+    scales = tensors.get(f"{name.removesuffix('weight')}SCB")
+    if data.dtype == torch.int8 and scales is not None:
+        return scales.unsqueeze(1) / _INT8_MAX * data
+    return data
+
+
+def _is_4bit(layer: nn.Module) -> bool:
+    return _is_bitsandbytes(layer, "Linear4bit")
+
+
+def _is_8bit(layer: nn.Module) -> bool:
+    return _is_bitsandbytes(layer, "Linear8bitLt")
+
+
+def _is_bitsandbytes(layer: nn.Module, name: str) -> bool:
+    # The layers of PEFT have the same names: they wrap these, and are not meant.
+    return any(c.__name__ == name and c.__module__.startswith("bitsandbytes") for c in type(layer).__mro__)
+
+
+def _state(layer: nn.Module) -> Any:
+    # The layer keeps a second reference: sharding strategies lose the attributes of a parameter.
+    state = getattr(layer.weight, "quant_state", None)
+    return state if state is not None else getattr(layer, "quant_state", None)
+
+
+def _row_scales(layer: nn.Module) -> Tensor | None:
+    scales = getattr(layer.weight, "SCB", None)
+    scales = scales if scales is not None else layer.state.SCB
+    return scales.to(layer.weight.device) if scales is not None else None
+
+
+def _put_int8(layer: nn.Module, codes: Tensor, scales: Tensor) -> None:
+    """Make a Linear8bitLt what it is right after quantization: its next forward pass takes codes and scales over."""
+    layer.weight.data = codes
+    layer.weight.CB, layer.weight.SCB = codes, scales
+    layer.state.reset_grads()
+
+
+def _write_codes(layer: nn.Module, packed: Tensor) -> None:
+    """New codes for a Linear4bit, in the plain layout, and its scales in that layout, too."""
+    state = _state(layer)
+    state.absmax, state.dtype = _flat_absmax(state), _dtype(state)
+    state.packing_format_for_cpu = False
+    layer.weight.data = packed
+    layer.support_avx512bf16_for_cpu = False
+
+
+def _with_zeros(data: Tensor, state: Any, mask: Tensor) -> Tensor:
+    """The packed codes with the code of 0 wherever an (out, in) mask is False; a column, as they are stored."""
+    codes = _codes(data, state)
+    zero = int((state.code == 0).nonzero()[0])
+    codes[: mask.numel()].masked_fill_(~mask.flatten(), zero)
+    return (codes[::2] << 4 | codes[1::2]).view(_storage(data, state)).unsqueeze(1)
+
+
+def _values(data: Tensor, state: Any) -> Tensor:
+    """Code times block scale, in float32 and rounded once, as the kernels do it."""
+    count, scales = torch.Size(state.shape).numel(), _block_scales(state)
+    codes = nn.functional.pad(_codes(data, state)[:count], (0, len(scales) * state.blocksize - count))
+    values = state.code.float()[codes.int()].view(len(scales), state.blocksize) * scales.unsqueeze(1)
+    return values.flatten()[:count].view(*state.shape).to(_dtype(state))
+
+
+def _codes(data: Tensor, state: Any) -> Tensor:
+    """One 4-bit code a byte, row after row, as a fresh tensor; a last one over if the weights are odd in number."""
+    stored = data.contiguous().view(torch.uint8)
+    if _is_plain(data):  # pairs, the first of each in the high half
+        stored = stored.flatten()
+        return torch.stack((stored >> 4, stored & 15), dim=1).flatten()
+    # The CPU layout: in each pair of columns of 32 rows, rows 0-15 are the low halves and rows 16-31 the high ones.
+    rows, columns = state.shape
+    stored = stored.view(rows // _CPU_ROWS, columns // 2, _CPU_ROWS)
+    pairs = torch.cat((stored & 15, stored >> 4), dim=2).view(rows // _CPU_ROWS, columns // 2, _CPU_ROWS, 2)
+    return pairs.transpose(1, 2).flatten()
+
+
+def _block_scales(state: Any) -> Tensor:
+    """The scale of each block, float32; where the scales are themselves quantized, these are dequantized."""
+    if not state.nested:
+        return _flat_absmax(state).float()
+    codes, outer = state.absmax, state.state2
+    scales = outer.absmax.repeat_interleave(outer.blocksize)[: len(codes)]
+    return outer.code[codes.int()] * scales + state.offset
+
+
+def _flat_absmax(state: Any) -> Tensor:
+    # The CPU layout has them (blocks of a row, rows) in bfloat16.
+    return state.absmax.t().flatten().float() if state.absmax.ndim == 2 else state.absmax
+
+
+def _dtype(state: Any) -> torch.dtype:
+    return getattr(state, "original_dtype", state.dtype)
+
+
+def _storage(data: Tensor, state: Any) -> torch.dtype:
+    return data.dtype if _is_plain(data) else getattr(state, "original_storage_type", data.dtype)
+
+
+def _is_plain(data: Tensor) -> bool:
+    return data.ndim == 1 or 1 in data.shape  # the CPU layout is (out, in / 2)
+
+
+def _state_of_parts(parts: Mapping[str, Tensor]) -> Any:
+    """The fields of a QuantState out of its saved tensors; what is no tensor is JSON in one of them."""
+    packed = next(value for key, value in parts.items() if key.startswith("quant_state."))
+    fields = json.loads(bytes(packed.cpu().tolist()))
+    state = SimpleNamespace(absmax=parts["absmax"], code=parts["quant_map"], nested="nested_absmax" in parts)
+    state.shape, state.blocksize, state.dtype = fields["shape"], fields["blocksize"], getattr(torch, fields["dtype"])
+    if state.nested:
+        absmax, code = parts["nested_absmax"], parts["nested_quant_map"]
+        state.state2 = SimpleNamespace(absmax=absmax, code=code, blocksize=fields["nested_blocksize"])
+        state.offset = fields["nested_offset"]
+    return state
+
+
+def _check_shape(layer: nn.Module, tensor: Tensor) -> None:
+    if tuple(tensor.shape) != matrix_shape(layer):
+        raise MaskError(
+            f"a mask or matrix of shape {tuple(tensor.shape)} does not fit quantized weights of shape "
+            f"{matrix_shape(layer)}: give it as (out, in), not packed"
+        )
