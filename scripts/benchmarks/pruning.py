@@ -73,6 +73,7 @@ def make_model(hidden: int, layers: int, dtype: str = "float32", device: str = "
 def make_samples(count: int, length: int, device: str = "cpu") -> list[Tensor]:
     """Windows of the Python manual's text, each (1, length); random tokens where it has too few."""
     from pydoc_data.topics import topics
+
     from sparsefit.modules.loading import TINY_LLAMA, load_tokenizer
 
     text = "\n\n".join(topics.values())[: 8 * count * length]

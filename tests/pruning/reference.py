@@ -11,25 +11,39 @@ from torch import nn
 
 
 def reference_mask(
-    scores: np.ndarray, sparsity: float = 0.5, granularity: str = "output", pattern: str | None = None
+    scores: np.ndarray, sparsity: float = 0.5, granularity: str = "output", pattern: str | None = None, size: int = 1
 ) -> np.ndarray:
-    """True = kept. One comparison group after the other, each sorted by (score, index)."""
-    rows, columns = scores.shape
-    kept = np.ones((rows, columns), dtype=bool)
+    """True = kept. One comparison group after the other, each sorted by (score, row, column)."""
+    kept = np.ones(scores.shape, dtype=bool)
     if pattern is not None:
         n, m = map(int, pattern.split(":"))
-        groups = [[(i, j + k) for k in range(m)] for i in range(rows) for j in range(0, columns, m)]
-        count = m - n
-    elif granularity == "output":
-        groups = [[(i, j) for j in range(columns)] for i in range(rows)]
-        count = int(columns * Decimal(str(sparsity)))
+        groups = [[(i, j + k) for k in range(m)] for i in range(scores.shape[0]) for j in range(0, scores.shape[1], m)]
+        counts = [m - n] * len(groups)
     else:
-        groups = [[(i, j) for i in range(rows) for j in range(columns)]]
-        count = int(rows * columns * Decimal(str(sparsity)))
-    for group in groups:
-        for i, j in sorted(group, key=lambda place: (scores[place], place))[:count]:
-            kept[i, j] = False
+        groups = reference_groups(scores.shape, granularity, size)
+        counts = [int(len(group) * Decimal(str(sparsity))) for group in groups]
+    remove_smallest(kept, scores, groups, counts)
     return kept
+
+
+def reference_groups(shape: tuple[int, int], granularity: str, size: int = 1) -> list[list[tuple[int, int]]]:
+    """The (row, column) places of each comparison group, in row-major order."""
+    number = {
+        "output": lambda i, j: i // size,
+        "input": lambda i, j: j // size,
+        "layer": lambda i, j: 0,
+    }[granularity]
+    groups: dict[int, list[tuple[int, int]]] = {}
+    for i in range(shape[0]):
+        for j in range(shape[1]):
+            groups.setdefault(number(i, j), []).append((i, j))
+    return [groups[key] for key in sorted(groups)]
+
+
+def remove_smallest(kept: np.ndarray, scores: np.ndarray, groups: list[list[tuple[int, int]]], counts: list[int]):
+    for group, count in zip(groups, counts, strict=True):
+        for place in sorted(group, key=lambda place: (scores[place], place))[:count]:
+            kept[place] = False
 
 
 def reference_scores(weight: np.ndarray, squared_norm: np.ndarray | None) -> np.ndarray:

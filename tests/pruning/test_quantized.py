@@ -428,3 +428,29 @@ def test_the_base_of_a_peft_model_stays_pruned_in_training(name: str, model_fold
             losses.append(loss.item())
         assert losses[0] != losses[1]
         assert [held_bits(layer) for layer in layers] == before
+
+
+@pytest.mark.parametrize("name", ["int8", "nf4-nested"])
+def test_prune_of_a_quantized_model_end_to_end(name: str, model_folder: Path) -> None:
+    from sparsefit import PruningConfig, prune
+
+    model, batches = load_quantized(model_folder, name), [{"input_ids": torch.arange(3, 35).view(2, 16)}]
+    layers = {path: layer for path, layer in model.named_modules() if is_quantized(layer)}
+    dense = {path: dequantized(layer) for path, layer in layers.items()}
+    before = [held_bits(layer) for layer in layers.values()]
+
+    def interrupted(done: int, total: int) -> None:
+        if done == total:
+            raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        prune(model, batches, PruningConfig(pattern="2:4"), progress=interrupted)
+    assert [held_bits(layer) for layer in layers.values()] == before
+
+    result = prune(model, batches, PruningConfig(pattern="2:4"))
+    result.masks.verify(model)
+    assert set(result.masks) == {f"{path}.weight" for path in layers}
+    for path, layer in layers.items():
+        mask = result.masks[f"{path}.weight"]
+        assert bool((mask.view(len(mask), -1, 4).sum(dim=2) == 2).all())
+        assert torch.equal(dequantized(layer), dense[path].masked_fill(~mask, 0))

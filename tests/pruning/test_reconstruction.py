@@ -99,6 +99,14 @@ def test_damping_rises_where_inputs_depend_on_each_other(asked):
     assert_close(factor.upper.double().T @ factor.upper.double(), np.linalg.inv(damped(gram, factor.damping)), 1e-2)
 
 
+def test_damping_rises_where_only_rounding_tells_two_inputs_apart():
+    gram = torch.tensor([[1, 1 - 2**-24], [1 - 2**-24, 1]])
+    weight, mask = torch.tensor([[1.0, 1.0]]), torch.tensor([[True, True]])
+    assert inverse_factor(gram, 0.0).damping > 0
+    assert inverse_factor(gram, 1e-5).damping == 1e-5
+    assert least_squares(weight, mask, gram)[1] > 0
+
+
 def test_damping_of_sparsegpt_is_enough_for_inputs_that_depend_on_each_other():
     assert inverse_factor(gram_of(real_like_inputs(60, noise=0.0)), 0.01).damping == 0.01
 

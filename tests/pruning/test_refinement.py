@@ -90,6 +90,7 @@ def test_every_pair_is_found_however_few_are_tried_at_once(monkeypatch, candidat
     monkeypatch.setattr(refinement, "GRID", 2)
     monkeypatch.setattr(refinement, "CPU_ELEMENTS", 200)
     assert torch.equal(swap(weight, mask, gram, MANY), expected)
+    assert torch.equal(swap(weight, mask, gram * 1e-6, MANY), expected)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

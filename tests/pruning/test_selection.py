@@ -1,13 +1,25 @@
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
-from reference import reference_mask, reference_scores
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import reference_groups, reference_mask, reference_scores, remove_smallest
 from torch import nn
 
 from sparsefit import PruningConfig, prune
-from sparsefit.pruning.selection import select_n_of_m
+from sparsefit.errors import ConfigError
+from sparsefit.pruning.selection import (
+    Granularity,
+    mask_of_smallest,
+    select,
+    select_count,
+    select_n_of_m,
+    select_variant,
+)
 
 SPARSITIES = [0, 0.1, 0.3, 0.5, 0.57, 0.999]
 SHAPES = [(4, 300), (9, 8), (3, 1), (1, 5), (2, 2), (16, 40)]
@@ -80,10 +92,241 @@ def test_all_scores_equal_leaves_the_right_end_of_each_row():
 
 
 def test_authors_granularity_is_the_default():
-    assert PruningConfig(score="wanda").granularity == "output"
-    assert PruningConfig(score="magnitude").granularity == "layer"
+    assert str(PruningConfig(score="wanda").granularity) == "output"
+    assert str(PruningConfig(score="magnitude").granularity) == "layer"
 
 
 def test_groups_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="6 inputs"):
         select_n_of_m(torch.ones(2, 6), 2, 4)
+
+
+GRANULARITIES = ["output", "input", "layer", "(output, 3)", "(input, 4)", "(output, 100)"]
+KINDS = ["random", "signed", "tied", "zeros"]
+
+
+def make_scores(kind: str, shape: tuple[int, int], dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(shape, generator=generator)
+    if kind == "random":
+        values = values.abs()
+    elif kind == "tied":
+        values = values.mul(1.5).round()
+    elif kind == "zeros":  # 0.0 and -0.0 are equal: neither goes before the other
+        values = torch.where(values > 0, 0.0, -0.0) * (torch.rand(shape, generator=generator) < 0.9)
+    return values.to(dtype)
+
+
+def as_numpy(scores: torch.Tensor) -> np.ndarray:
+    return scores.double().numpy()
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", GRANULARITIES)
+def test_each_group_loses_its_smallest(text, kind, dtype):
+    granularity = Granularity.parse(text)
+    for shape in [(7, 30), (8, 12), (1, 5)]:
+        scores = make_scores(kind, shape, dtype)
+        for sparsity in ["0.5", "0.57", "0.6", "0.3", "0", "0.99"]:
+            expected = reference_mask(as_numpy(scores), sparsity, granularity.axis, size=granularity.size)
+            mask = select(scores, granularity, Fraction(sparsity))
+            assert mask.dtype == torch.bool
+            np.testing.assert_array_equal(mask.numpy(), expected)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pattern", ["1:4", "2:4", "4:8", "3:5", "1:2", "7:8"])
+def test_n_of_m_loses_the_smallest_of_each_group(pattern, kind, dtype):
+    n, m = map(int, pattern.split(":"))
+    scores = make_scores(kind, (9, 6 * m), dtype)
+    np.testing.assert_array_equal(
+        select_n_of_m(scores, n, m).numpy(), reference_mask(as_numpy(scores), pattern=pattern)
+    )
+
+
+def test_n_of_m_of_wide_groups_and_of_matrices_above_a_chunk():
+    for n, m, shape in [(100, 200, (3, 400)), (3, 5, (300, 2000)), (2, 4, (150, 4096))]:
+        scores = make_scores("tied", shape)
+        expected = mask_of_stable_sort(scores.reshape(-1, m), m - n).view(shape)
+        assert torch.equal(select_n_of_m(scores, n, m), expected)
+
+
+def mask_of_stable_sort(scores: torch.Tensor, count: int) -> torch.Tensor:
+    order = scores.sort(dim=1, stable=True).indices
+    return torch.ones_like(scores, dtype=torch.bool).scatter_(1, order[:, :count], False)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "outliers", "constant", "ascending"])
+@pytest.mark.parametrize("shape", [(150, 4096), (5, 1100), (2, 200_000), (1, 600_000)])
+def test_large_rows_equal_a_stable_sort(shape, kind):
+    if kind == "outliers":
+        scores = make_scores("random", shape) * torch.logspace(-10, 10, shape[1])
+    elif kind == "constant":
+        scores = torch.full(shape, 0.25)
+    elif kind == "ascending":
+        scores = torch.arange(shape[1], dtype=torch.float32).expand(shape)
+    else:
+        scores = make_scores(kind, shape)
+    for count in (1, shape[1] // 2, int(shape[1] * 0.99), shape[1] - 1):
+        assert torch.equal(mask_of_smallest(scores, count), mask_of_stable_sort(scores, count))
+
+
+def test_scores_need_not_be_contiguous():
+    scores = make_scores("tied", (12, 8)).t()
+    for text in GRANULARITIES:
+        granularity = Granularity.parse(text)
+        expected = select(scores.contiguous(), granularity, Fraction(1, 2))
+        assert torch.equal(select(scores, granularity, Fraction(1, 2)), expected)
+    assert torch.equal(select_n_of_m(scores, 2, 4), select_n_of_m(scores.contiguous(), 2, 4))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 12),
+    text=st.sampled_from(GRANULARITIES),
+    kind=st.sampled_from(KINDS),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 99),
+)
+def test_a_count_is_met_and_spread_by_group_sizes(rows, columns, text, kind, share, seed):
+    granularity = Granularity.parse(text)
+    scores = make_scores(kind, (rows, columns), seed=seed)
+    count = round(share * scores.numel())
+    mask = select_count(scores, granularity, count)
+    assert int((~mask).sum()) == count
+    assert torch.equal(mask, select_count(scores.clone(), granularity, count))
+    groups = reference_groups((rows, columns), granularity.axis, granularity.size)
+    removed = [count * len(group) // scores.numel() for group in groups]
+    for i in range(count - sum(removed)):
+        removed[i] += 1
+    expected = np.ones((rows, columns), dtype=bool)
+    remove_smallest(expected, as_numpy(scores), groups, removed)
+    np.testing.assert_array_equal(mask.numpy(), expected)
+
+
+@pytest.mark.parametrize("count", [-1, 13])
+def test_counts_out_of_range_are_refused(count):
+    with pytest.raises(ValueError, match="of 12 weights"):
+        select_count(torch.ones(3, 4), Granularity("output"), count)
+
+
+def test_the_variant_has_no_exact_counts():
+    with pytest.raises(ValueError, match="variant"):
+        select_count(torch.ones(3, 4), Granularity("variant"), 6)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), m=st.integers(2, 12), rows=st.integers(1, 5), groups=st.integers(1, 5))
+def test_every_n_of_m_group_keeps_n_and_none_below_a_removed_one(data, m, rows, groups):
+    n = data.draw(st.integers(1, m - 1))
+    size = rows * groups * m
+    values = data.draw(st.lists(st.integers(-3, 3), min_size=size, max_size=size))
+    scores = torch.tensor(values, dtype=torch.float32).view(rows, -1)
+    kept = select_n_of_m(scores, n, m).view(-1, m)
+    assert (kept.sum(dim=1) == n).all()
+    parts = scores.view(-1, m)
+    assert (parts.masked_fill(kept, -torch.inf).amax(dim=1) <= parts.masked_fill(~kept, torch.inf).amin(dim=1)).all()
+
+
+def reference_variant(scores: np.ndarray, target: float) -> np.ndarray:
+    low, high, best, nearest = 0.0, 1.0, None, np.inf
+    for _ in range(60):
+        alpha = (low + high) / 2
+        kept = np.ones(scores.shape, dtype=bool)
+        for i, row in enumerate(scores):
+            ordered = np.sort(row)
+            sums = np.cumsum(ordered)
+            allowed = ordered[sums <= alpha * sums[-1]]
+            if len(allowed):
+                kept[i] = row > allowed[-1]
+        reached = (~kept).mean()
+        if abs(reached - target) < nearest:
+            best, nearest = kept, abs(reached - target)
+        if nearest <= 0.001:
+            break
+        low, high = (alpha, high) if reached < target else (low, alpha)
+    return best
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sparsity", ["0.3", "0.5", "0.57", "0.95", "0.99"])
+@pytest.mark.parametrize("kind", ["random", "tied"])
+def test_the_variant_equals_a_plain_loop(kind, sparsity, dtype):
+    for shape in [(40, 60), (3, 7), (1, 1)]:
+        scores = make_scores(kind, shape, dtype).abs()
+        mask = select(scores, Granularity("variant"), Fraction(sparsity))
+        np.testing.assert_array_equal(mask.numpy(), reference_variant(as_numpy(scores), float(sparsity)))
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.8, 0.95, 0.99])
+def test_the_variant_reaches_its_target(sparsity):
+    scores = make_scores("random", (128, 512)) * torch.logspace(-1, 1, 512)
+    removed = 1 - select_variant(scores, Fraction(str(sparsity))).float().mean().item()
+    assert abs(removed - sparsity) <= 0.001 + 1e-6
+
+
+def test_the_variant_prunes_even_rows_more_than_uneven_ones():
+    even, uneven = torch.ones(1, 100) + torch.linspace(0, 0.1, 100), torch.logspace(-4, 4, 100)[None]
+    kept = select_variant(torch.cat([even, uneven]), Fraction(1, 2)).sum(dim=1)
+    assert kept[0] > kept[1]
+
+
+def test_the_variant_edges():
+    assert select_variant(torch.zeros(2, 4), Fraction(0)).all()
+    with pytest.raises(ValueError, match="negative"):
+        select_variant(torch.tensor([[1.0, -1.0]]), Fraction(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("value", "axis", "size", "text"),
+    [
+        ("output", "output", 1, "output"),
+        ("layer", "layer", 1, "layer"),
+        ("input", "input", 1, "input"),
+        ("variant", "variant", 1, "variant"),
+        ("(output, 128)", "output", 128, "(output, 128)"),
+        ("output:128", "output", 128, "(output, 128)"),
+        (("output", 128), "output", 128, "(output, 128)"),
+        (["input", 128], "input", 128, "(input, 128)"),
+        ("(output, 1)", "output", 1, "output"),
+        ("('input', 2)", "input", 2, "(input, 2)"),
+    ],
+)
+def test_granularities_are_read_in_every_spelling(value, axis, size, text):
+    granularity = Granularity.parse(value)
+    assert (granularity.axis, granularity.size, str(granularity)) == (axis, size, text)
+    assert Granularity.parse(granularity) is granularity
+    assert Granularity.parse(text) == granularity
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "rows",
+        "",
+        None,
+        3,
+        ("layer",),
+        ("output",),
+        ("layer", 2),
+        ("variant", 1),
+        "layer:4",
+        "(output, 0)",
+        "output:-1",
+        "(output, 1.5)",
+        "(output, 128",
+        ("output", 0),
+        ("output", 1.5),
+        ("output", True),
+        ("output", "128"),
+        ("output", 1, 2),
+        (["output"], 2),
+    ],
+    ids=repr,
+)
+def test_unknown_granularities_are_refused_with_the_choices(value):
+    with pytest.raises(ConfigError, match=r"'output', 'input', 'layer', 'variant'.*\('output', k\)"):
+        Granularity.parse(value)

@@ -144,6 +144,7 @@ def _surroundings_of_this_thread(
     kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     autocast = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds]
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    copies = torch.is_autocast_cache_enabled()
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
     @contextmanager
@@ -152,7 +153,7 @@ def _surroundings_of_this_thread(
             stack.enter_context(torch.inference_mode(inference))
             stack.enter_context(torch.set_grad_enabled(grad))
             for kind, dtype, enabled in autocast:
-                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=copies))
             if device is not None:
                 stack.enter_context(torch.cuda.device(device))
             stack.enter_context(fused_inputs(weights, record))

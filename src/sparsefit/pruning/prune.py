@@ -17,6 +17,7 @@ from sparsefit.pruning.calibration import MicroBatch, call_model, regroup, to_de
 from sparsefit.pruning.config import PruningConfig
 from sparsefit.pruning.fused import eager_experts
 from sparsefit.pruning.masks import MaskSet
+from sparsefit.pruning.quantized import plain_layout
 from sparsefit.pruning.scores import SCORES
 from sparsefit.pruning.sweep import Sweep
 from sparsefit.pruning.weights import device_of, find_weights
@@ -95,7 +96,7 @@ def prune(
     result = PruningResult(MaskSet(), config, config.update, left_dense=left_dense)
     device = device_of(model)
     pass_on = forward or (lambda batch: call_model(model, to_device(batch, device)))
-    with torch.no_grad(), _evaluating(model), eager_experts(model):
+    with torch.no_grad(), _evaluating(model):
         if batches is not None and forward is None:
             batches = (with_names(model, batch) for batch in _source(batches))
         data = _calibration_data(batches, config)
@@ -140,21 +141,25 @@ def _what_needs_inputs(config: PruningConfig) -> str:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no key-value caches, no fused attention (it would bypass the hooks on the layers in it);
-    all as they were afterwards, module by module."""
+    """Evaluation mode, and nothing on the way that would hide a layer's input or compute with weights of before:
+    no key-value caches, no fused attention, no compiled blocks, no autocast copies of weights. All as it was
+    afterwards, module by module."""
     training = [module for module in model.modules() if module.training]
     caching = {
         id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", False) is True
     }
-    fused = torch.backends.mha.get_fastpath_enabled()
+    fused, copies = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
+        torch.set_autocast_cache_enabled(False)
         model.eval()
         for config in caching.values():
             config.use_cache = False
-        yield
+        with torch.compiler.set_stance("force_eager"), eager_experts(model), plain_layout(model):
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
+        torch.set_autocast_cache_enabled(copies)
         for config in caching.values():
             config.use_cache = True
         for module in training:

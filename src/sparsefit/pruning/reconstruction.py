@@ -158,9 +158,9 @@ def least_squares(weight: Tensor, mask: Tensor, gram: Tensor, damping: float = 0
     Damping so pulls towards the original weights, and weights of dead inputs stay as they are. A row that rounding
     left worse than its masked original keeps the original.
 
-    Costs the sum of kept^3 / 6 multiply-adds over the rows, each with a factorisation of its own: about a second on
-    two CPU cores for rows of 512 inputs, minutes on a data-centre GPU for a 7B model's linear of 4,096 inputs,
-    where `update_sequentially` costs out * in^2.
+    Costs kept^3 / 6 multiply-adds for each row, which needs a factorisation of its own: at half the weights, 0.3 ms
+    a row of 192 inputs and 0.25 s a row of 4,096 on one CPU core. The 4,096 rows of such a layer are 6e12
+    multiply-adds in `precise_dtype`, 90 times those of `update_sequentially`: for small models, or fast GPUs.
 
     Args:
         weight: (out, in), any floating dtype, dense.

@@ -48,8 +48,8 @@ def swap(weight: Tensor, mask: Tensor, gram: Tensor, max_swaps: int, pattern: tu
     keep their values, and each row (each group, with a pattern) its number of zeros.
 
     Without a pattern, bounds on what a pruned weight can bring with any partner rule most of them out: a swap of a
-    row costs 20 to 50 in operations, where all pairs are in^2 / 4. With a pattern it costs in M operations.
-    Ten swaps of each row of a 7B LLaMA are some 4e12 operations on data streamed from memory.
+    row costs about 50 in multiply-adds, where all pairs are in^2 / 4. With a pattern it costs M in. Ten swaps in
+    each row of a LLaMA-7B are some 3e12 multiply-adds, on data streamed from memory.
 
     Args:
         weight: (out, in), any floating dtype, dense.
@@ -112,7 +112,7 @@ def _strongest_correlation(gram: Tensor) -> Tensor:
     strongest = torch.empty_like(length)
     for rows in torch.arange(len(gram), device=gram.device).split(1024):
         correlation = gram[rows].abs() / (length[rows, None] * length)
-        correlation[torch.arange(len(rows)), rows] = 0
+        correlation.scatter_(1, rows[:, None], 0)
         strongest[rows] = correlation.nan_to_num_(nan=0).amax(dim=1)  # 0 / 0 is a dead input's
     return strongest * (1 + 1e-5)
 

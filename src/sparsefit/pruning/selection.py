@@ -21,6 +21,7 @@ from torch import Tensor
 from sparsefit.errors import ConfigError
 
 AXES = ("output", "input", "layer", "variant")
+SPELLING = re.compile(r"(\w+)|(\w+)\s*:\s*(\d+)|[(\[]\s*['\"]?(\w+)['\"]?\s*,\s*(\d+)\s*[)\]]")
 
 CHUNK = 2**19  # scores that are worked on at once on a CPU: they and their temporaries stay in its cache
 LONG = 2**17  # a group above this is thresholded on its own, from the few candidates that a sample leaves
@@ -36,7 +37,7 @@ class Granularity:
     Args:
         axis: "output": `size` consecutive rows with all their inputs; "input": `size` consecutive columns with all
             their outputs; "layer": the whole matrix; "variant": each row, by a share of the sum of its scores
-            (Section 5 of the paper's code, `use_variant`).
+            (`use_variant` in the paper's code).
         size: Rows or columns of one group; the last group is smaller where they do not divide evenly.
 
     Raises:
@@ -62,9 +63,7 @@ class Granularity:
         if isinstance(value, Granularity):
             return value
         if isinstance(value, str):
-            match = re.fullmatch(
-                r"\s*(?:(\w+)|(\w+)\s*:\s*(\d+)|[(\[]\s*['\"]?(\w+)['\"]?\s*,\s*(\d+)\s*[)\]])\s*", value
-            )
+            match = SPELLING.fullmatch(value.strip())
             axis, *sized = (group for group in match.groups() if group is not None) if match else (None,)
             sized = [int(size) for size in sized]
         elif isinstance(value, tuple | list) and len(value) == 2:
