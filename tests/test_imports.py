@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("transformers", "datasets", "lightning", "peft", "matplotlib", "torchmetrics", "pyarrow", "rich")
+HEAVY = ("transformers", "datasets", "lightning", "peft", "matplotlib", "torchmetrics", "pyarrow", "rich", "bitsandbytes")
 
 # Beside the standard library, sparsefit.errors and itself, a package may import these and no others.
 ALLOWED = {
     "errors": set(),
-    "pruning": {"torch", "safetensors"},
+    "pruning": {"torch", "safetensors", "bitsandbytes"},
     "recovery": {"torch", "safetensors", "peft", "sparsefit.pruning"},
     "evaluation": {"torch", "transformers", "datasets", "torchmetrics", "lightning"},
     "modules": {"torch", "transformers", "datasets", "torchmetrics", "lightning", "huggingface_hub"}

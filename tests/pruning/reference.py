@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable
 from decimal import Decimal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor
 
 
 def reference_mask(
@@ -52,60 +52,127 @@ def reference_scores(weight: np.ndarray, squared_norm: np.ndarray | None) -> np.
     return scores if squared_norm is None else scores * np.sqrt(squared_norm.astype(np.float32))
 
 
-def linear_layers(model: nn.Module, prefixes: Iterable[str]) -> dict[str, nn.Module]:
-    """The linear layers whose names start with one of the prefixes."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if type(module).__name__ in ("Linear", "Conv1D") and any(name.startswith(f"{p}.") for p in prefixes)
-    }
+def gram_of(inputs: list[Tensor]) -> np.ndarray:
+    """Sum of x x^T over all tokens of (tokens, in) inputs, in float64."""
+    return sum(x.double().numpy().T @ x.double().numpy() for x in inputs)
 
 
-@torch.no_grad()
-def reference_prune(
-    model: nn.Module, samples: list[Mapping], stages: list[list[str]], **selection
-) -> dict[str, np.ndarray]:
-    """Wanda by running the whole model from its start, one sample at a time, once for each stage.
-
-    Args:
-        model: In evaluation mode; pruned in place.
-        samples: Each a mapping of batch size 1 without padding.
-        stages: Names of the modules that are pruned together from the same passes: one block after the other
-            for the paper's order, all at once for the statistics of the dense model.
-        selection: Of `reference_mask`.
-
-    Returns:
-        Masks by parameter name, (out, in).
-    """
-    masks = {}
-    for prefixes in stages:
-        layers = linear_layers(model, prefixes)
-        norms = squared_input_norms(model, samples, layers)
-        for name, layer in layers.items():
-            transposed = type(layer).__name__ == "Conv1D"
-            weight = layer.weight.t() if transposed else layer.weight
-            mask = reference_mask(reference_scores(weight.numpy(), norms[name]), **selection)
-            masks[f"{name}.weight"] = mask
-            layer.weight.mul_(torch.from_numpy(mask.T if transposed else mask))
-    return masks
+def squared_norm_of(inputs: list[Tensor]) -> np.ndarray:
+    """Squares in float32, summed sample by sample, as one sample at a time would add them up."""
+    total = torch.zeros(inputs[0].shape[1])
+    for x in inputs:
+        total += x.float().square().sum(dim=0)
+    return total.numpy()
 
 
-@torch.no_grad()
-def squared_input_norms(
-    model: nn.Module, samples: list[Mapping], layers: Mapping[str, nn.Module]
-) -> dict[str, np.ndarray]:
-    norms: dict[str, torch.Tensor] = {}
+def damped_inverse(gram: np.ndarray, damping: float = 0.01) -> np.ndarray:
+    return np.linalg.inv(gram + damping * gram.diagonal().mean() * np.eye(len(gram)))
 
-    def hook(name):
-        def record(layer, args):
-            tokens = args[0].reshape(-1, args[0].shape[-1]).float()
-            norms[name] = norms.get(name, 0) + tokens.square().sum(dim=0)
 
-        return record
+def _ria(weight: np.ndarray, inputs: list[Tensor]) -> np.ndarray:
+    size = np.abs(weight.astype(np.float64))
+    with np.errstate(invalid="ignore"):
+        relative = np.nan_to_num(size / size.sum(axis=0, keepdims=True)) + np.nan_to_num(
+            size / size.sum(axis=1, keepdims=True)
+        )
+    return relative * np.sqrt(np.sqrt(squared_norm_of(inputs).astype(np.float64)))
 
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    for sample in samples:
-        model(**sample, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return {name: norm.numpy() for name, norm in norms.items()}
+
+# From a float32 (out, in) weight and its (tokens, in) inputs, one tensor a sample, and how near to the engine's.
+SCORES: dict[str, tuple[Callable[[np.ndarray, list[Tensor]], np.ndarray], float]] = {
+    "magnitude": (lambda weight, inputs: reference_scores(weight, None), 0),
+    "wanda": (lambda weight, inputs: reference_scores(weight, squared_norm_of(inputs)), 0),
+    "wanda_l1": (lambda weight, inputs: np.abs(weight) * sum(x.double().abs().sum(0).numpy() for x in inputs), 1e-5),
+    "wanda_linf": (lambda weight, inputs: np.abs(weight) * np.max([x.float().abs().amax(0) for x in inputs], 0), 0),
+    "sparsegpt": (lambda weight, inputs: weight.astype(float) ** 2 / damped_inverse(gram_of(inputs)).diagonal(), 1e-4),
+    "ria": (_ria, 1e-5),
+}
+
+
+def score_of(name: str, weight: Tensor, inputs: list[Tensor]) -> tuple[np.ndarray, float]:
+    function, tolerance = SCORES[name]
+    return function(weight.float().numpy(), inputs), tolerance
+
+
+def reference_variant(scores: np.ndarray, sparsity: float) -> np.ndarray:
+    """Each row loses its small scores up to a share alpha of its sum; alpha is bisected, row by row in a loop."""
+    low, high, nearest, best = 0.0, 1.0, 2.0, None
+    for _ in range(60):
+        alpha, kept = (low + high) / 2, np.ones(scores.shape, dtype=bool)
+        for row, mask in zip(scores, kept, strict=True):
+            ordered = np.sort(row)
+            sums = np.cumsum(ordered, dtype=np.float64)
+            going = [value for value, total in zip(ordered, sums, strict=True) if total <= alpha * sums[-1]]
+            if going:
+                mask[row <= going[-1]] = False
+        reached = 1 - kept.mean()
+        if abs(reached - sparsity) < nearest:
+            nearest, best = abs(reached - sparsity), kept
+        if nearest <= 0.001:
+            break
+        low, high = (alpha, high) if reached < sparsity else (low, alpha)
+    return best
+
+
+def assert_mask(mask: Tensor, scores: np.ndarray, tolerance: float = 0, counts: list[int] | None = None, **selection):
+    """Each comparison group loses as many as it should, and the smallest: exactly the reference's mask, or, where scores
+    carry rounding, none that is above a kept one by more than the relative tolerance."""
+    mask = mask.numpy()
+    sparsity, granularity = selection.get("sparsity", 0.5), selection.get("granularity", "output")
+    if granularity == "variant" and selection.get("pattern") is None:
+        np.testing.assert_array_equal(mask, reference_variant(scores.astype(np.float32), sparsity))
+        return
+    if tolerance == 0 and counts is None:
+        np.testing.assert_array_equal(mask, reference_mask(scores, **selection))
+        return
+    groups = selection_groups(scores.shape, **selection)
+    if counts is None:
+        share = Decimal(str(sparsity))
+        if selection.get("pattern"):
+            n, m = map(int, selection["pattern"].split(":"))
+            share = Decimal(m - n) / Decimal(m)
+        counts = [int(len(group) * share) for group in groups]
+    for group, count in zip(groups, counts, strict=True):
+        rows, columns = np.array(group).T
+        kept, values = mask[rows, columns], scores[rows, columns]
+        assert (~kept).sum() == count
+        if 0 < count < len(group):
+            assert values[~kept].max() <= values[kept].min() * (1 + tolerance)
+
+
+def selection_groups(
+    shape: tuple[int, int], granularity: str = "output", pattern: str | None = None, size: int = 1, **_
+):
+    if pattern is None:
+        return reference_groups(shape, granularity, size)
+    m = int(pattern.split(":")[1])
+    return [[(i, j + k) for k in range(m)] for i in range(shape[0]) for j in range(0, shape[1], m)]
+
+
+def reference_sparsegpt(
+    weight: np.ndarray, gram: np.ndarray, sparsity: float = 0.5, pattern: str | None = None, width: int = 128
+) -> tuple[np.ndarray, np.ndarray]:
+    """SparseGPT's loop in float64 (Frantar and Alistarh 2023, Algorithm 1), one column after the other: the mask of
+    every `width` columns (of every M, with a pattern) from the weights updated so far."""
+    weight, dead = weight.astype(np.float64), gram.diagonal() == 0
+    gram = gram + np.diag(dead.astype(float))
+    weight[:, dead] = 0
+    upper = np.linalg.cholesky(damped_inverse(gram)).T
+    n, m = map(int, pattern.split(":")) if pattern else (0, width)
+    kept = np.ones(weight.shape, dtype=bool)
+    for j in range(weight.shape[1]):
+        if j % m == 0:
+            scores = (weight[:, j : j + m] / upper.diagonal()[j : j + m]) ** 2
+            columns = kept[:, j : j + m]  # a view
+            columns[:] = reference_mask(scores, sparsity, "layer", pattern)
+        error = np.where(kept[:, j], 0, weight[:, j]) / upper[j, j]
+        weight[:, j + 1 :] -= np.outer(error, upper[j, j + 1 :])
+        weight[~kept[:, j], j] = 0
+    return kept, weight
+
+
+def reference_error(weight: Tensor, changed: Tensor, inputs: list[Tensor]) -> float:
+    """Squared error of a layer's outputs on its inputs, as a share of the squared outputs."""
+    tokens = torch.cat(inputs).double()
+    outputs = tokens @ weight.double().t()
+    return float((tokens @ changed.double().t() - outputs).square().sum() / outputs.square().sum())

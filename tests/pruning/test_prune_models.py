@@ -7,7 +7,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from reference import linear_layers, reference_mask, reference_prune, reference_scores, squared_input_norms
+from passes import linear_layers, reference_prune, squared_input_norms
+from reference import reference_mask, reference_scores
 from torch import nn
 
 from sparsefit import PruningConfig, prune

@@ -10,7 +10,8 @@ from sparsefit.pruning.blocks import BlockCall, hidden_of
 from sparsefit.pruning.calibration import MicroBatch
 from sparsefit.pruning.config import PruningConfig
 from sparsefit.pruning.layerwise import run_in_step
-from sparsefit.pruning.recording import InputRecorder, Seen
+from sparsefit.pruning.recording import InputRecorder
+from sparsefit.pruning.watching import Seen
 from sparsefit.pruning.weights import PrunableWeight
 
 

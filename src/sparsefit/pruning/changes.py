@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from sparsefit.pruning.choice import Choice
 from sparsefit.pruning.masks import MaskSet
-from sparsefit.pruning.quantized import restore, snapshot, write_quantized, zero_outside
+from sparsefit.pruning.quantized import forget_cached, restore, snapshot, write_quantized, zero_outside
 from sparsefit.pruning.weights import PrunableWeight
 
 
@@ -47,6 +48,7 @@ class Changes:
                 matrix.masked_fill_(~mask.to(matrix.device), 0)
             else:
                 matrix.copy_(values)
+            _forget_cached(weight)
         elif values is None:
             zero_outside(weight.layers[0], mask)
         else:
@@ -59,7 +61,7 @@ class Changes:
     @contextmanager
     def made(self, weights: Iterable[PrunableWeight]) -> Iterator[None]:
         """Weights changed for a while: as they were afterwards, to the bit, whatever happens."""
-        undo: list[Callable[[], None]] = []
+        undo: list[Callable[[], object]] = []
         try:
             for weight in weights:
                 undo.append(self._undo(weight))
@@ -68,17 +70,23 @@ class Changes:
         finally:
             _all_or_again(lambda back: back(), undo)
 
-    def _undo(self, weight: PrunableWeight) -> Callable[[], None]:
+    def _undo(self, weight: PrunableWeight) -> Callable[[], object]:
         if weight.is_quantized:
             before = snapshot(weight.layers[0])
             return lambda: restore(weight.layers[0], before)
         matrix = weight.matrix()
         if weight.name in self._values:
             whole = matrix.clone()
-            return lambda: matrix.copy_(whole)
-        pruned = ~self.masks[weight.name].to(matrix.device)
-        taken = matrix.masked_select(pruned)
-        return lambda: matrix.masked_scatter_(pruned, taken)
+            put_back = partial(matrix.copy_, whole)
+        else:
+            pruned = ~self.masks[weight.name].to(matrix.device)
+            put_back = partial(matrix.masked_scatter_, pruned, matrix.masked_select(pruned))
+        return lambda: (put_back(), _forget_cached(weight))
+
+
+def _forget_cached(weight: PrunableWeight) -> None:
+    for layer in weight.layers:
+        forget_cached(layer)
 
 
 def _all_or_again(act: Callable[[Any], None], items: Iterable[Any]) -> None:

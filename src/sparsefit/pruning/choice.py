@@ -51,12 +51,16 @@ class Chooser:
     Args:
         config: What to prune and how.
         note: Takes a sentence for the report.
+
+    Attributes:
+        unseen: Weights pruned by magnitude, as no calibration token came to them.
     """
 
     def __init__(self, config: PruningConfig, note: Callable[[str], None]) -> None:
         self.config, self.note = config, note
         self.score: Score = SCORES[config.score]
         self.granularity = Granularity.parse(config.granularity)
+        self.unseen: list[str] = []
         self._inverted: tuple[InputStatistics, Factor] | None = None  # q, k and v share theirs
 
     def choose(self, weight: PrunableWeight, parts: list[Part], count: int | None = None) -> Choice:
@@ -73,7 +77,7 @@ class Chooser:
         matrix = weight.matrix()
         seen = [part for part in parts if part.statistics.tokens]
         if self.config.statistics and not seen:
-            self.note(f"{weight.name} saw no calibration token; pruned by magnitude")
+            self.unseen.append(weight.name)
             choice = Choice(self._select(self._finite(magnitude_score(matrix), weight), count))
         elif self.config.reconstruction == "iterative":
             choice = self._iterative(weight, matrix, parts, count)
@@ -99,7 +103,9 @@ class Chooser:
 
     def _needs(self, statistics: InputStatistics | None, weight: PrunableWeight) -> list[Tensor]:
         return [
-            inverse_diagonal(self._factor(statistics, weight)) if need == "inverse_diagonal" else statistics[need]
+            inverse_diagonal(statistics["gram"], self.config.damping)[0]
+            if need == "inverse_diagonal"
+            else statistics[need]
             for need in self.score.needs
         ]
 
@@ -107,15 +113,15 @@ class Chooser:
         if self._inverted is None or self._inverted[0] is not statistics:
             factor = inverse_factor(statistics["gram"], self.config.damping)
             self._inverted = (statistics, factor)
-            if factor.damping > self.config.damping:
-                self._note_damping(weight, factor.damping)
+            self._note_damping(weight, factor.damping)
         return self._inverted[1]
 
     def _note_damping(self, weight: PrunableWeight, damping: float) -> None:
-        self.note(
-            f"{weight.name}: the Gram matrix of its inputs could not be inverted with damping {self.config.damping:g}; "
-            f"{damping:g} was used"
-        )
+        if damping > self.config.damping:
+            self.note(
+                f"{weight.name}: the Gram matrix of its inputs could not be inverted with damping "
+                f"{self.config.damping:g}; {damping:g} was used"
+            )
 
     def _select(self, scores: Tensor, count: int | None) -> Tensor:
         structure = self.config.structure
@@ -145,7 +151,9 @@ class Chooser:
             if self.config.reconstruction == "sequential":
                 values.append(update_sequentially(dense, kept, self._factor(part.statistics, weight)))
             elif self.config.reconstruction == "least_squares":
-                values.append(least_squares(dense, kept, part.statistics["gram"])[0])
+                solved, damping = least_squares(dense, kept, part.statistics["gram"], self.config.damping)
+                self._note_damping(weight, damping)
+                values.append(solved)
             else:
                 values.append(dense * kept)
         changed = torch.cat(values)
@@ -187,6 +195,19 @@ class Chooser:
             return self._select(scores, due)
 
         return choose
+
+
+def describe_unseen(names: list[str]) -> list[str]:
+    """A sentence for the report on each parameter whose weights, or some experts of which, saw no token."""
+    experts: dict[str, list[str]] = {}
+    for name in names:
+        parameter, _, number = name.removesuffix("]").partition("[")
+        experts.setdefault(parameter, []).extend([number] if number else [])
+    return [
+        f"{parameter}{' of the experts ' + ', '.join(numbers) if numbers else ''} saw no calibration token; pruned by "
+        "magnitude"
+        for parameter, numbers in experts.items()
+    ]
 
 
 def relative_error(dense: Tensor, changed: Tensor, parts: list[Part]) -> float:

@@ -112,7 +112,8 @@ class PruningConfig:
         _check_choice("update", self.update, UPDATES)
         if self.reconstruction is not None:
             _check_choice("reconstruction", self.reconstruction, RECONSTRUCTIONS)
-        granularity = Granularity.parse(self.granularity or SCORES[self.score].granularity)
+        own = SCORES[self.score].granularity
+        granularity = Granularity.parse(own if self.granularity is None else self.granularity)
         object.__setattr__(self, "granularity", str(granularity))
         object.__setattr__(self, "sparsity", self._checked_sparsity())
         object.__setattr__(self, "allocation", _checked_allocation(self.allocation))
@@ -120,9 +121,9 @@ class PruningConfig:
             object.__setattr__(self, field, _checked_names(field, getattr(self, field)))
         _check_whole("micro_batch_size", self.micro_batch_size, 1)
         _check_whole("swaps", self.swaps, 0)
-        _check_positive("damping", self.damping)
-        _check_positive("owl_threshold", self.owl_threshold)
-        _check_positive("owl_spread", self.owl_spread)
+        _check_number("damping", self.damping)
+        _check_number("owl_threshold", self.owl_threshold)
+        _check_number("owl_spread", self.owl_spread)
         _check_device(self.device)
         self._check_combinations(granularity)
 
@@ -198,17 +199,18 @@ def _check_whole(field: str, value: object, least: int) -> None:
         raise ConfigError(f"{field} is {value!r}; it must be a whole number from {least} on")
 
 
-def _check_positive(field: str, value: object) -> None:
-    if not _is_number(value) or value <= 0:
-        raise ConfigError(f"{field} is {value!r}; it must be a number above 0")
+def _check_number(field: str, value: object) -> None:
+    if not _is_number(value) or value < 0:
+        raise ConfigError(f"{field} is {value!r}; it must be a number from 0 on")
 
 
 def _check_device(device: object) -> None:
     try:
-        if device is not None:
-            torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ConfigError(f"device {device!r} is no device of torch; such as 'cuda' or 'cuda:1'") from error
+        is_device = device is None or torch.device(device).type != "meta"
+    except (RuntimeError, TypeError):
+        is_device = False
+    if not is_device:
+        raise ConfigError(f"device {device!r} is no device to compute on; it must be such as 'cuda' or 'cuda:1'")
 
 
 def _checked_allocation(allocation: object) -> str | dict[str, float] | None:

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 import torch
 import torch.distributed as dist
 
-from sparsefit.pruning.recording import Seen, fused_inputs, hooked
+from sparsefit.pruning.watching import Seen, fused_inputs, hooked
 from sparsefit.pruning.weights import PrunableWeight
 
 Result = TypeVar("Result")

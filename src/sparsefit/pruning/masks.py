@@ -6,11 +6,10 @@ import difflib
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,8 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsefit.errors import MaskError
-from sparsefit.pruning.quantized import dequantized, is_quantized, matrix_shape, zero_outside
-from sparsefit.pruning.weights import as_matrix, canonical_name
+from sparsefit.pruning.quantized import zero_outside
+from sparsefit.pruning.stored import Stored, names_in, split_name, stored_in
+from sparsefit.pruning.weights import as_matrix
 
 _FORMAT = "sparsefit-masks-1"
 _BITS = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
@@ -52,50 +52,6 @@ class _Packed:
         return int(self.mask().sum())
 
 
-def _split(name: str) -> tuple[str, int | None]:
-    """The parameter that a mask's name speaks of, and which matrix of it."""
-    match = re.fullmatch(r"(.+)\[(\d+)\]", name)
-    return (match[1], int(match[2])) if match else (name, None)
-
-
-class _Stored(NamedTuple):
-    """A parameter as a model or a file holds it, and its layer if that is quantized."""
-
-    tensor: Tensor
-    quantized: nn.Module | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape if self.quantized is None else matrix_shape(self.quantized))
-
-    def matrix(self, packed: _Packed, index: int | None) -> Tensor:
-        """The (out, in) matrix that a mask belongs to; a copy where it is quantized, else a view."""
-        values = self.tensor if self.quantized is None else dequantized(self.quantized)
-        return as_matrix(values, packed.transposed, index)
-
-    def fits(self, packed: _Packed, index: int | None) -> bool:
-        shape = self.shape
-        if index is not None:
-            if len(shape) != 3 or index >= shape[0]:
-                return False
-            shape = shape[1:]
-        is_matrix = len(shape) == 2 or (len(shape) == 4 and shape[2:] == (1, 1))
-        return is_matrix and shape[:2] == (packed.shape[::-1] if packed.transposed else packed.shape)
-
-
-def _stored_in(tensors: nn.Module | Mapping[str, Tensor]) -> dict[str, _Stored]:
-    """Parameters by the name that they have in the bare model."""
-    if not isinstance(tensors, nn.Module):
-        return {canonical_name(name): _Stored(tensor.detach()) for name, tensor in tensors.items()}
-    return {
-        canonical_name(f"{prefix}.{name}" if prefix else name): _Stored(
-            parameter.detach(), module if name == "weight" and is_quantized(module) else None
-        )
-        for prefix, module in tensors.named_modules(remove_duplicate=False)
-        for name, parameter in module.named_parameters(recurse=False)
-    }
-
-
 class MaskSet(Mapping[str, Tensor]):
     """Masks by parameter name, held at one bit a weight.
 
@@ -125,7 +81,7 @@ class MaskSet(Mapping[str, Tensor]):
         """The names of the masked parameters, and of the masks of each: several for a stack of experts."""
         names: dict[str, list[str]] = {}
         for name in self._packed:
-            names.setdefault(_split(name)[0], []).append(name)
+            names.setdefault(split_name(name)[0], []).append(name)
         return names
 
     def for_parameter(self, parameter: str, like: Tensor) -> Tensor:
@@ -133,7 +89,7 @@ class MaskSet(Mapping[str, Tensor]):
         stored = torch.ones(like.shape, dtype=torch.bool, device=like.device)
         for name in self.parameters[parameter]:
             packed = self._packed[name]
-            as_matrix(stored, packed.transposed, _split(name)[1]).copy_(packed.mask(like.device))
+            as_matrix(stored, packed.transposed, split_name(name)[1]).copy_(packed.mask(like.device))
         return stored
 
     def counts(self) -> dict[str, tuple[int, int]]:
@@ -173,7 +129,7 @@ class MaskSet(Mapping[str, Tensor]):
                 if stored.quantized is not None:
                     zero_outside(stored.quantized, packed.mask())
                 else:
-                    matrix = stored.matrix(packed, _split(name)[1])
+                    matrix = stored.matrix(packed.transposed, split_name(name)[1])
                     matrix.masked_fill_(~packed.mask(matrix.device), 0)
 
     def verify(self, tensors: nn.Module | Mapping[str, Tensor]) -> None:
@@ -185,17 +141,23 @@ class MaskSet(Mapping[str, Tensor]):
         Raises:
             MaskError: naming the parameters in which weights came back, and how many; or if masks do not fit.
         """
-        broken = {}
-        for name, matrix in self.matrices_in(tensors):
-            alive = int(torch.count_nonzero(matrix.masked_fill(self._packed[name].mask(matrix.device), 0)))
-            if alive:
-                broken[name] = alive
+        broken = {name: alive for name, matrix in self.matrices_in(tensors) if (alive := self.alive(name, matrix))}
         if broken:
             listed = ", ".join(f"{name} ({count})" for name, count in list(broken.items())[:5])
             raise MaskError(
                 f"pruned weights are not zero in {len(broken)} of {len(self)} matrices: {listed}. "
                 "Something wrote to them after pruning; MaskSet.apply(model) makes them zero again"
             )
+
+    def alive(self, name: str, matrix: Tensor) -> int:
+        """How many pruned weights of an (out, in) matrix are not zero."""
+        return int(torch.count_nonzero(matrix.masked_fill(self._packed[name].mask(matrix.device), 0)))
+
+    def of_parameter(self, parameter: str) -> MaskSet:
+        """The masks of one parameter."""
+        masks = MaskSet()
+        masks._packed = {name: self._packed[name] for name in self.parameters.get(parameter, [])}
+        return masks
 
     def matrices_in(self, tensors: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """The name of each mask and the (out, in) matrix that it belongs to, one after the other; a copy where that
@@ -205,24 +167,24 @@ class MaskSet(Mapping[str, Tensor]):
             MaskError: if one is missing (with the nearest names) or has another shape.
         """
         for name, stored in self._found_in(tensors).items():
-            yield name, stored.matrix(self._packed[name], _split(name)[1])
+            yield name, stored.matrix(self._packed[name].transposed, split_name(name)[1])
 
-    def _found_in(self, tensors: nn.Module | Mapping[str, Tensor]) -> dict[str, _Stored]:
-        available = _stored_in(tensors)
+    def _found_in(self, tensors: nn.Module | Mapping[str, Tensor]) -> dict[str, Stored]:
+        available = stored_in(tensors, self.parameters)
         found = {}
         for name, packed in self._packed.items():
-            parameter, index = _split(name)
+            parameter, index = split_name(name)
             if parameter not in available:
-                nearest = difflib.get_close_matches(parameter, available, n=2, cutoff=0)
+                nearest = difflib.get_close_matches(parameter, names_in(tensors), n=2, cutoff=0)
                 raise MaskError(
                     f"the masks do not fit the model: it has no parameter {parameter}; the nearest are "
                     f"{', '.join(nearest)}"
                 )
             found[name] = available[parameter]
-            if not found[name].fits(packed, index):
+            if found[name].matrix_shape(packed.transposed, index) != packed.shape:
                 raise MaskError(
-                    f"the masks do not fit the model: {parameter} is {found[name].shape}, the mask {name} "
-                    f"{packed.shape}{' (stored the other way round)' if packed.transposed else ''}"
+                    f"the masks do not fit the model: {parameter} is {found[name].shape}, its mask "
+                    f"{'' if index is None else f'{index} '}{packed.shape}{' stored transposed' * packed.transposed}"
                 )
         return found
 

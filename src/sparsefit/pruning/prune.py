@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsefit.errors import CalibrationError
+from sparsefit.errors import CalibrationError, ConfigError
 from sparsefit.pruning.blocks import find_block_lists
 from sparsefit.pruning.calibration import MicroBatch, call_model, regroup, to_device, with_names
 from sparsefit.pruning.config import PruningConfig
@@ -91,6 +91,7 @@ def prune(
     """
     config = config or PruningConfig()
     start = time.perf_counter()
+    _check_device(config.device)
     block_lists = find_block_lists(model)
     weights, left_dense = find_weights(model, [b for blocks in block_lists for b in blocks], config)
     result = PruningResult(MaskSet(), config, config.update, left_dense=left_dense)
@@ -109,6 +110,13 @@ def prune(
     result.layer_errors = sweep.errors
     result.seconds = time.perf_counter() - start
     return result
+
+
+def _check_device(device: str | None) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device '{device}' cannot be used here: {error}") from error
 
 
 def _source(batches: Iterable[Any]) -> Iterable[Any]:

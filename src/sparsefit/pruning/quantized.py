@@ -174,7 +174,7 @@ def stored_matrix(tensors: Mapping[str, Tensor], name: str) -> Tensor:
         name: Name of the weight.
     """
     data = tensors[name]
-    parts = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+    parts = {key.removeprefix(f"{name}."): tensors[key] for key in tensors if key.startswith(f"{name}.")}
     if "absmax" in parts:
         return _values(data, _state_of_parts(parts))
     scales = tensors.get(f"{name.removesuffix('weight')}SCB")

@@ -70,19 +70,12 @@ def inverse_factor(gram: Tensor, damping: float = 0.01) -> Factor:
         damping = _next_damping(damping)
 
 
-def inverse_diagonal(gram: Tensor, damping: float = 0.01) -> tuple[Tensor, float]:
-    """diag((G + damping)^-1), for the score W^2 / diag(H^-1) of SparseGPT, and the damping that worked.
+def inverse_diagonal(factor: Factor) -> Tensor:
+    """diag((G + damping)^-1), (in,) float32, for the score W^2 / diag(H^-1) of SparseGPT.
 
-    Args:
-        gram: (in, in).
-        damping: share of the mean of diag(G); raised where it does not work, as in `inverse_factor`.
-
-    Returns:
-        (in,) float32, infinite for dead inputs (their weights cost nothing, so score zero), and the damping.
+    Infinite for dead inputs: their weights cost nothing, and so score zero.
     """
-    factor = inverse_factor(gram, damping)
-    diagonal = torch.linalg.vector_norm(factor.upper, dim=0).square()
-    return diagonal.masked_fill_(factor.dead, torch.inf), factor.damping
+    return torch.linalg.vector_norm(factor.upper, dim=0).square().masked_fill_(factor.dead, torch.inf)
 
 
 def update_sequentially(weight: Tensor, mask: Tensor, factor: Factor, block_size: int = 128) -> Tensor:

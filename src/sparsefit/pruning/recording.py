@@ -1,54 +1,21 @@
-"""Watching the inputs of a model's prunable weights while it runs, and what becomes of them: statistics."""
+"""Statistics of the inputs of a model's prunable weights, taken once for each distinct input."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsefit.errors import CalibrationError
-from sparsefit.pruning.blocks import version_of
 from sparsefit.pruning.calibration import MicroBatch
-from sparsefit.pruning.fused import FusedInputs
 from sparsefit.pruning.statistics import InputStatistics
+from sparsefit.pruning.watching import Seen, fused_inputs, hooked
 from sparsefit.pruning.weights import PrunableWeight
-
-
-class Seen(NamedTuple):
-    """The input of a weight in one call.
-
-    Attributes:
-        weight: Which weight.
-        rows: Which of its rows see this input; None is all. The rows for query, key and value of attention differ.
-        inputs: (..., in), or (..., in, height, width) before a convolution.
-        version: Grows when the input is changed in place.
-        stride: How a 1x1 convolution steps over the positions.
-    """
-
-    weight: PrunableWeight
-    rows: slice | None
-    inputs: Tensor
-    version: int
-    stride: tuple[int, int] = (1, 1)
-
-    @property
-    def tokens(self) -> Tensor:
-        """(tokens, in): what the matrix is multiplied by."""
-        inputs = self.inputs.detach()
-        if isinstance(self.weight.layers[0], nn.Conv2d):
-            inputs = inputs[..., :: self.stride[0], :: self.stride[1]].movedim(-3, -1)
-        return inputs.reshape(-1, inputs.shape[-1])
-
-    def same_input(self, other: Seen | None) -> bool:
-        """Whether another weight has seen the very same input."""
-        if other is None or self.inputs is not other.inputs:
-            return False
-        return self.version == other.version and self.stride == other.stride
 
 
 class Part(NamedTuple):
@@ -56,47 +23,6 @@ class Part(NamedTuple):
 
     rows: slice | None
     statistics: InputStatistics
-
-
-Record = Callable[[Seen], None]
-
-
-@contextmanager
-def hooked(weights: Iterable[PrunableWeight], record: Record) -> Iterator[None]:
-    """Call `record` with the input of each layer before it is computed; hooks are gone afterwards, whatever happens."""
-
-    def hook(weight: PrunableWeight) -> Callable[..., None]:
-        def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs = args[0] if args else next(iter(kwargs.values()))
-            stride = layer.stride if isinstance(layer, nn.Conv2d) else (1, 1)
-            record(Seen(weight, None, inputs, version_of(inputs), stride))
-
-        return before
-
-    handles = [
-        layer.register_forward_pre_hook(hook(weight), with_kwargs=True)
-        for weight in weights
-        for layer in weight.layers
-        if not weight.fused
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def fused_inputs(weights: Iterable[PrunableWeight], record: Record) -> AbstractContextManager[Any]:
-    """Call `record` with the input of each weight that a fused function uses, in this thread, before it does."""
-    watched = {(id(weight.parameter), weight.index): weight for weight in weights if weight.fused}
-    if not watched:
-        return nullcontext()
-
-    def pass_on(parameter: nn.Parameter, index: int | None, rows: slice | None, inputs: Tensor) -> None:
-        if weight := watched.get((id(parameter), index)):
-            record(Seen(weight, rows, inputs, version_of(inputs)))
-
-    return FusedInputs({id(w.parameter): w.parameter for w in watched.values()}.values(), pass_on)
 
 
 def real_tokens(seen: Seen, batch: MicroBatch | None) -> tuple[Tensor, str | None]:
@@ -148,8 +74,8 @@ class InputRecorder:
     """Collects statistics of the inputs of some weights while a model runs, once for each distinct input.
 
     q, k and v get one and the same tensor. Weights whose inputs are the same from their first on share one
-    accumulator, so that there is one Gram matrix and not three. `apart` gives each its own, which takes memory but no
-    such luck; in a distributed run it is always so, as ranks that share differently could not add up.
+    accumulator, so that there is one Gram matrix and not three. `apart` gives each its own; in a distributed run it is
+    always so, as ranks that share differently could not add up.
 
     Args:
         weights: The weights to watch.
@@ -224,7 +150,7 @@ class InputRecorder:
         bounds = [0, *(stop for _, stop in ranges)], [*(start for start, _ in ranges), weight.shape[0]]
         if bounds[0] != bounds[1]:
             # Never called, or some rows were not.
-            return [Part(None, InputStatistics(weight.shape[1], weight.parameter.device))]
+            return [Part(None, InputStatistics(weight.shape[1], weight.device))]
         parts = []
         for rows in [None] if None in seen else ranges:
             statistics = self._accumulator((weight.name, rows), weight).statistics
@@ -240,7 +166,7 @@ class InputRecorder:
         return self._accumulators[place]
 
     def _new(self, weight: PrunableWeight) -> _Accumulator:
-        return _Accumulator(InputStatistics(weight.shape[1], weight.parameter.device, self.kinds))
+        return _Accumulator(InputStatistics(weight.shape[1], weight.device, self.kinds))
 
     def _record_shared(self, seen: Seen) -> None:
         place = _place(seen)

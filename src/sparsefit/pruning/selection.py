@@ -27,7 +27,7 @@ CHUNK = 2**19  # scores that are worked on at once on a CPU: they and their temp
 LONG = 2**17  # a group above this is thresholded on its own, from the few candidates that a sample leaves
 SHORT = 1024  # a group below this is cheapest to select from directly
 SAMPLE = 128  # scores of a row that bracket its threshold
-PASSES = 10  # counts that narrow the bracket; about one row in twenty is still open after them
+PASSES = 10  # counts that narrow the bracket; about one row in ten is still open after them
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def _thresholds(scores: Tensor, count: int) -> Tensor:
     """(rows, 1) values: at most `count` of a row are below, at least `count` are not above."""
     if scores.shape[1] > LONG:
         return torch.stack([_threshold_of_long(row, count) for row in scores])[:, None]
-    # A CPU's selection mispredicts every other comparison; a GPU's reads each row a few times from its cache.
+    # Counting waits for the device after every pass, which only a CPU does not mind.
     if scores.device.type != "cpu" or scores.shape[1] < SHORT:
         return scores.kthvalue(count, dim=1, keepdim=True).values
     return _thresholds_by_counting(scores, count)

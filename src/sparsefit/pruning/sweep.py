@@ -14,10 +14,11 @@ from sparsefit.pruning.block_pass import BlockPass
 from sparsefit.pruning.blocks import BlockCall, NotSweepable, capture_calls
 from sparsefit.pruning.calibration import MicroBatch
 from sparsefit.pruning.changes import Changes
-from sparsefit.pruning.choice import Chooser
+from sparsefit.pruning.choice import Chooser, describe_unseen
 from sparsefit.pruning.config import PruningConfig
-from sparsefit.pruning.recording import InputRecorder, InputsDiverged, Part, Seen, check_finite, real_tokens
+from sparsefit.pruning.recording import InputRecorder, InputsDiverged, Part, check_finite, real_tokens
 from sparsefit.pruning.statistics import InputStatistics
+from sparsefit.pruning.watching import Seen
 from sparsefit.pruning.weights import PrunableWeight
 
 Visit = Callable[[BlockPass, list[PrunableWeight], bool], list[Tensor]]
@@ -48,26 +49,28 @@ class Sweep:
 
     def run(self) -> Changes:
         """Choose what becomes of all weights. The weights themselves are as they were when this returns."""
-        self._plan_steps()
+        needs_little = not (self.config.statistics & {"gram"}) and self.config.device is None
+        in_blocks = bool(self.config.statistics) and not (self.config.update == "none" and needs_little)
+        self._plan_steps(in_blocks)
         dense = self._allocate()
-        in_blocks = self.config.update != "none" or "gram" in self.config.statistics or self.config.device is not None
-        if not self.data:
-            self.update = "none"
-        elif in_blocks and not dense:
+        if in_blocks:
             self._try_blocks()
+        else:
+            self.update = "none"
         rest = [weight for weight in self.weights if weight not in self.changes]
         if rest and self.config.statistics and not dense:
-            with self.changes.made(self._chosen()):
+            with self.changes.made(self._chosen_before()):
                 dense = self._statistics_of(rest, self.config.statistics, self._whole_passes)
         for weight in rest:
             self._choose(weight, dense.get(weight.name, []))
+        for note in describe_unseen(self.chooser.unseen):
+            self.note(note)
         self.progress(self._steps_in_all, self._steps_in_all)
         return self.changes
 
-    def _plan_steps(self) -> None:
+    def _plan_steps(self, in_blocks: bool) -> None:
         passes = {"block": 2, "layer": 1, "none": 1}[self.config.update]
-        blocks = sum(map(len, self.block_lists))
-        swept = (passes * blocks + len(self.block_lists)) if self.config.update != "none" else 1
+        swept = passes * sum(map(len, self.block_lists)) + len(self.block_lists) if in_blocks else 1
         self._steps_in_all = (swept + (self.config.allocation == "owl")) * len(self.data) + 1
 
     def _try_blocks(self) -> None:
@@ -75,7 +78,7 @@ class Sweep:
         try:
             self._sweep(visit[self.config.update])
         except NotSweepable as reason:
-            self.changes = Changes()
+            self.changes, self.chooser, self.errors = Changes(), Chooser(self.config, self.note), {}
             if self.config.device is not None:
                 raise ConfigError(
                     f"the model cannot be pruned block by block on '{self.config.device}': {reason}. Put the whole "
@@ -92,7 +95,7 @@ class Sweep:
         by_block = self._weights_by_block()
         for blocks in self.block_lists:
             # An encoder is pruned before its decoder's inputs are computed.
-            with self.changes.made(self._chosen() if self.config.update != "none" else []):
+            with self.changes.made(self._chosen_before()):
                 probe = self.data[0].first_sample()
                 capture_calls(blocks, lambda blocks=blocks, probe=probe: self.forward(probe), to_the_end=True)
                 captured = [self._captured(blocks, batch) for batch in self.data]
@@ -194,7 +197,7 @@ class Sweep:
         return outputs
 
     def _statistics_from(self, weight: PrunableWeight, waiting: list[tuple[MicroBatch, Seen]]) -> InputStatistics:
-        statistics = InputStatistics(weight.shape[1], weight.parameter.device, self.config.statistics)
+        statistics = InputStatistics(weight.shape[1], weight.device, self.config.statistics)
         for batch, seen in waiting:
             tokens, note = real_tokens(seen, batch)
             if note:
@@ -253,8 +256,9 @@ class Sweep:
         if choice.error is not None:
             self.errors[weight.name] = choice.error
 
-    def _chosen(self) -> list[PrunableWeight]:
-        return [weight for weight in self.weights if weight in self.changes]
+    def _chosen_before(self) -> list[PrunableWeight]:
+        """The weights that are pruned already where later statistics are taken."""
+        return [] if self.update == "none" else [weight for weight in self.weights if weight in self.changes]
 
     def _step(self) -> None:
         self._steps_done = min(self._steps_done + 1, self._steps_in_all - 1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparsefit.errors import ConfigError
 from sparsefit.pruning.config import Pattern, PruningConfig
 from sparsefit.pruning.fused import find_attention_weights, find_stacks
-from sparsefit.pruning.quantized import dequantized, is_quantized, matrix_shape
+from sparsefit.pruning.quantized import awaits_quantization, dequantized, is_quantized, matrix_shape
 
 HEAD_NAMES = frozenset({"lm_head", "head", "classifier", "score", "embed_out", "output_projection", "qa_outputs"})
 
@@ -48,6 +48,11 @@ class PrunableWeight:
         if self.index is not None:
             stored = stored[1:]
         return (stored[1], stored[0]) if self.transposed else (stored[0], stored[1])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are now."""
+        return (self.layers[0].weight if self.is_quantized else self.parameter).device
 
     @property
     def is_quantized(self) -> bool:
@@ -142,6 +147,12 @@ def find_weights(
             are NaN or infinite.
     """
     candidates = [w for name, module in base_modules(model).items() for w in matrices_of(module, name)]
+    waiting = [name for name, module in base_modules(model).items() if awaits_quantization(module)]
+    if waiting:
+        raise ConfigError(
+            f"{waiting[0]} is to be quantized by bitsandbytes and is not yet: move the model to its device first "
+            "(`model.to('cpu')` or `.to('cuda')`), which quantizes it"
+        )
     _check_names_exist((*(config.targets or ()), *config.exclude), [layer_name(w.name) for w in candidates])
     inside = {id(module) for block in blocks for module in block.modules()}
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}

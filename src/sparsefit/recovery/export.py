@@ -40,7 +40,8 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state of the bare model, under the bare model's names: adapters and their wrappers are left out."""
     owners = set(base_modules(model))
     state = {canonical_name(name): tensor for name, tensor in model.state_dict().items()}
-    return {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] in owners}
+    # The scales of a quantized weight are named after the weight: "layer.weight.absmax".
+    return {name: t for name, t in state.items() if {name.rpartition(".")[0], name.partition(".weight.")[0]} & owners}
 
 
 def export_base(module: nn.Module, masks: MaskSet, folder: Path) -> MaskSet:
@@ -68,11 +69,18 @@ def export_base(module: nn.Module, masks: MaskSet, folder: Path) -> MaskSet:
         save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         return masks
     _, model = found
-    model.save_pretrained(folder, state_dict=base_state_dict(model))
+    # Stacked experts keep the names and shapes that the masks speak of, and not those of the first checkpoint of
+    # their architecture; `from_pretrained` reads both.
+    layout = {"save_original_format": False} if _has_stacks(masks) else {}
+    model.save_pretrained(folder, state_dict=base_state_dict(model), **layout)
     tokenizer = getattr(module, "tokenizer", None)
     if callable(getattr(tokenizer, "save_pretrained", None)):
         tokenizer.save_pretrained(folder)
     return exported_masks(module, masks)
+
+
+def _has_stacks(masks: MaskSet) -> bool:
+    return any(parameter not in masks for parameter in masks.parameters)
 
 
 def exported_masks(module: nn.Module, masks: MaskSet) -> MaskSet:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from sparsefit.errors import MaskError, RunFolderError
 from sparsefit.pruning import MaskSet
+from sparsefit.pruning.quantized import stored_matrix
 
 MASKS_FILE = "masks.safetensors"
 BASE_FOLDER = "base"
@@ -57,7 +58,8 @@ class Inspection:
     def pruned(self) -> list[SavedMatrix]:
         """The matrices that have a mask; without masks, those with more than chance zeros."""
         if self.masks is not None:
-            return [matrix for matrix in self.matrices if matrix.name in self.masks]
+            masked = self.masks.parameters
+            return [matrix for matrix in self.matrices if matrix.name in masked]
         return [matrix for matrix in self.matrices if matrix.sparsity >= _LEAST_SPARSITY]
 
     @property
@@ -90,33 +92,48 @@ def inspect_folder(folder: str | Path) -> Inspection:
     folder = Path(folder)
     files = _weight_files(folder)
     inspection = Inspection(files, masks=_masks_of(folder))
-    unseen = set(inspection.masks or ())
+    masked = inspection.masks.parameters if inspection.masks is not None else {}
+    unseen = set(masked)
     for file in files:
-        with _opened(file) as tensors:
-            for name in sorted(tensors.keys()):
-                tensor = tensors.get_tensor(name)
-                inspection.parameters += tensor.numel()
-                if tensor.ndim < 2:
-                    continue
-                zeros = tensor.numel() - int(torch.count_nonzero(tensor))
-                inspection.matrices.append(SavedMatrix(name, tuple(tensor.shape), tensor.numel(), zeros))
-                if inspection.masks is not None and name in inspection.masks:
-                    unseen.discard(name)
-                    _check(inspection, name, tensor)
+        with _opened(file) as opened:
+            tensors = _Tensors(opened)
+            for name in sorted(tensors):
+                _look_at(inspection, tensors, name, masked)
+                unseen.discard(name)
     if unseen:
         raise MaskError(f"the masks do not fit the model in {folder}: it has no {', '.join(sorted(unseen)[:3])}")
     return inspection
 
 
-def _check(inspection: Inspection, name: str, tensor: torch.Tensor) -> None:
-    mask = inspection.masks.for_parameter(name)
-    if mask.shape != tensor.shape:
-        raise MaskError(
-            f"the masks do not fit the model: {name} is {tuple(tensor.shape)}, its mask {tuple(mask.shape)}"
-        )
-    alive = int(torch.count_nonzero(tensor.masked_fill(mask, 0)))
-    if alive:
-        inspection.broken[name] = alive
+class _Tensors(Mapping[str, torch.Tensor]):
+    """The tensors of an open file, read when they are asked for."""
+
+    def __init__(self, file: safe_open) -> None:
+        self._file, self._names = file, dict.fromkeys(file.keys())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _look_at(inspection: Inspection, tensors: _Tensors, name: str, masked: Mapping[str, list[str]]) -> None:
+    tensor = stored_matrix(tensors, name) if name in masked else tensors[name]
+    inspection.parameters += tensor.numel()
+    if tensor.ndim >= 2:
+        zeros = tensor.numel() - int(torch.count_nonzero(tensor))
+        inspection.matrices.append(SavedMatrix(name, tuple(tensor.shape), tensor.numel(), zeros))
+    if name in masked:
+        of_this = inspection.masks.of_parameter(name)
+        alive = sum(of_this.alive(place, matrix) for place, matrix in of_this.matrices_in({name: tensor}))
+        if alive:
+            inspection.broken[name] = alive
 
 
 def _weight_files(folder: Path) -> list[Path]:

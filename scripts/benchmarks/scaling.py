@@ -1,0 +1,104 @@
+"""Seconds of a pruning against the number of parameters and against the number of calibration tokens.
+
+    python scripts/benchmarks/scaling.py --output runs/scaling.png --repeats 3 --threads 2
+
+Two series: models of one width and growing depth, calibrated on the same tokens; and one model, calibrated on more and
+more samples. Prints each series with a straight line through it and how well that fits (R^2), and draws both. Both
+should be straight: every weight and every token is touched a fixed number of times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from pruning import add_size_options, make_model, make_samples  # beside this file
+
+from sparsefit import PruningConfig, prune
+
+Points = list[tuple[float, float]]  # (parameters or tokens, median seconds)
+
+
+def seconds_to_prune(layers: int, samples: int, args: argparse.Namespace) -> tuple[int, float]:
+    """Prunable weights, and the median seconds of pruning fresh models of one size."""
+    config = PruningConfig(sparsity=args.sparsity, pattern=args.pattern)
+    data = make_samples(samples, args.length)
+    measured, weights = [], 0
+    for _ in range(args.repeats):
+        model = make_model(args.hidden, layers, args.dtype)
+        start = time.perf_counter()
+        result = prune(model, data, config)
+        measured.append(time.perf_counter() - start)
+        weights = sum(size for size, _ in result.masks.counts().values())
+    return weights, statistics.median(measured)
+
+
+def line_through(points: Points) -> tuple[float, float, float]:
+    """Slope, intercept and R^2 of the straight line of least squares."""
+    x, y = np.array(points).T
+    slope, intercept = np.polyfit(x, y, 1)
+    residual = ((y - slope * x - intercept) ** 2).sum()
+    return slope, intercept, 1 - residual / ((y - y.mean()) ** 2).sum()
+
+
+def print_series(title: str, unit: str, points: Points) -> None:
+    """One series as a table, and the line."""
+    print(f"\n{unit:>18} {'median s':>10}   {title}")
+    for size, seconds in points:
+        print(f"{size:18,.0f} {seconds:10.2f}")
+    slope, intercept, fit = line_through(points)
+    print(f"  {slope * 1e6:.4g} s per million {unit} + {intercept:.2f} s, R^2 = {fit:.4f}")
+
+
+def draw(series: list[tuple[str, str, Points]], output: Path) -> None:
+    """Both series, a panel each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(series), figsize=(4.6 * len(series), 3.6), layout="constrained")
+    for panel, (title, unit, points) in zip(panels, series, strict=True):
+        slope, intercept, fit = line_through(points)
+        x, y = np.array(points).T / np.array([[1e6], [1]])
+        ends = np.array([0, x.max() * 1.05])
+        panel.plot(ends, slope * 1e6 * ends + intercept, color="0.6", linewidth=1.5, label=f"line, R² = {fit:.4f}")
+        panel.plot(x, y, "o", color="#1f5fa8", label="measured (median)")
+        panel.set(xlabel=f"million {unit}", ylabel="seconds", title=title, xlim=(0, ends[1]))
+        panel.set_ylim(bottom=0, top=y.max() * 1.15)
+        panel.legend(frameon=False, loc="upper left")
+        panel.spines[["top", "right"]].set_visible(False)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=150)
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_size_options(parser, hidden=512, layers=4, samples=16, length=128)
+    parser.add_argument("--depths", type=int, nargs="+", default=[2, 4, 8, 12, 16], help="blocks, first series")
+    parser.add_argument("--sample-counts", type=int, nargs="+", default=[8, 16, 32, 64, 96], help="second series")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path("scaling.png"), help="PNG or SVG")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print(f"torch {torch.__version__}, {args.threads} threads, {args.dtype}, width {args.hidden}")
+    prune(make_model(128, 2, args.dtype), make_samples(2, 16))  # libraries load, kernels are chosen
+    depths = [seconds_to_prune(depth, args.samples, args) for depth in args.depths]
+    tokens = [(count * args.length, seconds_to_prune(args.layers, count, args)[1]) for count in args.sample_counts]
+    series = [
+        (f"Depth grows ({args.samples * args.length:,} tokens)", "prunable weights", depths),
+        (f"Calibration grows ({args.layers} blocks)", "calibration tokens", tokens),
+    ]
+    for title, unit, points in series:
+        print_series(title, unit, points)
+    draw(series, args.output)
+    print(f"\ndrawn to {args.output}")
+
+
+if __name__ == "__main__":
+    main()

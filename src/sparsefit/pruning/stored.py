@@ -1,0 +1,80 @@
+"""Where the matrix of a mask lies: in a model, a state dict or the tensors of a file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from sparsefit.pruning.quantized import dequantized, is_quantized, matrix_shape, stored_matrix
+from sparsefit.pruning.weights import as_matrix, canonical_name
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A parameter as a model or a file holds it.
+
+    Attributes:
+        tensor: Its data.
+        quantized: Its layer, if that holds it in 8 or 4 bits.
+    """
+
+    tensor: Tensor
+    quantized: nn.Module | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape, of what it stands for if it is quantized."""
+        return tuple(self.tensor.shape if self.quantized is None else matrix_shape(self.quantized))
+
+    def matrix(self, transposed: bool, index: int | None) -> Tensor:
+        """The (out, in) matrix that a mask belongs to; a copy where it is quantized, else a view."""
+        values = self.tensor if self.quantized is None else dequantized(self.quantized)
+        return as_matrix(values, transposed, index)
+
+    def matrix_shape(self, transposed: bool, index: int | None) -> tuple[int, int] | None:
+        """(out, in) of that matrix; None if there is no such matrix."""
+        shape = self.shape
+        if index is not None:
+            if len(shape) != 3 or index >= shape[0]:
+                return None
+            shape = shape[1:]
+        if len(shape) != 2 and not (len(shape) == 4 and shape[2:] == (1, 1)):
+            return None
+        return (shape[1], shape[0]) if transposed else (shape[0], shape[1])
+
+
+def split_name(name: str) -> tuple[str, int | None]:
+    """The parameter that a mask's name speaks of, and which matrix of a stack."""
+    match = re.fullmatch(r"(.+)\[(\d+)\]", name)
+    return (match[1], int(match[2])) if match else (name, None)
+
+
+def names_in(tensors: nn.Module | Mapping[str, Tensor]) -> list[str]:
+    """The names that the parameters have in the bare model."""
+    named = (
+        (n for n, _ in tensors.named_parameters(remove_duplicate=False)) if isinstance(tensors, nn.Module) else tensors
+    )
+    return [canonical_name(name) for name in named]
+
+
+def stored_in(tensors: nn.Module | Mapping[str, Tensor], wanted: Container[str]) -> dict[str, Stored]:
+    """The wanted parameters by the name that they have in the bare model.
+
+    Args:
+        tensors: A model, or tensors by name (a state dict, the tensors of a file).
+        wanted: Names in the bare model.
+    """
+    if not isinstance(tensors, nn.Module):
+        bare = {canonical_name(name): tensor for name, tensor in tensors.items()}
+        return {name: Stored(stored_matrix(bare, name).detach()) for name in bare if name in wanted}
+    found = {}
+    for prefix, module in tensors.named_modules(remove_duplicate=False):
+        for name, parameter in module.named_parameters(recurse=False):
+            whole = canonical_name(f"{prefix}.{name}" if prefix else name)
+            if whole in wanted:
+                is_packed = name == "weight" and is_quantized(module)
+                found[whole] = Stored(parameter.detach(), module if is_packed else None)
+    return found
