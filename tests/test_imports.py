@@ -17,7 +17,7 @@ HEAVY = ("transformers", "datasets", "lightning", "peft", "matplotlib", "torchme
 # Beside the standard library, sparsefit.errors and itself, a package may import these and no others.
 ALLOWED = {
     "errors": set(),
-    "pruning": {"torch", "safetensors", "bitsandbytes"},
+    "pruning": {"torch", "numpy", "safetensors", "bitsandbytes"},
     "recovery": {"torch", "safetensors", "peft", "sparsefit.pruning"},
     "evaluation": {"torch", "transformers", "datasets", "torchmetrics", "lightning"},
     "modules": {"torch", "transformers", "datasets", "torchmetrics", "lightning", "huggingface_hub"}

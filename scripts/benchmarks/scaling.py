@@ -23,18 +23,23 @@ from sparsefit import PruningConfig, prune
 Points = list[tuple[float, float]]  # (parameters or tokens, median seconds)
 
 
-def seconds_to_prune(layers: int, samples: int, args: argparse.Namespace) -> tuple[int, float]:
-    """Prunable weights, and the median seconds of pruning fresh models of one size."""
+def seconds_to_prune(sizes: list[tuple[int, int]], args: argparse.Namespace) -> list[tuple[int, float]]:
+    """For each (blocks, samples) the prunable weights and the median seconds of pruning fresh models.
+
+    The sizes take turns, so that a machine that slows down for a while does not bend the line.
+    """
     config = PruningConfig(sparsity=args.sparsity, pattern=args.pattern)
-    data = make_samples(samples, args.length)
-    measured, weights = [], 0
+    clock = time.process_time if args.clock == "cpu" else time.perf_counter
+    measured: list[list[float]] = [[] for _ in sizes]
+    weights = [0 for _ in sizes]
     for _ in range(args.repeats):
-        model = make_model(args.hidden, layers, args.dtype)
-        start = time.perf_counter()
-        result = prune(model, data, config)
-        measured.append(time.perf_counter() - start)
-        weights = sum(size for size, _ in result.masks.counts().values())
-    return weights, statistics.median(measured)
+        for index, (layers, samples) in enumerate(sizes):
+            model, data = make_model(args.hidden, layers, args.dtype), make_samples(samples, args.length)
+            start = clock()
+            result = prune(model, data, config)
+            measured[index].append(clock() - start)
+            weights[index] = sum(size for size, _ in result.masks.counts().values())
+    return [(size, statistics.median(seconds)) for size, seconds in zip(weights, measured, strict=True)]
 
 
 def line_through(points: Points) -> tuple[float, float, float]:
@@ -54,7 +59,7 @@ def print_series(title: str, unit: str, points: Points) -> None:
     print(f"  {slope * 1e6:.4g} s per million {unit} + {intercept:.2f} s, R^2 = {fit:.4f}")
 
 
-def draw(series: list[tuple[str, str, Points]], output: Path) -> None:
+def draw(series: list[tuple[str, str, Points]], clock: str, output: Path) -> None:
     """Both series, a panel each."""
     import matplotlib
 
@@ -68,7 +73,7 @@ def draw(series: list[tuple[str, str, Points]], output: Path) -> None:
         ends = np.array([0, x.max() * 1.05])
         panel.plot(ends, slope * 1e6 * ends + intercept, color="0.6", linewidth=1.5, label=f"line, R² = {fit:.4f}")
         panel.plot(x, y, "o", color="#1f5fa8", label="measured (median)")
-        panel.set(xlabel=f"million {unit}", ylabel="seconds", title=title, xlim=(0, ends[1]))
+        panel.set(xlabel=f"million {unit}", ylabel=f"seconds ({clock} time)", title=title, xlim=(0, ends[1]))
         panel.set_ylim(bottom=0, top=y.max() * 1.15)
         panel.legend(frameon=False, loc="upper left")
         panel.spines[["top", "right"]].set_visible(False)
@@ -83,20 +88,22 @@ def main() -> None:
     parser.add_argument("--depths", type=int, nargs="+", default=[2, 4, 8, 12, 16], help="blocks, first series")
     parser.add_argument("--sample-counts", type=int, nargs="+", default=[8, 16, 32, 64, 96], help="second series")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: for a machine busy with others")
     parser.add_argument("--output", type=Path, default=Path("scaling.png"), help="PNG or SVG")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(f"torch {torch.__version__}, {args.threads} threads, {args.dtype}, width {args.hidden}")
+    print(f"torch {torch.__version__}, {args.threads} threads, {args.dtype}, width {args.hidden}, {args.clock} time")
     prune(make_model(128, 2, args.dtype), make_samples(2, 16))  # libraries load, kernels are chosen
-    depths = [seconds_to_prune(depth, args.samples, args) for depth in args.depths]
-    tokens = [(count * args.length, seconds_to_prune(args.layers, count, args)[1]) for count in args.sample_counts]
+    depths = seconds_to_prune([(depth, args.samples) for depth in args.depths], args)
+    grown = seconds_to_prune([(args.layers, count) for count in args.sample_counts], args)
+    tokens = [(count * args.length, point[1]) for count, point in zip(args.sample_counts, grown, strict=True)]
     series = [
         (f"Depth grows ({args.samples * args.length:,} tokens)", "prunable weights", depths),
         (f"Calibration grows ({args.layers} blocks)", "calibration tokens", tokens),
     ]
     for title, unit, points in series:
         print_series(title, unit, points)
-    draw(series, args.output)
+    draw(series, args.clock, args.output)
     print(f"\ndrawn to {args.output}")
 
 

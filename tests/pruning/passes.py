@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -29,7 +28,7 @@ def linear_layers(model: nn.Module, prefixes: Iterable[str] = ("",)) -> dict[str
 def matrix_of(model: nn.Module, name: str) -> Tensor:
     """The (out, in) view of what a mask's name speaks of."""
     parameter, _, index = name.removesuffix("]").partition("[")
-    owner, _, own = parameter.rpartition(".")
+    owner = parameter.rpartition(".")[0]
     module, matrix = model.get_submodule(owner), model.get_parameter(parameter).detach()
     if index:
         matrix = matrix[int(index)]

@@ -115,8 +115,8 @@ def reference_variant(scores: np.ndarray, sparsity: float) -> np.ndarray:
 
 
 def assert_mask(mask: Tensor, scores: np.ndarray, tolerance: float = 0, counts: list[int] | None = None, **selection):
-    """Each comparison group loses as many as it should, and the smallest: exactly the reference's mask, or, where scores
-    carry rounding, none that is above a kept one by more than the relative tolerance."""
+    """Each comparison group loses as many as it should, and the smallest: exactly the reference's mask, or, where
+    scores carry rounding, none that is above a kept one by more than the relative tolerance."""
     mask = mask.numpy()
     sparsity, granularity = selection.get("sparsity", 0.5), selection.get("granularity", "output")
     if granularity == "variant" and selection.get("pattern") is None:
@@ -158,7 +158,7 @@ def reference_sparsegpt(
     gram = gram + np.diag(dead.astype(float))
     weight[:, dead] = 0
     upper = np.linalg.cholesky(damped_inverse(gram)).T
-    n, m = map(int, pattern.split(":")) if pattern else (0, width)
+    m = int(pattern.split(":")[1]) if pattern else width
     kept = np.ones(weight.shape, dtype=bool)
     for j in range(weight.shape[1]):
         if j % m == 0:

@@ -13,8 +13,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from math import floor, sqrt
+from math import floor
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,10 +25,6 @@ AXES = ("output", "input", "layer", "variant")
 SPELLING = re.compile(r"(\w+)|(\w+)\s*:\s*(\d+)|[(\[]\s*['\"]?(\w+)['\"]?\s*,\s*(\d+)\s*[)\]]")
 
 CHUNK = 2**19  # scores that are worked on at once on a CPU: they and their temporaries stay in its cache
-LONG = 2**17  # a group above this is thresholded on its own, from the few candidates that a sample leaves
-SHORT = 1024  # a group below this is cheapest to select from directly
-SAMPLE = 128  # scores of a row that bracket its threshold
-PASSES = 10  # counts that narrow the bracket; about one row in ten is still open after them
 
 
 @dataclass(frozen=True)
@@ -190,63 +187,11 @@ def _count(mask: Tensor) -> Tensor:
 
 
 def _thresholds(scores: Tensor, count: int) -> Tensor:
-    """(rows, 1) values: at most `count` of a row are below, at least `count` are not above."""
-    if scores.shape[1] > LONG:
-        return torch.stack([_threshold_of_long(row, count) for row in scores])[:, None]
-    # Counting waits for the device after every pass, which only a CPU does not mind.
-    if scores.device.type != "cpu" or scores.shape[1] < SHORT:
+    """(rows, 1) the `count`-th smallest of each row."""
+    if scores.device.type != "cpu":
         return scores.kthvalue(count, dim=1, keepdim=True).values
-    return _thresholds_by_counting(scores, count)
-
-
-def _bracket(sample: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Values of the (..., n) sample between which the population's quantile lies, but for 3 standard deviations."""
-    size = sample.shape[-1]
-    margin = 3 * sqrt(size * share * (1 - share)) + 1
-    ordered = sample.sort(dim=-1).values
-    low, high = max(int(size * share - margin), 0), min(int(size * share + margin), size - 1)
-    return ordered[..., low : low + 1], ordered[..., high : high + 1]
-
-
-def _thresholds_by_counting(scores: Tensor, count: int) -> Tensor:
-    """Thresholds by regula falsi on the number of scores that are not above a guess.
-
-    A row is settled when that number is `count`. Rows that stay open (ties at the threshold, or bad luck with the
-    sample) are selected from directly, so that the result never depends on the bracket.
-    """
-    low, high = _bracket(scores[:, :: scores.shape[1] // SAMPLE], count / scores.shape[1])
-    below, above = _count(scores <= low), _count(scores <= high)
-    guess, settled = low, below == count
-    for _ in range(PASSES):
-        share = ((count - below + 0.5) / (above - below).clamp(min=1)).clamp(0, 1)
-        guess = torch.where(settled, guess, torch.lerp(low, high, share.to(scores.dtype)))
-        number = _count(scores <= guess)
-        settled = number == count
-        if settled.all():
-            return guess
-        less = number < count
-        low, below = torch.where(less, guess, low), torch.where(less, number, below)
-        high, above = torch.where(less, high, guess), torch.where(less, above, number)
-    still_open = (~settled).squeeze(1).nonzero().squeeze(1)
-    guess[still_open] = scores[still_open].kthvalue(count, dim=1, keepdim=True).values
-    return guess
-
-
-def _threshold_of_long(scores: Tensor, count: int) -> Tensor:
-    """The `count`-th smallest of the (columns,) scores, from the candidates between two values of a sample."""
-    low, high = _bracket(scores[:: scores.numel() // (LONG // 2)], count / scores.numel())
-    below, candidates = 0, []
-    # Up to this size masked_select runs through a CPU's cache without a table of positions.
-    size = 2**15 if scores.device.type == "cpu" else scores.numel()
-    for part in scores.split(size):
-        smaller = part < low
-        below += smaller.sum(dtype=torch.int64)
-        candidates.append(part.masked_select((part <= high).logical_xor_(smaller)))
-    rank = count - int(below)
-    inside = torch.cat(candidates)
-    if 0 < rank <= inside.numel():
-        return inside.kthvalue(rank).values
-    return scores.kthvalue(count).values
+    # NumPy's vectorised quickselect takes an eighth of the time of torch's, and a fortieth of a stable sort's.
+    return torch.from_numpy(np.partition(scores.detach().numpy(), count - 1, axis=1)[:, count - 1 : count])
 
 
 def select_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
@@ -315,19 +260,3 @@ def select_variant(scores: Tensor, sparsity: Fraction) -> Tensor:
             break
         low, high = (alpha, high) if reached < sparsity else (low, alpha)
     return scores > threshold
-
-
-def select_per_output(scores: Tensor, sparsity: Fraction) -> Tensor:
-    """`select` with the granularity "output"."""
-    return select(scores, Granularity("output"), sparsity)
-
-
-def select_per_layer(scores: Tensor, sparsity: Fraction) -> Tensor:
-    """`select` with the granularity "layer"."""
-    return select(scores, Granularity("layer"), sparsity)
-
-
-GRANULARITIES: dict[str, Callable[[Tensor, Fraction], Tensor]] = {
-    "output": select_per_output,
-    "layer": select_per_layer,
-}
