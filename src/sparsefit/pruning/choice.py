@@ -103,9 +103,7 @@ class Chooser:
 
     def _needs(self, statistics: InputStatistics | None, weight: PrunableWeight) -> list[Tensor]:
         return [
-            inverse_diagonal(statistics["gram"], self.config.damping)[0]
-            if need == "inverse_diagonal"
-            else statistics[need]
+            inverse_diagonal(self._factor(statistics, weight)) if need == "inverse_diagonal" else statistics[need]
             for need in self.score.needs
         ]
 
