@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -209,3 +210,13 @@ def squared_input_norms(
     for handle in handles:
         handle.remove()
     return {name: squared_norm_of(inputs) for name, inputs in norms.items()}
+
+
+def unseen_in(notes: Iterable[str]) -> set[str]:
+    """The masks of which notes say that they were chosen by magnitude, as no token reached their weight."""
+    found = set()
+    for note in notes:
+        match = re.fullmatch(r"(\S+)(?: of the experts ([\d, ]+))? saw no calibration token; pruned by magnitude", note)
+        assert match, note
+        found |= {f"{match[1]}[{number}]" for number in match[2].split(", ")} if match[2] else {match[1]}
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from sparsefit.pruning.blocks import BlockCall, hidden_of
@@ -12,7 +13,7 @@ from sparsefit.pruning.config import PruningConfig
 from sparsefit.pruning.layerwise import run_in_step
 from sparsefit.pruning.recording import InputRecorder
 from sparsefit.pruning.watching import Seen
-from sparsefit.pruning.weights import PrunableWeight
+from sparsefit.pruning.weights import PrunableWeight, device_of
 
 
 class BlockPass:
@@ -33,13 +34,14 @@ class BlockPass:
     ) -> None:
         self.block, self._data, self._calls, self._hidden = block, data, calls, hidden
         self._config, self._step = config, step
+        here = device_of(block) if config.states_on_cpu else None
+        self._device = here if config.device is None else torch.device(config.device)
 
     def run_one(self, number: int) -> Tensor:
         """The block's output for one micro-batch."""
         call, hidden = self._calls[number], self._hidden[number]
-        if self._config.device is not None:
-            call = call.moved(self._config.device, {})
-            hidden = hidden.to(self._config.device)
+        if self._device is not None:
+            call, hidden = call.moved(self._device, {}), hidden.to(self._device)
         output = hidden_of(call.run(self.block, hidden))
         self._step()
         return output.cpu() if self._config.states_on_cpu else output

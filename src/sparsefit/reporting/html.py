@@ -261,13 +261,16 @@ def _pruning(report: Mapping[str, Any]) -> str:
     pruning = _report.section(report, "pruning")
     config = _report.section(pruning, "config")
     facts: list[tuple[str, Any]] = [(key, "none" if value is None else value) for key, value in config.items()]
-    if pruning.get("update") is not None and "update" not in config:
-        facts.append(("update", pruning["update"]))
+    if pruning.get("update") not in (None, config.get("update")):
+        facts.append(("order used", pruning["update"]))
     facts += [
         (f"calibration {key}", _report.format_count(pruning[key])) for key in ("samples", "tokens") if pruning.get(key)
     ]
     if _report.number(pruning.get("seconds")) is not None:
         facts.append(("time", _report.format_seconds(_report.number(pruning["seconds"]))))
+    errors = [e for e in map(_report.number, _report.section(pruning, "layer_errors").values()) if e is not None]
+    if errors:
+        facts.append(("error of a layer's outputs, mean", f"{sum(errors) / len(errors):.2%} of their square"))
     if pruning.get("digest"):
         facts.append(("digest of the masks", pruning["digest"]))
     body = _facts(facts)
