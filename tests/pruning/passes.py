@@ -220,3 +220,19 @@ def unseen_in(notes: Iterable[str]) -> set[str]:
         assert match, note
         found |= {f"{match[1]}[{number}]" for number in match[2].split(", ")} if match[2] else {match[1]}
     return found
+
+
+def spread_weights(model: nn.Module) -> nn.Module:
+    """Weights and biases that all matter."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3, generator=generator)
+    return model.eval()
+
+
+def covered(model: nn.Module, result) -> bool:
+    """Whether every matrix is either pruned or left dense for a reason."""
+    matrices = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False) if p.ndim > 1}
+    told = {matrices[name] for name in (*result.masks.parameters, *result.left_dense)}
+    return told == set(matrices.values()) and all(result.left_dense.values())

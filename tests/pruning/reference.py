@@ -78,13 +78,20 @@ def _ria(weight: np.ndarray, inputs: list[Tensor]) -> np.ndarray:
     return relative * np.sqrt(np.sqrt(squared_norm_of(inputs).astype(np.float64)))
 
 
+def _sparsegpt(weight: np.ndarray, inputs: list[Tensor]) -> np.ndarray:
+    gram = gram_of(inputs)
+    scores = weight.astype(np.float64) ** 2 / damped_inverse(gram).diagonal()
+    scores[:, gram.diagonal() == 0] = 0  # what no token uses costs nothing
+    return scores
+
+
 # From a float32 (out, in) weight and its (tokens, in) inputs, one tensor a sample, and how near to the engine's.
 SCORES: dict[str, tuple[Callable[[np.ndarray, list[Tensor]], np.ndarray], float]] = {
     "magnitude": (lambda weight, inputs: reference_scores(weight, None), 0),
     "wanda": (lambda weight, inputs: reference_scores(weight, squared_norm_of(inputs)), 0),
     "wanda_l1": (lambda weight, inputs: np.abs(weight) * sum(x.double().abs().sum(0).numpy() for x in inputs), 1e-5),
     "wanda_linf": (lambda weight, inputs: np.abs(weight) * np.max([x.float().abs().amax(0) for x in inputs], 0), 0),
-    "sparsegpt": (lambda weight, inputs: weight.astype(float) ** 2 / damped_inverse(gram_of(inputs)).diagonal(), 1e-4),
+    "sparsegpt": (_sparsegpt, 1e-4),
     "ria": (_ria, 1e-5),
 }
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from passes import collect, linear_layers, matrix_of, staged, unseen_in
+from passes import collect, linear_layers, matrix_of, spread_weights, staged, unseen_in
 from reference import assert_mask, gram_of, reference_error, score_of
 from torch import Tensor, nn
 
@@ -52,12 +52,7 @@ def make(family: str, **changes: int) -> nn.Module:
     import transformers
 
     config = getattr(transformers, f"{family}Config")(**(SIZES | FAMILIES[family] | changes))
-    model = getattr(transformers, f"{family}ForCausalLM")(config)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.3, generator=generator)
-    return model.eval()
+    return spread_weights(getattr(transformers, f"{family}ForCausalLM")(config))
 
 
 def samples(lengths: tuple[int, ...] = (12, 9, 12)) -> list[dict[str, Tensor]]:

@@ -18,7 +18,6 @@ BLOCKS = {
     "mistral": ["model.layers"],
     "qwen3": ["model.layers"],
     "gemma3": ["model.layers"],
-    "mixtral": ["model.layers"],
     "opt": ["model.decoder.layers"],
     "gpt_neox": ["gpt_neox.layers"],
     "bloom": ["transformer.h"],
@@ -26,7 +25,7 @@ BLOCKS = {
     "bert": ["bert.encoder.layer"],
     "t5": ["encoder.block", "decoder.block"],
 }
-DECODERS = [name for name in BLOCKS if name not in ("bert", "t5", "mixtral")]
+DECODERS = [name for name in BLOCKS if name not in ("bert", "t5")]
 LENGTHS = [12, 12, 9, 14, 9]
 ORDERS = ["block", "none"]
 
@@ -208,14 +207,6 @@ def test_peft_model_is_pruned_in_its_base_alone(tiny_model):
     assert not any("lora" in name for name in result.left_dense)
     result.masks.verify(model)
     torch.testing.assert_close(model.eval()(**samples[0]).logits, bare(**samples[0]).logits)
-
-
-def test_fused_experts_are_listed_as_left_dense(tiny_model):
-    result = prune(tiny_model("mixtral"), samples_for("mixtral"))
-    for layer in range(3):
-        for name in ("experts.gate_up_proj", "experts.down_proj"):
-            assert "MixtralExperts" in result.left_dense[f"model.layers.{layer}.mlp.{name}"]
-    assert "model.layers.0.self_attn.q_proj.weight" in result.masks
 
 
 @pytest.mark.parametrize("architecture", BLOCKS)

@@ -3,51 +3,14 @@
 from __future__ import annotations
 
 import copy
-import itertools
 
 import pytest
 import torch
+from states import same, sequences, state, weights
 from torch import nn
 
 from sparsefit import PruningConfig, prune
 from sparsefit.errors import CalibrationError, ConfigError
-from sparsefit.pruning.weights import PrunableWeight
-
-
-def sequences(count: int, length: int = 7) -> list[dict[str, torch.Tensor]]:
-    ids = torch.randint(3, 61, (count, 1, length), generator=torch.Generator().manual_seed(1))
-    return [{"input_ids": row} for row in ids]
-
-
-def state(model: nn.Module) -> dict:
-    """All that pruning must give back: flags, hooks, replaced attributes, settings."""
-    return {
-        name: (
-            module.training,
-            list(module._forward_hooks),
-            list(module._forward_pre_hooks),
-            "forward" in vars(module),
-            vars(module).get("forward"),
-            getattr(getattr(module, "config", None), "use_cache", None),
-            [p.requires_grad for p in module.parameters(recurse=False)],
-        )
-        for name, module in model.named_modules()
-    }
-
-
-def weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    """Equal to the bit, NaN included."""
-    as_bits = {torch.float32: torch.int32}
-    return all(
-        torch.equal(
-            a[k].view(as_bits.get(a[k].dtype, a[k].dtype)), b[k].view_as(a[k]).view(as_bits.get(a[k].dtype, a[k].dtype))
-        )
-        for k in a
-    )
 
 
 def unusual(model: nn.Module) -> nn.Module:
@@ -64,7 +27,7 @@ def unusual(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("update", ["block", "none"])
+@pytest.mark.parametrize("update", ["block", "layer", "none"])
 @pytest.mark.parametrize("fails", [False, True], ids=["works", "fails"])
 def test_all_but_the_pruned_weights_is_as_it_was(tiny_model, update, fails):
     model = unusual(tiny_model("llama"))
@@ -109,93 +72,6 @@ def test_exceptions_of_the_model_are_passed_on_whole(tiny_model, source):
         prune(model, sequences(2))
     assert caught.value is error
     assert same(weights(model), dense)
-
-
-@pytest.mark.parametrize("update", ["block", "none"])
-def test_an_interrupt_at_any_step_leaves_the_model_dense(tiny_model, update):
-    config = PruningConfig(update=update, micro_batch_size=1)
-    steps: list[tuple[int, int]] = []
-    prune(tiny_model("llama"), sequences(2), config, progress=lambda *step: steps.append(step))
-    assert [done for done, _ in steps] == sorted(done for done, _ in steps)
-    assert [step for step in steps if step[0] >= step[1]] == [steps[-1]]
-    model = tiny_model("llama")
-    dense, before = weights(model), state(model)
-    for at in range(len(steps)):
-        calls = itertools.count()
-
-        def interrupt(done, total, calls=calls, at=at):
-            if next(calls) == at:
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            prune(model, sequences(2), config, progress=interrupt)
-        assert same(weights(model), dense), f"step {at}"
-        assert state(model) == before
-    result = prune(model, sequences(2), config)
-    result.masks.verify(model)
-
-
-@pytest.mark.parametrize("presses", [1, 3])
-@pytest.mark.parametrize("method", ["remove", "restore"])
-def test_interrupts_while_weights_are_written_leave_the_model_dense_or_whole_pruned(
-    tiny_model, monkeypatch, method, presses
-):
-    config = PruningConfig(micro_batch_size=1)
-    pruned = tiny_model("llama")
-    original, total = getattr(PrunableWeight, method), itertools.count()
-    monkeypatch.setattr(PrunableWeight, method, lambda *args: (next(total), original(*args))[1])
-    prune(pruned, sequences(1), config)
-    dense, outcomes = weights(tiny_model("llama")), set()
-    for at in range(next(total)):
-        model, calls = tiny_model("llama"), itertools.count()
-
-        def interrupted(*args, calls=calls, at=at):
-            if at <= next(calls) < at + presses:
-                raise KeyboardInterrupt
-            return original(*args)
-
-        monkeypatch.setattr(PrunableWeight, method, interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            prune(model, sequences(1), config)
-        is_dense, is_pruned = same(weights(model), dense), same(weights(model), weights(pruned))
-        assert is_dense or is_pruned, f"write {at}"
-        outcomes.add("pruned" if is_pruned else "dense")
-    assert outcomes == ({"dense", "pruned"} if method == "remove" else {"dense"})
-
-
-BAD_CONFIGS = [
-    ({"sparsity": 1.0}, r"1\.0.*\[0, 1\)"),
-    ({"sparsity": -0.1}, r"-0\.1"),
-    ({"sparsity": float("nan")}, "nan"),
-    ({"sparsity": float("inf")}, "inf"),
-    ({"sparsity": True}, "True"),
-    ({"sparsity": "0.5"}, "'0.5'"),
-    ({"sparsity": None}, "None"),
-    *(({"pattern": text}, "pattern") for text in ("2-4", "2:4:8", "", "a:b", "4:4", "0:4", "5:4", "-1:4", " 2:4", 24)),
-    ({"sparsity": 0.6, "pattern": "2:4"}, "contradicts"),
-    ({"sparsity": 0.25, "pattern": "1:4"}, "contradicts"),
-    ({"score": "wonda"}, "wanda, magnitude"),
-    ({"granularity": "row"}, "output, layer"),
-    ({"update": "layers"}, "block, none"),
-    ({"targets": ()}, "targets is empty"),
-    ({"targets": [1]}, "targets"),
-    ({"exclude": None}, "exclude"),
-    ({"micro_batch_size": 0}, "micro_batch_size"),
-    ({"micro_batch_size": True}, "micro_batch_size"),
-]
-
-
-@pytest.mark.parametrize(("settings", "cause"), BAD_CONFIGS, ids=[str(settings) for settings, _ in BAD_CONFIGS])
-def test_settings_that_cannot_work_are_refused_by_name(settings, cause):
-    with pytest.raises(ConfigError, match=cause):
-        PruningConfig(**settings)
-
-
-@pytest.mark.parametrize(
-    ("settings", "share"), [({"sparsity": 0.75, "pattern": "1:4"}, 0.75), ({"pattern": "3:4"}, 0.25)]
-)
-def test_a_pattern_carries_its_own_sparsity(settings, share):
-    assert PruningConfig(**settings).sparsity == share
 
 
 BAD_CALLS = {
@@ -258,7 +134,7 @@ def test_a_model_without_linear_layers_is_refused():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30], ids=str)
 @pytest.mark.parametrize("size", [1, 2, 8])
-@pytest.mark.parametrize("update", ["block", "none"])
+@pytest.mark.parametrize("update", ["block", "layer", "none"])
 def test_activations_that_are_not_finite_name_layer_and_batch(tiny_model, update, size, bad):
     batches = [{"inputs_embeds": torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(i))} for i in range(5)]
     batches[3]["inputs_embeds"][1, 4, 7] = bad

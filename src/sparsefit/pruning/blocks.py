@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,14 @@ class BlockCall:
             raise NotSweepable("a block is called without a tensor")
         return "hidden_states" if "hidden_states" in names else names[0]
 
+    def without_hidden(self) -> BlockCall:
+        """The same call, which no longer keeps its hidden state alive; only to be `run` with another."""
+        key = self._key
+        placeholder = self.hidden.new_empty(0)
+        if key == 0:
+            return BlockCall((placeholder, *self.args[1:]), self.kwargs)
+        return BlockCall(self.args, {**self.kwargs, key: placeholder})
+
     @property
     def hidden(self) -> Tensor:
         """The hidden state that goes into the block."""
@@ -78,9 +86,9 @@ class BlockCall:
         return BlockCall(map_tensors(move, self.args), map_tensors(move, self.kwargs))
 
     def run(self, block: Callable[..., Any], hidden: Tensor) -> Any:
-        """Call the block with the very same arguments but another hidden state; returns all that it does."""
+        """Call the block with the very same arguments but another hidden state; returns all that it does. The block
+        may change the hidden state in place."""
         key = self._key
-        hidden = hidden.clone()  # a block may add to its input in place, and the input is needed again
         if key == 0:
             return block(hidden, *self.args[1:], **self.kwargs)
         return block(*self.args, **{**self.kwargs, key: hidden})
@@ -114,13 +122,25 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+class Capture(NamedTuple):
+    """What one pass of a model has shown.
+
+    Attributes:
+        calls: Index and call of each block, in calling order.
+        simple: Whether the first block was computed and returned a tensor alone.
+    """
+
+    calls: list[tuple[int, BlockCall]]
+    simple: bool
+
+
 class _LastBlockReached(Exception):
     """Ends a pass of the model once every block's arguments are known."""
 
 
 def capture_calls(
-    blocks: list[nn.Module], forward: Callable[[], Any], to_the_end: bool = False
-) -> list[tuple[int, BlockCall]]:
+    blocks: list[nn.Module], forward: Callable[[], Any], to_the_end: bool = False, simple: bool = False
+) -> Capture:
     """The arguments with which one pass of the model calls each of its blocks, in calling order.
 
     Only the first block is computed (its output shows what form a block's output has); the others hand their
@@ -131,9 +151,7 @@ def capture_calls(
         blocks: The blocks of one list.
         forward: Runs the model on one micro-batch.
         to_the_end: Go on after the last block, to see whether the model comes back to any.
-
-    Returns:
-        Pairs of a block's index and its call.
+        simple: Blocks are known to return a tensor alone, so that not even the first must be computed.
 
     Raises:
         NotSweepable: if a block is called twice or after the last one, or what goes into a block is not what
@@ -155,8 +173,10 @@ def capture_calls(
         calls.append((index, call))
         if index == last and not to_the_end:
             raise _LastBlockReached
-        if not first_output:
-            first_output.append(call.run(original, call.hidden))
+        if simple:
+            output = call.hidden
+        elif not first_output:
+            first_output.append(call.run(original, call.hidden.clone()))
             output = first_output[0]
         else:
             output = _with_hidden(first_output[0], call.hidden)
@@ -165,7 +185,7 @@ def capture_calls(
 
     with _replaced_forwards(blocks, enter), suppress(_LastBlockReached):
         forward()
-    return calls
+    return Capture(calls, bool(first_output) and isinstance(first_output[0], Tensor))
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from sparsefit.pruning.refinement import swap
 from sparsefit.pruning.scores import SCORES, Score, magnitude_score
 from sparsefit.pruning.selection import Granularity, select, select_count, select_n_of_m, select_variant
 from sparsefit.pruning.statistics import InputStatistics
-from sparsefit.pruning.weights import PrunableWeight
+from sparsefit.pruning.weights import PrunableWeight, all_finite
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Chooser:
         return select(scores, self.granularity, self.config.exact_sparsity)
 
     def _finite(self, scores: Tensor, weight: PrunableWeight) -> Tensor:
-        if not bool(scores.isfinite().all()):
+        if not all_finite(scores):
             raise CalibrationError(
                 f"the scores of {weight.name} are not finite: its weights or their inputs are too large for float32. "
                 "The model was left as it was; look at the calibration data, or exclude the layer"

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,23 +20,31 @@ from torch import Tensor, nn
 from sparsefit.errors import MaskError
 from sparsefit.pruning.quantized import zero_outside
 from sparsefit.pruning.stored import Stored, names_in, split_name, stored_in
-from sparsefit.pruning.weights import as_matrix
+from sparsefit.pruning.weights import as_matrix, zero_outside_mask
 
 _FORMAT = "sparsefit-masks-1"
 _BITS = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
+_GATHER = 0x8040201008040201 - (1 << 64)  # as a signed integer
+_BOOLS = (
+    torch.arange(256, dtype=torch.uint8).unsqueeze(1).bitwise_and(_BITS) != 0
+)  # (256, 8): what each byte stands for
 
 
 def pack_bits(mask: Tensor) -> Tensor:
     """A bool tensor of any shape as ceil(numel / 8) bytes on the CPU; the first weight is the highest bit."""
     flat = mask.flatten()
-    flat = nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
-    return (flat * _BITS.to(mask.device)).sum(dim=1, dtype=torch.uint8).cpu()
+    eights = nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
+    if sys.byteorder == "big" or eights.storage_offset() % 8:
+        return (eights * _BITS.to(mask.device)).sum(dim=1, dtype=torch.uint8).cpu()
+    # Eight bools are the bytes of one integer; this product moves their bits, in order, into its highest byte.
+    return (eights.view(torch.int64).squeeze(1) * _GATHER >> 56).to(torch.uint8).cpu()
 
 
 def unpack_bits(packed: Tensor, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
     """The bool tensor of a shape from its packed bytes."""
-    bits = packed.to(device).unsqueeze(1).bitwise_and(_BITS.to(device)) != 0
-    return bits.flatten()[: torch.Size(shape).numel()].view(shape)
+    # Rows of eight bools as one integer each: a table of integers is looked up much faster than one of rows.
+    words = _BOOLS.to(device).view(torch.int64).squeeze(1).index_select(0, packed.to(device).int())
+    return words.view(torch.bool)[: torch.Size(shape).numel()].view(shape)
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,10 @@ class MaskSet(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self._packed[name].mask()
+
+    def mask(self, name: str, device: torch.device | str) -> Tensor:
+        """The (out, in) mask of a weight on a device: its bits are sent there, not its bools."""
+        return self._packed[name].mask(device)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._packed)
@@ -130,7 +143,7 @@ class MaskSet(Mapping[str, Tensor]):
                     zero_outside(stored.quantized, packed.mask())
                 else:
                     matrix = stored.matrix(packed.transposed, split_name(name)[1])
-                    matrix.masked_fill_(~packed.mask(matrix.device), 0)
+                    zero_outside_mask(matrix, packed.mask(matrix.device))
 
     def verify(self, tensors: nn.Module | Mapping[str, Tensor]) -> None:
         """Check that every pruned weight is exactly zero.

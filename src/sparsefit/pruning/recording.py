@@ -31,7 +31,8 @@ def real_tokens(seen: Seen, batch: MicroBatch | None) -> tuple[Tensor, str | Non
     padding = batch.padding_mask if batch is not None else None
     if padding is None:
         return tokens, None
-    if len(tokens) != padding.numel():
+    # An expert's tokens come in an order of their own, even where it gets all of them.
+    if len(tokens) != padding.numel() or seen.weight.index is not None:
         name, shape = seen.weight.name, tuple(seen.inputs.shape)
         return tokens, f"{name}: padding could not be told from tokens in inputs of shape {shape}"
     return tokens[padding.flatten().to(tokens.device)], None
@@ -54,6 +55,10 @@ def check_finite(norms: Tensor, seen: Seen, batch: MicroBatch | None) -> None:
         f"the inputs of {seen.weight.name} are NaN or infinite in calibration batch {batches}. The model was left as "
         "it was; look at that batch, or run the model in float32 or bfloat16 if it overflows in float16"
     )
+
+
+class AllSeen(Exception):
+    """Every watched layer has got its input: what the block still computes is of no use."""
 
 
 class InputsDiverged(Exception):
@@ -94,6 +99,8 @@ class InputRecorder:
         self._accumulators: dict[_Place, _Accumulator] = {}
         self._events: dict[_Place, int] = {}
         self._last: tuple[Seen, _Accumulator] | None = None
+        self._called: list[int] = []  # layers, since the micro-batch began
+        self._stops = False
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -102,9 +109,21 @@ class InputRecorder:
             yield
         self._last = None
 
-    def next_batch(self, batch: MicroBatch) -> None:
-        """Say which micro-batch runs next."""
+    def next_batch(self, batch: MicroBatch, may_stop: bool = False) -> None:
+        """Say which micro-batch runs next.
+
+        Args:
+            batch: The micro-batch.
+            may_stop: Whether `AllSeen` may be raised as soon as every layer has got its input; it is if each was called
+                once, and once only, with the micro-batch before.
+        """
+        self._stops = may_stop and self._all_called_once()
         self._batch, self._last = batch, None
+        self._called.clear()
+
+    def _all_called_once(self) -> bool:
+        layers = [id(layer) for weight in self.weights for layer in weight.layers]
+        return sorted(self._called) == sorted(layers)
 
     def record(self, seen: Seen) -> None:
         """Take in the input of one weight.
@@ -112,7 +131,9 @@ class InputRecorder:
         Raises:
             InputsDiverged: if it no longer is what another weight sees that shares the statistics.
             CalibrationError: if it is not finite.
+            AllSeen: if it was the last one and no more of the model is needed: see `next_batch`.
         """
+        self._called += [id(seen.layer)] if seen.layer is not None else []
         if self.apart and seen.rows is None and _is_packed_attention(seen.weight):
             for rows in _thirds(seen.weight):
                 self._record_apart(seen._replace(rows=rows))
@@ -120,6 +141,8 @@ class InputRecorder:
             self._record_apart(seen)
         else:
             self._record_shared(seen)
+        if self._stops and self._all_called_once():
+            raise AllSeen
 
     def parts(self) -> dict[str, list[Part]]:
         """The statistics of every weight, added up over all ranks of a distributed run.

@@ -97,12 +97,14 @@ class Sweep:
             # An encoder is pruned before its decoder's inputs are computed.
             with self.changes.made(self._chosen_before()):
                 probe = self.data[0].first_sample()
-                capture_calls(blocks, lambda blocks=blocks, probe=probe: self.forward(probe), to_the_end=True)
-                captured = [self._captured(blocks, batch) for batch in self.data]
+                form = capture_calls(blocks, lambda probe=probe: self.forward(probe), to_the_end=True)
+                captured = [self._captured(blocks, batch, form.simple) for batch in self.data]
             order = [index for index, _ in captured[0]]
             if not order or any([index for index, _ in calls] != order for calls in captured):
                 raise NotSweepable("batches take different ways through the blocks" if order else "no block is called")
             hidden = [calls[0][1].hidden for calls in captured]
+            # All calls hold the hidden state before the first block, which is of no use to the later ones.
+            captured = [[(index, call.without_hidden()) for index, call in calls] for calls in captured]
             for position, index in enumerate(order):
                 block = blocks[index]
                 # Popped: a block's masks and embeddings are not needed again.
@@ -122,8 +124,8 @@ class Sweep:
                 by_block.setdefault(homes.pop(), []).append(weight)
         return by_block
 
-    def _captured(self, blocks: list[nn.Module], batch: MicroBatch) -> list[tuple[int, BlockCall]]:
-        calls = capture_calls(blocks, lambda: self.forward(batch.data))
+    def _captured(self, blocks: list[nn.Module], batch: MicroBatch, simple: bool) -> list[tuple[int, BlockCall]]:
+        calls = capture_calls(blocks, lambda: self.forward(batch.data), simple=simple).calls
         if self.config.states_on_cpu:
             memo: dict[int, Tensor] = {}
             calls = [(index, call.moved("cpu", memo)) for index, call in calls]
@@ -145,26 +147,29 @@ class Sweep:
 
     def _visit(self, turn: BlockPass, weights: list[PrunableWeight], needs_outputs: bool) -> list[Tensor]:
         """Algorithm 1 of the paper: statistics of a dense block, its masks, and its pruned outputs for the next one."""
-        self._choose_from(turn, weights, keep_outputs=False)
+        self._choose_from(weights, turn.observe)
         if not needs_outputs:
             return []
         with self.changes.made(weights):
-            return turn.run()
+            return turn.run_last()
 
     def _visit_dense(self, turn: BlockPass, weights: list[PrunableWeight], needs_outputs: bool) -> list[Tensor]:
         """The same, but the next block sees what the dense one gives."""
-        return self._choose_from(turn, weights, keep_outputs=needs_outputs)
-
-    def _choose_from(self, turn: BlockPass, weights: list[PrunableWeight], keep_outputs: bool) -> list[Tensor]:
+        if not needs_outputs:
+            self._choose_from(weights, turn.observe)
+            return []
         outputs: list[Tensor] = []
 
         def run(recorder: InputRecorder) -> None:
-            outputs[:] = turn.run(recorder, keep_outputs)
+            outputs[:] = turn.run(recorder)
 
+        self._choose_from(weights, run)
+        return outputs
+
+    def _choose_from(self, weights: list[PrunableWeight], run: Callable[[InputRecorder], None]) -> None:
         parts = self._statistics_of(weights, self.config.statistics, run)
         for weight in weights:
             self._choose(weight, parts[weight.name])
-        return outputs
 
     def _visit_layer_by_layer(
         self, turn: BlockPass, weights: list[PrunableWeight], needs_outputs: bool
@@ -187,7 +192,7 @@ class Sweep:
             parts.append(Part(rows, statistics))
             if rows is None or rows.stop == weight.shape[0]:
                 self._choose(weight, parts)
-                pruned.enter_context(self.changes.made([weight]))
+                pruned.enter_context(self.changes.made([weight], now=True))
 
         with ExitStack() as pruned:
             outputs = turn.run_in_step(weights, before)
@@ -252,7 +257,7 @@ class Sweep:
 
     def _choose(self, weight: PrunableWeight, parts: list[Part]) -> None:
         choice = self.chooser.choose(weight, parts, self._counts.get(weight.name))
-        self.changes.add(weight, choice)
+        self.changes.add(weight, choice, called=any(part.statistics.tokens for part in parts))
         if choice.error is not None:
             self.errors[weight.name] = choice.error
 

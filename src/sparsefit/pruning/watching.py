@@ -21,6 +21,7 @@ class Seen(NamedTuple):
         rows: Which of its rows see this input; None is all. The rows for query, key and value of attention differ.
         inputs: (..., in), or (..., in, height, width) before a convolution.
         version: Grows when the input is changed in place.
+        layer: The layer that was called; None inside a fused function.
         positions: Which rows and columns of an image a 1x1 convolution looks at.
     """
 
@@ -28,6 +29,7 @@ class Seen(NamedTuple):
     rows: slice | None
     inputs: Tensor
     version: int
+    layer: nn.Module | None = None
     positions: tuple[slice, slice] = (slice(None), slice(None))
 
     @property
@@ -55,7 +57,7 @@ def hooked(weights: Iterable[PrunableWeight], record: Record) -> Iterator[None]:
     def hook(weight: PrunableWeight) -> Callable[..., None]:
         def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             inputs = args[0] if args else next(iter(kwargs.values()))
-            seen = Seen(weight, None, inputs, version_of(inputs))
+            seen = Seen(weight, None, inputs, version_of(inputs), layer)
             record(seen._replace(positions=_positions(layer)) if isinstance(layer, nn.Conv2d) else seen)
 
         return before
