@@ -134,6 +134,7 @@ def way_to_prune(name: str, args: argparse.Namespace) -> Callable[[nn.Module, li
     if name == "straightforward":
         return lambda model, samples: prune_straightforward(model, samples, args.sparsity, args.pattern)
     settings = {"sparsity": args.sparsity, "pattern": args.pattern}
+    settings["update"] = args.update
     if args.micro_batch_size is not None:
         settings["micro_batch_size"] = args.micro_batch_size
     config = PruningConfig(**settings)
@@ -224,6 +225,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_size_options(parser, hidden=768, layers=12, samples=16, length=256)
     parser.add_argument("--micro-batch-size", type=int, help="of the engine; its default if not given")
+    parser.add_argument("--update", default="block", help="order of the engine; the plain algorithm's is block")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--breakdown", action="store_true", help="also show where the engine's time goes")
     parser.add_argument("--measure", choices=WAYS, help=argparse.SUPPRESS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -9,6 +10,8 @@ from states import same, sequences, state, weights
 
 from sparsefit import PruningConfig, prune
 from sparsefit.pruning.changes import Changes
+
+TARGETS = ("q_proj", "o_proj", "down_proj")
 
 
 @pytest.mark.parametrize("reconstruction", [None, "sequential"])
@@ -43,17 +46,19 @@ def test_interrupts_while_weights_are_written_leave_the_model_dense_or_whole_pru
     tiny_model, monkeypatch, update, presses, reconstruction
 ):
     """At every write: those for a while, and those at the end."""
-    config = PruningConfig(update=update, reconstruction=reconstruction, micro_batch_size=1)
+    config = PruningConfig(update=update, reconstruction=reconstruction, targets=TARGETS, micro_batch_size=1)
     settings = {"num_hidden_layers": 2}
-    pruned, original, total = tiny_model("llama", **settings), Changes.make, itertools.count()
+    pruned, total = tiny_model("llama", **settings), itertools.count()
+    writes = {name: getattr(Changes, name) for name in ("make", "_changed")}
     with monkeypatch.context() as patched:
-        patched.setattr(Changes, "make", lambda *args: (next(total), original(*args))[1])
+        for name, original in writes.items():
+            patched.setattr(Changes, name, lambda *args, original=original: (next(total), original(*args))[1])
         prune(pruned, sequences(1), config)
     dense, outcomes = weights(tiny_model("llama", **settings)), set()
     for at in range(next(total)):
         model, calls = tiny_model("llama", **settings), itertools.count()
 
-        def interrupted(*args, calls=calls, at=at):
+        def interrupted(*args, original, calls=calls, at=at):
             number = next(calls)
             if number % 2:  # after the write, too
                 original(*args)
@@ -62,7 +67,8 @@ def test_interrupts_while_weights_are_written_leave_the_model_dense_or_whole_pru
             return original(*args)
 
         with monkeypatch.context() as patched:
-            patched.setattr(Changes, "make", interrupted)
+            for name, original in writes.items():
+                patched.setattr(Changes, name, functools.partialmethod(interrupted, original=original))
             with pytest.raises(KeyboardInterrupt):
                 prune(model, sequences(1), config)
         is_dense, is_pruned = same(weights(model), dense), same(weights(model), weights(pruned))
@@ -74,31 +80,35 @@ def test_interrupts_while_weights_are_written_leave_the_model_dense_or_whole_pru
 @pytest.mark.parametrize("reconstruction", [None, "sequential"])
 @pytest.mark.parametrize("update", ["block", "layer"])
 def test_interrupts_while_weights_are_put_back_are_held_until_all_are(tiny_model, monkeypatch, update, reconstruction):
-    config = PruningConfig(update=update, reconstruction=reconstruction, micro_batch_size=1)
+    config = PruningConfig(update=update, reconstruction=reconstruction, targets=TARGETS, micro_batch_size=1)
     settings = {"num_hidden_layers": 2}
-    original, dense, at = Changes._undo, weights(tiny_model("llama", **settings)), 0
+    dense, at = weights(tiny_model("llama", **settings)), 0
+    originals = {name: getattr(Changes, name) for name in ("_undo", "_change_on_call")}
     while True:
         model, calls = tiny_model("llama", **settings), itertools.count()
 
-        def undo(changes, weight, calls=calls, at=at):
+        def interrupted(back, calls=calls, at=at):
+            if next(calls) == at:
+                raise KeyboardInterrupt
+            back()
+
+        def undo(changes, weight, original, interrupted=interrupted):
             back = original(changes, weight)
-
-            def interrupted():
-                if next(calls) == at:
-                    raise KeyboardInterrupt
-                back()
-
-            return interrupted
+            if isinstance(back, list):
+                return [functools.partial(interrupted, one) for one in back]
+            return functools.partial(interrupted, back)
 
         with monkeypatch.context() as patched:
-            patched.setattr(Changes, "_undo", undo)
+            for name, original in originals.items():
+                patched.setattr(Changes, name, functools.partialmethod(undo, original=original))
             try:
                 prune(model, sequences(1), config)
                 break
             except KeyboardInterrupt:
                 assert same(weights(model), dense), f"put back {at}"
+                assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
         at += 1
-    assert at >= 7
+    assert at >= 6
 
 
 @pytest.mark.parametrize("reconstruction", [None, "sequential", "iterative", "least_squares"])
