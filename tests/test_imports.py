@@ -12,7 +12,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("transformers", "datasets", "lightning", "peft", "matplotlib", "torchmetrics", "pyarrow", "rich", "bitsandbytes")
+HEAVY = (
+    "transformers",
+    "datasets",
+    "lightning",
+    "peft",
+    "bitsandbytes",
+    "matplotlib",
+    "torchmetrics",
+    "pyarrow",
+    "rich",
+)
 
 # Beside the standard library, sparsefit.errors and itself, a package may import these and no others.
 ALLOWED = {

@@ -189,9 +189,8 @@ def print_table(title: str, table: Table, points: Points, model: str) -> None:
 def print_costs(points: Points, model: str) -> None:
     """Seconds, mean layer error and sparsity counted, of every method at 50% and 2:4."""
     print(f"\n### Costs and layer errors, {model}\n")
-    print(
-        "| | seconds, 50% | layer error, 50% | sparsity, 50% | layer error, 2:4 | sparsity, 2:4 |\n|---|---|---|---|---|---|"
-    )
+    columns = ["seconds, 50%", "layer error, 50%", "sparsity, 50%", "layer error, 2:4", "sparsity, 2:4"]
+    print(f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     for name, row in TABLES["methods"].items():
         half, pairs = points.get(model, row["50%"]), points.get(model, row["2:4"]) if "2:4" in row else {}
 
