@@ -7,41 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from moe import FAMILIES, SIZES
 from torch import Tensor, nn
 
 from sparsefit.pruning.fused import FusedInputs, eager_experts, find_attention_weights, find_stacks
-
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "num_experts_per_tok": 2,
-    "pad_token_id": 0,
-}
-DEEPSEEK = {
-    "num_key_value_heads": 4,
-    "n_routed_experts": 8,
-    "n_group": 2,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "moe_intermediate_size": 12,
-    "q_lora_rank": 8,
-    "kv_lora_rank": 8,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 4,
-    "v_head_dim": 4,
-}
-MOE = {
-    "Mixtral": {"num_local_experts": 8},
-    "Qwen3Moe": {"num_experts": 8, "moe_intermediate_size": 12, "head_dim": 8},
-    "Olmoe": {"num_experts": 8},
-    "DeepseekV3": DEEPSEEK,
-    "GptOss": {"num_local_experts": 8, "head_dim": 8},  # stored (experts, in, out), with biases
-}
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +30,7 @@ def slow_attention() -> Iterator[None]:
 def make_moe(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     import transformers
 
-    config = getattr(transformers, f"{family}Config")(**(SIZES | MOE[family]))
+    config = getattr(transformers, f"{family}Config")(**(SIZES | FAMILIES[family]))
     return spread(getattr(transformers, f"{family}ForCausalLM")(config)).to(dtype)
 
 
@@ -93,7 +62,7 @@ def in_order(rows: list[Tensor] | Tensor) -> Tensor:
 # Experts of transformers
 
 
-@pytest.mark.parametrize("family", MOE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_finds_the_stacks_of_a_model(family: str):
     model = make_moe(family)
     expected = {id(p) for p in model.parameters() if p.ndim == 3}
@@ -128,7 +97,7 @@ def down_input(experts: nn.Module, index: int, token: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", MOE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_each_expert_sees_the_tokens_routed_to_it(family: str, dtype: torch.dtype):
     model = make_moe(family, dtype)
     ids = torch.randint(1, 61, (1, 3), generator=torch.Generator().manual_seed(1))
@@ -153,7 +122,7 @@ def test_each_expert_sees_the_tokens_routed_to_it(family: str, dtype: torch.dtyp
         torch.testing.assert_close(in_order(seen[key]), in_order(inputs), **tolerance)
 
 
-@pytest.mark.parametrize("family", MOE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_experts_are_recorded_before_they_are_used(family: str):
     model = make_moe(family)
     zeroed = copy.deepcopy(model)
@@ -505,7 +474,7 @@ def test_experts_of_an_adapted_model_are_eager_for_a_while():
 def test_each_model_in_a_model_gets_its_own_implementation_back():
     from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
-    text = SIZES | MOE["Qwen3Moe"] | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}
+    text = SIZES | FAMILIES["Qwen3Moe"] | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}
     vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 8, "out_hidden_size": 16}
     vision |= {"num_position_embeddings": 4, "deepstack_visual_indexes": [0]}
     model = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text, vision_config=vision))

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from moe import FAMILIES, SIZES
 from passes import collect, linear_layers, matrix_of, spread_weights, staged, unseen_in
 from reference import assert_mask, gram_of, reference_error, score_of
 from torch import Tensor, nn
@@ -14,37 +15,6 @@ from sparsefit import MaskSet, PruningConfig, prune
 from sparsefit.errors import MaskError
 from sparsefit.pruning.reconstruction import inverse_factor, update_sequentially
 
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "num_experts_per_tok": 2,
-    "pad_token_id": 0,
-}
-DEEPSEEK = {
-    "num_key_value_heads": 4,
-    "n_routed_experts": 8,
-    "n_group": 2,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "moe_intermediate_size": 12,
-    "q_lora_rank": 8,
-    "kv_lora_rank": 8,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 4,
-    "v_head_dim": 4,
-}
-FAMILIES = {
-    "Mixtral": {"num_local_experts": 8},
-    "Qwen3Moe": {"num_experts": 8, "moe_intermediate_size": 12, "head_dim": 8},
-    "Olmoe": {"num_experts": 8},
-    "DeepseekV3": DEEPSEEK,
-    "GptOss": {"num_local_experts": 8, "head_dim": 8},  # stored (experts, in, out), with biases
-}
 EXPERTS = "mlp.experts"
 
 
