@@ -48,6 +48,7 @@ class WandaPruning(Callback):
     def __init__(
         self,
         sparsity: float = 0.5,
+        *,
         calibration: Iterable[Any] | None = None,
         calibration_samples: int | None = None,
         **settings: Any,

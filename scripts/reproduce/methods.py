@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 
-from sparsefit import PruningConfig, prune
+from sparsefit import PruningConfig, prune, register_score
 from sparsefit.data import PythonDocsDataModule, TextFilesDataModule
 from sparsefit.evaluation.perplexity import perplexity
 from sparsefit.modules.loading import load_causal_lm
+from sparsefit.pruning.scores import wanda_score
 
 Settings = dict[str, Any]
 
@@ -51,6 +52,8 @@ SPARSITIES: dict[str, Settings] = {
     "4:8": {"pattern": "4:8"},
     "2:4": {"pattern": "2:4"},
 }
+# Wanda itself takes no Gram matrix, which the error of a layer's outputs is computed from.
+register_score("wanda_with_errors", lambda weight, norm, _: wanda_score(weight, norm), ("squared_norm", "gram"))
 SPARSEGPT = {"score": "sparsegpt", "reconstruction": "iterative"}
 METHODS: dict[str, Settings] = {
     "magnitude": {"score": "magnitude"},
@@ -64,6 +67,7 @@ METHODS: dict[str, Settings] = {
     "Wanda, sequential update": {"reconstruction": "sequential"},
     "Wanda, least squares": {"reconstruction": "least_squares"},
     "Wanda, 10 swaps, least squares": {"swaps": 10, "reconstruction": "least_squares"},
+    "Wanda, OWL, 10 swaps, least squares": {"allocation": "owl", "swaps": 10, "reconstruction": "least_squares"},
     "SparseGPT, layer order": SPARSEGPT | {"update": "layer"},
     "Wanda, 10 swaps, least squares, layer order": {"swaps": 10, "reconstruction": "least_squares", "update": "layer"},
 }
@@ -191,7 +195,9 @@ def print_costs(points: Points, model: str) -> None:
     print(f"\n### Costs and layer errors, {model}\n")
     columns = ["seconds, 50%", "layer error, 50%", "sparsity, 50%", "layer error, 2:4", "sparsity, 2:4"]
     print(f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
-    for name, row in TABLES["methods"].items():
+    with_errors = {"score": "wanda_with_errors"}
+    wanda = {sparsity: with_errors | SPARSITIES[sparsity] for sparsity in ("50%", "2:4")}
+    for name, row in (TABLES["methods"] | {"Wanda": wanda}).items():
         half, pairs = points.get(model, row["50%"]), points.get(model, row["2:4"]) if "2:4" in row else {}
 
         def share(point: dict[str, Any], key: str, form: str) -> str:

@@ -55,3 +55,16 @@ def test_wanda_beats_magnitude_and_both_cost_something(stories):
     assert pruned(stories, sparsity=0.0) == dense
     assert dense < pruned(stories, sparsity=0.2) < half["wanda"] < pruned(stories, sparsity=0.7)
     assert half["wanda"] < pruned(stories, pattern="4:8") < pruned(stories, pattern="2:4")
+
+
+@pytest.mark.parametrize("selection", [{}, {"pattern": "2:4"}], ids=["50%", "2:4"])
+def test_swaps_and_updates_win_back_what_wanda_loses(stories, selection):
+    wanda = pruned(stories, **selection)
+    swapped = pruned(stories, swaps=10, **selection)
+    sparsegpt = pruned(stories, score="sparsegpt", reconstruction="iterative", **selection)
+    best = pruned(stories, swaps=10, reconstruction="least_squares", **selection)
+    assert perplexity(stories[0], stories[2]) < best < sparsegpt < swapped < wanda
+
+
+def test_blocks_with_outliers_keep_more(stories):
+    assert pruned(stories, sparsity=0.7, allocation="owl") < pruned(stories, sparsity=0.7, allocation="uniform")
