@@ -10,9 +10,10 @@ from torch import Tensor
 
 from sparsefit.errors import ConfigError
 from sparsefit.pruning.config import PruningConfig
+from sparsefit.pruning.naming import layer_name, matches
 from sparsefit.pruning.recording import Part
 from sparsefit.pruning.scores import wanda_score
-from sparsefit.pruning.weights import PrunableWeight, layer_name, matches
+from sparsefit.pruning.weights import PrunableWeight
 
 
 def allocate(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparsefit.pruning.calibration import map_tensors
+from sparsefit.pruning.calibration import map_tensors, tensors_in
 from sparsefit.pruning.weights import matrices_of
 
 
@@ -144,23 +144,24 @@ def capture_calls(
     """The arguments with which one pass of the model calls each of its blocks, in calling order.
 
     Only the first block is computed (its output shows what form a block's output has); the others hand their
-    hidden state through, and the pass ends at the last one. So masks, position embeddings and whatever else
-    the model prepares for each block are the model's own, at the price of one block.
+    hidden state through, and the pass ends at the last one (a pass `to_the_end` computes all). So masks, position
+    embeddings and whatever else the model prepares for each block are the model's own, at the price of one block.
 
     Args:
         blocks: The blocks of one list.
         forward: Runs the model on one micro-batch.
-        to_the_end: Go on after the last block, to see whether the model comes back to any.
+        to_the_end: Compute every block and go on after the last one, to see that other passes can do without.
         simple: Blocks are known to return a tensor alone, so that not even the first must be computed.
 
     Raises:
-        NotSweepable: if a block is called twice or after the last one, or what goes into a block is not what
-            came out of the one before.
+        NotSweepable: if a block is called twice or after the last one, what goes into a block is not what came out of
+            the one before, or (to the end) blocks change its shape or hand on more than it.
     """
     if len({id(block) for block in blocks}) < len(blocks):
         raise NotSweepable("a block stands more than once in the list of blocks")
     calls: list[tuple[int, BlockCall]] = []
     first_output: list[Any] = []
+    last_output: list[Any] = []
     handed_on: list[tuple[Tensor, int]] = []
     last = len(blocks) - 1
 
@@ -173,19 +174,33 @@ def capture_calls(
         calls.append((index, call))
         if index == last and not to_the_end:
             raise _LastBlockReached
-        if simple:
-            output = call.hidden
-        elif not first_output:
-            first_output.append(call.run(original, call.hidden.clone()))
-            output = first_output[0]
+        if to_the_end or not (simple or first_output):
+            output = call.run(original, call.hidden.clone())
+            if to_the_end:
+                _check_replayable(call, [*first_output, *last_output], output, index == last)
+                last_output[:] = [output]
+            if not first_output:
+                first_output.append(output)
         else:
-            output = _with_hidden(first_output[0], call.hidden)
+            output = call.hidden if simple else _with_hidden(first_output[0], call.hidden)
         handed_on.append((hidden_of(output), version_of(hidden_of(output))))
         return output
 
     with _replaced_forwards(blocks, enter), suppress(_LastBlockReached):
         forward()
     return Capture(calls, bool(first_output) and isinstance(first_output[0], Tensor))
+
+
+def _check_replayable(call: BlockCall, before: list[Any], output: Any, is_last: bool) -> None:
+    """See that a block can be handed its input through, and that what blocks return beside the hidden state is what the
+    first of them (the first of the outputs `before`) has made."""
+    if before:
+        first = {id(tensor) for tensor in tensors_in(before[0])}
+        taken = {id(tensor) for tensor in tensors_in([call.args, call.kwargs])} - {id(call.hidden)}
+        if any(id(tensor) in taken - first for tensor in tensors_in(before[-1])):
+            raise NotSweepable("blocks hand on more than one tensor that they change")
+    if not is_last and hidden_of(output).shape != call.hidden.shape:
+        raise NotSweepable("blocks change the shape of the hidden state")
 
 
 @contextmanager

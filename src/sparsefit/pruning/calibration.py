@@ -39,7 +39,7 @@ class MicroBatch:
         return mask.bool()
 
 
-def regroup(batches: Iterable[Any], size: int) -> Iterator[MicroBatch]:
+def regroup(batches: Iterable[Any], size: int, encoder_decoder: bool = False) -> Iterator[MicroBatch]:
     """The samples of all batches in micro-batches of one size, however the batches were cut.
 
     Samples lose their padding; consecutive ones of equal shape go together. So the same samples go through
@@ -56,7 +56,7 @@ def regroup(batches: Iterable[Any], size: int) -> Iterator[MicroBatch]:
             yield MicroBatch(batch, (index,))
             group, origin = [], []
             continue
-        for sample in filter(_has_tokens, map(without_padding, samples)):
+        for sample in filter(_has_tokens, (without_padding(sample, encoder_decoder) for sample in samples)):
             if group and (len(group) == size or _shapes(sample) != _shapes(group[0])):
                 yield MicroBatch(_join(group), tuple(origin))
                 group, origin = [], []
@@ -77,11 +77,18 @@ def split_samples(batch: Any) -> list[Any] | None:
     return [map_tensors(lambda t, i=i: t[i : i + 1], batch) for i in range(len(tensors[0]))]
 
 
-def without_padding(sample: Any) -> Any:
-    """A sample of one sequence without the padding at its ends; other samples as they are."""
+def without_padding(sample: Any, encoder_decoder: bool = False) -> Any:
+    """A sample of one sequence without the padding at its ends; other samples as they are.
+
+    The labels of an encoder-decoder model are the decoder's, and padded with -100.
+    """
     if not isinstance(sample, Mapping):
         return sample
     trimmed = dict(sample)
+    labels = sample.get("labels")
+    if encoder_decoder and isinstance(labels, Tensor) and labels.ndim == 2 and "decoder_attention_mask" not in sample:
+        real = (labels[0] != -100).nonzero().squeeze(1)
+        trimmed["labels"] = labels[:, : int(real[-1]) + 1 if len(real) else 0]
     for key in ("attention_mask", "decoder_attention_mask"):
         mask = sample.get(key)
         if not isinstance(mask, Tensor) or mask.ndim != 2:
@@ -89,7 +96,8 @@ def without_padding(sample: Any) -> Any:
         real = mask[0].nonzero().squeeze(1)
         start, end = (int(real[0]), int(real[-1]) + 1) if len(real) else (0, 0)
         for name, value in sample.items():
-            same_side = name.startswith("decoder_") == key.startswith("decoder_")
+            of_decoder = name.startswith("decoder_") or (encoder_decoder and name == "labels")
+            same_side = of_decoder == key.startswith("decoder_")
             if same_side and isinstance(value, Tensor) and value.shape[:2] == mask.shape:
                 trimmed[name] = value[:, start:end]
     return trimmed

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sparsefit.errors import CalibrationError
+from sparsefit.errors import CalibrationError, ConfigError
 from sparsefit.pruning.config import PruningConfig
 from sparsefit.pruning.reconstruction import (
     Factor,
@@ -78,7 +78,7 @@ class Chooser:
         seen = [part for part in parts if part.statistics.tokens]
         if self.config.statistics and not seen:
             self.unseen.append(weight.name)
-            choice = Choice(self._select(self._finite(magnitude_score(matrix), weight), count))
+            choice = Choice(self._select(magnitude_score(matrix), count))
         elif self.config.reconstruction == "iterative":
             choice = self._iterative(weight, matrix, parts, count)
         else:
@@ -87,10 +87,10 @@ class Chooser:
 
     def _mask(self, weight: PrunableWeight, matrix: Tensor, parts: list[Part], count: int | None) -> Tensor:
         scores = [
-            self.score.function(matrix[part.rows or slice(None)], *self._needs(part.statistics, weight))
+            self._scores(weight, matrix[part.rows or slice(None)], self._needs(part.statistics, weight))
             for part in parts or [Part(None, None)]
         ]
-        mask = self._select(self._finite(torch.cat(scores) if len(scores) > 1 else scores[0], weight), count)
+        mask = self._select(torch.cat(scores) if len(scores) > 1 else scores[0], count)
         if not self.config.swaps:
             return mask
         structure = self.config.structure
@@ -131,11 +131,19 @@ class Chooser:
             return select_variant(scores, self.config.exact_sparsity)
         return select(scores, self.granularity, self.config.exact_sparsity)
 
-    def _finite(self, scores: Tensor, weight: PrunableWeight) -> Tensor:
+    def _scores(self, weight: PrunableWeight, matrix: Tensor, needs: list[Tensor]) -> Tensor:
+        scores, name = self.score.function(matrix, *needs), self.config.score
+        if not isinstance(scores, Tensor) or scores.shape != matrix.shape:
+            given = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise ConfigError(
+                f"score '{name}' gave {given} for {tuple(matrix.shape)} weights of {weight.name}; a score gives one "
+                "number for each weight, as a tensor of their shape"
+            )
         if not all_finite(scores):
             raise CalibrationError(
-                f"the scores of {weight.name} are not finite: its weights or their inputs are too large for float32. "
-                "The model was left as it was; look at the calibration data, or exclude the layer"
+                f"the scores of {weight.name} are not finite ('{name}'): its weights or their inputs are too large for "
+                "float32, or a score of your own divides by zero. The model was left as it was; look at the "
+                "calibration data, or exclude the layer"
             )
         return scores
 
@@ -187,7 +195,7 @@ class Chooser:
 
         def choose(block: Tensor, columns: slice, diagonal: Tensor) -> Tensor:
             inputs = [needed(need, columns, diagonal) for need in self.score.needs]
-            scores = self._finite(self.score.function(block, *inputs), weight)
+            scores = self._scores(weight, block, inputs)
             # Rounded so that the blocks' counts add up to the whole count.
             due = None if count is None else count * columns.stop // width - count * columns.start // width
             return self._select(scores, due)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 import torch
@@ -95,7 +95,7 @@ class PruningConfig:
     score: str = "wanda"
     granularity: str | tuple[str, int] | None = None
     update: str = "block"
-    allocation: str | Mapping[str, float] | None = None
+    allocation: str | Mapping[str, float] | None = field(default=None, hash=False)
     owl_threshold: float = 5.0
     owl_spread: float = 0.08
     swaps: int = 0
@@ -117,8 +117,8 @@ class PruningConfig:
         object.__setattr__(self, "granularity", str(granularity))
         object.__setattr__(self, "sparsity", self._checked_sparsity())
         object.__setattr__(self, "allocation", _checked_allocation(self.allocation))
-        for field in ("targets", "exclude"):
-            object.__setattr__(self, field, _checked_names(field, getattr(self, field)))
+        for names in ("targets", "exclude"):
+            object.__setattr__(self, names, _checked_names(names, getattr(self, names)))
         _check_whole("micro_batch_size", self.micro_batch_size, 1)
         _check_whole("swaps", self.swaps, 0)
         _check_number("damping", self.damping)

@@ -71,10 +71,16 @@ class MaskSet(Mapping[str, Tensor]):
 
     def __init__(self) -> None:
         self._packed: dict[str, _Packed] = {}
+        self._by_parameter: dict[str, list[str]] = {}
 
     def add(self, name: str, mask: Tensor, transposed: bool = False) -> None:
         """Take in the (out, in) bool mask of a parameter; `transposed` if that is stored (in, out)."""
-        self._packed[name] = _Packed(pack_bits(mask), (mask.shape[0], mask.shape[1]), transposed)
+        self._put(name, _Packed(pack_bits(mask), (mask.shape[0], mask.shape[1]), transposed))
+
+    def _put(self, name: str, packed: _Packed) -> None:
+        if name not in self._packed:
+            self._by_parameter.setdefault(split_name(name)[0], []).append(name)
+        self._packed[name] = packed
 
     def __getitem__(self, name: str) -> Tensor:
         return self._packed[name].mask()
@@ -90,12 +96,9 @@ class MaskSet(Mapping[str, Tensor]):
         return len(self._packed)
 
     @property
-    def parameters(self) -> dict[str, list[str]]:
+    def parameters(self) -> Mapping[str, list[str]]:
         """The names of the masked parameters, and of the masks of each: several for a stack of experts."""
-        names: dict[str, list[str]] = {}
-        for name in self._packed:
-            names.setdefault(split_name(name)[0], []).append(name)
-        return names
+        return self._by_parameter
 
     def for_parameter(self, parameter: str, like: Tensor) -> Tensor:
         """The mask of a whole parameter in the shape and layout in which it is stored, on its device."""
@@ -127,7 +130,8 @@ class MaskSet(Mapping[str, Tensor]):
     def renamed(self, rename: Callable[[str], str]) -> MaskSet:
         """The same masks under other names."""
         masks = MaskSet()
-        masks._packed = {rename(name): packed for name, packed in self._packed.items()}
+        for name, packed in self._packed.items():
+            masks._put(rename(name), packed)
         return masks
 
     def apply(self, model: nn.Module) -> None:
@@ -169,7 +173,8 @@ class MaskSet(Mapping[str, Tensor]):
     def of_parameter(self, parameter: str) -> MaskSet:
         """The masks of one parameter."""
         masks = MaskSet()
-        masks._packed = {name: self._packed[name] for name in self.parameters.get(parameter, [])}
+        for name in self.parameters.get(parameter, []):
+            masks._put(name, self._packed[name])
         return masks
 
     def matrices_in(self, tensors: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -226,7 +231,7 @@ class MaskSet(Mapping[str, Tensor]):
                 raise MaskError(
                     f"the saved mask of {name} is damaged: {tuple(packed.bits.shape)} bytes for {out}x{inputs}"
                 )
-            masks._packed[name] = packed
+            masks._put(name, packed)
         return masks
 
     def save(self, path: str | Path) -> None:

@@ -100,7 +100,7 @@ def prune(
     with torch.no_grad(), _evaluating(model):
         if batches is not None and forward is None:
             batches = (with_names(model, batch) for batch in _source(batches))
-        data = _calibration_data(batches, config)
+        data = _calibration_data(batches, config, _is_encoder_decoder(model))
         result.samples = sum(len(batch.origin) for batch in data)
         progress = progress or (lambda done, total: None)
         sweep = Sweep(weights, block_lists, data, config, pass_on, progress, result.note)
@@ -127,10 +127,14 @@ def _source(batches: Iterable[Any]) -> Iterable[Any]:
     return batches
 
 
-def _calibration_data(batches: Iterable[Any] | None, config: PruningConfig) -> list[MicroBatch]:
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return any(getattr(getattr(m, "config", None), "is_encoder_decoder", False) is True for m in model.modules())
+
+
+def _calibration_data(batches: Iterable[Any] | None, config: PruningConfig, encoder_decoder: bool) -> list[MicroBatch]:
     if not config.needs_inputs:
         return []
-    data = list(regroup(batches, config.micro_batch_size)) if batches is not None else []
+    data = list(regroup(batches, config.micro_batch_size, encoder_decoder)) if batches is not None else []
     if not data:
         raise CalibrationError(
             f"{_what_needs_inputs(config)} needs calibration data and there is none: "

@@ -174,8 +174,8 @@ def stored_matrix(tensors: Mapping[str, Tensor], name: str) -> Tensor:
         name: Name of the weight.
     """
     data = tensors[name]
-    parts = {key.removeprefix(f"{name}."): tensors[key] for key in tensors if key.startswith(f"{name}.")}
-    if "absmax" in parts:
+    if f"{name}.absmax" in tensors:
+        parts = {key.removeprefix(f"{name}."): tensors[key] for key in tensors if key.startswith(f"{name}.")}
         return _values(data, _state_of_parts(parts))
     scales = tensors.get(f"{name.removesuffix('weight')}SCB")
     if data.dtype == torch.int8 and scales is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import wraps
 from typing import NamedTuple
 
 from torch import Tensor
@@ -128,6 +129,11 @@ def register_score(
     unknown = [need for need in needs if need not in (*KINDS, *DERIVED)]
     if unknown:
         raise ConfigError(f"score '{name}' needs {unknown}; the statistics are {', '.join((*KINDS, *DERIVED))}")
-    if name in SCORES and SCORES[name].function is not function:
+    if name in SCORES and getattr(SCORES[name].function, "__wrapped__", None) is not function:
         raise ConfigError(f"there is a score '{name}' already; give yours another name")
-    SCORES[name] = Score(function, granularity, needs)
+
+    @wraps(function)
+    def on_copies(*tensors: Tensor) -> Tensor:  # the weights are the model's own, and stay as they are
+        return function(*(tensor.clone() for tensor in tensors))
+
+    SCORES[name] = Score(on_copies, granularity, needs)

@@ -95,7 +95,7 @@ def select(scores: Tensor, granularity: Granularity, sparsity: Fraction) -> Tens
     """
     if granularity.axis == "variant":
         return select_variant(scores, sparsity)
-    return _select_in_groups(scores, granularity, lambda sizes: [prune_count(size, sparsity) for size in sizes])
+    return _select_in_groups(scores, granularity, lambda sizes: [(prune_count(size, sparsity), 0) for _, size in sizes])
 
 
 def select_count(scores: Tensor, granularity: Granularity, count: int) -> Tensor:
@@ -113,35 +113,38 @@ def select_count(scores: Tensor, granularity: Granularity, count: int) -> Tensor
         raise ValueError("the variant cannot remove an exact number of weights; use another granularity")
     if not 0 <= count <= scores.numel():
         raise ValueError(f"cannot remove {count} of {scores.numel()} weights")
+    if not scores.numel():
+        return torch.ones_like(scores, dtype=torch.bool)
 
-    def counts(sizes: list[int]) -> list[int]:
-        floors = [count * size // scores.numel() for size in sizes]
-        missing = count - sum(floors)  # below the number of groups; and no group is full unless all are
-        return [share + (i < missing) for i, share in enumerate(floors)]
+    def counts(sizes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        floors = [count * size // scores.numel() for _, size in sizes]
+        missing = count - sum(number * share for (number, _), share in zip(sizes, floors, strict=True))
+        found = []  # below the number of groups is missing; and no group is full unless all are
+        for (number, _), share in zip(sizes, floors, strict=True):
+            found.append((share, min(missing, number)))
+            missing -= found[-1][1]
+        return found
 
-    return (
-        _select_in_groups(scores, granularity, counts) if scores.numel() else torch.ones_like(scores, dtype=torch.bool)
-    )
+    return _select_in_groups(scores, granularity, counts)
 
 
-def _select_in_groups(scores: Tensor, granularity: Granularity, counts: Callable[[list[int]], list[int]]) -> Tensor:
-    """`counts` gives how many go of each group from the sizes of all groups, first to last."""
+def _select_in_groups(
+    scores: Tensor, granularity: Granularity, counts: Callable[[list[tuple[int, int]]], list[tuple[int, int]]]
+) -> Tensor:
+    """`counts` takes the number and size of the groups of each size, and gives how many weights each of them loses and
+    how many of the first of them lose one more."""
     dim = 1 if granularity.axis == "input" else 0
     width = scores.shape[dim]
     size = width if granularity.axis == "layer" else min(granularity.size, width)
     whole = width // size
     pieces = [piece for piece in scores.split([whole * size, width - whole * size], dim) if piece.numel()]
     groups = [piece.unflatten(dim, (-1, min(size, piece.shape[dim]))).movedim(dim, 0) for piece in pieces]
-    removed = counts([group.numel() for piece in groups for group in piece])
+    removed = counts([(len(piece), piece[0].numel()) for piece in groups])
     masks = []
-    for piece in groups:  # (groups, rows, columns), where equally large groups may still lose one more or one less
+    for piece, (count, more) in zip(groups, removed, strict=True):  # (groups, rows, columns)
         rows = piece.flatten(1)
-        mine, removed = removed[: len(rows)], removed[len(rows) :]
-        first = mine.count(mine[0])
-        kept = [mask_of_smallest(rows[:first], mine[0])]
-        if first < len(rows):
-            kept.append(mask_of_smallest(rows[first:], mine[-1]))
-        kept = kept[0] if len(kept) == 1 else torch.cat(kept)
+        parts = [mask_of_smallest(some, n) for some, n in ((rows[:more], count + 1), (rows[more:], count)) if len(some)]
+        kept = parts[0] if len(parts) == 1 else torch.cat(parts)
         masks.append(kept.view(piece.shape).movedim(0, dim).flatten(dim, dim + 1))
     return masks[0] if len(masks) == 1 else torch.cat(masks, dim)
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from sparsefit.pruning.naming import canonical_name
 from sparsefit.pruning.quantized import dequantized, is_quantized, matrix_shape, stored_matrix
-from sparsefit.pruning.weights import as_matrix, canonical_name
+from sparsefit.pruning.weights import as_matrix
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparsefit.errors import ConfigError
@@ -114,10 +115,13 @@ class Sweep:
                     hidden = visit(turn, by_block.get(id(block), []), position + 1 < len(order))
 
     def _weights_by_block(self) -> dict[int, list[PrunableWeight]]:
-        owners = {id(layer): block for blocks in self.block_lists for block in blocks for layer in block.modules()}
+        owners: dict[int, set[int]] = {}
+        for block in (block for blocks in self.block_lists for block in blocks):
+            for module in block.modules():
+                owners.setdefault(id(module), set()).add(id(block))
         by_block: dict[int, list[PrunableWeight]] = {}
         for weight in self.weights:
-            homes = {id(owners[id(layer)]) for layer in weight.layers if id(layer) in owners}
+            homes = set().union(*(owners.get(id(layer), set()) for layer in weight.layers))
             if len(homes) > 1:
                 raise NotSweepable(f"blocks share the weight {weight.name}")
             if homes:
@@ -177,12 +181,13 @@ class Sweep:
         """Each layer's statistics come from layers pruned before it, within the block too, in a single pass."""
         gathered: dict[str, list[Part]] = {}
         last: list[tuple[list[tuple[MicroBatch, Seen]], InputStatistics]] = []
+        distributed = dist.is_available() and dist.is_initialized()  # ranks that share differently could not add up
 
         def before(weight: PrunableWeight, waiting: list[tuple[MicroBatch, Seen]]) -> None:
             if weight in self.changes:
                 self.note(f"{weight.name} is used again after it was pruned; its first use alone was counted")
                 return
-            if last and _same_inputs(last[0][0], waiting):
+            if last and not distributed and _same_inputs(last[0][0], waiting):
                 statistics = last[0][1]
             else:
                 statistics = self._statistics_from(weight, waiting)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -13,11 +12,10 @@ from torch import Tensor, nn
 from sparsefit.errors import ConfigError
 from sparsefit.pruning.config import Pattern, PruningConfig
 from sparsefit.pruning.fused import find_attention_weights, find_stacks
+from sparsefit.pruning.naming import base_modules, copied_modules, layer_name, matches
 from sparsefit.pruning.quantized import awaits_quantization, dequantized, is_quantized, matrix_shape
 
 HEAD_NAMES = frozenset({"lm_head", "head", "classifier", "score", "embed_out", "output_projection", "qa_outputs"})
-
-_WRAPPERS = re.compile(r"(?<![^.])(?:base_model\.model\.|_orig_mod\.)|(?<=\.)(?:base_layer|original_module)\.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,15 +84,6 @@ def all_finite(values: Tensor) -> bool:
     return not values.numel() or bool(torch.stack(values.aminmax()).isfinite().all())
 
 
-def canonical_name(name: str) -> str:
-    """A parameter's or layer's name without the parts that PEFT and torch.compile put into it.
-
-    "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight" is
-    "model.layers.0.self_attn.q_proj.weight".
-    """
-    return _WRAPPERS.sub("", name + ".").removesuffix(".")
-
-
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a layer that multiplies its input by one matrix: nn.Linear (one that bitsandbytes has
     quantized, too), the Conv1D of GPT-2, or a 1x1 convolution."""
@@ -107,7 +96,8 @@ def is_linear(module: nn.Module) -> bool:
         return module.kernel_size == (1, 1) and module.groups == 1
     if is_quantized(module):
         return True
-    return weight.ndim == 2 and weight.is_floating_point() and (isinstance(module, nn.Linear) or _is_conv1d(module))
+    dense = weight.ndim == 2 and weight.is_floating_point() and weight.element_size() > 1  # 8-bit floats have scales
+    return dense and (isinstance(module, nn.Linear) or _is_conv1d(module))
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -165,6 +155,8 @@ def find_weights(
             "(`model.to('cpu')` or `.to('cuda')`), which quantizes it"
         )
     _check_names_exist((*(config.targets or ()), *config.exclude), [layer_name(w.name) for w in candidates])
+    _check_unmerged(model)
+    copied = copied_modules(model)
     inside = {id(module) for block in blocks for module in block.modules()}
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     outputs = _output_layers(model)
@@ -172,7 +164,7 @@ def find_weights(
     found: dict[tuple[int, int | None], PrunableWeight] = {}
     reasons: dict[int, str] = {}
     for weight in candidates:
-        reason = _reason_to_keep(weight, config, inside, embedded, outputs)
+        reason = _reason_to_keep(weight, config, inside, embedded, outputs, copied)
         key = (id(weight.parameter), weight.index)
         if reason:
             reasons[id(weight.parameter)] = reason
@@ -186,35 +178,10 @@ def find_weights(
             f"{type(model).__name__} has no prunable weights: no linear layer is left to prune"
             + (f" after targets={config.targets}, exclude={config.exclude}" if config.targets or config.exclude else "")
         )
+    _check_at_hand(weights)
     _check_widths(weights, config.structure)
     _check_finite(weights)
     return weights, _left_dense(model, {id(weight.parameter) for weight in weights}, reasons)
-
-
-def layer_name(weight_name: str) -> str:
-    """The name by which a configuration speaks of a weight: without ".weight" and without an expert's number."""
-    return re.sub(r"\[\d+\]$", "", weight_name).removesuffix(".weight")
-
-
-def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules of the bare model by canonical name: what adapters added is left out."""
-    wrapped = {id(module): base for module in model.modules() if (base := _wrapped_by(module)) is not None}
-    adapters: set[int] = set()
-    for module in model.modules():
-        if id(module) in wrapped:
-            inner = {id(m) for m in wrapped[id(module)].modules()}
-            adapters |= {id(m) for m in module.modules() if m is not module} - inner
-    return {
-        canonical_name(name): module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if id(module) not in adapters and id(module) not in wrapped
-    }
-
-
-def _wrapped_by(module: nn.Module) -> nn.Module | None:
-    """The layer that a PEFT layer adapts (base_layer) or keeps a trained copy of (original_module)."""
-    candidates = (getattr(module, name, None) for name in ("base_layer", "original_module"))
-    return next((base for base in candidates if isinstance(base, nn.Module)), None)
 
 
 def _output_layers(model: nn.Module) -> set[int]:
@@ -234,10 +201,15 @@ def _reason_to_keep(
     inside: set[int],
     embedded: set[int],
     outputs: set[int],
+    copied: set[int],
 ) -> str | None:
     name, layer = layer_name(weight.name), weight.layers[0]
     if matches(name, config.exclude):
         return "excluded by the configuration"
+    if not weight.parameter.numel():
+        return "has no weights"
+    if id(layer) in copied:
+        return "the model computes with a copy of it that PEFT trains (modules_to_save)"
     if id(weight.parameter) in embedded:
         return "shared with an embedding"
     if config.targets is not None:
@@ -247,11 +219,6 @@ def _reason_to_keep(
     if not inside and id(layer) in outputs:
         return "output layer"
     return None
-
-
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a layer's name is one of the patterns or ends in one at a dot, as PEFT matches target modules."""
-    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
 
 def _check_names_exist(patterns: Iterable[str], names: list[str]) -> None:
@@ -264,6 +231,27 @@ def _check_names_exist(patterns: Iterable[str], names: list[str]) -> None:
                 f"no linear layer is named '{pattern}'; "
                 + (f"the nearest names are {', '.join(nearest)}" if nearest else f"the layers are {', '.join(kinds)}")
             )
+
+
+def _check_unmerged(model: nn.Module) -> None:
+    merged = [
+        name for name, m in model.named_modules() if hasattr(m, "base_layer") and getattr(m, "merged", None) is True
+    ]
+    if merged:
+        raise ConfigError(
+            f"an adapter is merged into {merged[0]}: taking it out again would bring pruned weights back. Call "
+            "unmerge_adapter() first, or merge_and_unload() to keep it for good"
+        )
+
+
+def _check_at_hand(weights: list[PrunableWeight]) -> None:
+    absent = [weight.name for weight in weights if weight.device.type == "meta"]
+    if absent:
+        raise ConfigError(
+            f"{', '.join(absent[:5])}{', ...' if len(absent) > 5 else ''}: these weights are not in memory (device "
+            "'meta'). Load the model without offloading to disk; one too large for the GPU is pruned from CPU memory "
+            "with PruningConfig(device='cuda')"
+        )
 
 
 def _check_widths(weights: list[PrunableWeight], pattern: Pattern | None) -> None:
@@ -295,9 +283,13 @@ def _left_dense(model: nn.Module, pruned: set[int], reasons: dict[int, str]) -> 
             default = (
                 "embedding" if isinstance(module, nn.Embedding) else f"not a linear layer: {type(module).__name__}"
             )
-            if not parameter.is_floating_point():
+            if not parameter.is_floating_point() or parameter.element_size() == 1:
                 default = f"quantized: {type(module).__name__}"
             left[f"{module_name}.{name}".lstrip(".")] = reasons.get(id(parameter), default)
+        # Some quantized layers keep their weights there.
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.ndim == 2 and min(buffer.shape) > 1 and buffer.dtype != torch.bool:
+                left[f"{module_name}.{name}".lstrip(".")] = f"a buffer of {type(module).__name__}, not a parameter"
     return left
 
 

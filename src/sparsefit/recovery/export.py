@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsefit.pruning import MaskSet
-from sparsefit.pruning.weights import base_modules, canonical_name
+from sparsefit.pruning.naming import base_modules, canonical_name
 
 WEIGHTS_FILE = "model.safetensors"
 

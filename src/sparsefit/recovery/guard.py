@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from sparsefit.pruning import MaskSet
-from sparsefit.pruning.weights import canonical_name
+from sparsefit.pruning.naming import canonical_name
 
 
 class MaskGuard:

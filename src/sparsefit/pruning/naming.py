@@ -1,0 +1,56 @@
+"""The names of modules and weights in the bare model, without what PEFT and torch.compile wrapped around it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from torch import nn
+
+_WRAPPERS = re.compile(r"(?<![^.])(?:base_model\.model\.|_orig_mod\.)|(?<=\.)(?:base_layer|original_module)\.")
+
+
+def canonical_name(name: str) -> str:
+    """A parameter's or layer's name without the parts that PEFT and torch.compile put into it.
+
+    "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight" is
+    "model.layers.0.self_attn.q_proj.weight".
+    """
+    return _WRAPPERS.sub("", name + ".").removesuffix(".")
+
+
+def layer_name(weight_name: str) -> str:
+    """The name by which a configuration speaks of a weight: without ".weight" and without an expert's number."""
+    return re.sub(r"\[\d+\]$", "", weight_name).removesuffix(".weight")
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a layer's name is one of the patterns or ends in one at a dot, as PEFT matches target modules."""
+    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules of the bare model by canonical name: what adapters added is left out."""
+    wrapped = {id(module): base for module in model.modules() if (base := _wrapped_by(module)) is not None}
+    adapters: set[int] = set()
+    for module in model.modules():
+        if id(module) in wrapped:
+            inner = {id(m) for m in wrapped[id(module)].modules()}
+            adapters |= {id(m) for m in module.modules() if m is not module} - inner
+    return {
+        canonical_name(name): module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if id(module) not in adapters and id(module) not in wrapped
+    }
+
+
+def copied_modules(model: nn.Module) -> set[int]:
+    """Ids of the modules of which PEFT trains a copy (modules_to_save), which takes their place in the model."""
+    wrappers = (module for module in model.modules() if isinstance(getattr(module, "original_module", None), nn.Module))
+    return {id(module) for wrapper in wrappers for module in wrapper.original_module.modules()}
+
+
+def _wrapped_by(module: nn.Module) -> nn.Module | None:
+    """The layer that a PEFT layer adapts (base_layer) or keeps a trained copy of (original_module)."""
+    candidates = (getattr(module, name, None) for name in ("base_layer", "original_module"))
+    return next((base for base in candidates if isinstance(base, nn.Module)), None)
