@@ -120,10 +120,13 @@ class WandaPruning(Callback):
         if masks.digest() != state_dict["digest"]:
             raise MaskError("the checkpoint is damaged: its masks do not give the digest saved with them")
         self.masks, self.summary = masks, dict(state_dict["summary"])
-        if self.summary.get("config") != _plain(self.config):
+        # A checkpoint of an earlier version knows fewer settings.
+        now, saved = _plain(self.config), self.summary.get("config") or {}
+        others = [f"{name}={value!r}" for name, value in now.items() if name in saved and saved[name] != value]
+        if others:
             rank_zero_warn(
-                f"The model stays pruned as the checkpoint has it ({self.summary.get('config')}); "
-                f"the settings given now ({_plain(self.config)}) change nothing."
+                f"The model stays pruned as the checkpoint has it ({saved}); the settings given now that are others "
+                f"change nothing: {', '.join(others)}"
             )
 
     def _prune_if_dense(self, trainer: Trainer, module: LightningModule) -> None:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sparsefit.errors import CalibrationError, ConfigError
 from sparsefit.pruning.config import PruningConfig
+from sparsefit.pruning.ranks import of_first_rank
 from sparsefit.pruning.reconstruction import (
     Factor,
     inverse_diagonal,
@@ -241,12 +241,5 @@ def _share_of_rows(count: int | None, matrix: Tensor, rows: slice) -> int | None
 
 def _agreed(choice: Choice) -> Choice:
     """The choice of the first rank, for all: rounding on other hardware must not make models differ."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return choice
-    mask = choice.mask.to(torch.uint8, memory_format=torch.contiguous_format)  # not every backend sends bool
-    dist.broadcast(mask, src=0)
     values = choice.values
-    if values is not None:
-        values = values.contiguous()
-        dist.broadcast(values, src=0)
-    return replace(choice, mask=mask.bool(), values=values)
+    return replace(choice, mask=of_first_rank(choice.mask), values=None if values is None else of_first_rank(values))

@@ -70,11 +70,11 @@ class PruningConfig:
         allocation: How the sparsity is shared out. None: every comparison group loses floor(size * sparsity), as in
             the paper. "uniform": every matrix loses the same share, rounded so that the total is exact to the weight.
             "owl": blocks with more outliers lose less. A mapping from layer names (as in `targets`) to sparsities:
-            those layers lose that share, the others what is left of the total.
+            those layers lose that share, the others what is left of the total (where there are others).
         owl_threshold: M of OWL: how many times the mean score makes an outlier.
         owl_spread: Lambda of OWL: how far a block's density may lie from the mean.
         swaps: Refine each mask by at most so many swaps a row of a kept and a pruned weight, each of which lowers
-            the layer's error (SparseSwaps). Weights keep their values.
+            the layer's error (SparseSwaps). Weights keep their values. Rows keep their number of zeros, columns do not.
         reconstruction: None (kept weights keep their values), "sequential" (the mask first, then the OBS update of the
             kept weights, column by column), "iterative" (SparseGPT's loop: masks are chosen as the update goes on,
             each 128 columns from the weights already updated) or "least_squares" (the kept weights that bring the

@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Generic, TypeVar
 
 import torch
-import torch.distributed as dist
 
+from sparsefit.pruning.ranks import from_all
 from sparsefit.pruning.watching import Seen, fused_inputs, hooked
 from sparsefit.pruning.weights import PrunableWeight
 
@@ -129,12 +129,8 @@ def run_in_step(
 
 def _first(positions: Iterator[int]) -> int | None:
     """The lowest position at which anything waits, here or on another rank; None if all is done."""
-    lowest = min(positions, default=None)
-    if not (dist.is_available() and dist.is_initialized()):
-        return lowest
-    everywhere: list[int | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, lowest)
-    return min((position for position in everywhere if position is not None), default=None)
+    lowest = from_all(min(positions, default=None))
+    return min((position for position in lowest if position is not None), default=None)
 
 
 def _surroundings_of_this_thread(

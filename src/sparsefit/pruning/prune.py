@@ -18,6 +18,7 @@ from sparsefit.pruning.config import PruningConfig
 from sparsefit.pruning.fused import eager_experts
 from sparsefit.pruning.masks import MaskSet
 from sparsefit.pruning.quantized import plain_layout
+from sparsefit.pruning.ranks import errors_on_all_ranks
 from sparsefit.pruning.scores import SCORES
 from sparsefit.pruning.sweep import Sweep
 from sparsefit.pruning.weights import device_of, find_weights
@@ -100,7 +101,8 @@ def prune(
     with torch.no_grad(), _evaluating(model):
         if batches is not None and forward is None:
             batches = (with_names(model, batch) for batch in _source(batches))
-        data = _calibration_data(batches, config, _is_encoder_decoder(model))
+        with errors_on_all_ranks():
+            data = _calibration_data(batches, config, _is_encoder_decoder(model))
         result.samples = sum(len(batch.origin) for batch in data)
         progress = progress or (lambda done, total: None)
         sweep = Sweep(weights, block_lists, data, config, pass_on, progress, result.note)

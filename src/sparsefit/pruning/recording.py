@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sparsefit.errors import CalibrationError
 from sparsefit.pruning.calibration import MicroBatch
+from sparsefit.pruning.ranks import from_all, is_distributed
 from sparsefit.pruning.statistics import InputStatistics
 from sparsefit.pruning.watching import Seen, fused_inputs, hooked
 from sparsefit.pruning.weights import PrunableWeight
@@ -93,7 +93,7 @@ class InputRecorder:
 
     def __init__(self, weights: Iterable[PrunableWeight], kinds: Iterable[str], apart: bool = False) -> None:
         self.weights, self.kinds = list(weights), tuple(kinds)
-        self.apart = apart or (dist.is_available() and dist.is_initialized())
+        self.apart = apart or is_distributed()
         self.notes: set[str] = set()
         self._batch: MicroBatch | None = None
         self._accumulators: dict[_Place, _Accumulator] = {}
@@ -157,12 +157,8 @@ class InputRecorder:
 
     def _rows_seen(self) -> dict[str, set[_Rows]]:
         """The row ranges in which each weight was seen, on any rank."""
-        places = [set(self._accumulators)]
-        if dist.is_available() and dist.is_initialized():
-            places = [set()] * dist.get_world_size()
-            dist.all_gather_object(places, set(self._accumulators))
         found: dict[str, set[_Rows]] = {}
-        for name, rows in set().union(*places):
+        for name, rows in set().union(*from_all(set(self._accumulators))):
             found.setdefault(name, set()).add(rows)
         return found
 

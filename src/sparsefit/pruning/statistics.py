@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from sparsefit.pruning.ranks import add_up, from_all
 
 KINDS = ("squared_norm", "abs_sum", "abs_max", "gram")
 """What can be accumulated: for each input feature its squared l2 norm, l1 norm and largest absolute value, all (in,),
@@ -69,13 +70,9 @@ class InputStatistics:
 
     def reduce_over_ranks(self) -> None:
         """Add up what every rank of a distributed run has seen; does nothing in a single process."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return
-        tokens = torch.tensor(self.tokens, device=self._sums["squared_norm"].device)
         for kind, values in self._sums.items():
-            dist.all_reduce(values, op=dist.ReduceOp.MAX if kind == "abs_max" else dist.ReduceOp.SUM)
-        dist.all_reduce(tokens)
-        self.tokens = int(tokens)
+            add_up(values, largest=kind == "abs_max")
+        self.tokens = sum(from_all(self.tokens))
 
 
 def squared_norms(inputs: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparsefit.errors import ConfigError
@@ -17,6 +16,7 @@ from sparsefit.pruning.calibration import MicroBatch
 from sparsefit.pruning.changes import Changes
 from sparsefit.pruning.choice import Chooser, describe_unseen
 from sparsefit.pruning.config import PruningConfig
+from sparsefit.pruning.ranks import errors_on_all_ranks, is_distributed
 from sparsefit.pruning.recording import InputRecorder, InputsDiverged, Part, check_finite, real_tokens
 from sparsefit.pruning.statistics import InputStatistics
 from sparsefit.pruning.watching import Seen
@@ -181,13 +181,13 @@ class Sweep:
         """Each layer's statistics come from layers pruned before it, within the block too, in a single pass."""
         gathered: dict[str, list[Part]] = {}
         last: list[tuple[list[tuple[MicroBatch, Seen]], InputStatistics]] = []
-        distributed = dist.is_available() and dist.is_initialized()  # ranks that share differently could not add up
 
         def before(weight: PrunableWeight, waiting: list[tuple[MicroBatch, Seen]]) -> None:
             if weight in self.changes:
                 self.note(f"{weight.name} is used again after it was pruned; its first use alone was counted")
                 return
-            if last and not distributed and _same_inputs(last[0][0], waiting):
+            # Ranks that share differently could not add up.
+            if last and not is_distributed() and _same_inputs(last[0][0], waiting):
                 statistics = last[0][1]
             else:
                 statistics = self._statistics_from(weight, waiting)
@@ -208,11 +208,12 @@ class Sweep:
 
     def _statistics_from(self, weight: PrunableWeight, waiting: list[tuple[MicroBatch, Seen]]) -> InputStatistics:
         statistics = InputStatistics(weight.shape[1], weight.device, self.config.statistics)
-        for batch, seen in waiting:
-            tokens, note = real_tokens(seen, batch)
-            if note:
-                self.note(note)
-            check_finite(statistics.add(tokens), seen, batch)
+        with errors_on_all_ranks():
+            for batch, seen in waiting:
+                tokens, note = real_tokens(seen, batch)
+                if note:
+                    self.note(note)
+                check_finite(statistics.add(tokens), seen, batch)
         statistics.reduce_over_ranks()
         self.tokens = max(self.tokens, statistics.tokens)
         return statistics
@@ -223,7 +224,7 @@ class Sweep:
         for apart in (False, True):
             recorder = InputRecorder(weights, kinds, apart)
             try:
-                with recorder.watching():
+                with recorder.watching(), errors_on_all_ranks():
                     run(recorder)
                 parts = recorder.parts()
                 break

@@ -15,6 +15,7 @@ from sparsefit.pruning.fused import find_attention_weights, find_stacks
 from sparsefit.pruning.naming import base_modules, copied_modules, layer_name, matches
 from sparsefit.pruning.quantized import awaits_quantization, dequantized, is_quantized, matrix_shape
 
+EXCLUDED = "excluded by the configuration"
 HEAD_NAMES = frozenset({"lm_head", "head", "classifier", "score", "embed_out", "output_projection", "qa_outputs"})
 
 
@@ -172,7 +173,8 @@ def find_weights(
             found[key] = weight
         elif weight.layers[0] not in found[key].layers:  # one layer may stand under several names
             found[key] = replace(found[key], layers=(*found[key].layers, *weight.layers))
-    weights = list(found.values())
+    # A weight that two layers share is excluded with either.
+    weights = [weight for weight in found.values() if reasons.get(id(weight.parameter)) != EXCLUDED]
     if not weights:
         raise ConfigError(
             f"{type(model).__name__} has no prunable weights: no linear layer is left to prune"
@@ -205,7 +207,7 @@ def _reason_to_keep(
 ) -> str | None:
     name, layer = layer_name(weight.name), weight.layers[0]
     if matches(name, config.exclude):
-        return "excluded by the configuration"
+        return EXCLUDED
     if not weight.parameter.numel():
         return "has no weights"
     if id(layer) in copied:

@@ -1,0 +1,65 @@
+"""What the ranks of a distributed run tell each other while they prune; nothing in a single process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sparsefit.errors import CalibrationError
+
+Value = TypeVar("Value")
+
+
+def is_distributed() -> bool:
+    """Whether there are other ranks to agree with."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def from_all(value: Value) -> list[Value]:
+    """The value of every rank, in their order."""
+    if not is_distributed():
+        return [value]
+    values: list[Value] = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+@contextmanager
+def errors_on_all_ranks() -> Iterator[None]:
+    """What makes the calibration of one rank fail ends it on every rank: those that went on would wait for it for ever.
+
+    Raises:
+        CalibrationError: this rank's, or the first one of another, with its rank.
+    """
+    error = None
+    try:
+        yield
+    except CalibrationError as raised:
+        error = raised
+    texts = from_all(None if error is None else str(error))
+    if error is not None:
+        raise error
+    for rank, text in enumerate(texts):
+        if text is not None:
+            raise CalibrationError(f"on rank {rank}: {text}")
+
+
+def add_up(values: Tensor, largest: bool = False) -> None:
+    """The sum (or the largest) over all ranks, in place."""
+    if is_distributed():
+        dist.all_reduce(values, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+
+
+def of_first_rank(values: Tensor) -> Tensor:
+    """The tensor of rank 0."""
+    if not is_distributed():
+        return values
+    # Not every backend sends bool.
+    sent = values.to(torch.uint8 if values.dtype == torch.bool else values.dtype).contiguous()
+    dist.broadcast(sent, src=0)
+    return sent.to(values.dtype)
