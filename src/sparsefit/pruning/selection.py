@@ -24,7 +24,7 @@ from sparsefit.errors import ConfigError
 AXES = ("output", "input", "layer", "variant")
 SPELLING = re.compile(r"(\w+)|(\w+)\s*:\s*(\d+)|[(\[]\s*['\"]?(\w+)['\"]?\s*,\s*(\d+)\s*[)\]]")
 
-CHUNK = 2**19  # scores that are worked on at once on a CPU: they and their temporaries stay in its cache
+CHUNK = 2**20  # scores that are worked on at once on a CPU: they and their temporaries stay in its cache
 
 
 @dataclass(frozen=True)
