@@ -79,8 +79,9 @@ def by_mapping(sizes: Mapping[str, int], sparsity: Fraction, given: Mapping[str,
         ConfigError: if a name fits no layer, or the others cannot make up the total.
     """
     shares: dict[str, Fraction] = {}
+    layers = {name: layer_name(name) for name in sizes}
     for pattern in sorted(given, key=len):
-        fitting = [name for name in sizes if matches(layer_name(name), [pattern])]
+        fitting = [name for name in sizes if matches(layers[name], [pattern])]
         if not fitting:
             raise ConfigError(f"allocation names '{pattern}', and no layer that is pruned is called that")
         shares |= {name: Fraction(str(given[pattern])) for name in fitting}

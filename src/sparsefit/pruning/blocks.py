@@ -31,7 +31,9 @@ def find_block_lists(model: nn.Module) -> list[list[nn.Module]]:
 def _is_block_list(modules: nn.ModuleList | nn.Sequential) -> bool:
     members = list(modules)
     alike = len({type(member) for member in members}) == 1 or isinstance(modules, nn.ModuleList)
-    return len(members) >= 2 and alike and all(_holds_linear(member) for member in members)
+    # Lists of lists are called by nobody: the inner ones hold the blocks.
+    nested = any(isinstance(member, nn.ModuleList) for member in members)
+    return len(members) >= 2 and alike and not nested and all(_holds_linear(member) for member in members)
 
 
 def _holds_linear(module: nn.Module) -> bool:

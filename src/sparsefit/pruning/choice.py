@@ -210,8 +210,8 @@ def describe_unseen(names: list[str]) -> list[str]:
         parameter, _, number = name.removesuffix("]").partition("[")
         experts.setdefault(parameter, []).extend([number] if number else [])
     return [
-        f"{parameter}{' of the experts ' + ', '.join(numbers) if numbers else ''} saw no calibration token; pruned by "
-        "magnitude"
+        f"{parameter}{' of the experts ' + ', '.join(numbers) if numbers else ''} saw no calibration token (its layer was "
+        "called with none); pruned by magnitude"
         for parameter, numbers in experts.items()
     ]
 

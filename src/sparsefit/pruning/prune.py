@@ -92,7 +92,7 @@ def prune(
     """
     config = config or PruningConfig()
     start = time.perf_counter()
-    _check_device(config.device)
+    _check_device_is_here(config.device)
     block_lists = find_block_lists(model)
     weights, left_dense = find_weights(model, [b for blocks in block_lists for b in blocks], config)
     result = PruningResult(MaskSet(), config, config.update, left_dense=left_dense)
@@ -114,7 +114,7 @@ def prune(
     return result
 
 
-def _check_device(device: str | None) -> None:
+def _check_device_is_here(device: str | None) -> None:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -218,6 +218,8 @@ def _reason_to_keep(
         return None if matches(name, config.targets) else "not among the targets"
     if inside and id(layer) not in inside:
         return "outside the repeated blocks"
+    if any(part.startswith("downsampl") for part in name.split(".")):
+        return "downsampling between stages"
     if not inside and id(layer) in outputs:
         return "output layer"
     return None
