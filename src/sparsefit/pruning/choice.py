@@ -209,11 +209,11 @@ def describe_unseen(names: list[str]) -> list[str]:
     for name in names:
         parameter, _, number = name.removesuffix("]").partition("[")
         experts.setdefault(parameter, []).extend([number] if number else [])
-    return [
-        f"{parameter}{' of the experts ' + ', '.join(numbers) if numbers else ''} saw no calibration token (its layer was "
-        "called with none); pruned by magnitude"
-        for parameter, numbers in experts.items()
-    ]
+    described = []
+    for parameter, numbers in experts.items():
+        which = f"{parameter} of the experts {', '.join(numbers)}" if numbers else parameter
+        described.append(f"{which} saw no calibration token (its layer was called with none); pruned by magnitude")
+    return described
 
 
 def relative_error(dense: Tensor, changed: Tensor, parts: list[Part]) -> float:
