@@ -173,7 +173,8 @@ def capture_calls(
             raise NotSweepable(f"block {index} is called more than once in a pass, or after the last block")
         if calls and (call.hidden is not handed_on[-1][0] or version_of(call.hidden) != handed_on[-1][1]):
             raise NotSweepable(f"the model computes something between blocks {calls[-1][0]} and {index}")
-        calls.append((index, call))
+        # To the end every block has a hidden state of its own, and none is needed later.
+        calls.append((index, call.without_hidden() if to_the_end else call))
         if index == last and not to_the_end:
             raise _LastBlockReached
         if to_the_end or not (simple or first_output):
@@ -185,7 +186,7 @@ def capture_calls(
                 first_output.append(output)
         else:
             output = call.hidden if simple else _with_hidden(first_output[0], call.hidden)
-        handed_on.append((hidden_of(output), version_of(hidden_of(output))))
+        handed_on[:] = [(hidden_of(output), version_of(hidden_of(output)))]
         return output
 
     with _replaced_forwards(blocks, enter), suppress(_LastBlockReached):

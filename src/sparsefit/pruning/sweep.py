@@ -98,8 +98,8 @@ class Sweep:
             # An encoder is pruned before its decoder's inputs are computed.
             with self.changes.made(self._chosen_before()):
                 probe = self.data[0].first_sample()
-                form = capture_calls(blocks, lambda probe=probe: self.forward(probe), to_the_end=True)
-                captured = [self._captured(blocks, batch, form.simple) for batch in self.data]
+                simple = capture_calls(blocks, lambda probe=probe: self.forward(probe), to_the_end=True).simple
+                captured = [self._captured(blocks, batch, simple) for batch in self.data]
             order = [index for index, _ in captured[0]]
             if not order or any([index for index, _ in calls] != order for calls in captured):
                 raise NotSweepable("batches take different ways through the blocks" if order else "no block is called")
