@@ -17,7 +17,10 @@ from decimal import Decimal
 from typing import Any
 
 import torch
+from setting import add_size_options, make_model, make_samples  # beside this file
 from torch import Tensor, nn
+
+from sparsefit import PruningConfig, prune
 
 
 @torch.no_grad()
@@ -107,10 +110,6 @@ def kept_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def main() -> None:
     """Run the comparison."""
-    from pruning import add_size_options, make_model, make_samples  # beside this file; it imports this one
-
-    from sparsefit import PruningConfig, prune
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_size_options(parser, hidden=256, layers=4, samples=8, length=128)
     args = parser.parse_args()
