@@ -200,3 +200,12 @@ def test_a_merged_adapter_must_be_taken_out_first(tiny_model):
         prune(model, [{"input_ids": IDS}])
     model.unmerge_adapter()
     prune(model, [{"input_ids": IDS}]).masks.verify(model)
+
+
+@pytest.mark.parametrize("update", ["block", "layer", "none"])
+def test_a_model_made_in_inference_mode_is_pruned_as_any_other(tiny_model, update):
+    config = PruningConfig(update=update)
+    expected = prune(tiny_model("llama"), [{"input_ids": IDS}], config).masks
+    with torch.inference_mode():
+        model = tiny_model("llama")
+    assert prune(model, [{"input_ids": IDS}], config).masks.digest() == expected.digest()

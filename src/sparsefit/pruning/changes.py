@@ -72,7 +72,8 @@ class Changes:
         undo: list[Callable[[], object]] = []
         try:
             for weight in weights:
-                if now or weight.fused or weight.is_quantized or weight.name in self._uncalled:
+                at_once = now or weight.fused or weight.is_quantized or weight.parameter.is_inference()
+                if at_once or weight.name in self._uncalled:
                     undo.append(self._undo(weight))
                     self.make(weight)
                 else:
