@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import sys
 import warnings
@@ -29,6 +30,8 @@ def fit(arguments: list[str], train: bool) -> int:
     """Run a recipe; without training it is a fit that takes no step."""
     for message in IRRELEVANT_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    # peft imports bitsandbytes, which asks for a faster 4-bit kernel even where nothing is quantized.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     sys.argv[1:] = ["fit", *arguments, *([] if train else ["--trainer.max_steps=0"])]  # LightningCLI reads it there
     SparsefitCLI(
         LightningModule,
