@@ -50,8 +50,9 @@ class Sweep:
 
     def run(self) -> Changes:
         """Choose what becomes of all weights. The weights themselves are as they were when this returns."""
-        needs_little = not (self.config.statistics & {"gram"}) and self.config.device is None
-        in_blocks = bool(self.config.statistics) and not (self.config.update == "none" and needs_little)
+        # A whole pass would hold the Gram matrices of all layers at once, and needs all of the model on one device.
+        whole = self.config.update == "none" and "gram" not in self.config.statistics and self.config.device is None
+        in_blocks = bool(self.config.statistics) and not whole
         self._plan_steps(in_blocks)
         dense = self._allocate()
         if in_blocks:
