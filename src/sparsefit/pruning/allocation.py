@@ -122,8 +122,10 @@ def owl(
         spread: Lambda.
     """
     lowest, highest = min(outliers.values()), max(outliers.values())
-    scale = 2 * spread / (highest - lowest) if highest > lowest else 0.0
-    lean = {group: Fraction((share - lowest) * scale) for group, share in outliers.items()}  # density above the lowest
+    width = highest - lowest
+    # The share of the width first: 1 / width can be too large for a float.
+    above = {group: (share - lowest) / width if width else 0.0 for group, share in outliers.items()}
+    lean = {group: Fraction(share * 2 * spread) for group, share in above.items()}  # density above the lowest
     total = floor(sum(sizes.values()) * sparsity)
 
     def removed(shift: Fraction) -> dict[str, Fraction]:
