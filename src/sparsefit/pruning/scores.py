@@ -35,7 +35,7 @@ def wanda_score(weight: Tensor, squared_norm: Tensor) -> Tensor:
     Returns:
         (out, in) in float32.
     """
-    return weight.float().abs() * squared_norm.sqrt()
+    return weight.float().abs().mul_(squared_norm.sqrt())
 
 
 def wanda_l1_score(weight: Tensor, abs_sum: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def wanda_l1_score(weight: Tensor, abs_sum: Tensor) -> Tensor:
         weight: (out, in).
         abs_sum: (in,) sum of the absolute inputs of each feature over all calibration tokens.
     """
-    return weight.float().abs() * abs_sum
+    return weight.float().abs().mul_(abs_sum)
 
 
 def wanda_linf_score(weight: Tensor, abs_max: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def wanda_linf_score(weight: Tensor, abs_max: Tensor) -> Tensor:
         weight: (out, in).
         abs_max: (in,) largest absolute input of each feature over all calibration tokens.
     """
-    return weight.float().abs() * abs_max
+    return weight.float().abs().mul_(abs_max)
 
 
 def sparsegpt_score(weight: Tensor, inverse_diagonal: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def sparsegpt_score(weight: Tensor, inverse_diagonal: Tensor) -> Tensor:
         weight: (out, in).
         inverse_diagonal: (in,) diagonal of the inverse of the damped Gram matrix.
     """
-    return weight.float().square() / inverse_diagonal
+    return weight.float().square().div_(inverse_diagonal)
 
 
 def ria_score(weight: Tensor, squared_norm: Tensor, exponent: float = 0.5) -> Tensor:
