@@ -16,6 +16,7 @@ from sparsefit.callbacks.ledgers import budget_of, ledger_of
 from sparsefit.errors import ConfigError, MaskError
 from sparsefit.pruning import MaskSet, PruningConfig, PruningResult, prune
 from sparsefit.recovery.guard import MaskGuard
+from sparsefit.recovery.masked_lora import bind_masks
 from sparsefit.reporting.console import stage_progress
 from sparsefit.reporting.machine import peak_memory
 
@@ -29,8 +30,10 @@ class WandaPruning(Callback):
     where they train, neither gradient nor optimizer brings one back. Masks are verified before each
     checkpoint and at the end of training.
 
-    A callback that defines `on_pruning_start(trainer, module)` or `on_pruning_end(trainer, module, result)` is
-    called with the dense and with the pruned model, wherever it stands in the list of callbacks.
+    Other callbacks take part by hooks of these names, wherever they stand in the list of callbacks:
+    `on_pruning_start(trainer, module)` sees the dense model, `on_pruning_end(trainer, module, result)` the pruned one,
+    `on_reconstruction(trainer, module, masks)` may tune its kept weights before anything else is trained, and
+    `on_base_ready(trainer, module, masks)` finds the sparse base as it will stay, for a callback that writes it.
 
     Args:
         sparsity: Share of weights to remove, in [0, 1).
@@ -74,6 +77,7 @@ class WandaPruning(Callback):
         if trainer.strategy.restore_checkpoint_after_setup:
             self._prune_if_dense(trainer, pl_module)
         self.masks.verify(pl_module)
+        bind_masks(pl_module, self.masks)
         self._guard = MaskGuard(self.masks)
         self._guard.watch(pl_module, trainer.optimizers)
 
@@ -141,6 +145,7 @@ class WandaPruning(Callback):
             )
         if trainer.ckpt_path is not None:
             rank_zero_info("The checkpoint holds no masks: it was saved before any pruning. The model is pruned now.")
+        bind_masks(module, None)  # those of an earlier fit
         _tell_callbacks(trainer, "on_pruning_start", module)
         with ledger_of(trainer).stage("calibration and pruning"), predicting(trainer):
             batches, source = None, "nothing: this method needs no data"
@@ -156,7 +161,10 @@ class WandaPruning(Callback):
         for note in self.result.notes:
             rank_zero_warn(note)
         self._log(trainer)
+        bind_masks(module, self.masks)
         _tell_callbacks(trainer, "on_pruning_end", module, self.result)
+        _tell_callbacks(trainer, "on_reconstruction", module, self.masks)
+        _tell_callbacks(trainer, "on_base_ready", module, self.masks)
 
     @contextmanager
     def _progress(self, trainer: Trainer) -> Iterator[Callable[[int, int], None]]:
