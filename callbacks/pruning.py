@@ -15,8 +15,8 @@ from sparsefit.callbacks.calibration import calibration_batches, calibration_for
 from sparsefit.callbacks.ledgers import budget_of, ledger_of
 from sparsefit.errors import ConfigError, MaskError
 from sparsefit.pruning import MaskSet, PruningConfig, PruningResult, prune
+from sparsefit.recovery.adapters import bind_masks
 from sparsefit.recovery.guard import MaskGuard
-from sparsefit.recovery.masked_lora import bind_masks
 from sparsefit.reporting.console import stage_progress
 from sparsefit.reporting.machine import peak_memory
 

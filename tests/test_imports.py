@@ -28,7 +28,7 @@ HEAVY = (
 ALLOWED = {
     "errors": set(),
     "pruning": {"torch", "numpy", "safetensors", "bitsandbytes"},
-    "recovery": {"torch", "safetensors", "peft", "sparsefit.pruning"},
+    "recovery": {"torch", "safetensors", "transformers", "peft", "sparsefit.pruning"},
     "evaluation": {"torch", "transformers", "datasets", "torchmetrics", "lightning"},
     "modules": {"torch", "transformers", "datasets", "torchmetrics", "lightning", "huggingface_hub"}
     | {"sparsefit.evaluation", "sparsefit.recovery", "sparsefit.pruning"},

@@ -14,15 +14,15 @@ from sparsefit.evaluation import perplexity
 from sparsefit.modules import CausalLMModule
 from sparsefit.modules.loading import load_causal_lm
 from sparsefit.pruning import MaskSet
-from sparsefit.recovery.lora import LoraSettings
+from sparsefit.recovery.adapters import AdapterSettings
 from sparsefit.reporting.report import read_json
 
-LORA = LoraSettings(r=8, alpha=16, dropout=0.05, target_modules="all-linear")
+LORA = AdapterSettings(r=8, alpha=16, dropout=0.05, target_modules="all-linear")
 
 
 def run(folder, model, data, steps, lora=LORA, learning_rate=2e-3, **pruning):
     seed_everything(0, verbose=False)
-    module = CausalLMModule(model, lora=lora, learning_rate=learning_rate)
+    module = CausalLMModule(model, adapter=lora, learning_rate=learning_rate)
     trainer = Trainer(
         accelerator="cpu",
         max_steps=steps,

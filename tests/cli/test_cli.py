@@ -43,7 +43,7 @@ def recipe(tmp_path, model):
     return {
         "model": {
             "class_path": "sparsefit.modules.CausalLMModule",
-            "init_args": {"model": str(model), "learning_rate": 0.01, "lora": {"r": 2, "dropout": 0.0}},
+            "init_args": {"model": str(model), "learning_rate": 0.01, "adapter": {"r": 2, "dropout": 0.0}},
         },
         "data": {
             "class_path": "sparsefit.data.TextFilesDataModule",
@@ -261,7 +261,7 @@ def test_a_recipe_from_start_to_resumed_end(sparsefit, recipe, tmp_path):
 
 
 def test_pruning_alone_and_settings_on_the_command_line(sparsefit, recipe, tmp_path):
-    del recipe["model"]["init_args"]["lora"]
+    del recipe["model"]["init_args"]["adapter"]
     status, *_ = sparsefit("prune", "--pruning.pattern=2:4", "--run.name", "two of four", recipe=recipe)
     assert status == 0
     report = json.loads((tmp_path / "run/report.json").read_text())

@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from sparsefit.errors import DataError, SparsefitError
 from sparsefit.evaluation import perplexity
-from sparsefit.recovery.lora import LoraSettings, attach_lora
+from sparsefit.recovery.adapters import AdapterSettings, attach_adapter
 
 
 def llama(seed=0):
@@ -77,7 +77,7 @@ def test_losses_are_float32_in_a_half_precision_model():
 
 
 def test_adapters_count():
-    model = attach_lora(llama(), LoraSettings())
+    model = attach_adapter(llama(), AdapterSettings())
     before = perplexity(model, batches(2))
     assert before == pytest.approx(perplexity(llama(), batches(2)), rel=1e-6)
     for name, parameter in model.named_parameters():

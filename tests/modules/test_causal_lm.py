@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sparsefit.data import TextDataModule
 from sparsefit.errors import ConfigError
 from sparsefit.modules.causal_lm import CausalLMModule
-from sparsefit.recovery.lora import LoraSettings
+from sparsefit.recovery.adapters import AdapterSettings
 
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
@@ -43,13 +43,13 @@ def fit(module, folder, **settings):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("lora", [None, LoraSettings(dropout=0.0)])
-def test_only_what_should_train_does_and_the_loss_falls(tmp_path, lora, checkpointing):
-    module = CausalLMModule(llama(), lora, learning_rate=1e-2, gradient_checkpointing=checkpointing)
+@pytest.mark.parametrize("adapter", [None, AdapterSettings(dropout=0.0)])
+def test_only_what_should_train_does_and_the_loss_falls(tmp_path, adapter, checkpointing):
+    module = CausalLMModule(llama(), adapter, learning_rate=1e-2, gradient_checkpointing=checkpointing)
     before, start = weights(module), module.evaluate(batches())["perplexity"]
     trainer = fit(module, tmp_path)
     changed = {name for name, weight in weights(module).items() if not torch.equal(weight, before[name])}
-    if lora is None:
+    if adapter is None:
         assert changed == set(before)
     else:
         assert changed == {name for name in before if "lora_" in name}
@@ -64,7 +64,7 @@ def test_gradients_do_not_depend_on_checkpointing():
     gradients = []
     for checkpointing in (False, True):
         torch.manual_seed(1)
-        module = CausalLMModule(llama(), LoraSettings(dropout=0.0), gradient_checkpointing=checkpointing).train()
+        module = CausalLMModule(llama(), AdapterSettings(dropout=0.0), gradient_checkpointing=checkpointing).train()
         for name, parameter in module.model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.constant_(parameter, 0.1)
@@ -111,14 +111,14 @@ def test_evaluate_tells_its_progress():
     assert done == [1, 2, 3]
 
 
-@pytest.mark.parametrize("lora", [None, LoraSettings(r=2, target_modules=["q_proj"])])
-def test_a_checkpoint_loads_with_weights_only(tmp_path, lora):
+@pytest.mark.parametrize("adapter", [None, AdapterSettings(r=2, target_modules=["q_proj"])])
+def test_a_checkpoint_loads_with_weights_only(tmp_path, adapter):
     llama().save_pretrained(tmp_path / "model")
     from sparsefit.modules import causal_lm
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(causal_lm, "load_tokenizer", lambda name: None)
-        module = CausalLMModule(str(tmp_path / "model"), lora, learning_rate=1e-2)
+        module = CausalLMModule(str(tmp_path / "model"), adapter, learning_rate=1e-2)
         trainer = fit(module, tmp_path)
         trainer.save_checkpoint(tmp_path / "run.ckpt")
         checkpoint = torch.load(tmp_path / "run.ckpt", weights_only=True)
@@ -127,11 +127,11 @@ def test_a_checkpoint_loads_with_weights_only(tmp_path, lora):
     expected = weights(module)
     assert weights(again).keys() == expected.keys()
     assert all(torch.equal(weight, expected[name]) for name, weight in weights(again).items())
-    assert again.hparams.lora == module.hparams.lora
+    assert again.hparams.adapter == module.hparams.adapter
 
 
 def test_a_checkpoint_of_a_model_built_in_python(tmp_path):
-    module = CausalLMModule(llama(), LoraSettings())
+    module = CausalLMModule(llama(), AdapterSettings())
     fit(module, tmp_path).save_checkpoint(tmp_path / "run.ckpt")
     again = CausalLMModule.load_from_checkpoint(tmp_path / "run.ckpt", model=llama(), weights_only=True)
     assert all(torch.equal(weight, weights(module)[name]) for name, weight in weights(again).items())
@@ -160,7 +160,7 @@ model:
   class_path: sparsefit.modules.causal_lm.CausalLMModule
   init_args:
     model: {model}
-    lora: {{r: 4, target_modules: [q_proj, k_proj]}}
+    adapter: {{r: 4, target_modules: [q_proj, k_proj]}}
     learning_rate: 1.0e-3
 data:
   class_path: sparsefit.data.C4DataModule
@@ -178,7 +178,7 @@ data:
     cli = LightningCLI(args=["fit", "--config", str(config)])
     assert isinstance(cli.datamodule, TextDataModule)
     assert cli.datamodule.hparams.seed == 3
-    assert cli.model.hparams.lora == {"r": 4, "alpha": 16, "dropout": 0.05, "target_modules": ("q_proj", "k_proj")}
+    assert cli.model.hparams.adapter == {"r": 4, "alpha": 16, "dropout": 0.05, "target_modules": ("q_proj", "k_proj")}
     assert cli.trainer.global_step == 2
     (checkpoint,) = tmp_path.rglob("*.ckpt")
     torch.load(checkpoint, weights_only=True)

@@ -12,26 +12,30 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from sparsefit.errors import ConfigError
-from sparsefit.evaluation.perplexity import labels_of, model_inputs, next_token_loss, perplexity
+from sparsefit.evaluation.perplexity import IGNORED, labels_of, model_inputs, next_token_loss, perplexity
 from sparsefit.modules.loading import Dtype, load_causal_lm, load_tokenizer
-from sparsefit.recovery.lora import LoraSettings, attach_lora
+from sparsefit.recovery.adapters import AdapterSettings, attach_adapter
+from sparsefit.recovery.distill import DenseTeacher, DistillSettings, divergence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class CausalLMModule(LightningModule):
-    """Next-token training of a transformers model, all of it or only LoRA adapters on it.
+    """Next-token training of a transformers model: all of it, its kept weights, or adapters on it.
 
     Batches are {"input_ids": (batch, length)}, with attention_mask and labels where there are any.
 
     Attributes:
-        model: the transformers model, PEFT-wrapped where `lora` is given.
+        model: the transformers model, PEFT-wrapped where `adapter` asks for one of PEFT's.
+        teacher: the dense model that the loss looks at, where `distill` is given and a fit has begun.
         tokenizer: the model's tokenizer; None for a model built in Python.
 
     Args:
         model: "tiny-llama", a folder or a hub name; in Python also a model.
-        lora: train LoRA adapters and freeze the model; None trains all of the model.
+        adapter: what is trained while the rest is frozen; None trains all of the model.
+        distill: learn from the model as it was when the fit began (dense, if the fit prunes it), and not from the
+            text alone.
         learning_rate: of AdamW; it stays as it is unless a callback changes it.
         weight_decay: of AdamW.
         dtype: the weights' dtype; "auto" is the one they were saved in. A model built in Python keeps its own.
@@ -45,7 +49,8 @@ class CausalLMModule(LightningModule):
     def __init__(
         self,
         model: str,
-        lora: LoraSettings | None = None,
+        adapter: AdapterSettings | None = None,
+        distill: DistillSettings | None = None,
         learning_rate: float = 1e-4,
         weight_decay: float = 0.0,
         dtype: Dtype = "float32",
@@ -53,7 +58,9 @@ class CausalLMModule(LightningModule):
         attn_implementation: str | None = None,
     ) -> None:
         super().__init__()
-        lora = LoraSettings(**lora) if isinstance(lora, Mapping) else lora  # as a checkpoint keeps it
+        # As a checkpoint keeps them.
+        adapter = AdapterSettings(**adapter) if isinstance(adapter, Mapping) else adapter
+        distill = DistillSettings(**distill) if isinstance(distill, Mapping) else distill
         if learning_rate <= 0 or weight_decay < 0:
             raise ConfigError(
                 f"learning_rate is {learning_rate} and weight_decay {weight_decay}: they must be above 0 and at least 0"
@@ -62,7 +69,8 @@ class CausalLMModule(LightningModule):
         self.save_hyperparameters(
             {
                 "model": model if isinstance(model, str) else str(model.config.name_or_path),
-                "lora": asdict(lora) if lora is not None else None,
+                "adapter": asdict(adapter) if adapter is not None else None,
+                "distill": asdict(distill) if distill is not None else None,
                 "learning_rate": learning_rate,
                 "weight_decay": weight_decay,
                 "dtype": dtype,
@@ -76,7 +84,9 @@ class CausalLMModule(LightningModule):
         base = load_causal_lm(model, dtype, attn_implementation) if isinstance(model, str) else model
         if gradient_checkpointing:
             _checkpoint_gradients(base)
-        self.model = attach_lora(base, lora) if lora is not None else base
+        self.model = attach_adapter(base, adapter) if adapter is not None else base
+        self.distill = distill
+        self.teacher: DenseTeacher | None = None
         self.model.train()  # from_pretrained returns a model in evaluation mode
         self.val_loss = MeanMetric()
         self.test_loss = MeanMetric()
@@ -85,11 +95,31 @@ class CausalLMModule(LightningModule):
         """Calls the model; its answer has `logits` (batch, length, vocabulary), and `loss` if `labels` are given."""
         return self.model(**batch)
 
+    def setup(self, stage: str) -> None:
+        """Take the model as it is now, before it is pruned or a checkpoint is read, as the teacher."""
+        if stage == "fit" and self.distill is not None:
+            self.teacher = DenseTeacher(self.model)
+
+    def on_train_start(self) -> None:
+        """Let the teacher go of all that it shares with the model."""
+        if self.teacher is not None:
+            self.teacher.settle(self.model)
+
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """The model's own mean next-token loss, logged as train_loss."""
-        loss = self.model(**model_inputs(batch), labels=labels_of(batch)).loss
-        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
-        return loss
+        """The model's own mean next-token loss, logged as train_loss; mixed with the divergence from the teacher,
+        logged as train_divergence, where there is one."""
+        inputs, labels = model_inputs(batch), labels_of(batch)
+        taught = None
+        if self.teacher is not None:
+            with self.teacher.in_place(self.model):
+                taught = self.model(**inputs).logits
+        output = self.model(**inputs, labels=labels)
+        self.log("train_loss", output.loss, prog_bar=True, batch_size=len(labels))
+        if taught is None:
+            return output.loss
+        away = divergence(output.logits, taught, labels != IGNORED, self.distill.temperature)
+        self.log("train_divergence", away, prog_bar=True, batch_size=len(labels))
+        return (1 - self.distill.weight) * output.loss + self.distill.weight * away
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Adds a batch to val_loss."""
@@ -115,7 +145,7 @@ class CausalLMModule(LightningModule):
         """AdamW over what is trained, at a constant rate."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if not trained:
-            raise ConfigError("no parameter requires a gradient: give `lora` settings, or unfreeze the model")
+            raise ConfigError("no parameter requires a gradient: give `adapter` settings, or unfreeze the model")
         return torch.optim.AdamW(trained, lr=self.hparams.learning_rate, weight_decay=self.hparams.weight_decay)
 
     def evaluate(

@@ -5,7 +5,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from sparsefit.errors import ConfigError
-from sparsefit.recovery.lora import LoraSettings, attach_lora
+from sparsefit.recovery.adapters import AdapterSettings, attach_adapter
 
 
 def llama():
@@ -19,7 +19,7 @@ def adapted(model):
 
 
 def test_the_defaults_are_those_of_the_paper():
-    assert LoraSettings() == LoraSettings(8, 16, 0.05, ("q_proj", "v_proj"))
+    assert AdapterSettings() == AdapterSettings("lora", 8, 16, 0.05, ("q_proj", "v_proj"))
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_the_defaults_are_those_of_the_paper():
     ],
 )
 def test_adapters_sit_where_they_are_wanted_and_train_alone(targets, names):
-    model = attach_lora(llama(), LoraSettings(r=3, alpha=6, target_modules=targets))
+    model = attach_adapter(llama(), AdapterSettings(r=3, alpha=6, target_modules=targets))
     assert {path.rpartition(".")[2] for path in adapted(model)} == names
     assert len(adapted(model)) == 2 * len(names)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
@@ -45,7 +45,7 @@ def test_fresh_adapters_change_nothing_and_count_with_alpha_over_r():
     ids = torch.arange(10)[None]
     with torch.no_grad():
         expected = llama()(input_ids=ids).logits
-        model = attach_lora(llama(), LoraSettings(r=4, alpha=8)).eval()
+        model = attach_adapter(llama(), AdapterSettings(r=4, alpha=8)).eval()
         assert torch.equal(model(input_ids=ids).logits, expected)
         layer = model.base_model.model.model.layers[0].self_attn.q_proj
         torch.nn.init.normal_(layer.lora_B["default"].weight)
@@ -55,9 +55,9 @@ def test_fresh_adapters_change_nothing_and_count_with_alpha_over_r():
 
 
 def test_the_transposed_matrices_of_gpt2():
-    model = attach_lora(
+    model = attach_adapter(
         GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_head=2, n_layer=1)),
-        LoraSettings(target_modules="c_attn"),
+        AdapterSettings(target_modules="c_attn"),
     )
     layer = model.base_model.model.transformer.h[0].attn.c_attn
     assert layer.fan_in_fan_out
@@ -74,7 +74,7 @@ def test_the_transposed_matrices_of_gpt2():
 )
 def test_an_unknown_target_names_the_nearest(target, message):
     with pytest.raises(ConfigError, match=message):
-        attach_lora(llama(), LoraSettings(target_modules=("v_proj", target)))
+        attach_adapter(llama(), AdapterSettings(target_modules=("v_proj", target)))
 
 
 @pytest.mark.parametrize(
@@ -91,9 +91,9 @@ def test_an_unknown_target_names_the_nearest(target, message):
 )
 def test_settings_that_cannot_work(settings, message):
     with pytest.raises(ConfigError, match=message):
-        LoraSettings(**settings)
+        AdapterSettings(**settings)
 
 
 def test_a_wrapped_model_is_not_wrapped_again():
     with pytest.raises(ConfigError, match="PEFT-wrapped already"):
-        attach_lora(attach_lora(llama(), LoraSettings()), LoraSettings())
+        attach_adapter(attach_adapter(llama(), AdapterSettings()), AdapterSettings())

@@ -1,0 +1,129 @@
+"""Distillation from the dense model: its logits teach the sparse one, at the price of the values that were removed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sparsefit.errors import ConfigError
+from sparsefit.pruning.masks import pack_bits, unpack_bits
+from sparsefit.pruning.weights import zero_outside_mask
+
+
+@dataclass
+class DistillSettings:
+    """How the dense model teaches (Hinton et al. 2015, arXiv 1503.02531).
+
+    Args:
+        weight: share of the divergence from the teacher in the loss, in (0, 1]; the rest is the loss on the text.
+        temperature: both distributions are softened by it.
+    """
+
+    weight: float = 0.5
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight <= 1:
+            raise ConfigError(f"the weight of the distillation is {self.weight!r}: it must be above 0 and at most 1")
+        if not self.temperature > 0:
+            raise ConfigError(f"the temperature of the distillation is {self.temperature!r}: it must be above 0")
+
+
+def divergence(student: Tensor, teacher: Tensor, counted: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+    """Mean over tokens of T^2 KL(teacher || student), in nats, in float32.
+
+    Args:
+        student: Logits (..., vocabulary).
+        teacher: Logits of the same shape.
+        counted: (...) bool; False leaves a token out. None counts all.
+        temperature: T.
+    """
+    log_student = torch.log_softmax(student.float() / temperature, dim=-1)
+    log_teacher = torch.log_softmax(teacher.float() / temperature, dim=-1)
+    by_token = nn.functional.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1)
+    if counted is None:
+        return by_token.mean() * temperature**2
+    return (by_token * counted).sum() / counted.sum().clamp(min=1) * temperature**2
+
+
+class DenseTeacher:
+    """The dense model in the parameters of its pruned self.
+
+    Made while the model is dense. When the model is pruned, `settle` lets go of all that it shares with its dense
+    self: of a frozen weight that pruning only masked, the removed values stay, with one bit a weight to say where
+    they belong; a weight that was updated or trains needs a copy; all others cost nothing.
+
+    Args:
+        model: The dense model, with adapters or without; its parameters are copied to CPU memory until `settle`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._dense = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
+        self._removed: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # parameter, its values, packed bits: kept
+        self._copies: list[tuple[nn.Parameter, Tensor]] = []
+
+    @property
+    def bytes(self) -> int:
+        """What it holds beside the model."""
+        removed = sum(values.nbytes + bits.nbytes for _, values, bits in self._removed)
+        return removed + sum(copy.nbytes for _, copy in self._copies) + sum(t.nbytes for t in self._dense.values())
+
+    @torch.no_grad()
+    def settle(self, model: nn.Module) -> None:
+        """Keep only what tells the dense model from `model`, on the devices where its parameters are now.
+
+        Raises:
+            ConfigError: if a weight was quantized since: the dense values cannot take its place.
+        """
+        for name, parameter in model.named_parameters():
+            dense = self._dense.pop(name, None)
+            if dense is None:
+                continue
+            if dense.shape != parameter.shape or dense.dtype != parameter.dtype:
+                raise ConfigError(
+                    f"{name} was quantized after the dense model was taken as the teacher: distillation needs a base "
+                    "in floats. Leave out `distill`, or `quantize`"
+                )
+            dense = dense.to(parameter.device)
+            kept = parameter == dense
+            if parameter.requires_grad:
+                self._copies.append((parameter, dense))
+            elif not bool(kept.all()):
+                gone = parameter.masked_select(~kept)
+                if bool(gone.any()):  # not merely masked
+                    self._copies.append((parameter, dense))
+                else:
+                    bits = pack_bits(kept).to(parameter.device)
+                    self._removed.append((parameter, dense.masked_select(~kept), bits))
+        self._dense.clear()
+
+    @contextmanager
+    def in_place(self, model: nn.Module) -> Iterator[None]:
+        """The model as it was when it was dense, in evaluation mode, without gradients; as it is now afterwards.
+
+        Not between a forward pass and its backward pass: that would see other weights.
+        """
+        training = [module for module in model.modules() if module.training]
+        students = [parameter.data for parameter, _ in self._copies]
+        with ExitStack() as stack, torch.no_grad():
+            if callable(disable := getattr(model, "disable_adapter", None)):
+                stack.enter_context(disable())
+            try:
+                model.eval()
+                for parameter, values, bits in self._removed:
+                    gone = ~unpack_bits(bits, tuple(parameter.shape), parameter.device)
+                    parameter.data.masked_scatter_(gone, values)
+                for parameter, dense in self._copies:
+                    parameter.data = dense
+                yield
+            finally:
+                for (parameter, _), student in zip(self._copies, students, strict=True):
+                    parameter.data = student
+                for parameter, _, bits in self._removed:
+                    zero_outside_mask(parameter.data, unpack_bits(bits, tuple(parameter.shape), parameter.device))
+                for module in training:
+                    module.training = True

@@ -1,0 +1,143 @@
+"""LoRA that keeps every zero: W + s * M (.) (B A), where M is the mask of W.
+
+Zimmer et al. 2023, "PERP: Rethinking the Prune-Retrain Paradigm in the Era of LLMs" (arXiv 2312.15230): MaskLoRA. The
+update lives on the kept weights alone, so that it merges into the sparse base without a loss. The layers are PEFT's
+LoRA layers with the product changed: configuration, names and files of an adapter are PEFT's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+from sparsefit.errors import ConfigError
+from sparsefit.pruning.masks import pack_bits, unpack_bits
+from sparsefit.pruning.quantized import dequantized, is_quantized
+from sparsefit.pruning.weights import as_matrix, zero_outside_mask
+
+
+def masked_sum(base: Tensor | None, a: Tensor, b: Tensor, scale: float, bits: Tensor) -> Tensor:
+    """M (.) (W + s * B A): what a masked adapter makes of a weight that is zero outside its mask.
+
+    Args:
+        base: W, (out, in), zero outside the mask; None counts as zeros.
+        a: A, (r, in).
+        b: B, (out, r).
+        scale: s.
+        bits: M as `pack_bits` packs it, (out, in) row by row.
+
+    Returns:
+        (out, in) in the dtype of W, rounded once; computed in that of the adapter.
+    """
+    changed = torch.mm(b, a).mul_(scale) if base is None else torch.addmm(base.to(a.dtype), b, a, alpha=scale)
+    zero_outside_mask(changed, unpack_bits(bits, changed.shape, changed.device))
+    return changed if base is None else changed.to(base.dtype)
+
+
+class _MaskedProduct(torch.autograd.Function):
+    """x (M (.) (W + s B A))^T. The sum is computed anew in the backward pass: no (out, in) matrix waits for it."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        weight: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        bits: Tensor,
+        layer: nn.Module | None,
+    ) -> Tensor:
+        ctx.scale, ctx.layer = scale, layer
+        ctx.save_for_backward(x, weight, a, b, bits)
+        return nn.functional.linear(x, _sum_of(ctx, weight, a, b, bits).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b, bits = ctx.saved_tensors
+        grad_x = grad_weight = grad_a = grad_b = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ _sum_of(ctx, weight, a, b, bits).to(grad.dtype)
+        if any(ctx.needs_input_grad[1:4]):
+            whole = grad.flatten(0, -2).t() @ x.flatten(0, -2)  # (out, in)
+            zero_outside_mask(whole, unpack_bits(bits, whole.shape, whole.device))
+            grad_weight = whole.to(weight.dtype) if ctx.needs_input_grad[1] else None
+            whole = whole.to(a.dtype)
+            grad_a = torch.mm(b.t(), whole).mul_(ctx.scale)
+            grad_b = torch.mm(whole, a.t()).mul_(ctx.scale)
+        return grad_x, grad_weight, grad_a, grad_b, None, None, None
+
+
+def _sum_of(ctx: FunctionCtx, weight: Tensor | None, a: Tensor, b: Tensor, bits: Tensor) -> Tensor:
+    base = weight if ctx.layer is None else dequantized(ctx.layer)
+    return masked_sum(base, a, b, ctx.scale, bits)
+
+
+class MaskedLoraLinear(LoraLinear):
+    """A LoRA layer whose update keeps to the mask of its weight, once that is known; before, PEFT's own.
+
+    Dropout, where there is any, acts on the inputs of the update while training, as in LoRA.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **settings: Any) -> None:
+        super().__init__(base_layer, adapter_name, **settings)
+        # Not in checkpoints: the masks are saved once, by name.
+        self.register_buffer("mask_bits", None, persistent=False)
+
+    def take_mask(self, mask: Tensor | None) -> None:
+        """Keep updates to an (out, in) bool mask from now on; None lifts it."""
+        layer = self.get_base_layer()
+        self.mask_bits = None if mask is None else pack_bits(mask).to(layer.weight.device)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The update as it is stored in the weight's own layout; PEFT's `merge` adds it."""
+        delta = super().get_delta_weight(adapter)
+        if self.mask_bits is not None:
+            matrix = as_matrix(delta, self.fan_in_fan_out)
+            zero_outside_mask(matrix, unpack_bits(self.mask_bits, tuple(matrix.shape), matrix.device))
+        return delta
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x W'^T + bias, for (..., in) inputs."""
+        if self.mask_bits is None or self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        if kwargs.get("adapter_names") is not None:
+            raise ConfigError(
+                "a masked adapter cannot serve batches that mix adapters: run each adapter's samples apart"
+            )
+        layer = self.get_base_layer()
+        dtype = _compute_dtype(x, layer)
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        fused = [name for name in names if not (self.training and isinstance(self.lora_dropout[name], nn.Dropout))][:1]
+        inputs = x.to(dtype)
+        result = self._product(fused[0], inputs, with_base=True) if fused else layer(x, *args)
+        for name in names:
+            if name not in fused:
+                result = result + self._product(name, self.lora_dropout[name](inputs), with_base=False).to(result.dtype)
+        return result if not fused or layer.bias is None else result + layer.bias.to(result.dtype)
+
+    def _product(self, adapter: str, x: Tensor, with_base: bool) -> Tensor:
+        layer = self.get_base_layer()
+        quantized = layer if with_base and is_quantized(layer) else None
+        weight = as_matrix(layer.weight, self.fan_in_fan_out) if with_base and quantized is None else None
+        a, b, scale = self.lora_A[adapter].weight, self.lora_B[adapter].weight, self.scaling[adapter]
+        with torch.autocast(x.device.type, enabled=False):
+            return _MaskedProduct.apply(x, weight, a, b, scale, self.mask_bits, quantized)
+
+
+class MaskedLoraConv1D(MaskedLoraLinear):
+    """The same for GPT-2's Conv1D, which keeps its matrix as (in, out)."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **settings: Any) -> None:
+        super().__init__(base_layer, adapter_name, is_target_conv_1d_layer=True, **settings)
+
+
+def _compute_dtype(x: Tensor, layer: nn.Module) -> torch.dtype:
+    """What the product is computed in: autocast's dtype, else that of the inputs."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
