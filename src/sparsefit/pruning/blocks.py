@@ -85,7 +85,14 @@ class BlockCall:
                 memo[id(tensor)] = tensor.to(device)
             return memo[id(tensor)]
 
-        return BlockCall(map_tensors(move, self.args), map_tensors(move, self.kwargs))
+        return self._mapped(move)
+
+    def cast(self, dtype: torch.dtype) -> BlockCall:
+        """The same call with its floating tensors in a dtype."""
+        return self._mapped(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> BlockCall:
+        return BlockCall(map_tensors(function, self.args), map_tensors(function, self.kwargs))
 
     def run(self, block: Callable[..., Any], hidden: Tensor) -> Any:
         """Call the block with the very same arguments but another hidden state; returns all that it does. The block

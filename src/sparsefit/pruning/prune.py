@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +14,8 @@ from sparsefit.errors import CalibrationError, ConfigError
 from sparsefit.pruning.blocks import find_block_lists
 from sparsefit.pruning.calibration import MicroBatch, call_model, regroup, to_device, with_names
 from sparsefit.pruning.config import PruningConfig
-from sparsefit.pruning.fused import eager_experts
+from sparsefit.pruning.evaluating import evaluating
 from sparsefit.pruning.masks import MaskSet
-from sparsefit.pruning.quantized import plain_layout
 from sparsefit.pruning.ranks import errors_on_all_ranks
 from sparsefit.pruning.scores import SCORES
 from sparsefit.pruning.sweep import Sweep
@@ -98,7 +96,7 @@ def prune(
     result = PruningResult(MaskSet(), config, config.update, left_dense=left_dense)
     device = device_of(model)
     pass_on = forward or (lambda batch: call_model(model, to_device(batch, device)))
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         if batches is not None and forward is None:
             batches = (with_names(model, batch) for batch in _source(batches))
         with errors_on_all_ranks():
@@ -151,30 +149,3 @@ def _what_needs_inputs(config: PruningConfig) -> str:
     if config.reconstruction:
         return f"reconstruction '{config.reconstruction}'"
     return f"swaps={config.swaps}" if config.swaps else f"allocation '{config.allocation}'"
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and nothing on the way that would hide a layer's input or compute with weights of before:
-    no key-value caches, no fused attention, no compiled blocks, no autocast copies of weights. All as it was
-    afterwards, module by module."""
-    training = [module for module in model.modules() if module.training]
-    caching = {
-        id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", False) is True
-    }
-    fused, copies = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        torch.set_autocast_cache_enabled(False)
-        model.eval()
-        for config in caching.values():
-            config.use_cache = False
-        with torch.compiler.set_stance("force_eager"), eager_experts(model), plain_layout(model):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-        torch.set_autocast_cache_enabled(copies)
-        for config in caching.values():
-            config.use_cache = True
-        for module in training:
-            module.training = True

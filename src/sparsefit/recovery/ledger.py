@@ -72,6 +72,14 @@ class GPUHourLedger:
         self._settle()
         return {name: seconds for name, (seconds, _) in self._charges.items()}
 
+    def hours_of(self, seconds: float) -> float:
+        """GPU-hours that so many wall seconds cost on the devices of now."""
+        return seconds * self.devices / SECONDS_PER_HOUR
+
+    def seconds_of(self, hours: float) -> float:
+        """Wall seconds that so many GPU-hours last on the devices of now."""
+        return hours * SECONDS_PER_HOUR / self.devices
+
     def start(self, devices: int | None = None) -> None:
         """Begin to charge time, or go on after `stop`; a ledger that already runs goes on running.
 
@@ -91,10 +99,11 @@ class GPUHourLedger:
         self._settle()
         self._since = None
 
-    def switch(self, base_stage: str) -> None:
-        """Make `base_stage` the one that pays for time outside every `stage`."""
+    def switch(self, base_stage: str) -> str:
+        """Make `base_stage` the one that pays for time outside every `stage`; returns the one that did."""
         self._settle()
-        self.base_stage = base_stage
+        former, self.base_stage = self.base_stage, base_stage
+        return former
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -114,7 +123,7 @@ class GPUHourLedger:
         """
         missing = hours - self.hours
         if missing > 0:
-            self._charge(missing * SECONDS_PER_HOUR / self.devices)
+            self._charge(self.seconds_of(missing))
 
     def state_dict(self) -> dict[str, Any]:
         """The charges up to this moment, as plain numbers: loads with `torch.load(weights_only=True)`."""
@@ -148,7 +157,7 @@ class GPUHourLedger:
 
     def _charge(self, seconds: float) -> None:
         if seconds > 0:
-            self._add(self.current_stage, seconds, seconds * self.devices / SECONDS_PER_HOUR)
+            self._add(self.current_stage, seconds, self.hours_of(seconds))
 
     def _add(self, name: str, seconds: float, hours: float) -> None:
         charge = self._charges.setdefault(name, [0.0, 0.0])

@@ -1,0 +1,86 @@
+"""`BlockwiseReconstruction`: tunes each pruned block towards the dense one before anything else is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from sparsefit.callbacks.calibration import calibration_batches, calibration_forward, predicting
+from sparsefit.callbacks.ledgers import budget_of, ledger_of
+from sparsefit.pruning import MaskSet
+from sparsefit.recovery.reconstruct import ReconstructSettings, dense_weights, reconstruct
+from sparsefit.reporting.console import stage_progress
+
+
+class BlockwiseReconstruction(Callback):
+    """Has its turn between the pruning and the training of a fit; does nothing where nothing is pruned.
+
+    The time is charged to the stage "reconstruction" of the run's ledger. A `GPUHourBudget` with a `split` gives it its
+    share of the hours; without one it takes all of its passes.
+
+    Args:
+        passes: Times that each block sees the calibration samples; 0 leaves the blocks as pruning left them.
+        learning_rate: Of Adam at a block's first step; it falls linearly to zero.
+        batch_size: Samples in a step.
+        calibration: Batches to tune on, in the form of the training batches. By default the datamodule's
+            `calibration_dataloader()`, else the first of the training data.
+        calibration_samples: How many samples to take; by default all of a source made for calibration, and
+            128 from training data.
+
+    Raises:
+        ConfigError: if a setting cannot work.
+    """
+
+    def __init__(
+        self,
+        passes: int = 10,
+        learning_rate: float = 1e-3,
+        batch_size: int = 8,
+        *,
+        calibration: Iterable[Any] | None = None,
+        calibration_samples: int | None = None,
+    ) -> None:
+        self.settings = ReconstructSettings(passes, learning_rate, batch_size)
+        self.calibration = calibration
+        self.calibration_samples = calibration_samples
+        self.account: dict[str, Any] = {}
+        self._dense: dict[str, Tensor] = {}
+
+    def on_pruning_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the dense weights."""
+        if self.settings.passes:
+            self._dense = dense_weights(pl_module)
+
+    def on_reconstruction(self, trainer: Trainer, pl_module: LightningModule, masks: MaskSet) -> None:
+        """Tune the blocks."""
+        if not self.settings.passes:
+            return
+        ledger, budget = ledger_of(trainer), budget_of(trainer)
+        before = ledger.seconds.get("reconstruction", 0.0)
+        with ledger.stage("reconstruction"), predicting(trainer):
+            batches, source = calibration_batches(trainer, self.calibration, self.calibration_samples)
+            seconds = None if budget is None else budget.share_of(trainer, "reconstruction")
+            shown = stage_progress("reconstructing block by block", None, visible=trainer.is_global_zero)
+            with shown as advance, trainer.precision_plugin.predict_step_context():
+                forward = calibration_forward(trainer, pl_module)
+                errors = reconstruct(
+                    pl_module,
+                    batches,
+                    self._dense,
+                    masks,
+                    self.settings,
+                    forward=forward,
+                    seconds=seconds,
+                    progress=lambda done, total: advance(),
+                )
+        self._dense = {}
+        self.account = {
+            **asdict(self.settings),
+            "source": source,
+            "seconds": ledger.seconds["reconstruction"] - before,
+            "blocks": [asdict(error) for error in errors],
+        }

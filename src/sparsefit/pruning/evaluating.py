@@ -1,0 +1,39 @@
+"""The state of a model in which its blocks can be watched and run alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from sparsefit.pruning.fused import eager_experts
+from sparsefit.pruning.quantized import plain_layout
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and nothing on the way that would hide a layer's input or compute with weights of before:
+    no key-value caches, no fused attention, no compiled blocks, no autocast copies of weights. All as it was
+    afterwards, module by module."""
+    training = [module for module in model.modules() if module.training]
+    caching = {
+        id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", False) is True
+    }
+    fused, copies = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        torch.set_autocast_cache_enabled(False)
+        model.eval()
+        for config in caching.values():
+            config.use_cache = False
+        with torch.compiler.set_stance("force_eager"), eager_experts(model), plain_layout(model):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        torch.set_autocast_cache_enabled(copies)
+        for config in caching.values():
+            config.use_cache = True
+        for module in training:
+            module.training = True

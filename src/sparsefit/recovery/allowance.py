@@ -1,0 +1,132 @@
+"""What a budget allows: the GPU-hours that may be spent before the end of a run, and the stages' shares of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+from sparsefit.errors import ConfigError
+
+STAGES = ("reconstruction", "training")
+"""The stages that a budget can be split between, in the order in which they run."""
+
+
+class Allowance:
+    """A number of GPU-hours, what of them is kept for the end of the run, and what is spent.
+
+    `spent` and `limit` are what all ranks agreed on last, so that each comes to the same decision.
+
+    Args:
+        gpu_hours: The whole budget.
+        reserve: Share of it that is kept for the end at least.
+        split: Shares of the stages, by name, as `check_split` takes them.
+
+    Raises:
+        ConfigError: When an argument is out of range.
+    """
+
+    def __init__(self, gpu_hours: float, reserve: float = 0.05, split: Mapping[str, float] | None = None) -> None:
+        if not is_number(gpu_hours) or gpu_hours <= 0:
+            raise ConfigError(
+                f"gpu_hours must be a positive number, not {gpu_hours!r}: hours of wall time x devices. "
+                "Leave GPUHourBudget out to train without a budget."
+            )
+        if not is_number(reserve) or not 0 <= reserve < 1:
+            raise ConfigError(f"reserve is a share of the budget, from 0 to below 1 (0.05 is 5%), not {reserve!r}.")
+        self.gpu_hours = float(gpu_hours)
+        self.reserve = float(reserve)
+        self.split = None if split is None else check_split(split)
+        self.kept: dict[str, float] = {}
+        """Wall seconds kept on this rank for what follows training, by name."""
+        self.spent = 0.0
+        self.limit = self.gpu_hours
+
+    def keep(self, seconds: float, what: str) -> None:
+        """Keep wall seconds for what follows training; the same name again replaces its seconds."""
+        if not is_number(seconds) or seconds < 0:
+            raise ConfigError(f"The seconds to keep for {what} must be a number of at least 0, not {seconds!r}.")
+        self.kept[what] = float(seconds)
+
+    def reserve_hours(self, kept_hours: float, validation_hours: float) -> float:
+        """GPU-hours that training must leave: the reserve or what is kept, whichever is more, and a validation."""
+        return max(self.reserve * self.gpu_hours, kept_hours) + validation_hours
+
+    def affords(self, hours: float, slack: float = 0.0) -> bool:
+        """Whether something is left, and `hours` more fit; `slack` is the share by which they may miss it."""
+        return self.spent < self.limit and self.spent + hours <= self.limit * (1 + slack)
+
+    def share(self, stage: str, charged: float = 0.0) -> float | None:
+        """GPU-hours that a stage may still take; None where the budget is not split.
+
+        Args:
+            stage: One of `STAGES`. The last of them, training, may take all that is left.
+            charged: GPU-hours that it has taken already.
+
+        Raises:
+            ConfigError: The budget knows no such stage.
+        """
+        if stage not in STAGES:
+            raise ConfigError(f"A budget has no share for {stage!r}: it can be split between {_names(STAGES)}.")
+        if self.split is None:
+            return None
+        left = max(0.0, self.limit - self.spent)
+        if stage == STAGES[-1]:
+            return left
+        return min(left, max(0.0, self.split.get(stage, 0.0) * (left + charged) - charged))
+
+    def refusal(self, what: str, hours: float) -> str:
+        """Why `what` cannot be paid for, and the way out."""
+        estimate = f", and {what} needs about {hours:.4g} more" if hours else ""
+        return (
+            f"The budget of {self.gpu_hours:.4g} GPU-hours cannot pay for {what}: {self.spent:.4g} are spent and "
+            f"{self.gpu_hours - self.limit:.4g} are kept for the final evaluation and export{estimate}. "
+            "Raise gpu_hours, take fewer calibration samples, or make them shorter."
+        )
+
+    def exhausted(self, steps: int, hours: float) -> str:
+        """Why training stops after `steps` steps, where the next takes `hours`."""
+        return (
+            f"{self.spent:.4g} of {self.gpu_hours:.4g} GPU-hours are spent after {steps} steps, "
+            f"{self.gpu_hours - self.limit:.4g} are kept for the closing validation, evaluation and export"
+            + (f", and the next step may take {hours:.4g}" if hours else "")
+        )
+
+
+def check_split(split: Mapping[str, float]) -> dict[str, float]:
+    """The shares of a budget's stages, as plain floats.
+
+    Args:
+        split: Shares of at least 0 that add up to 1 (within 1e-6), for names of `STAGES`; a stage left out has 0.
+
+    Raises:
+        ConfigError: A name is unknown, a share is no such number, or the sum is another; it says which.
+    """
+    example = "{reconstruction: 0.2, training: 0.8}"
+    if not isinstance(split, Mapping):
+        raise ConfigError(f"split must name the stages' shares, as in {example}, not {split!r}.")
+    unknown = [name for name in split if name not in STAGES]
+    if unknown:
+        raise ConfigError(
+            f"split has a share for {_names(unknown)}, but a budget can only be split between {_names(STAGES)}, "
+            f"as in {example}. What comes before and after them is charged to the budget without a share."
+        )
+    for name, share in split.items():
+        if not is_number(share) or share < 0:
+            raise ConfigError(f"The split's share for {name} must be a number from 0 to 1 (0.2 is 20%), not {share!r}.")
+    total = sum(split.values())
+    if abs(total - 1) > 1e-6:
+        shares = " + ".join(f"{name} {share:g}" for name, share in split.items()) or "no share at all"
+        raise ConfigError(
+            f"The shares of split add up to {total:.6g}, not to 1: {shares}. They are shares of what is left when the "
+            f"model is pruned. Make them add up to 1, as in {example}, or leave split out."
+        )
+    return {name: float(share) for name, share in split.items()}
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number, and no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _names(names: Iterable[object]) -> str:
+    return " and ".join(map(repr, names))
