@@ -2,6 +2,7 @@
 
 from sparsefit.callbacks.budget import GPUHourBudget
 from sparsefit.callbacks.pruning import WandaPruning
+from sparsefit.callbacks.reconstruction import BlockwiseReconstruction
 from sparsefit.callbacks.run_report import RunReport
 
-__all__ = ["GPUHourBudget", "RunReport", "WandaPruning"]
+__all__ = ["BlockwiseReconstruction", "GPUHourBudget", "RunReport", "WandaPruning"]

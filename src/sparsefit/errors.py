@@ -27,3 +27,7 @@ class DataError(SparsefitError, ValueError):
 
 class RunFolderError(SparsefitError, OSError):
     """A run folder that cannot be used: it exists, cannot be written, or its disk is full."""
+
+
+class MergeError(SparsefitError):
+    """Merging would not give the model that was trained."""

@@ -1,0 +1,223 @@
+"""The tables of docs/results.md on recovery: forms of adapter, reconstruction, distillation; tuned alike, merged.
+
+    python scripts/reproduce/recovery.py --output runs/recovery [--model embedded] [--stage tune] [--threads 1]
+
+Stages: "tune" finds the learning rate of each form (at 50%, plain); "steps" gives each recipe the same number of
+optimizer steps; "seconds" gives it the same seconds, reconstruction included; "goal" compares the paper's recipe with
+the best one. Every point is a fit by `Trainer` with the project's callbacks, kept in a file of the output folder, so a
+run that was stopped goes on where it was. What a pruning or a reconstruction gives is kept, too, and shared by the
+points that start from it. The model on TinyStories expects the folder data/ (see configs/tinystories_lora.yaml).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from safetensors.torch import load_file
+
+from sparsefit.callbacks import BlockwiseReconstruction, GPUHourBudget, WandaPruning
+from sparsefit.data import PythonDocsDataModule, TextFilesDataModule
+from sparsefit.modules import CausalLMModule
+from sparsefit.pruning import MaskSet
+from sparsefit.pruning.naming import canonical_name
+from sparsefit.recovery.adapters import AdapterSettings
+from sparsefit.recovery.distill import DistillSettings
+from sparsefit.recovery.export import export_base, pretrained_part
+from sparsefit.recovery.inspection import inspect_folder
+from sparsefit.recovery.merge import merge
+
+Settings = dict[str, Any]
+
+MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
+    "embedded": ("tiny-llama", lambda: PythonDocsDataModule("tiny-llama", calibration="pack", test_windows=200)),
+    "tinystories": (
+        "data/tinystories656K",
+        lambda: TextFilesDataModule(
+            "data/tinystories656K",
+            "data/tinystories/train_sample.jsonl",
+            test_source="data/tinystories/val.jsonl",
+            sequence_length=512,
+            calibration="pack",
+            test_windows=128,
+        ),
+    ),
+}
+PATTERNS: dict[str, Settings] = {"50%": {"sparsity": 0.5}, "2:4": {"pattern": "2:4"}}
+REFINED = {"swaps": 10, "reconstruction": "least_squares"}
+PRUNINGS: dict[str, Settings] = {"wanda": {}, "refined": REFINED, "refined, OWL": REFINED | {"allocation": "owl"}}
+RANK_16 = {"r": 16, "alpha": 32, "dropout": 0.0, "target_modules": "all-linear"}
+FORMS: dict[str, Settings] = {
+    "lora q, v (the paper's)": {"form": "lora"},
+    "lora, all linears": {"form": "lora", **RANK_16},
+    "masked_lora": {"form": "masked_lora", **RANK_16},
+    "hira": {"form": "hira", **RANK_16},
+    "full": {"form": "full", "target_modules": "all-linear", "train_norms": True},
+}
+RATES = {
+    "lora q, v (the paper's)": (1e-3, 3e-3, 1e-2, 3e-2),
+    "lora, all linears": (1e-3, 3e-3, 1e-2),
+    "masked_lora": (1e-3, 3e-3, 1e-2),
+    "hira": (3e-3, 1e-2, 3e-2),
+    "full": (3e-4, 1e-3, 3e-3),
+}
+RECONSTRUCTION = {"passes": 5, "learning_rate": 3e-3}
+
+
+class FromFolder(WandaPruning):
+    """Starts from what an earlier pruning (and reconstruction) of the same model left, instead of pruning again."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the weights and masks over."""
+        _, model = pretrained_part(pl_module)
+        saved = load_file(self._folder / "model.safetensors")
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if canonical_name(name) in saved and "modules_to_save" not in name:
+                    parameter.copy_(saved[canonical_name(name)])
+        self.masks = MaskSet.load(self._folder / "masks.safetensors").renamed(lambda name: f"model.{name}")
+
+
+@cache
+def data_of(model: str) -> tuple[Any, list[Any]]:
+    """The data module of a model and its test batches."""
+    data = MODELS[model][1]()
+    data.setup("fit")
+    return data, list(data.test_dataloader())
+
+
+def trainer_with(callbacks: list[Callback], **settings: Any) -> Trainer:
+    """A trainer that writes nothing."""
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return Trainer(
+        accelerator="auto", devices=1, callbacks=callbacks, enable_model_summary=False, use_distributed_sampler=False,
+        **quiet, **settings,
+    )  # fmt: skip
+
+
+def prepare(output: Path, model: str, pattern: str, pruning: str, reconstructed: bool) -> tuple[Path, Settings]:
+    """The folder of a pruned model, and its figures; made once."""
+    folder = output / "bases" / "-".join([model, pattern.replace(":", "of"), pruning, "r" * reconstructed or "p"])
+    if not (folder / "figures.json").exists():
+        data, test = data_of(model)
+        module = CausalLMModule(MODELS[model][0])
+        dense = module.evaluate(test)["perplexity"]
+        wanda = WandaPruning(**PATTERNS[pattern], **PRUNINGS[pruning])
+        tuned = BlockwiseReconstruction(**(RECONSTRUCTION if reconstructed else {"passes": 0}))
+        seed_everything(0, verbose=False)
+        trainer_with([wanda, tuned], max_steps=0).fit(module, data)
+        export_base(module, wanda.masks, folder).save(folder / "masks.safetensors")
+        figures = {
+            "dense": dense,
+            "pruned": module.evaluate(test)["perplexity"],
+            "pruning_seconds": wanda.result.seconds,
+            "reconstruction_seconds": tuned.account.get("seconds", 0.0),
+        }
+        (folder / "figures.json").write_text(json.dumps(figures))
+    return folder, json.loads((folder / "figures.json").read_text())
+
+
+def run(output: Path, point: Settings) -> Settings:
+    """One point: a model prepared, trained, evaluated, merged and counted."""
+    model, form = point["model"], FORMS[point["form"]] | point.get("adapter", {})
+    folder, figures = prepare(output, model, point["pattern"], point["pruning"], point["reconstructed"])
+    data, test = data_of(model)
+    seed_everything(0, verbose=False)
+    distill = DistillSettings(point["distill"]) if point["distill"] else None
+    module = CausalLMModule(MODELS[model][0], AdapterSettings(**form), distill, learning_rate=point["rate"])
+    seconds = point.get("seconds")
+    left = math.inf if seconds is None else seconds - figures["reconstruction_seconds"]
+    budget = GPUHourBudget(min(left, 1e5) / 3600, reserve=1e-6)
+    pruned = FromFolder(folder)
+    trainer = trainer_with([pruned, budget], max_steps=point.get("steps") or -1, max_epochs=1000, gradient_clip_val=1.0)
+    start = time.perf_counter()
+    trainer.fit(module, data)
+    spent = time.perf_counter() - start
+    recovered = module.evaluate(test)["perplexity"]
+    lossless = AdapterSettings(**form).lossless
+    module.model = merge(
+        module.model, pruned.masks.renamed(lambda name: name.removeprefix("model.")), reapply_masks=not lossless
+    )
+    merged = module.evaluate(test)["perplexity"]
+    with tempfile.TemporaryDirectory() as saved:
+        export_base(module, pruned.masks, Path(saved)).save(Path(saved) / "masks.safetensors")
+        inspection = inspect_folder(saved)
+    return point | figures | {
+        "recovered": recovered,
+        "merged": merged,
+        "steps_taken": trainer.global_step,
+        "training_seconds": spent,
+        "trainable": sum(p.numel() for p in module.parameters() if p.requires_grad),
+        "sparsity": inspection.sparsity,
+        "masks_broken": len(inspection.broken),
+    }  # fmt: skip
+
+
+def cached(output: Path, point: Settings) -> Settings:
+    """A point's figures, from the file where they are."""
+    file = output / f"{point['model']}.jsonl"
+    done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    for figures in done:
+        if all(figures.get(key) == value for key, value in point.items()):
+            return figures
+    figures = run(output, point)
+    with file.open("a") as lines:
+        lines.write(json.dumps(figures) + "\n")
+    print(
+        f"{json.dumps(point)} pruned {figures['pruned']:.2f} recovered {figures['recovered']:.3f} "
+        f"merged {figures['merged']:.3f} in {figures['training_seconds']:.0f} s",
+        flush=True,
+    )
+    return figures
+
+
+def points_to_tune(model: str, steps: int) -> dict[str, list[Settings]]:
+    """Each form at each of its rates, plainly pruned and trained on the text."""
+    plain = {"pattern": "50%", "pruning": "wanda", "reconstructed": False, "distill": 0.0, "steps": steps}
+    return {
+        form: [{"model": model, "form": form, "rate": rate, **plain} for rate in rates] for form, rates in RATES.items()
+    }
+
+
+def best_rates(output: Path, model: str, steps: int) -> dict[str, float]:
+    """The learning rate with which each form comes out best."""
+    found = {}
+    for form, points in points_to_tune(model, steps).items():
+        figures = [cached(output, point) for point in points]
+        found[form] = min(figures, key=lambda point: point["recovered"])["rate"]
+    return found
+
+
+def main() -> None:
+    """Run the script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/recovery"))
+    parser.add_argument("--model", choices=MODELS)
+    parser.add_argument("--stage", choices=("tune", "steps", "seconds", "goal"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=100)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    warnings.filterwarnings("ignore")
+    args.output.mkdir(parents=True, exist_ok=True)
+    for model in [args.model] if args.model else MODELS:
+        rates = best_rates(args.output, model, args.steps)
+        print(model, rates, flush=True)
+
+
+if __name__ == "__main__":
+    main()
