@@ -1,17 +1,17 @@
-"""Layers that bitsandbytes holds in 4 and 8 bits: read, pruned, written, put back, saved and loaded."""
+"""Layers that bitsandbytes holds in 4 and 8 bits: read, pruned, written, put back, saved."""
 
 from __future__ import annotations
 
-import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from quantized_layers import DTYPES, FOUR_BIT, KINDS, SHAPES, bnb, held_bits, make_layer, random_mask
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from sparsefit.errors import MaskError
 from sparsefit.pruning.quantized import (
@@ -28,61 +28,12 @@ from sparsefit.pruning.quantized import (
     zero_outside,
 )
 
-bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: no quantized layers to prune")
-
-KINDS = ["int8", "nf4", "fp4", "nf4-nested", "fp4-nested"]
-FOUR_BIT = [kind for kind in KINDS if kind != "int8"]
-# Odd widths, blocks that span rows, a number of weights that is odd, and the plain case.
-SHAPES = [(7, 9), (33, 130), (64, 65), (48, 32), (16, 96), (2, 1), (32, 128)]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
 
 @pytest.fixture(autouse=True)
 def uncompiled() -> Iterator[None]:
     """bitsandbytes compiles its fallback for odd widths: seconds for each shape."""
     with torch.compiler.set_stance("force_eager"):
         yield
-
-
-def make_layer(
-    kind: str, shape: tuple[int, int] = (64, 128), dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any
-) -> nn.Module:
-    """A quantized layer with random weights; for 4 bits, `blocksize` and `quant_storage` are settings."""
-    rows, columns = shape
-    if kind == "int8":
-        layer: nn.Module = bnb.nn.Linear8bitLt(columns, rows, bias=False, has_fp16_weights=False)
-    else:
-        storage = settings.get("quant_storage", torch.uint8)
-        layer = bnb.nn.Linear4bit(
-            columns,
-            rows,
-            bias=False,
-            quant_type=kind[:3],
-            compress_statistics=kind.endswith("nested"),
-            quant_storage=storage,
-        )
-        layer.weight.blocksize = settings.get("blocksize", 64)
-    # Rows of very different size, so that a wrong scale shows.
-    generator = torch.Generator().manual_seed(seed)
-    sizes = torch.linspace(-2, 2, rows).exp().unsqueeze(1)
-    layer.weight.data = (torch.randn(shape, generator=generator) * sizes).to(dtype)
-    return layer.to("cpu").eval()
-
-
-def random_mask(shape: tuple[int, int], seed: int = 1) -> Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) > 0.5
-
-
-def held_bits(layer: nn.Module) -> list[Any]:
-    """All that a layer computes with, to the bit."""
-    if isinstance(layer, bnb.nn.Linear8bitLt):
-        scales = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
-        return [layer.weight.data.tolist(), scales.tolist()]
-    state = layer.weight.quant_state.as_dict()
-    return [
-        layer.weight.data.contiguous().view(torch.uint8).tolist(),
-        {name: value.tolist() if isinstance(value, Tensor) else value for name, value in state.items()},
-    ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -298,159 +249,3 @@ def test_all_but_quantizing_works_without_bitsandbytes(kind: str, monkeypatch: p
     assert torch.equal(stored_matrix({f"x.{k}": v for k, v in layer.state_dict().items()}, "x.weight"), dense)
     with pytest.raises(ImportError):
         write_quantized(layer, dense)
-
-
-@pytest.fixture
-def cpu_layout_layer() -> Callable[..., nn.Module]:
-    def make(kind: str, **settings: Any) -> nn.Module:
-        layer = make_layer(kind, **settings)
-        if not layer.support_avx512bf16_for_cpu:
-            pytest.skip("this CPU has no AVX-512 BF16: bitsandbytes does not rearrange the weights")
-        with torch.no_grad():
-            layer(torch.randn(2, 128))
-        assert layer.weight.shape == (64, 64)
-        return layer
-
-    return make
-
-
-@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", FOUR_BIT)
-def test_weights_in_the_cpu_layout(kind: str, storage: torch.dtype, cpu_layout_layer: Callable[..., nn.Module]) -> None:
-    stored = dequantized(make_layer(kind))
-    layer = cpu_layout_layer(kind, quant_storage=storage)
-    dense, mask, inputs = dequantized(layer), random_mask((64, 128)), torch.randn(2, 128)
-    torch.testing.assert_close(dense, stored, rtol=2**-8, atol=0)  # its scales are rounded to bfloat16
-    bits, taken = held_bits(layer), snapshot(layer)
-    zero_outside(layer, mask)
-    assert torch.equal(dequantized(layer), dense.masked_fill(~mask, 0))
-    with torch.no_grad():
-        torch.testing.assert_close(layer(inputs), nn.functional.linear(inputs, dequantized(layer)))
-    assert layer.weight.dtype == storage
-    saved = {f"x.{name}": value for name, value in layer.state_dict().items()}
-    assert torch.equal(stored_matrix(saved, "x.weight"), dequantized(layer))
-    restore(layer, taken)
-    assert held_bits(layer) == bits
-    assert layer.support_avx512bf16_for_cpu
-    write_quantized(layer, stored)
-    assert layer.weight.dtype == storage
-    torch.testing.assert_close(dequantized(layer), stored, rtol=0.02, atol=0)
-
-
-def test_the_layout_stays_plain_unless_an_error_comes() -> None:
-    layer = make_layer("nf4")
-    allowed, before = layer.support_avx512bf16_for_cpu, held_bits(layer)
-    with pytest.raises(RuntimeError, match="on purpose"), plain_layout(layer):
-        raise RuntimeError("on purpose")
-    assert layer.support_avx512bf16_for_cpu == allowed
-    with torch.no_grad(), plain_layout(layer):
-        layer(torch.randn(2, 128))
-    layer(torch.randn(2, 128))
-    assert held_bits(layer) == before
-
-
-QUANTIZATIONS: dict[str, dict[str, Any]] = {
-    "int8": {"load_in_8bit": True},
-    "nf4-nested": {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": torch.float32,
-    },
-    "fp4-bfloat16-storage": {"load_in_4bit": True, "bnb_4bit_quant_storage": torch.bfloat16},
-}
-
-
-@pytest.fixture(scope="module")
-def model_folder(tiny_model: Callable[..., nn.Module], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("dense")
-    tiny_model("llama", hidden_size=64, intermediate_size=128, num_hidden_layers=2).save_pretrained(folder)
-    return folder
-
-
-def load_quantized(folder: Path, name: str) -> nn.Module:
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    config = BitsAndBytesConfig(**QUANTIZATIONS[name])
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu")
-
-
-@pytest.mark.parametrize("name", QUANTIZATIONS)
-def test_a_transformers_model_saved_and_loaded(name: str, model_folder: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model, tokens = load_quantized(model_folder, name), torch.arange(3, 19).view(2, 8)
-    layers = {path: layer for path, layer in model.named_modules() if is_quantized(layer)}
-    assert len(layers) == 2 * 7  # every linear layer of the blocks; the head stays in floats
-    with torch.no_grad(), plain_layout(model):
-        dense = model(tokens).logits
-        taken = {path: snapshot(layer) for path, layer in layers.items()}
-        for layer in layers.values():
-            zero_outside(layer, random_mask(matrix_shape(layer)))
-        pruned = model(tokens).logits
-        model.save_pretrained(tmp_path)
-        for path, layer in layers.items():
-            restore(layer, taken[path])
-        assert torch.equal(model(tokens).logits, dense)
-        reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu")
-        with plain_layout(reloaded):
-            assert torch.equal(reloaded(tokens).logits, pruned)
-    assert not torch.equal(dense, pruned)
-    tensors = load_file(tmp_path / "model.safetensors")
-    for path in layers:
-        layer = reloaded.get_submodule(path)
-        mask = random_mask(matrix_shape(layer))
-        for matrix in (dequantized(layer), stored_matrix(tensors, f"{path}.weight")):
-            assert matrix.shape == mask.shape
-            assert not matrix[~mask].any()
-
-
-@pytest.mark.parametrize("name", ["int8", "nf4-nested"])
-def test_the_base_of_a_peft_model_stays_pruned_in_training(name: str, model_folder: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    model = load_quantized(model_folder, name)
-    plain = {id(layer) for layer in model.modules() if is_quantized(layer)}
-    model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
-    layers = [layer for layer in model.modules() if is_quantized(layer)]
-    assert {id(layer) for layer in layers} == plain  # the wrappers of PEFT are not taken for quantized layers
-    with plain_layout(model):
-        for layer in layers:
-            zero_outside(layer, random_mask(matrix_shape(layer)))
-        before = [copy.deepcopy(held_bits(layer)) for layer in layers]
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-        tokens = torch.arange(3, 19).view(2, 8)
-        losses = []
-        for _ in range(2):
-            loss = model.train()(tokens, labels=tokens).loss
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        assert losses[0] != losses[1]
-        assert [held_bits(layer) for layer in layers] == before
-
-
-@pytest.mark.parametrize("name", ["int8", "nf4-nested"])
-def test_prune_of_a_quantized_model_end_to_end(name: str, model_folder: Path) -> None:
-    from sparsefit import PruningConfig, prune
-
-    model, batches = load_quantized(model_folder, name), [{"input_ids": torch.arange(3, 35).view(2, 16)}]
-    layers = {path: layer for path, layer in model.named_modules() if is_quantized(layer)}
-    dense = {path: dequantized(layer) for path, layer in layers.items()}
-    before = [held_bits(layer) for layer in layers.values()]
-
-    def interrupted(done: int, total: int) -> None:
-        if done == total:
-            raise RuntimeError("on purpose")
-
-    with pytest.raises(RuntimeError, match="on purpose"):
-        prune(model, batches, PruningConfig(pattern="2:4"), progress=interrupted)
-    assert [held_bits(layer) for layer in layers.values()] == before
-
-    result = prune(model, batches, PruningConfig(pattern="2:4"))
-    result.masks.verify(model)
-    assert set(result.masks) == {f"{path}.weight" for path in layers}
-    for path, layer in layers.items():
-        mask = result.masks[f"{path}.weight"]
-        assert bool((mask.view(len(mask), -1, 4).sum(dim=2) == 2).all())
-        assert torch.equal(dequantized(layer), dense[path].masked_fill(~mask, 0))

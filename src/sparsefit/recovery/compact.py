@@ -26,7 +26,7 @@ from sparsefit.errors import ConfigError, MaskError, RunFolderError, SparsefitEr
 from sparsefit.pruning import MaskSet
 from sparsefit.pruning.masks import pack_bits
 from sparsefit.recovery import compact_layout as layout
-from sparsefit.recovery.compact_layout import Header, Part, Saved, compact_files, integers
+from sparsefit.recovery.compact_layout import Header, Part, Saved, compact_files, integers, selected
 from sparsefit.recovery.inspection import MASKS_FILE, _masks_of, _weight_files
 
 _OTHER_FORMATS = frozenset({".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth"})
@@ -187,13 +187,15 @@ def _plan(file: Path, files: list[str], tensors: safe_open, masks: MaskSet | Non
     held, bits = [], []
     for name in tensors.offset_keys():
         tensor, dtype = tensors.get_tensor(name), tensors.get_slice(name).get_dtype()
-        why = _why_plain(name, tensor, masks)
+        why, count = _why_plain(name, tensor, masks), None
         if why is None and masks is not None:
-            _check_zeros(name, tensor, masks, file)
-            state = masks.of_parameter(name).state_dict()
-            bits += [(of, entry["shape"], entry["transposed"]) for of, entry in state.items()]
-        kept = None if why else int(_kept(name, tensor, masks).sum())
-        held.append(Saved(name, dtype, list(tensor.shape), tensor.nbytes, layout.digest(tensor), kept, why))
+            of_this = masks.of_parameter(name)
+            list(of_this.matrices_in({name: tensor}))  # raises if one does not fit
+            _check_zeros(name, tensor, _kept(name, tensor, masks), file)
+            bits += [(of, entry["shape"], entry["transposed"]) for of, entry in of_this.state_dict().items()]
+        if why is None:
+            count = int(torch.count_nonzero(_kept(name, tensor, masks)))
+        held.append(Saved(name, dtype, list(tensor.shape), tensor.nbytes, layout.digest(tensor), count, why))
     return Header(files, held, bits, masks.digest() if masks is not None else "", tensors.metadata() or {})
 
 
@@ -216,9 +218,8 @@ def _kept(name: str, tensor: Tensor, masks: MaskSet | None) -> Tensor:
     return integers(tensor) != 0 if masks is None else masks.for_parameter(name, tensor).flatten()
 
 
-def _check_zeros(name: str, tensor: Tensor, masks: MaskSet, file: Path) -> None:
-    list(masks.of_parameter(name).matrices_in({name: tensor}))  # raises if one does not fit
-    alive = int(torch.count_nonzero(integers(tensor).masked_fill(_kept(name, tensor, masks), 0)))
+def _check_zeros(name: str, tensor: Tensor, kept: Tensor, file: Path) -> None:
+    alive = int(torch.count_nonzero((integers(tensor) != 0) & ~kept))
     if alive:
         raise MaskError(
             f"{name} in {file} has {alive} weights that its mask prunes and that are not exactly +0 (-0.0 counts): "
@@ -235,8 +236,7 @@ def _check_all_found(masks: MaskSet | None, held: list[Saved], folder: Path) -> 
 def _compact_parts(tensors: safe_open, header: Header, masks: MaskSet | None) -> list[Part]:
     def values_of(name: str) -> Tensor:
         tensor = tensors.get_tensor(name)
-        # Selected by numpy: torch makes indices of 16 bytes a weight.
-        return torch.from_numpy(integers(tensor).numpy()[_kept(name, tensor, masks).numpy()])
+        return selected(integers(tensor), _kept(name, tensor, masks))
 
     def bits_of(name: str) -> Tensor:
         return pack_bits(_kept(name, tensors.get_tensor(name), masks))

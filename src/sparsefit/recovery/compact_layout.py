@@ -29,6 +29,9 @@ from sparsefit.pruning.weights import as_matrix
 SUFFIX = ".compact.safetensors"
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FORMAT = "sparsefit-compact-1"
+# Weights selected at a time. By indices and in numpy, which is several times as fast as by a mask or in torch; but they
+# take 8 bytes a weight.
+_CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -219,6 +222,12 @@ def integers(tensor: Tensor) -> Tensor:
     return tensor.contiguous().flatten().view(INTEGERS[tensor.element_size()])
 
 
+def selected(values: Tensor, mask: Tensor) -> Tensor:
+    """The values of a flat tensor at which a flat mask is True, in their order."""
+    pieces = zip(values.split(_CHUNK), mask.split(_CHUNK), strict=True)
+    return torch.cat([torch.from_numpy(piece.numpy().compress(places.numpy())) for piece, places in pieces])
+
+
 def digest(tensor: Tensor) -> str:
     """sha256 of a tensor's bytes."""
     return hashlib.sha256(_bytes(tensor)).hexdigest()
@@ -229,9 +238,19 @@ def _read(tensors: safe_open, saved: Saved) -> Tensor:
         return tensors.get_tensor(saved.name)
     kept = tensors.get_tensor(f"{saved.name}.kept")
     mask = unpack_bits(tensors.get_tensor(f"{saved.name}.bits"), (math.prod(saved.shape),))
-    flat = torch.zeros(len(mask), dtype=INTEGERS[kept.element_size()])
-    flat.numpy()[mask.numpy()] = integers(kept).numpy()
-    return flat.view(kept.dtype).view(saved.shape)
+    return _spread(integers(kept), mask).view(kept.dtype).view(saved.shape)
+
+
+def _spread(kept: Tensor, mask: Tensor) -> Tensor:
+    if int(torch.count_nonzero(mask)) != len(kept):
+        raise ValueError(f"it has {len(kept)} values, and bits for {int(torch.count_nonzero(mask))}")
+    dense = torch.zeros(len(mask), dtype=kept.dtype)
+    start = 0
+    for piece, places in zip(dense.split(_CHUNK), mask.split(_CHUNK), strict=True):
+        indices = places.numpy().nonzero()[0]
+        piece.numpy()[indices] = kept[start : start + len(indices)].numpy()
+        start += len(indices)
+    return dense
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -1,22 +1,25 @@
-"""Pruned 2:4 layers as torch's semi-structured tensors, which GPUs since Ampere multiply at up to twice the speed.
+"""Pruned 2:4 layers as torch's semi-structured tensors, which GPUs since Ampere multiply at up to twice the dense rate.
 
-torch.sparse (prototype) has two backends: cuSPARSELt, and CUTLASS where that is not built in. Both hold the two kept
-values of every four and two bits for each: 9/16 of the memory of the dense weight in half precision.
+torch.sparse (a prototype, as it says itself) has two backends: cuSPARSELt, and CUTLASS where that is missing. Both hold
+the two kept values of every four and two bits for each: 9/16 of the memory of a weight in half precision.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsefit.pruning import MaskSet
 from sparsefit.pruning.naming import base_modules
+from sparsefit.pruning.quantized import is_quantized
+from sparsefit.pruning.stored import split_name
 
 HALF = (torch.float16, torch.bfloat16)
 MULTIPLES = {"cusparselt": (16, 16), "cutlass": (32, 64)}
-"""What the rows and columns of a half-precision weight must be multiples of, for each backend."""
+"""What the rows and columns of a half-precision weight must be multiples of, by backend."""
 
 _AMPERE, _HOPPER = (8, 0), (9, 0)
 _TRIAL = 64  # rows and columns that fit both backends
@@ -27,53 +30,135 @@ class SemiStructuredReport:
     """What became of the masked weights.
 
     Attributes:
-        backend: What multiplies the converted ones: "cusparselt" or "cutlass"; None if nothing can.
+        backends: What multiplies the converted ones: "cusparselt" or "cutlass", by device.
         converted: Names of the weights that are semi-structured tensors now.
-        dense: The other masks, and why their weights stayed as they were.
+        dense: The others, and why they stayed as they were.
     """
 
-    backend: str | None
+    backends: dict[str, str] = field(default_factory=dict)
     converted: list[str] = field(default_factory=list)
     dense: dict[str, str] = field(default_factory=dict)
 
 
 def to_semi_structured(model: nn.Module, masks: MaskSet) -> SemiStructuredReport:
-    """Replace the weights of 2:4 pruned linear layers by `torch.sparse.to_sparse_semi_structured` tensors, in place.
+    """Replace the weights of 2:4 pruned linear layers by torch's semi-structured tensors, in place.
 
-    For inference on one GPU: the tensors cannot be trained, merged into, cast or moved, and `save_pretrained` cannot
-    write them (save the model first). Inputs must have the dtype of the weights.
+    For inference: such a tensor cannot be trained, merged into, cast, moved or saved by `save_pretrained` (save the
+    model first), and inputs must have its dtype (no autocast from another one).
 
     Args:
-        model: A pruned model on its GPU, in bfloat16 or float16; with or without PEFT's adapters.
+        model: A pruned model on its GPU in bfloat16 or float16, with or without PEFT's adapters.
         masks: Its masks.
 
     Returns:
-        Which weights were converted, and why the others were not. Nothing is an error but masks that do not hold.
+        Which weights were converted, and for each other masked weight why it was not. A model that nothing can be
+        done for is no error: all of its weights then have a reason.
 
     Raises:
-        MaskError: if the masks do not fit or a pruned weight is not zero; nothing is changed then.
+        MaskError: if the masks do not fit or a pruned weight is not zero, before anything is changed.
     """
     masks.verify(model)
     layers = base_modules(model)
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    backends = {device: backend_of(device) for device in devices}
-    used = next((backend for backend, _ in backends.values() if backend), None)
-    report = SemiStructuredReport(used)
-    shared: dict[int, nn.Parameter] = {}
+    report = SemiStructuredReport()
+    chosen: dict[torch.device, tuple[str | None, str]] = {}
     for name in masks:
         layer = layers.get(name.removesuffix(".weight"))
-        backend, why = None, why_dense(name, layer, masks)
-        if why is None:
-            backend, why = backends.get(layer.weight.device) or (None, _no_gpu(layer.weight.device))
-        if why is None:
-            why = _misfit(layer.weight, backend)
-        if why is not None:
+        why = why_dense(name, layer, masks)
+        if not why:
+            device = layer.weight.device
+            if device not in chosen:
+                chosen[device] = backend_of(device)
+            backend, why = chosen[device]
+            why = why or _misfit(layer.weight, backend)
+        if why:
             report.dense[name] = why
             continue
-        dense = layer.weight
-        if id(dense) not in shared:
-            shared[id(dense)] = nn.Parameter(pack(dense.detach().contiguous(), backend), requires_grad=False)
-        for other in _users(layers, dense):
-            other.weight = shared[id(dense)]
+        _replace(layers, layer.weight, nn.Parameter(pack(layer.weight.detach(), backend), requires_grad=False))
+        report.backends[str(device)] = backend
         report.converted.append(name)
     return report
+
+
+def why_dense(name: str, layer: nn.Module | None, masks: MaskSet) -> str:
+    """Why a weight cannot be a semi-structured tensor on any GPU; the empty string if it can.
+
+    Args:
+        name: Name of its mask.
+        layer: The layer that it is the weight of, if there is one.
+        masks: All masks.
+    """
+    if split_name(name)[1] is not None:
+        return "one matrix of a stack of experts"
+    if layer is None or not name.endswith("weight"):
+        return "not the weight of a layer of its own"
+    if is_quantized(layer):
+        return "quantized"
+    if type(layer) is not nn.Linear:
+        return f"its layer is a {type(layer).__name__}, not an nn.Linear"
+    if not is_two_of_four(masks[name]):
+        return "its mask is not 2:4"
+    if layer.weight.dtype not in HALF:
+        kind = str(layer.weight.dtype).removeprefix("torch.")
+        # torch would take a float32 weight, and keep one of every two: other weights than the mask's.
+        return f"it is {kind}: convert the model to bfloat16 or float16 first"
+    if layer.bias is not None and layer.bias.dtype != layer.weight.dtype:
+        return "its bias has another dtype"
+    return ""
+
+
+def is_two_of_four(mask: Tensor) -> bool:
+    """Whether an (out, in) mask keeps at most two of every four consecutive inputs."""
+    if mask.shape[1] % 4:
+        return False
+    return bool((mask.view(mask.shape[0], -1, 4).sum(dim=2) <= 2).all())
+
+
+def backend_of(device: torch.device) -> tuple[str | None, str]:
+    """The backend that multiplies semi-structured tensors on a device; None and why, if there is none.
+
+    Decided by a trial: which library runs on which GPU depends on how torch was built.
+    """
+    if device.type != "cuda":
+        return None, f"it is on the {device.type}: 2:4 tensors need a GPU of compute capability 8.0 or newer"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _AMPERE:
+        return None, f"the GPU has compute capability {capability[0]}.{capability[1]}: 2:4 tensors need 8.0 or newer"
+    candidates = ["cusparselt"] if torch.backends.cusparselt.is_available() else []
+    candidates += ["cutlass"] if capability < _HOPPER else []  # torch compiles its CUTLASS kernels for 8.x alone
+    problems = {backend: _try(backend, device) for backend in candidates}
+    works = next((backend for backend, problem in problems.items() if not problem), None)
+    listed = "; ".join(f"{backend}: {problem}" for backend, problem in problems.items())
+    return works, "" if works else f"no backend of this torch works on the GPU ({listed or 'it has no cuSPARSELt'})"
+
+
+def pack(dense: Tensor, backend: str) -> Tensor:
+    """A dense 2:4 weight (out, in) as a semi-structured tensor of a backend."""
+    kinds = {
+        "cusparselt": torch.sparse.SparseSemiStructuredTensorCUSPARSELT,
+        "cutlass": torch.sparse.SparseSemiStructuredTensorCUTLASS,
+    }
+    return kinds[backend].from_dense(dense.contiguous())
+
+
+def _try(backend: str, device: torch.device) -> str:
+    """What goes wrong in a small product with a known result; the empty string if nothing does."""
+    weight = torch.tensor([0.0, 1.0, 0.0, -2.0], dtype=torch.float16, device=device).tile(_TRIAL, _TRIAL // 4)
+    inputs = torch.eye(_TRIAL, dtype=torch.float16, device=device)
+    try:
+        product = nn.functional.linear(inputs, pack(weight, backend))
+    except (RuntimeError, NotImplementedError) as error:
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    return "" if torch.equal(product, weight.t()) else "wrong results"
+
+
+def _misfit(weight: Tensor, backend: str) -> str:
+    rows, columns = MULTIPLES[backend]
+    if weight.shape[0] % rows or weight.shape[1] % columns:
+        return f"its shape is {tuple(weight.shape)}: {backend} takes multiples of ({rows}, {columns})"
+    return ""
+
+
+def _replace(layers: Mapping[str, nn.Module], old: nn.Parameter, new: nn.Parameter) -> None:
+    for layer in layers.values():
+        if type(layer) is nn.Linear and layer.weight is old:
+            layer.weight = new
