@@ -1,8 +1,18 @@
 """The Lightning face of sparsefit: callbacks that wire the engine into a trainer."""
 
 from sparsefit.callbacks.budget import GPUHourBudget
+from sparsefit.callbacks.checkpoints import AtomicCheckpointIO, SparseCheckpoints
 from sparsefit.callbacks.pruning import WandaPruning
+from sparsefit.callbacks.quantization import QuantizedBase
 from sparsefit.callbacks.reconstruction import BlockwiseReconstruction
 from sparsefit.callbacks.run_report import RunReport
 
-__all__ = ["BlockwiseReconstruction", "GPUHourBudget", "RunReport", "WandaPruning"]
+__all__ = [
+    "AtomicCheckpointIO",
+    "BlockwiseReconstruction",
+    "GPUHourBudget",
+    "QuantizedBase",
+    "RunReport",
+    "SparseCheckpoints",
+    "WandaPruning",
+]

@@ -11,8 +11,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from sparsefit.errors import BudgetError, ConfigError
-from sparsefit.recovery.ledger import SECONDS_PER_HOUR, GPUHourLedger, Pace, estimate_validation
-from sparsefit.recovery.schedule import budget_factor, first_rate, keep_base_rates, progress, set_rates
+from sparsefit.recovery.allowance import Allowance
+from sparsefit.recovery.ledger import GPUHourLedger, Pace, estimate_validation
+from sparsefit.recovery.schedule import DrivenRates, first_rate, keep_base_rates, progress
 
 SYNC_STEPS = 20  # so many steps before the end, an accelerator's queue is awaited before the clock is read
 
@@ -32,78 +33,70 @@ class GPUHourBudget(Callback):
     the run; the rate then rises to what the longer budget says. One callback is one budget: a second `fit` with it
     goes on counting. `Trainer(min_steps=..., min_epochs=...)` would train on past the end and is refused.
 
+    A `split` shares out what is left when calibration and pruning are done, beside what is kept for the closing
+    evaluation and export. A stage before training asks for its share with `share_of`. Training, which pays for its
+    validations too, has all that is left then: also where such a stage ends early, or where there is none.
+
     Args:
         gpu_hours: The budget: hours of wall time x devices, on all nodes together.
         warmup_steps: Optimizer steps in which the learning rate rises linearly to its full value.
         reserve: Share of the budget that is kept for the final evaluation and export. It is the least that is kept:
             whoever knows their duration raises it with `keep`.
         drive_learning_rate: False leaves the learning rate alone.
+        split: Shares of the stages "reconstruction" and "training", which add up to 1:
+            `{reconstruction: 0.2, training: 0.8}`.
 
     Raises:
         ConfigError: When an argument is out of range, or the trainer may not stop (`min_steps`, `min_epochs`).
     """
 
     def __init__(
-        self, gpu_hours: float, warmup_steps: int = 5, reserve: float = 0.05, drive_learning_rate: bool = True
+        self,
+        gpu_hours: float,
+        warmup_steps: int = 5,
+        reserve: float = 0.05,
+        drive_learning_rate: bool = True,
+        split: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
-        if not _is_number(gpu_hours) or gpu_hours <= 0:
-            raise ConfigError(
-                f"gpu_hours must be a positive number, not {gpu_hours!r}: hours of wall time x devices. "
-                "Leave GPUHourBudget out to train without a budget."
-            )
-        if not isinstance(warmup_steps, int) or isinstance(warmup_steps, bool) or warmup_steps < 0:
-            raise ConfigError(f"warmup_steps must be a whole number of at least 0, not {warmup_steps!r}.")
-        if not _is_number(reserve) or not 0 <= reserve < 1:
-            raise ConfigError(f"reserve is a share of the budget, from 0 to below 1 (0.05 is 5%), not {reserve!r}.")
-        self.gpu_hours = float(gpu_hours)
-        self.warmup_steps = warmup_steps
-        self.reserve = float(reserve)
         self.drive_learning_rate = drive_learning_rate
         self.ledger = GPUHourLedger()
         self.stop_reason: str | None = None
         """Why the budget ended training; None as long as it has not."""
 
-        self._kept: dict[str, float] = {}
+        self._allowance = Allowance(gpu_hours, reserve, split)
+        self.gpu_hours, self.split = self._allowance.gpu_hours, self._allowance.split
+        self._rates = DrivenRates(warmup_steps)
+        self._drives = False
+        self._max_steps: float = -1
         self._training_start: float | None = None
         self._pace = Pace()
         self._validation_estimate = 0.0
         self._validation_marks: list[float] = []
         self._stage_before_validation = "setup"
-        # What the ranks agreed on last: GPU-hours spent, seconds kept, GPU-hours at which training must end.
-        self._spent = 0.0
-        self._kept_agreed = 0.0
+        self._kept_agreed = 0.0  # seconds, the most of all ranks
         self._closing_validation = False
-        self._limit = self.gpu_hours
-        self._max_steps: float = -1
-        self._drives = False
-        self._factor: float | None = None
-        self._factor_step: int | None = None
-
-    # What other callbacks use.
 
     @property
     def closing_seconds(self) -> float:
         """Seconds kept on this rank for what follows training, as told by `keep`."""
-        return sum(self._kept.values())
+        return sum(self._allowance.kept.values())
 
     @property
     def reserve_hours(self) -> float:
         """GPU-hours that training must leave: the reserve, and the validation that Lightning runs on stopping."""
-        kept = max(self.reserve * self.gpu_hours, self._hours(max(self._kept_agreed, self.closing_seconds)))
-        validation = self._pace.validation or self._validation_estimate
-        return kept + (self._hours(validation) if self._closing_validation else 0.0)
+        validation = (self._pace.validation or self._validation_estimate) if self._closing_validation else 0.0
+        kept = max(self._kept_agreed, self.closing_seconds)
+        return self._allowance.reserve_hours(self.ledger.hours_of(kept), self.ledger.hours_of(validation))
 
     def keep(self, seconds: float, what: str = "closing") -> None:
         """Keep at least so much time for what follows training.
 
         Args:
-            seconds: Wall seconds, measured or estimated; ranks may differ, the longest counts.
-            what: Seconds kept under different names add up; the same name again replaces its seconds.
+            seconds: Wall seconds, measured or estimated; of several ranks', the longest count.
+            what: Seconds of different names add up; the same name again replaces its own.
         """
-        if not _is_number(seconds) or seconds < 0:
-            raise ConfigError(f"The seconds to keep for {what} must be a number of at least 0, not {seconds!r}.")
-        self._kept[what] = float(seconds)
+        self._allowance.keep(seconds, what)
 
     def check_before(self, trainer: Trainer, what: str, seconds: float = 0.0) -> None:
         """Raise unless the budget can pay for what comes next. All ranks must call it, and all raise or none.
@@ -116,17 +109,29 @@ class GPUHourBudget(Callback):
         Raises:
             BudgetError: When nothing is left beside the reserve, or less than `seconds`.
         """
-        needed = self._hours(self._agree(trainer, seconds))
-        if self._spent < self._limit and self._spent + needed <= self._limit:
-            return
-        estimate = f", and {what} needs about {needed:.4g} more" if needed else ""
-        raise BudgetError(
-            f"The budget of {self.gpu_hours:.4g} GPU-hours cannot pay for {what}: {self._spent:.4g} are spent and "
-            f"{self.gpu_hours - self._limit:.4g} are kept for the final evaluation and export{estimate}. "
-            "Raise gpu_hours, take fewer calibration samples, or make them shorter."
-        )
+        needed = self.ledger.hours_of(self._agree(trainer, seconds))
+        if not self._allowance.affords(needed):
+            raise BudgetError(self._allowance.refusal(what, needed))
 
-    # Hooks: the clock.
+    def share_of(self, trainer: Trainer, stage: str) -> float | None:
+        """Wall seconds that a stage may take from now on. All ranks must call it, and all get the same.
+
+        A stage that asks again is told what is left of its share. A budget that is spent gives 0 and a warning instead
+        of an error: the model is pruned by then, and is still to be written.
+
+        Args:
+            trainer: The trainer of the run.
+            stage: "reconstruction", or "training", which may take all that is left; others raise a ConfigError.
+
+        Returns:
+            Seconds of at least 0; None where the budget is not split, and the stage may take what it needs.
+        """
+        if self.split is None:
+            return None
+        self._agree(trainer)
+        if not self._allowance.affords(0.0):
+            rank_zero_warn(f"GPUHourBudget: {self._allowance.refusal(stage, 0.0)}")
+        return self.ledger.seconds_of(self._allowance.share(stage))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start the clock: the first hook of all."""
@@ -138,6 +143,7 @@ class GPUHourBudget(Callback):
                 "Leave both unset, or leave GPUHourBudget out."
             )
         self.stop_reason = None
+        self._allowance.ends.clear()
         # Another callback's `setup` may have started it already, through `ledger_of`.
         if not self.ledger.running:
             self.ledger.switch("setup")
@@ -150,7 +156,7 @@ class GPUHourBudget(Callback):
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Charge the sanity check to validation."""
-        self._enter_validation()
+        self._stage_before_validation = self.ledger.switch("validation")
         self._validation_marks = [self.ledger.clock()]
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -162,7 +168,7 @@ class GPUHourBudget(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Charge validation to its own stage."""
         if self.ledger.running and not trainer.sanity_checking:
-            self._enter_validation()
+            self._stage_before_validation = self.ledger.switch("validation")
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Take the time of a batch of the sanity check."""
@@ -174,7 +180,7 @@ class GPUHourBudget(Callback):
         if not self.ledger.running or trainer.sanity_checking:
             return
         self._agree(trainer)
-        self._pace.validation_ended(self._seconds(self._spent))
+        self._pace.validation_ended(self._now)
         self._set_limit(trainer)
         self.ledger.switch(self._stage_before_validation)
         self._stop_if_spent(trainer, self._pace.step)
@@ -185,38 +191,33 @@ class GPUHourBudget(Callback):
         self._agree(trainer)
         resumed = self._training_start is not None
         if self._training_start is None:
-            self._training_start = self._spent
-        self._pace.start(self._seconds(self._spent), trainer.global_step)
-        self._factor_step = None
+            self._training_start = self._allowance.spent
+        self._pace.start(self._now, trainer.global_step)
+        self._rates.begin()
         self._prepare_rates(trainer, pl_module)
         self._stop_if_spent(trainer, self._pace.step)
         if self.stop_reason:
-            rank_zero_warn(
-                f"GPUHourBudget: no training step is taken: {self.stop_reason}. Raise gpu_hours to "
-                + ("train further." if resumed else "train, or prune with fewer or shorter calibration samples.")
-            )
+            way_out = "to train further" if resumed else "to train, or prune with fewer or shorter calibration samples"
+            rank_zero_warn(f"GPUHourBudget: no training step is taken: {self.stop_reason}. Raise gpu_hours {way_out}.")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set the learning rate of the optimizer step that this batch belongs to."""
         if not self._drives or self._training_start is None:
             return
-        keep_base_rates(trainer.optimizers, self._factor)
-        if self._factor is None or trainer.global_step != self._factor_step:
-            self._factor_step = step = trainer.global_step
-            done = progress(self._spent, self._training_start, self._limit, step, self._max_steps)
-            self._factor = budget_factor(step, self.warmup_steps, done)
-        set_rates(trainer.optimizers, self._factor)
+        step, allowed = trainer.global_step, self._allowance
+        done = progress(allowed.spent, self._training_start, allowed.limit, step, self._max_steps)
+        self._rates.drive(trainer.optimizers, step, done)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Agree on what is spent, and stop if the next step does not fit."""
         self._await_device(trainer)
         self._agree(trainer)
-        stepped = self._pace.batch_ended(self._seconds(self._spent), trainer.global_step)
+        stepped = self._pace.batch_ended(self._now, trainer.global_step)
         # Between two optimizer steps, only a batch more has to fit.
         self._stop_if_spent(trainer, self._pace.step if stepped else self._pace.batch)
         if not trainer.barebones:
             rate = first_rate(trainer.optimizers)
-            figures = {"gpu_hours": self._spent} | ({} if rate is None else {"learning_rate": rate})
+            figures = {"gpu_hours": self._allowance.spent} | ({} if rate is None else {"learning_rate": rate})
             pl_module.log_dict(figures, on_step=True, on_epoch=False, batch_size=1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -232,15 +233,13 @@ class GPUHourBudget(Callback):
         """Stop the clock; what is spent stays in the ledger."""
         self.ledger.stop()
 
-    # The state in checkpoints.
-
     def state_dict(self) -> dict[str, Any]:
         """What is spent so far and what the next process needs to go on: plain numbers, strings, lists and dicts."""
         return {
             "ledger": self.ledger.state_dict(),
             "training_start": self._training_start,
             "pace": self._pace.state_dict(),
-            "kept": dict(self._kept),
+            "kept": dict(self._allowance.kept),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -248,15 +247,12 @@ class GPUHourBudget(Callback):
         self.ledger.load_state_dict(state_dict["ledger"])
         self._training_start = state_dict["training_start"]
         self._pace.load_state_dict(state_dict["pace"])
-        self._kept = {**state_dict["kept"], **self._kept}
+        self._allowance.kept = {**state_dict["kept"], **self._allowance.kept}
 
-    # Inner workings.
-
-    def _hours(self, seconds: float) -> float:
-        return seconds * self.ledger.devices / SECONDS_PER_HOUR
-
-    def _seconds(self, hours: float) -> float:
-        return hours * SECONDS_PER_HOUR / self.ledger.devices
+    @property
+    def _now(self) -> float:
+        """Wall seconds of the run, as the ranks agreed on them last."""
+        return self.ledger.seconds_of(self._allowance.spent)
 
     def _agree(self, trainer: Trainer, seconds: float = 0.0) -> float:
         """One small collective: the largest figures of all ranks become everybody's. Returns that of `seconds`."""
@@ -264,40 +260,30 @@ class GPUHourBudget(Callback):
         if trainer.world_size > 1:
             mine = torch.tensor(figures, dtype=torch.float64, device=trainer.strategy.root_device)  # (4,)
             figures = trainer.strategy.reduce(mine, reduce_op="max").tolist()
-        self._spent, self._kept_agreed, self._validation_estimate, seconds = figures
-        self.ledger.align(self._spent)
+        self._allowance.spent, self._kept_agreed, self._validation_estimate, seconds = figures
+        self.ledger.align(self._allowance.spent)
         self._set_limit(trainer)
         return seconds
 
     def _set_limit(self, trainer: Trainer) -> None:
         every = trainer.check_val_every_n_epoch
-        self._closing_validation = trainer.enable_validation and (
-            every is None or (trainer.current_epoch + 1) % every == 0
-        )
-        self._limit = self.gpu_hours - self.reserve_hours
-
-    def _enter_validation(self) -> None:
-        self._stage_before_validation = self.ledger.base_stage
-        self.ledger.switch("validation")
+        due = every is None or (trainer.current_epoch + 1) % every == 0
+        self._closing_validation = trainer.enable_validation and due
+        self._allowance.limit = self.gpu_hours - self.reserve_hours
 
     def _stop_if_spent(self, trainer: Trainer, seconds: float) -> None:
-        needed = self._hours(seconds)
+        needed = self.ledger.hours_of(seconds)
         # The last digits of a sum of many steps must not cost a step.
-        if self._spent < self._limit and self._spent + needed <= self._limit * (1 + 1e-9):
+        if self._allowance.affords(needed, slack=1e-9):
             return
         trainer.should_stop = True
         if self.stop_reason is None:
-            self.stop_reason = (
-                f"{self._spent:.4g} of {self.gpu_hours:.4g} GPU-hours are spent after {trainer.global_step} steps, "
-                f"{self.gpu_hours - self._limit:.4g} are kept for the closing validation, evaluation and export"
-                + (f", and the next step may take {needed:.4g}" if needed else "")
-            )
+            self.stop_reason = self._allowance.exhausted(trainer.global_step, needed)
             rank_zero_info(f"GPUHourBudget: stopping: {self.stop_reason}.")
 
     def _prepare_rates(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        own = bool(trainer.lr_scheduler_configs)
-        self._drives = self.drive_learning_rate and not own
-        if self.drive_learning_rate and own:
+        self._drives = self.drive_learning_rate and not trainer.lr_scheduler_configs
+        if self.drive_learning_rate and not self._drives:
             rank_zero_warn(
                 "GPUHourBudget leaves the learning rate to the module's own scheduler, which does not know when the "
                 "budget ends. Return no scheduler from configure_optimizers to let the budget drive the rate."
@@ -308,11 +294,6 @@ class GPUHourBudget(Callback):
 
     def _await_device(self, trainer: Trainer) -> None:
         """Close to the end, read the clock when the queued work is done rather than when it is queued."""
-        device = trainer.strategy.root_device
-        near = self._spent + SYNC_STEPS * self._hours(self._pace.step or math.inf) > self._limit
-        if device.type == "cuda" and near:
-            torch.cuda.synchronize(device)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        near = not self._allowance.affords(SYNC_STEPS * self.ledger.hours_of(self._pace.step or math.inf))
+        if near and trainer.strategy.root_device.type == "cuda":
+            torch.cuda.synchronize(trainer.strategy.root_device)

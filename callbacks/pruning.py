@@ -116,10 +116,15 @@ class WandaPruning(Callback):
         """Take over the masks of a checkpoint.
 
         Raises:
-            MaskError: if they are damaged.
+            MaskError: if they are damaged, or lie in the run folder and nothing brought them from there.
         """
         if not state_dict:
             return
+        if "masks" not in state_dict:
+            raise MaskError(
+                "the checkpoint leaves its masks to the folder of its run: resume with the callback "
+                "SparseCheckpoints(folder=...), which reads them there"
+            )
         masks = MaskSet.from_state_dict(state_dict["masks"])
         if masks.digest() != state_dict["digest"]:
             raise MaskError("the checkpoint is damaged: its masks do not give the digest saved with them")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
@@ -62,8 +63,10 @@ class BlockwiseReconstruction(Callback):
         ledger, budget = ledger_of(trainer), budget_of(trainer)
         before = ledger.seconds.get("reconstruction", 0.0)
         with ledger.stage("reconstruction"), predicting(trainer):
-            batches, source = calibration_batches(trainer, self.calibration, self.calibration_samples)
             seconds = None if budget is None else budget.share_of(trainer, "reconstruction")
+            start = time.monotonic()
+            batches, source = calibration_batches(trainer, self.calibration, self.calibration_samples)
+            seconds = None if seconds is None else max(0.0, seconds - (time.monotonic() - start))
             shown = stage_progress("reconstructing block by block", None, visible=trainer.is_global_zero)
             with shown as advance, trainer.precision_plugin.predict_step_context():
                 forward = calibration_forward(trainer, pl_module)

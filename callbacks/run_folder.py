@@ -5,11 +5,16 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from sparsefit.errors import RunFolderError
-from sparsefit.recovery.inspection import BASE_FOLDER, MASKS_FILE
+from sparsefit.pruning import MaskSet
+from sparsefit.recovery.adapter_files import export_adapter
+from sparsefit.recovery.export import adapted_part, export_base, trains_base, write_model
+from sparsefit.recovery.inspection import BASE_FOLDER, MASKS_FILE, MODEL_FOLDER
+from sparsefit.recovery.merge import merged_state_dict
 
 LOGS = "logs"
 
@@ -24,7 +29,9 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.base = self.path / BASE_FOLDER
+        self.trained_base = self.path / "trained_base"
         self.adapter = self.path / "adapter"
+        self.model = self.path / MODEL_FOLDER
         self.masks = self.path / MASKS_FILE
         self.json = self.path / "report.json"
         self.html = self.path / "report.html"
@@ -60,14 +67,44 @@ class RunFolder:
             RunFolderError: as `check`, or if its disk is too full for the model and a checkpoint of it.
         """
         self.check(resuming)
-        # The sparse base, the checkpoint of the last epoch and the timed one, and what replaces each, with the two
-        # moments of Adam for what trains.
+        # The sparse base and the recovered model, the checkpoint of the last epoch and the timed one, and what replaces
+        # each, with the two moments of Adam for what trains.
         sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in module.parameters()]
         weights, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
-        needed = weights + 4 * (weights + 2 * trained)
+        needed = 2 * weights + 4 * (weights + 2 * trained)
         free = shutil.disk_usage(self.path).free
         if free < needed:
             raise RunFolderError(
                 f"the disk of the run folder {self.path} has {free / 1e9:.1f} GB free; the sparse model and its "
                 f"checkpoints need about {needed / 1e9:.1f} GB. Free some space or choose another folder"
             )
+
+    def write_base(self, module: nn.Module, masks: MaskSet) -> None:
+        """Write the sparse base, without adapters, and then its masks: where these are, the base is whole."""
+        export_base(module, masks, self.base).save(self.masks)
+
+    def write_trained(self, module: nn.Module, masks: MaskSet, notes: dict[str, Any] | None = None) -> Path:
+        """Write what was trained: the adapter, or else the model itself. The base stays as it was written; one that
+        trains beside its adapters, in other parts than PEFT saves with them, is written anew in a folder of its own. A
+        run that was resumed in another folder than its own gets a base there. `notes` are kept beside an adapter.
+
+        Returns:
+            The folder of the model or adapter.
+        """
+        trained = trains_base(module)
+        adapted = adapted_part(module) is not None
+        place = self.trained_base if adapted else self.model
+        if trained:
+            saved = export_base(module, masks, place)
+            if not self.masks.exists():
+                saved.save(self.masks)
+        elif adapted and not self.masks.exists():
+            self.write_base(module, masks)
+        if not adapted:
+            return place if trained else self.base
+        export_adapter(module, masks, place if trained else self.base, self.adapter, notes)
+        return self.adapter
+
+    def write_merged(self, module: nn.Module, masks: MaskSet) -> None:
+        """Write a model whose adapters are merged in place."""
+        write_model(module, masks, self.model, merged_state_dict)

@@ -8,19 +8,26 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from sparsefit.callbacks.ledgers import budget_of, ledger_of
+from sparsefit.callbacks.quantization import QuantizedBase
+from sparsefit.callbacks.reconstruction import BlockwiseReconstruction
 from sparsefit.callbacks.run_folder import RunFolder
-from sparsefit.errors import RunFolderError
+from sparsefit.errors import MergeError, RunFolderError
 from sparsefit.pruning import MaskSet, PruningResult
-from sparsefit.recovery.export import export_adapter, export_base, exported_masks, trains_base
+from sparsefit.recovery.adapter_files import form_of
+from sparsefit.recovery.adapters import LOSSLESS
+from sparsefit.recovery.export import exported_masks
 from sparsefit.recovery.inspection import inspect_folder
+from sparsefit.recovery.merge import merged_in_place
 from sparsefit.reporting.console import console, stage_progress, summary
 from sparsefit.reporting.html import render_html
 from sparsefit.reporting.machine import machine, peak_memory, versions
@@ -30,12 +37,13 @@ _MARGIN = 1.25  # the last evaluation may be somewhat slower than the ones it is
 
 
 class RunReport(Callback):
-    """Fills a run folder: sparse base, adapter, masks, `report.json` and `report.html`.
+    """Fills a run folder: sparse base, adapter, merged model, masks, `report.json` and `report.html`.
 
-    The module is evaluated dense, pruned and recovered if there are test data and it has a method
-    `evaluate(batches, progress)` that returns figures by name and calls `progress` after each batch; its attribute
-    `metrics` says which way each figure is better ("lower" or "higher"). The sparse base is written as soon as
-    the model is pruned, so a run that breaks off later leaves it; what was trained until then is written too.
+    The module is evaluated dense, pruned, reconstructed, recovered and merged if there are test data and it has a
+    method `evaluate(batches, progress)` that returns figures by name and calls `progress` after each batch; its
+    attribute `metrics` says which way each figure is better ("lower" or "higher"). The sparse base is written once, as
+    soon as it is ready, so a run that breaks off later leaves it; what was trained until then is written too. The
+    folder `model` holds the recovered model, exactly sparse, where the adapters merge without a loss or there are none.
 
     Args:
         folder: The run folder: new or empty, unless a run is resumed.
@@ -88,13 +96,19 @@ class RunReport(Callback):
         """Evaluate the dense model."""
         self._claim(trainer, pl_module)
         self._evaluate(trainer, pl_module, "dense")
-        self._reserve(trainer, 2 * self._seconds["evaluation"])  # the pruned and the recovered model are to come
+        self._reserve(trainer, pl_module, ahead=1 + self._reconstructs(trainer))
 
     def on_pruning_end(self, trainer: Trainer, pl_module: LightningModule, result: PruningResult) -> None:
-        """Write the sparse base and its masks, and evaluate it."""
-        self._export_base(trainer, pl_module, result.masks)
+        """Evaluate the pruned model."""
         self._evaluate(trainer, pl_module, "pruned")
-        self._reserve(trainer, sum(self._seconds.values()))
+        self._reserve(trainer, pl_module, ahead=self._reconstructs(trainer))
+
+    def on_base_ready(self, trainer: Trainer, pl_module: LightningModule, masks: MaskSet) -> None:
+        """Write the sparse base and its masks, and evaluate it if it was reconstructed."""
+        self._export_base(trainer, pl_module, masks)
+        if self._reconstructs(trainer):
+            self._evaluate(trainer, pl_module, "reconstructed")
+        self._reserve(trainer, pl_module)
         self._write(trainer, pl_module, "running")
 
     def on_train_batch_end(
@@ -114,11 +128,20 @@ class RunReport(Callback):
                 }
             )
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what a validation logged as `val_` and the name of a figure."""
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return
+        for metric in self.report.get("metrics", {}):
+            if (value := trainer.callback_metrics.get(f"val_{metric}")) is not None:
+                self._note(trainer, "validation", metric, float(value))
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export what was trained, evaluate it, and write the report."""
+        """Export what was trained, evaluate it apart and merged, and write the report."""
         if trainer.global_step > 0:
             self._export_trained(trainer, pl_module)
             self._evaluate(trainer, pl_module, "recovered")
+            self._merge(trainer, pl_module)
         self._write(trainer, pl_module, "finished")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -143,11 +166,14 @@ class RunReport(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The figures so far, for a run that is resumed."""
-        return {"figures": {m: self.report.get(m) for m in self.report.get("metrics", {})}, "history": self._history}
+        figures = {metric: self.report.get(metric) for metric in self.report.get("metrics", {})}
+        kept = {key: self.report[key] for key in ("timeline", "reconstruction") if key in self.report}
+        return {"figures": figures, "history": self._history, "kept": kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the figures of the run before."""
         self.report.update({metric: values for metric, values in state_dict["figures"].items() if values})
+        self.report.update(state_dict.get("kept", {}))
         self._history = list(state_dict["history"])
 
     def _claim(self, trainer: Trainer, module: LightningModule) -> None:
@@ -185,13 +211,25 @@ class RunReport(Callback):
                 figures = evaluate(loader, progress=lambda _: advance())
         for metric, value in figures.items():
             self.report.setdefault(metric, {})[stage] = value
+            self._note(trainer, stage, metric, value)
             for logger in trainer.loggers:
                 logger.log_metrics({f"{metric}/{stage}": value}, step=trainer.global_step)
 
-    def _reserve(self, trainer: Trainer, seconds: float) -> None:
-        """Have the budget keep the time that is still needed when training ends."""
+    def _note(self, trainer: Trainer, stage: str, metric: str, value: float) -> None:
+        """A point of the curve of quality against GPU-hours."""
+        point = {"stage": stage, "gpu_hours": ledger_of(trainer).hours, "step": trainer.global_step}
+        self.report.setdefault("timeline", []).append(point | {"metric": metric, "value": value})
+
+    def _reserve(self, trainer: Trainer, module: LightningModule, ahead: int = 0) -> None:
+        """Have the budget keep the time of the evaluations before training and of all that comes after it."""
         if (budget := budget_of(trainer)) is not None:
-            budget.keep(_MARGIN * seconds, "closing")
+            merges = form_of(module) in LOSSLESS
+            closing = (1 + merges) * (self._seconds["evaluation"] + self._seconds["export"])
+            budget.keep(_MARGIN * (ahead * self._seconds["evaluation"] + closing), "closing")
+
+    @staticmethod
+    def _reconstructs(trainer: Trainer) -> bool:
+        return any(isinstance(c, BlockwiseReconstruction) and c.settings.passes for c in trainer.callbacks)
 
     @contextmanager
     def _charged(self, trainer: Trainer, stage: str) -> Iterator[None]:
@@ -201,32 +239,52 @@ class RunReport(Callback):
         self._seconds[stage] = max(self._seconds[stage], time.monotonic() - start)
 
     def _export_base(self, trainer: Trainer, module: LightningModule, masks: MaskSet) -> None:
-        if not trainer.is_global_zero:
-            return
-        with self._charged(trainer, "export"):
-            saved = export_base(module, masks, self.folder.base)
-            saved.save(self.folder.masks)
-            self._count()
-
-    def _count(self) -> None:
-        inspection = inspect_folder(self.folder.path)
-        files = ", ".join(str(file.relative_to(self.folder.path)) for file in inspection.files)
-        self.report["sparsity"] = inspection.account() | {"counted_on": files}
+        if trainer.is_global_zero:
+            with self._charged(trainer, "export"):
+                self.folder.write_base(module, masks)
+                self._count(self.folder.path)
 
     def _export_trained(self, trainer: Trainer, module: LightningModule) -> None:
         masks = _masks_of(trainer)
         if not trainer.is_global_zero or masks is None:
             return
         with self._charged(trainer, "export"):
-            has_adapter = export_adapter(module, self.folder.base, self.folder.adapter)
-        if not has_adapter or trains_base(module) or not self.folder.masks.exists():
-            self._export_base(trainer, module, masks)  # it was trained itself, or lies in the folder of another run
-        elif "sparsity" not in self.report:  # a resumed run: the base is that of the first one
-            self._count()
+            quantization = next((c.account for c in trainer.callbacks if isinstance(c, QuantizedBase)), None)
+            written = self.folder.write_trained(module, masks, {"quantization": quantization or None})
+            if written == self.folder.model or "sparsity" not in self.report:  # a resumed run has not counted yet
+                self._count(self.folder.path if written == self.folder.adapter else written)
+
+    def _count(self, folder: Path) -> None:
+        inspection = inspect_folder(folder)
+        files = ", ".join(str(file.relative_to(self.folder.path)) for file in inspection.files)
+        self.report["sparsity"] = inspection.account() | {"counted_on": files}
+
+    def _merge(self, trainer: Trainer, module: LightningModule) -> None:
+        """Write the model with its adapters merged, if that loses nothing, and evaluate it."""
+        form, masks = form_of(module), _masks_of(trainer)
+        if form is None or masks is None:
+            return
+        self.report["merge"] = {"form": form, "lossless": False}
+        try:
+            with merged_in_place(module, masks):
+                if trainer.is_global_zero:
+                    with self._charged(trainer, "export"):
+                        self.folder.write_merged(module, masks)
+                        self._count(self.folder.model)
+                self._evaluate(trainer, module, "merged")
+        except MergeError as reason:
+            self.report["merge"]["reason"] = str(reason)
+            return
+        counted = self.report.get("sparsity", {}).get("total")
+        self.report["merge"] |= {"lossless": True, "folder": self.folder.model.name, "sparsity": counted}
 
     def _write(self, trainer: Trainer, module: LightningModule, status: str) -> None:
         ledger, budget = ledger_of(trainer), budget_of(trainer)
         memory, kind = peak_memory()
+        if account := next((c.account for c in trainer.callbacks if isinstance(c, BlockwiseReconstruction)), None):
+            self.report["reconstruction"] = account
+        if account := next((c.account for c in trainer.callbacks if isinstance(c, QuantizedBase)), None):
+            self.report["quantization"] = account
         pruning = next((c.summary for c in trainer.callbacks if getattr(c, "summary", None)), {})
         if "sparsity" in self.report and pruning:
             self.report["sparsity"] |= {key: pruning["config"][key] for key in ("pattern",)}

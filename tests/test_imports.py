@@ -28,14 +28,22 @@ HEAVY = (
 ALLOWED = {
     "errors": set(),
     "pruning": {"torch", "numpy", "safetensors", "bitsandbytes"},
-    "recovery": {"torch", "safetensors", "transformers", "peft", "sparsefit.pruning"},
+    "recovery": {"torch", "safetensors", "transformers", "peft", "bitsandbytes", "sparsefit.pruning"},
     "evaluation": {"torch", "transformers", "datasets", "torchmetrics", "lightning"},
-    "modules": {"torch", "transformers", "datasets", "torchmetrics", "lightning", "huggingface_hub"}
+    "modules": {"torch", "transformers", "datasets", "torchmetrics", "lightning", "huggingface_hub", "bitsandbytes"}
     | {"sparsefit.evaluation", "sparsefit.recovery", "sparsefit.pruning"},
     "data": {"torch", "transformers", "datasets", "torchmetrics", "lightning", "huggingface_hub"}
     | {"pyarrow", "fsspec", "sparsefit.modules"},
     "reporting": {"torch", "rich", "matplotlib", "numpy", "psutil"},
-    "callbacks": {"torch", "numpy", "lightning", "sparsefit.pruning", "sparsefit.recovery", "sparsefit.reporting"},
+    "callbacks": {
+        "torch",
+        "numpy",
+        "lightning",
+        "safetensors",
+        "sparsefit.pruning",
+        "sparsefit.recovery",
+        "sparsefit.reporting",
+    },
 }
 
 

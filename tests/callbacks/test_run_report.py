@@ -89,17 +89,15 @@ def logits(model):
 
 
 def reloaded(folder):
-    base = AutoModelForCausalLM.from_pretrained(folder / "base")
     if (folder / "adapter").exists():
-        assert json.loads((folder / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == str(
-            (folder / "base").resolve()
-        )
+        config = json.loads((folder / "adapter/adapter_config.json").read_text())
+        base = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"])
         return peft.PeftModel.from_pretrained(base, folder / "adapter")
-    return base
+    return AutoModelForCausalLM.from_pretrained(folder / ("model" if (folder / "model").exists() else "base"))
 
 
-def zeros_of_files(folder):
-    tensors, masks = load_file(folder / "base/model.safetensors"), MaskSet.load(folder / "masks.safetensors")
+def zeros_of_files(folder, part="base"):
+    tensors, masks = load_file(folder / part / "model.safetensors"), MaskSet.load(folder / "masks.safetensors")
     masks.verify(tensors)
     return sum(int((tensors[name] == 0).sum()) for name in masks), sum(tensors[name].numel() for name in masks)
 
@@ -125,13 +123,14 @@ def test_the_folder_of_a_run(tmp_path, measured, lora, report_first):
     assert figures["dense"] == pytest.approx(dense, rel=1e-5)
     assert figures["recovered"] == pytest.approx(perplexity(model, text(4, seed=1)), rel=1e-5)
     assert len(set(figures.values())) == 3
-    if lora:
-        base = AutoModelForCausalLM.from_pretrained(folder / "base")
-        assert figures["pruned"] == pytest.approx(perplexity(base, text(4, seed=1)), rel=1e-5)
-    zeros, weights = zeros_of_files(folder)
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    assert figures["pruned"] == pytest.approx(perplexity(base, text(4, seed=1)), rel=1e-5)
+    assert found["merge"]["lossless"] is False if lora else "merge" not in found
+    part = "base" if lora else "model"
+    zeros, weights = zeros_of_files(folder, part)
     assert (found["sparsity"]["zeros"], found["sparsity"]["weights"]) == (zeros, weights)
     assert found["sparsity"]["total"] == zeros / weights == 0.5
-    assert found["sparsity"]["counted_on"] == "base/model.safetensors"
+    assert found["sparsity"]["counted_on"] == f"{part}/model.safetensors"
     assert len(found["sparsity"]["layers"]) == 21
     assert found["pruning"]["digest"] == pruning.masks.digest()
     assert found["training"]["steps"] == 8
@@ -161,7 +160,7 @@ def test_a_plain_torch_module(tmp_path):
     module = Classifier()
     module.evaluate = lambda batches, progress: pytest.fail("there are no test data")
     fit(module, labelled(), RunReport(tmp_path / "run"), WandaPruning())
-    tensors = load_file(tmp_path / "run/base/model.safetensors")
+    tensors = load_file(tmp_path / "run/model/model.safetensors")
     again = Classifier(seed=1)
     again.load_state_dict(tensors)
     x = torch.randn(5, 6)
@@ -177,6 +176,7 @@ def test_a_base_that_trains_beside_its_adapters_is_saved_as_it_ends(tmp_path, me
             parameter.requires_grad_(True)
     fit(module, TextData(), RunReport(tmp_path / "run"), WandaPruning())
     assert torch.equal(logits(reloaded(tmp_path / "run")), logits(module.model))
+    assert zeros_of_files(tmp_path / "run") == zeros_of_files(tmp_path / "run", "trained_base")
 
 
 def test_a_resumed_run_goes_on_with_its_report(tmp_path, measured):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 
 import pytest
@@ -10,10 +11,12 @@ from lightning.pytorch.cli import LightningCLI
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sparsefit import PruningConfig, prune
 from sparsefit.data import TextDataModule
 from sparsefit.errors import ConfigError
 from sparsefit.modules.causal_lm import CausalLMModule
 from sparsefit.recovery.adapters import AdapterSettings
+from sparsefit.recovery.guard import MaskGuard
 
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
@@ -144,6 +147,79 @@ def test_settings_that_cannot_work():
     frozen.requires_grad_(False)
     with pytest.raises(ConfigError, match="no parameter requires a gradient"):
         CausalLMModule(frozen).configure_optimizers()
+
+
+# The 8-bit optimizer.
+
+
+def wide_llama():
+    """Weights large enough (4,096) for moments in 8 bits, and smaller ones."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_hidden_layers": 1}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
+
+
+def test_the_8bit_optimizer_trains_as_the_other_does(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: no 8-bit optimizer")
+    ends = {}
+    for optimizer in ("adamw", "adamw_8bit"):
+        module = CausalLMModule(wide_llama(), learning_rate=3e-3, weight_decay=0.01, optimizer=optimizer)
+        start = module.evaluate(batches())["perplexity"]
+        trainer = fit(module, tmp_path)
+        assert module.hparams.optimizer == optimizer
+        ends[optimizer] = module.evaluate(batches())["perplexity"]
+        assert ends[optimizer] < start
+    moments = {p.numel(): state["state1"].dtype for p, state in trainer.optimizers[0].state.items()}
+    assert {dtype for size, dtype in moments.items() if size >= 4096} == {torch.uint8}
+    assert {dtype for size, dtype in moments.items() if size < 4096} == {torch.float32}
+    assert ends["adamw_8bit"] == pytest.approx(ends["adamw"], rel=0.05)
+
+
+def test_full_training_with_the_8bit_optimizer_keeps_every_zero(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: no 8-bit optimizer")
+    adapter = AdapterSettings("full", target_modules="all-linear")
+    module = CausalLMModule(wide_llama(), adapter, learning_rate=1e-2, weight_decay=0.1, optimizer="adamw_8bit")
+    masks = prune(module, batches(), PruningConfig(score="magnitude")).masks
+    kept = {name: matrix.clone() for name, matrix in masks.matrices_in(module)}
+    optimizer = module.configure_optimizers()
+    guard = MaskGuard(masks)
+    assert guard.watch(module, [optimizer]) == len(masks)
+    module.log = lambda *args, **kwargs: None
+    for _ in range(2):
+        for index, batch in enumerate(batches()):
+            module.training_step(batch, index).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            masks.verify(module)
+    assert all(not torch.equal(matrix, kept[name]) for name, matrix in masks.matrices_in(module))
+
+
+def test_a_run_with_the_8bit_optimizer_is_resumed_to_the_bit(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: no 8-bit optimizer")
+    whole, resumed = (CausalLMModule(wide_llama(), learning_rate=3e-3, optimizer="adamw_8bit") for _ in range(2))
+    fit(whole, tmp_path, max_epochs=1).save_checkpoint(tmp_path / "run.ckpt")
+    torch.load(tmp_path / "run.ckpt", weights_only=True)
+    for module in (whole, resumed):
+        trainer = Trainer(default_root_dir=tmp_path, **QUIET, max_epochs=2)
+        trainer.fit(module, batches(), ckpt_path=tmp_path / "run.ckpt")
+    assert all(torch.equal(weight, weights(resumed)[name]) for name, weight in weights(whole).items())
+
+
+def test_an_8bit_optimizer_that_cannot_be_had(monkeypatch):
+    with pytest.raises(ConfigError, match="unknown optimizer 'sgd'"):
+        CausalLMModule(llama(), optimizer="sgd")
+    bitsandbytes = pytest.importorskip("bitsandbytes.optim", reason="bitsandbytes is not installed")
+    module = CausalLMModule(llama(), optimizer="adamw_8bit")
+
+    def no_kernel(self, closure=None):
+        raise NotImplementedError("no kernel for the CPU")
+
+    monkeypatch.setattr(bitsandbytes.AdamW8bit, "step", no_kernel)
+    with pytest.raises(ConfigError, match="no 8-bit optimizer for the CPU: upgrade it"):
+        module.configure_optimizers()
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ConfigError, match="pip install bitsandbytes"):
+        CausalLMModule(llama(), optimizer="adamw_8bit")
 
 
 class Rows(LightningDataModule):

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sparsefit import MaskSet, prune
 from sparsefit.errors import MaskError
 from sparsefit.modules.loading import load_tokenizer
-from sparsefit.recovery.export import export_adapter, export_base, trains_base
+from sparsefit.recovery.adapter_files import export_adapter
+from sparsefit.recovery.export import export_base, trains_base
 
 IDS = torch.arange(3, 15).view(2, 6)
 
@@ -50,7 +51,10 @@ def test_the_files_alone_give_the_model_back(tmp_path, tiny_model, architecture,
     module = Holder(model, depth) if depth else model
     prefix = "inner." * depth
     saved = export_base(module, masks.renamed(lambda name: prefix + name), tmp_path / "base")
-    assert export_adapter(module, tmp_path / "base", tmp_path / "adapter") == adapted
+    assert (
+        export_adapter(module, masks.renamed(lambda name: prefix + name), tmp_path / "base", tmp_path / "adapter")
+        == adapted
+    )
 
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert torch.equal(logits(base), sparse)

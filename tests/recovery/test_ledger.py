@@ -194,3 +194,22 @@ def test_pace_sums_the_batches_of_a_step_and_leaves_validation_out():
 )
 def test_estimate_validation(marks, batches, expected):
     assert estimate_validation(marks, batches) == pytest.approx(expected)
+
+
+def test_seconds_and_hours_are_exchanged_at_the_number_of_devices(clock):
+    ledger = GPUHourLedger(devices=4, clock=clock)
+    assert ledger.hours_of(1800) == 2.0
+    assert ledger.seconds_of(2.0) == 1800
+    ledger.start(devices=1)
+    assert ledger.hours_of(1800) == 0.5
+
+
+def test_switching_tells_which_stage_paid_before(clock):
+    ledger = GPUHourLedger(clock=clock)
+    ledger.start()
+    clock.pass_(10)
+    former = ledger.switch("validation")
+    clock.pass_(20)
+    assert ledger.switch(former) == "validation"
+    clock.pass_(30)
+    assert ledger.seconds == pytest.approx({"setup": 40, "validation": 20})

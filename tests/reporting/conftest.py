@@ -107,6 +107,47 @@ def build_report() -> dict:
     }
 
 
+def timeline(metric: str, values: dict[str, float], validations: int = 12) -> list[dict]:
+    """Stages at the moments of `training_history`, and validations that go from the pruned to the recovered value."""
+    hours = {"dense": 0.002, "pruned": 0.0055, "reconstructed": 0.0075, "recovered": 0.0398, "merged": 0.0415}
+    moments = [
+        {"stage": stage, "gpu_hours": hours[stage], "step": 200 * (hours[stage] > 0.03), "value": value}
+        for stage, value in values.items()
+    ]
+    start, end = values["pruned"], values.get("recovered", values["pruned"])
+    for index in range(validations):
+        share = (index + 1) / validations
+        value = 0.97 * (end + (start - end) * math.exp(-4 * share))
+        spent = 0.0075 + 0.031 * share
+        moments.append({"stage": "validation", "gpu_hours": spent, "step": round(200 * share), "value": value})
+    return [moment | {"metric": metric} for moment in sorted(moments, key=lambda moment: moment["gpu_hours"])]
+
+
+def reconstructed_report() -> dict:
+    report = build_report() | {"name": "reconstructed and merged"}
+    report["perplexity"] = report["perplexity"] | {"reconstructed": 22.5, "merged": 20.5}
+    order = ("dense", "pruned", "reconstructed", "recovered", "merged")
+    report["timeline"] = timeline("perplexity", {stage: report["perplexity"][stage] for stage in order})
+    errors = [(0.04 + 0.02 * block, 0.02 + 0.01 * block) for block in range(6)]
+    report["reconstruction"] = {
+        "passes": 3,
+        "learning_rate": 1e-3,
+        "seconds": 12.0,
+        "blocks": [
+            {"block": f"model.layers.{block}", "before": before, "after": after, "steps": 48, "seconds": 2.0}
+            for block, (before, after) in enumerate(errors)
+        ],
+    }
+    report["merge"] = {
+        "form": "masked_lora",
+        "lossless": True,
+        "folder": "model",
+        "sparsity": 0.5,
+        "perplexity": 20.5,
+    }
+    return report
+
+
 def interrupted_report() -> dict:
     report = build_report() | {
         "name": "interrupted",
@@ -142,6 +183,7 @@ def accuracy_report() -> dict:
     report = build_report() | {"name": "convnext", "metrics": {"accuracy": "higher"}}
     del report["perplexity"], report["evaluation"]
     report["accuracy"] = {"dense": 0.8412, "pruned": 0.7931, "recovered": 0.8307}
+    report["timeline"] = timeline("accuracy", report["accuracy"], validations=3)
     layers = []
     for stage, depth in enumerate((3, 3, 9, 3)):
         for block in range(depth):
@@ -171,6 +213,7 @@ KINDS = {
     "untrained": untrained_report,
     "accuracy": accuracy_report,
     "plain": plain_report,
+    "reconstructed": reconstructed_report,
     "empty": dict,
 }
 
@@ -178,6 +221,11 @@ KINDS = {
 @pytest.fixture
 def report() -> dict:
     return copy.deepcopy(build_report())
+
+
+@pytest.fixture
+def reconstructed() -> dict:
+    return reconstructed_report()
 
 
 @pytest.fixture(params=list(KINDS))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sparsefit.errors import RunFolderError
-from sparsefit.reporting import layer_type, read_json, share_won_back, write_json
+from sparsefit.reporting import formats, layer_type, read_json, share_won_back, write_json
 from sparsefit.reporting import report as reading
 
 
@@ -155,20 +155,48 @@ def test_stages_come_in_the_order_of_a_run():
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (reading.format_seconds(3.24), "3.2 s"),
-        (reading.format_seconds(59.99), "1 min 00 s"),
-        (reading.format_seconds(7805), "2 h 10 min"),
-        (reading.format_bytes(1610612736), "1.50 GiB"),
-        (reading.format_bytes(1023), "1023 B"),
-        (reading.format_hours(4.9871), "4.99"),
-        (reading.format_hours(0.00123), "0.00123"),
-        (reading.format_hours(1234.5), "1,234"),
-        (reading.format_hours(0.0), "0"),
-        (reading.format_metric("perplexity", 7.2567), "7.26"),
-        (reading.format_metric("perplexity", 48211.4), "48,211.4"),
-        (reading.format_metric("accuracy", 0.8212), "82.12%"),
-        (reading.format_metric("perplexity", None), "—"),
+        (formats.seconds(3.24), "3.2 s"),
+        (formats.seconds(59.99), "1 min 00 s"),
+        (formats.seconds(7805), "2 h 10 min"),
+        (formats.size(1610612736), "1.50 GiB"),
+        (formats.size(1023), "1023 B"),
+        (formats.hours(4.9871), "4.99"),
+        (formats.hours(0.00123), "0.00123"),
+        (formats.hours(1234.5), "1,234"),
+        (formats.hours(0.0), "0"),
+        (formats.metric("perplexity", 7.2567), "7.26"),
+        (formats.metric("perplexity", 48211.4), "48,211.4"),
+        (formats.metric("accuracy", 0.8212), "82.12%"),
+        (formats.metric("perplexity", None), "—"),
     ],
 )
 def test_numbers_for_people(text, expected):
     assert text == expected
+
+
+TIMELINE = [
+    {"stage": "recovered", "gpu_hours": 0.4, "step": 9, "metric": "perplexity", "value": 5.0 * math.e},
+    {"stage": "validation", "gpu_hours": 0.3, "step": 9, "metric": "perplexity", "value": 4.0},
+    {"stage": "dense", "gpu_hours": 0.1, "step": 0, "metric": "perplexity", "value": 5.0},
+    {"stage": "pruned", "gpu_hours": 0.2, "step": 0, "metric": "accuracy", "value": 0.5},
+    {"stage": "pruned", "gpu_hours": None, "step": 0, "metric": "perplexity", "value": 7.0},
+    {"stage": "pruned", "gpu_hours": 0.2, "step": 0, "metric": "perplexity", "value": math.nan},
+    "no entry",
+]
+
+
+def test_a_timeline_is_read_in_order_without_what_is_no_number():
+    moments = reading.timeline({"timeline": TIMELINE}, "perplexity")
+    assert [(moment.stage, moment.hours) for moment in moments] == [
+        ("dense", 0.1),
+        ("validation", 0.3),
+        ("recovered", 0.4),
+    ]
+    assert reading.timeline({}, "perplexity") == reading.timeline({"timeline": None}, "perplexity") == []
+
+
+def test_nats_are_counted_from_the_dense_model_on_the_same_data():
+    report = {"timeline": TIMELINE, "metrics": {"perplexity": "lower", "accuracy": "higher"}}
+    lost = [reading.nats_lost(report, "perplexity", moment) for moment in reading.timeline(report, "perplexity")]
+    assert lost == [0.0, None, pytest.approx(1.0)]
+    assert reading.nats_lost(report, "accuracy", reading.timeline(report, "accuracy")[0]) is None

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import matplotlib
 import pytest
 
-from sparsefit.reporting import figures, render_html
+from sparsefit.reporting import figures, render_html, sparsity_figure, timeline_figure
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
@@ -94,7 +94,8 @@ def hostile(value):
     return f"{value}.{evil}" if isinstance(value, str) else value
 
 
-def test_every_text_is_escaped(report):
+def test_every_text_is_escaped(reconstructed):
+    report = reconstructed
     report["sparsity"]["layers"] = report["sparsity"]["layers"][:9]
     report["training"]["history"] = report["training"]["history"][:3]
     html = render_html(hostile(report))
@@ -108,6 +109,8 @@ def test_every_text_is_escaped(report):
         "tied to the",
         "budget reached",
         "Some CPU",
+        "masked_lora",
+        "model.layers.5",
     ):
         assert re.search(rf"{shown}.*<script>alert", page.text)
     assert not [value for _, name, value in page.attributes if name == "class" and "script" in value]
@@ -153,8 +156,12 @@ def test_whatever_is_missing_the_rest_is_shown(report, path):
     assert ("q_proj" in text) or path[0] == "sparsity"
 
 
-@pytest.mark.parametrize("draw", [figures.quality, figures.loss, figures.sparsity, figures.gpu_hours])
-def test_a_figure_is_one_reproducible_svg_or_nothing(report, draw):
+DRAWN = [figures.quality, timeline_figure.timeline, figures.loss, sparsity_figure.sparsity, figures.gpu_hours]
+
+
+@pytest.mark.parametrize("draw", DRAWN)
+def test_a_figure_is_one_reproducible_svg_or_nothing(reconstructed, draw):
+    report = reconstructed
     before = dict(matplotlib.rcParams)
     svg = draw(report)
     assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
@@ -169,7 +176,7 @@ def svg_texts(svg):
 
 def test_the_sparsity_map_has_a_cell_for_each_block_and_type(report):
     report["sparsity"]["layers"] += [{"name": "lm_head.weight", "weights": 1000, "zeros": 250}]
-    texts = svg_texts(figures.sparsity(report))
+    texts = svg_texts(sparsity_figure.sparsity(report))
     assert texts.count("25") == 1
     assert texts.count("50") >= 42
     assert {"q_proj", "down_proj", "lm_head", "0", "5", "other"} <= set(texts)
@@ -180,18 +187,18 @@ def test_layers_of_one_cell_are_averaged_by_weight():
         {"name": f"layers.0.moe.experts.{i}.w1.weight", "weights": w, "zeros": z}
         for i, w, z in ((0, 100, 0), (1, 300, 120))
     ]
-    assert "30" in svg_texts(figures.sparsity({"sparsity": {"layers": layers}}))  # 120 of 400
+    assert "30" in svg_texts(sparsity_figure.sparsity({"sparsity": {"layers": layers}}))  # 120 of 400
 
 
 def test_encoder_and_decoder_blocks_are_told_apart():
     layers = [{"name": f"{side}.layers.0.fc1.weight", "weights": 10, "zeros": 5} for side in ("encoder", "decoder")]
-    assert {"encoder 0", "decoder 0"} <= set(svg_texts(figures.sparsity({"sparsity": {"layers": layers}})))
+    assert {"encoder 0", "decoder 0"} <= set(svg_texts(sparsity_figure.sparsity({"sparsity": {"layers": layers}})))
 
 
 def test_networks_without_blocks_get_bars():
     layers = [{"name": f"net.{i}.weight", "weights": 10, "zeros": i} for i in (0, 2, 4)]
     assert {"net.0", "net.4", "0.00%", "20.00%", "40.00%"} <= set(
-        svg_texts(figures.sparsity({"sparsity": {"layers": layers}}))
+        svg_texts(sparsity_figure.sparsity({"sparsity": {"layers": layers}}))
     )
 
 

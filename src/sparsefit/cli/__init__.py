@@ -1,4 +1,4 @@
-"""The command line: `sparsefit fit`, `sparsefit prune` and `sparsefit inspect`.
+"""The command line: `sparsefit fit`, `prune`, `inspect`, `merge` and `export`.
 
 Each command imports what it needs when it runs, so that help and errors come at once.
 """
@@ -12,6 +12,8 @@ USAGE = """usage: sparsefit COMMAND ...
   fit --config FILE      prune a model at fit start, recover it inside a GPU-hour budget, export and report
   prune --config FILE    the same recipe without its training: evaluate, prune, evaluate, export and report
   inspect FOLDER         count the zeros of a saved model and check them against its masks
+  merge RUN              merge the adapter of a run into its sparse base without losing a zero
+  export FOLDER ...      write a pruned model as kept values and one bit a weight, and such a one as it was
 
 Every setting of a recipe can be given on the command line too (--pruning.sparsity 0.6); `sparsefit fit --help`
 lists them, and `sparsefit fit --model.help CLASS` or `--data.help CLASS` those of a model or data class."""
@@ -28,7 +30,7 @@ def main() -> int:
 
         print(__version__)
         return 0
-    if command not in ("fit", "prune", "inspect"):
+    if command not in ("fit", "prune", "inspect", "merge", "export"):
         print(f"sparsefit: there is no command {command!r}\n\n{USAGE}", file=sys.stderr)
         return 2
 
@@ -39,6 +41,14 @@ def main() -> int:
             from sparsefit.cli.inspect import inspect
 
             return inspect(rest)
+        if command == "merge":
+            from sparsefit.cli.merge import merge_run
+
+            return merge_run(rest)
+        if command == "export":
+            from sparsefit.cli.export import export
+
+            return export(rest)
         from sparsefit.cli.fit import fit
 
         return fit(rest, train=command == "fit")

@@ -15,8 +15,17 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.io import CheckpointIO
 
-from sparsefit.callbacks import GPUHourBudget, RunReport, WandaPruning
+from sparsefit.callbacks import (
+    AtomicCheckpointIO,
+    BlockwiseReconstruction,
+    GPUHourBudget,
+    QuantizedBase,
+    RunReport,
+    SparseCheckpoints,
+    WandaPruning,
+)
 from sparsefit.callbacks.run_folder import LOGS
 from sparsefit.errors import ConfigError
 
@@ -47,13 +56,16 @@ def fit(arguments: list[str], train: bool) -> int:
 
 
 class SparsefitCLI(LightningCLI):
-    """LightningCLI with the sections `budget`, `run` and `pruning` for the project's callbacks."""
+    """LightningCLI with a section for each of the project's callbacks."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Give each callback a section of the recipe."""
         parser.add_lightning_class_args(GPUHourBudget, "budget")
         parser.add_lightning_class_args(RunReport, "run")
         parser.add_lightning_class_args(WandaPruning, "pruning")
+        parser.add_lightning_class_args(BlockwiseReconstruction, "reconstruction")
+        parser.add_lightning_class_args(QuantizedBase, "quantization")
+        parser.set_defaults({"reconstruction.passes": 0})  # only where a recipe asks for it
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and look at the checkpoint to resume from before anything is loaded."""
@@ -86,15 +98,21 @@ class SparsefitCLI(LightningCLI):
         folder: Path = settings.run.folder.path
         if settings.trainer.logger in (None, True):
             kwargs["logger"] = TensorBoardLogger(folder, name=LOGS, version="")
-        callbacks = list(settings.trainer.callbacks or [])
+        callbacks, plugins = _listed(settings.trainer.callbacks), _listed(settings.trainer.plugins)
         if settings.trainer.enable_checkpointing is not False and not any(isinstance(c, Checkpoint) for c in callbacks):
-            checkpoints = folder / "checkpoints"
+            # Both keep last.ckpt, which is the newest at any time; a link would, for a moment, lead nowhere.
+            common = {"dirpath": folder / "checkpoints", "save_last": True, "enable_version_counter": False}
             callbacks += [
-                ModelCheckpoint(checkpoints, save_last="link", save_on_exception=True),
+                ModelCheckpoint(**common, save_on_exception=True),
                 # A stream has no epochs to save at.
-                ModelCheckpoint(checkpoints, filename="timed-{step}", train_time_interval=CHECKPOINT_INTERVAL),
+                ModelCheckpoint(**common, filename="timed-{step}", train_time_interval=CHECKPOINT_INTERVAL),
             ]
-        return super().instantiate_trainer(**{"callbacks": callbacks, "default_root_dir": str(folder), **kwargs})
+        if not any(isinstance(callback, SparseCheckpoints) for callback in callbacks):
+            callbacks.append(SparseCheckpoints(str(folder)))
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(AtomicCheckpointIO())
+        ours = {"callbacks": callbacks, "plugins": plugins, "default_root_dir": str(folder)}
+        return super().instantiate_trainer(**ours | kwargs)
 
 
 class _ConfigurationOfRun(SaveConfigCallback):
@@ -105,6 +123,10 @@ class _ConfigurationOfRun(SaveConfigCallback):
         for callback in trainer.callbacks:
             if isinstance(callback, RunReport):
                 callback.take_configuration(text)
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
 
 
 def check_tokenizers(model: LightningModule, data: LightningDataModule) -> None:

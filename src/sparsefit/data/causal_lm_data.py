@@ -90,6 +90,7 @@ class TextDataModule(LightningDataModule):
         if not named:
             self.tokenizer = tokenizer
         self._resumed_at = (0, 0)
+        self._epoch = 0  # the one that is read now
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -145,14 +146,20 @@ class TextDataModule(LightningDataModule):
         """How far training has come, so that a resumed run goes on with the batches that it has not seen."""
         if self.trainer is None:
             return {}
-        epoch, batches = self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress
-        if batches.is_last_batch:
-            return {"epoch": epoch + 1, "batches": 0}
-        return {"epoch": epoch, "batches": batches.current.processed}
+        return self.state_after(self.trainer.fit_loop.epoch_loop.batch_progress.current.processed)
+
+    def state_after(self, batches: int) -> dict[str, int]:
+        """What `state_dict` gives when so many batches of the epoch are done."""
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        last = progress.is_last_batch or progress.current.ready == self.trainer.num_training_batches
+        if last and batches >= progress.current.ready:
+            return {"epoch": self._epoch + 1, "batches": 0}
+        return {"epoch": self._epoch, "batches": batches}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Takes up what `state_dict` saved."""
         self._resumed_at = (state_dict.get("epoch", 0), state_dict.get("batches", 0))
+        self._epoch = self._resumed_at[0]
 
     @cached_property
     def _calibration(self) -> Calibration:
@@ -198,7 +205,7 @@ class TextDataModule(LightningDataModule):
     def _position(self) -> tuple[int, int]:
         epoch, batches = self._resumed_at
         # a run resumed at the end of an epoch still counts that one when it asks for the next one's data
-        current = max(epoch, self.trainer.current_epoch if self.trainer is not None else 0)
+        self._epoch = current = max(epoch, self.trainer.current_epoch if self.trainer is not None else 0)
         return current, batches if current == epoch else 0
 
     def _rank_and_world_size(self) -> tuple[int, int]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, ClassVar
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -19,6 +20,8 @@ from sparsefit.recovery.distill import DenseTeacher, DistillSettings, divergence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_LEAST_IN_8_BITS = 4096  # weights of a tensor from which on AdamW8bit holds moments in 8 bits
 
 
 class CausalLMModule(LightningModule):
@@ -38,6 +41,8 @@ class CausalLMModule(LightningModule):
             text alone.
         learning_rate: of AdamW; it stays as it is unless a callback changes it.
         weight_decay: of AdamW.
+        optimizer: "adamw", or "adamw_8bit": bitsandbytes' AdamW, which holds its two moments in 8 bits, but those of
+            tensors below 4,096 weights.
         dtype: the weights' dtype; "auto" is the one they were saved in. A model built in Python keeps its own.
         gradient_checkpointing: compute activations twice to hold fewer of them.
         attn_implementation: transformers' attention: "sdpa", "eager", "flash_attention_2"; None is its choice.
@@ -53,6 +58,7 @@ class CausalLMModule(LightningModule):
         distill: DistillSettings | None = None,
         learning_rate: float = 1e-4,
         weight_decay: float = 0.0,
+        optimizer: Literal["adamw", "adamw_8bit"] = "adamw",
         dtype: Dtype = "float32",
         gradient_checkpointing: bool = False,
         attn_implementation: str | None = None,
@@ -65,6 +71,13 @@ class CausalLMModule(LightningModule):
             raise ConfigError(
                 f"learning_rate is {learning_rate} and weight_decay {weight_decay}: they must be above 0 and at least 0"
             )
+        if optimizer not in ("adamw", "adamw_8bit"):
+            raise ConfigError(f"unknown optimizer {optimizer!r}: the choices are adamw and adamw_8bit")
+        if optimizer == "adamw_8bit" and find_spec("bitsandbytes") is None:
+            raise ConfigError(
+                "the optimizer adamw_8bit is one of bitsandbytes, which is not installed: "
+                "pip install 'sparsefit[quantized]', or pip install bitsandbytes"
+            )
         # Plain values only: a checkpoint must load with weights_only=True.
         self.save_hyperparameters(
             {
@@ -73,6 +86,7 @@ class CausalLMModule(LightningModule):
                 "distill": asdict(distill) if distill is not None else None,
                 "learning_rate": learning_rate,
                 "weight_decay": weight_decay,
+                "optimizer": optimizer,
                 "dtype": dtype,
                 "gradient_checkpointing": gradient_checkpointing,
                 "attn_implementation": attn_implementation,
@@ -146,7 +160,17 @@ class CausalLMModule(LightningModule):
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if not trained:
             raise ConfigError("no parameter requires a gradient: give `adapter` settings, or unfreeze the model")
-        return torch.optim.AdamW(trained, lr=self.hparams.learning_rate, weight_decay=self.hparams.weight_decay)
+        settings = {"lr": self.hparams.learning_rate, "weight_decay": self.hparams.weight_decay}
+        if self.hparams.optimizer == "adamw":
+            return torch.optim.AdamW(trained, **settings)
+        from bitsandbytes.optim import AdamW8bit
+
+        if any(parameter.device.type == "cpu" for parameter in trained) and not _steps_on_cpu(AdamW8bit):
+            raise ConfigError(
+                "this release of bitsandbytes has no 8-bit optimizer for the CPU: upgrade it (pip install -U "
+                "bitsandbytes), train on a GPU, or take the optimizer adamw"
+            )
+        return AdamW8bit(trained, **settings)
 
     def evaluate(
         self, loader: Iterable[Mapping[str, Tensor]], progress: Callable[[int], None] | None = None
@@ -162,6 +186,17 @@ class CausalLMModule(LightningModule):
         loss = metric.compute()
         metric.reset()
         self.log_dict({f"{stage}_loss": loss, f"{stage}_perplexity": loss.exp()}, prog_bar=True, sync_dist=False)
+
+
+def _steps_on_cpu(optimizer: type[torch.optim.Optimizer]) -> bool:
+    """Whether it can take a step with a tensor large enough for 8 bits."""
+    probe = torch.nn.Parameter(torch.zeros(_LEAST_IN_8_BITS))
+    probe.grad = torch.zeros_like(probe)
+    try:
+        optimizer([probe]).step()
+    except (NotImplementedError, RuntimeError):  # no kernel, or none for this device
+        return False
+    return True
 
 
 def _checkpoint_gradients(model: PreTrainedModel) -> None:

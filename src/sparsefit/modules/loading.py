@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 
 from sparsefit.errors import ConfigError
+from sparsefit.recovery.compact import architecture_of, load_compact
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -115,6 +116,10 @@ def _folder_of(name: str) -> AbstractContextManager[Path | None]:
 def _load_from_folder(load: Callable[..., _Loaded], what: str, folder: Path, **settings: Any) -> _Loaded:
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder: to load a {what}, give the folder that save_pretrained wrote")
+    if what == "model" and any(folder.glob("*.compact.safetensors")):
+        import transformers
+
+        return load_compact(folder, getattr(transformers, architecture_of(folder)), **settings)
     wanted = "config.json" if what == "model" else "tokenizer_config.json"
     if not (folder / wanted).is_file():
         near = [str(file.parent) for file in sorted(folder.glob(f"*/{wanted}"))[:3]]

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Literal
 from torch import nn
 
 from sparsefit.errors import ConfigError
+from sparsefit.pruning.fused import find_stacks
 from sparsefit.pruning.naming import canonical_name
+from sparsefit.pruning.weights import HEAD_NAMES
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 ALL_LINEAR = "all-linear"
 Form = Literal["lora", "masked_lora", "hira", "full"]
+_PARTS_OF_EXPERTS = frozenset({"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"})
 LOSSLESS = ("masked_lora", "hira", "full")
 """The forms that merge into the sparse base without bringing a weight back."""
 
@@ -97,7 +100,11 @@ def attach_adapter(model: nn.Module, settings: AdapterSettings) -> nn.Module:
         _train_kept_weights(model, settings, linears)
         return model
     norms = _norms(model) if settings.train_norms else {}
-    return get_peft_model(model, _peft_config(model, settings, linears, norms))
+    _check_norms(norms, model)
+    config = _peft_config(model, settings, linears, norms)
+    if settings.form == "masked_lora" or (settings.form == "lora" and settings.dropout):
+        _check_experts(config.target_modules, model)
+    return get_peft_model(model, config)
 
 
 def bind_masks(model: nn.Module, masks: MaskSet | None) -> None:
@@ -118,11 +125,13 @@ def _peft_config(
 ) -> PeftConfig:
     from peft import HiraConfig, LoraConfig
 
+    # By path: PEFT's own "all-linear" takes in routers, stacks of experts and heads that are not language models'.
     everywhere = settings.target_modules == ALL_LINEAR
+    targets = _without_head(model, linears) if everywhere else [*settings.target_modules]
     common = {
-        "task_type": "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
+        "task_type": _task(model),
         "r": settings.r,
-        "target_modules": ALL_LINEAR if everywhere else [*settings.target_modules],
+        "target_modules": targets,
         # GPT-2 keeps its matrices as (in, out)
         "fan_in_fan_out": any(_is_conv1d(layer) for layer in linears.values()),
         # PEFT trains copies of these and saves them with the adapter.
@@ -133,31 +142,76 @@ def _peft_config(
     bias = "all" if settings.train_biases else "none"
     config = LoraConfig(lora_alpha=settings.alpha, lora_dropout=settings.dropout, bias=bias, **common)
     if settings.form == "masked_lora":
-        from transformers.pytorch_utils import Conv1D
-
-        from sparsefit.recovery.masked_lora import MaskedLoraConv1D, MaskedLoraLinear
-
         # PEFT's documented way to bring layers of one's own (developer guide "Custom models").
-        config._register_custom_module({nn.Linear: MaskedLoraLinear, Conv1D: MaskedLoraConv1D})
+        config._register_custom_module(masked_layer_types())
     return config
 
 
+def masked_layer_types() -> dict[type[nn.Module], type[nn.Module]]:
+    """For each type of layer the one that adapts it and keeps to its mask, as PEFT wants to be told."""
+    from transformers.pytorch_utils import Conv1D
+
+    from sparsefit.recovery.masked_lora import MaskedLoraConv1D, MaskedLoraLinear
+
+    return {nn.Linear: MaskedLoraLinear, Conv1D: MaskedLoraConv1D}
+
+
 def _train_kept_weights(model: nn.Module, settings: AdapterSettings, linears: dict[str, nn.Module]) -> None:
-    head = model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None
-    targets = settings.target_modules
-    wanted = [
-        layer
-        for path, layer in linears.items()
-        if (layer is not head if targets == ALL_LINEAR else _is_target(path, targets))
-    ]
+    if settings.target_modules == ALL_LINEAR:
+        wanted = [linears[path].weight for path in _without_head(model, linears)]
+        wanted += [stack for module in model.modules() for _, stack, _ in find_stacks(module)]  # of experts
+    else:
+        wanted = [layer.weight for path, layer in linears.items() if _is_target(path, settings.target_modules)]
     model.requires_grad_(False)
-    for layer in wanted:
-        layer.weight.requires_grad_(True)
+    for weight in wanted:
+        weight.requires_grad_(True)
     for norm in _norms(model).values() if settings.train_norms else ():
         norm.requires_grad_(True)
     for name, parameter in model.named_parameters() if settings.train_biases else ():
         if name.rpartition(".")[2] == "bias":
             parameter.requires_grad_(True)
+
+
+def _task(model: nn.Module) -> str | None:
+    if not hasattr(model, "prepare_inputs_for_generation"):
+        return None
+    return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
+
+
+def _output_layer(model: nn.Module) -> nn.Module | None:
+    return model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None
+
+
+def _without_head(model: nn.Module, linears: dict[str, nn.Module]) -> list[str]:
+    """The paths of linear layers that do not belong to the model's head: of any whose layer for outputs is not known,
+    what the usual names of heads say."""
+    output = _output_layer(model)
+    if output is not None:
+        return [path for path, layer in linears.items() if layer is not output]
+    return [path for path in linears if not HEAD_NAMES.intersection(path.split("."))]
+
+
+def _check_experts(targets: Iterable[str], model: nn.Module) -> None:
+    """PEFT puts adapters of its own, plain ones without dropout, on stacked experts where these are asked for by the
+    names that their parts had when they were layers."""
+    if not any(find_stacks(module) for module in model.modules()):
+        return
+    for target in targets:
+        if target.rpartition(".")[2] in _PARTS_OF_EXPERTS:
+            raise ConfigError(
+                f"PEFT takes the target module {target!r} for a part of the stacked experts, whose adapters know "
+                "neither masks nor dropout: name other layers, such as the attention's, or take form hira or full"
+            )
+
+
+def _check_norms(norms: dict[str, nn.Module], model: nn.Module) -> None:
+    for path, _ in model.named_modules():
+        if path not in norms and norms and path.endswith(tuple(norms)):
+            norm = next(name for name in norms if path.endswith(name))
+            raise ConfigError(
+                f"train_norms would train {path}, too: PEFT knows modules by the end of their path, and that is as "
+                f"that of the normalisation layer {norm}. Leave out train_norms, or give the layer another name"
+            )
 
 
 def _norms(model: nn.Module) -> dict[str, nn.Module]:

@@ -38,6 +38,8 @@ class Allowance:
         self.split = None if split is None else check_split(split)
         self.kept: dict[str, float] = {}
         """Wall seconds kept on this rank for what follows training, by name."""
+        self.ends: dict[str, float] = {}
+        """GPU-hours at which the share of a stage is used up, for the stages that asked."""
         self.spent = 0.0
         self.limit = self.gpu_hours
 
@@ -55,24 +57,22 @@ class Allowance:
         """Whether something is left, and `hours` more fit; `slack` is the share by which they may miss it."""
         return self.spent < self.limit and self.spent + hours <= self.limit * (1 + slack)
 
-    def share(self, stage: str, charged: float = 0.0) -> float | None:
-        """GPU-hours that a stage may still take; None where the budget is not split.
+    def share(self, stage: str) -> float:
+        """GPU-hours that a stage may still take: its share of what was left when it asked first, less what went since.
 
         Args:
             stage: One of `STAGES`. The last of them, training, may take all that is left.
-            charged: GPU-hours that it has taken already.
 
         Raises:
-            ConfigError: The budget knows no such stage.
+            ConfigError: There is no such stage.
         """
         if stage not in STAGES:
             raise ConfigError(f"A budget has no share for {stage!r}: it can be split between {_names(STAGES)}.")
-        if self.split is None:
-            return None
         left = max(0.0, self.limit - self.spent)
-        if stage == STAGES[-1]:
+        if stage == STAGES[-1] or self.split is None:
             return left
-        return min(left, max(0.0, self.split.get(stage, 0.0) * (left + charged) - charged))
+        end = self.ends.setdefault(stage, self.spent + self.split.get(stage, 0.0) * left)
+        return min(left, max(0.0, end - self.spent))
 
     def refusal(self, what: str, hours: float) -> str:
         """Why `what` cannot be paid for, and the way out."""

@@ -27,7 +27,7 @@ from sparsefit.pruning import MaskSet
 from sparsefit.pruning.masks import pack_bits
 from sparsefit.recovery import compact_layout as layout
 from sparsefit.recovery.compact_layout import Header, Part, Saved, compact_files, integers, selected
-from sparsefit.recovery.inspection import MASKS_FILE, _masks_of, _weight_files
+from sparsefit.recovery.inspection import MASKS_FILE, masks_beside, weight_files
 
 _OTHER_FORMATS = frozenset({".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth"})
 _TEMPLATES = "additional_chat_templates"  # the one folder that a tokenizer saves
@@ -69,8 +69,8 @@ def compress_folder(model_folder: str | Path, output: str | Path, masks: MaskSet
     model_folder, output = Path(model_folder), Path(output)
     if any(model_folder.glob(f"*{layout.SUFFIX}")):
         raise RunFolderError(f"{model_folder} is a compact folder already; expand_folder makes an ordinary one of it")
-    files = _weight_files(model_folder)
-    masks = _masks_of(model_folder) if masks is None else masks
+    files = weight_files(model_folder)
+    masks = masks_beside(model_folder) if masks is None else masks
     held: list[Saved] = []
     with _built(output) as folder:
         for file in files:

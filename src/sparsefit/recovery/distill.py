@@ -108,11 +108,16 @@ class DenseTeacher:
         Not between a forward pass and its backward pass: that would see other weights.
         """
         training = [module for module in model.modules() if module.training]
+        trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        copies_of_autocast = torch.is_autocast_cache_enabled()
         students = [parameter.data for parameter, _ in self._copies]
         with ExitStack() as stack, torch.no_grad():
+            stack.callback(_require_gradients, trained)  # PEFT makes all that it disabled trainable
             if callable(disable := getattr(model, "disable_adapter", None)):
                 stack.enter_context(disable())
             try:
+                # The copies in half precision that autocast keeps are the student's, and would be the teacher's.
+                torch.set_autocast_cache_enabled(False)
                 model.eval()
                 for parameter, values, bits in self._removed:
                     gone = ~unpack_bits(bits, tuple(parameter.shape), parameter.device)
@@ -127,3 +132,9 @@ class DenseTeacher:
                     zero_outside_mask(parameter.data, unpack_bits(bits, tuple(parameter.shape), parameter.device))
                 for module in training:
                     module.training = True
+                torch.set_autocast_cache_enabled(copies_of_autocast)
+
+
+def _require_gradients(trained: list[tuple[nn.Parameter, bool]]) -> None:
+    for parameter, requires_grad in trained:
+        parameter.requires_grad_(requires_grad)

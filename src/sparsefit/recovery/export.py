@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -31,9 +32,16 @@ def adapted_part(module: nn.Module) -> nn.Module | None:
 
 
 def trains_base(module: nn.Module) -> bool:
-    """Whether any parameter outside the adapters requires a gradient."""
-    owned = (parameter for part in base_modules(module).values() for parameter in part.parameters(recurse=False))
-    return any(parameter.requires_grad for parameter in owned)
+    """Whether any parameter outside the adapters requires a gradient, beside the biases that PEFT saves with them."""
+    adapted = adapted_part(module)
+    configs = adapted.peft_config.values() if adapted is not None else ()
+    with_biases = any(getattr(config, "bias", "none") != "none" for config in configs)
+    return any(
+        parameter.requires_grad
+        for part in base_modules(module).values()
+        for name, parameter in part.named_parameters(recurse=False)
+        if not (with_biases and name == "bias")
+    )
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -62,17 +70,24 @@ def export_base(module: nn.Module, masks: MaskSet, folder: Path) -> MaskSet:
         MaskError: if a pruned weight is not zero, before anything is written.
     """
     masks.verify(module)
+    return write_model(module, masks, folder, base_state_dict)
+
+
+def write_model(
+    module: nn.Module, masks: MaskSet, folder: Path, state_of: Callable[[nn.Module], dict[str, Tensor]]
+) -> MaskSet:
+    """Write what `state_of` gives of a module's bare model, as `export_base` does; returns the masks for it."""
     folder.mkdir(parents=True, exist_ok=True)
     found = pretrained_part(module)
     if found is None:
-        state = {name: tensor.detach().contiguous().clone() for name, tensor in base_state_dict(module).items()}
+        state = {name: tensor.detach().contiguous().clone() for name, tensor in state_of(module).items()}
         save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         return masks
     _, model = found
     # Stacked experts keep the names and shapes that the masks speak of, and not those of the first checkpoint of
     # their architecture; `from_pretrained` reads both.
     layout = {"save_original_format": False} if _has_stacks(masks) else {}
-    model.save_pretrained(folder, state_dict=base_state_dict(model), **layout)
+    model.save_pretrained(folder, state_dict=state_of(model), **layout)
     tokenizer = getattr(module, "tokenizer", None)
     if callable(getattr(tokenizer, "save_pretrained", None)):
         tokenizer.save_pretrained(folder)
@@ -88,18 +103,3 @@ def exported_masks(module: nn.Module, masks: MaskSet) -> MaskSet:
     found = pretrained_part(module)
     prefix = f"{found[0]}." if found is not None and found[0] else ""
     return masks.renamed(lambda weight: weight.removeprefix(prefix))
-
-
-def export_adapter(module: nn.Module, base: Path, folder: Path) -> bool:
-    """Write the adapter of a PEFT-wrapped model, which names `base` as the model it belongs to.
-
-    Returns:
-        Whether there was an adapter.
-    """
-    model = adapted_part(module)
-    if model is None:
-        return False
-    for config in model.peft_config.values():
-        config.base_model_name_or_path = str(base.resolve())
-    model.save_pretrained(folder)
-    return True

@@ -18,6 +18,7 @@ from sparsefit.pruning.quantized import stored_matrix
 
 MASKS_FILE = "masks.safetensors"
 BASE_FOLDER = "base"
+MODEL_FOLDER = "model"
 _LEAST_SPARSITY = 0.01  # below it a matrix counts as dense: a few zeros occur by themselves
 
 
@@ -90,8 +91,8 @@ def inspect_folder(folder: str | Path) -> Inspection:
         MaskError: if the mask file is damaged, or its masks do not fit the model.
     """
     folder = Path(folder)
-    files = _weight_files(folder)
-    inspection = Inspection(files, masks=_masks_of(folder))
+    files = weight_files(folder)
+    inspection = Inspection(files, masks=masks_beside(folder))
     masked = inspection.masks.parameters if inspection.masks is not None else {}
     unseen = set(masked)
     for file in files:
@@ -136,8 +137,13 @@ def _look_at(inspection: Inspection, tensors: _Tensors, name: str, masked: Mappi
             inspection.broken[name] = alive
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    for place in (folder, folder / BASE_FOLDER):
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, or of a run folder: its recovered model, or else its sparse base.
+
+    Raises:
+        RunFolderError: if there are none, or their index cannot be read.
+    """
+    for place in (folder, folder / MODEL_FOLDER, folder / BASE_FOLDER):
         index = place / "model.safetensors.index.json"
         if index.is_file():
             return [place / name for name in _shards(index)]
@@ -145,7 +151,9 @@ def _weight_files(folder: Path) -> list[Path]:
             return [place / "model.safetensors"]
     if not folder.is_dir():
         raise RunFolderError(f"there is no folder {folder}")
-    raise RunFolderError(f"{folder} holds no saved model: no model.safetensors in it or in its {BASE_FOLDER}/")
+    raise RunFolderError(
+        f"{folder} holds no saved model: no model.safetensors in it, its {MODEL_FOLDER}/ or its {BASE_FOLDER}/"
+    )
 
 
 def _shards(index: Path) -> list[str]:
@@ -155,7 +163,8 @@ def _shards(index: Path) -> list[str]:
         raise RunFolderError(f"{index} cannot be read: {error}") from error
 
 
-def _masks_of(folder: Path) -> MaskSet | None:
+def masks_beside(folder: Path) -> MaskSet | None:
+    """The masks in a folder or in the one around it; None where there are none."""
     found = [place / MASKS_FILE for place in (folder, folder.parent) if (place / MASKS_FILE).is_file()]
     return MaskSet.load(found[0]) if found else None
 

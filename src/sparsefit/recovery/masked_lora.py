@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
 
-from sparsefit.errors import ConfigError
+from sparsefit.errors import ConfigError, MaskError
 from sparsefit.pruning.masks import pack_bits, unpack_bits
 from sparsefit.pruning.quantized import dequantized, is_quantized
 from sparsefit.pruning.weights import as_matrix, zero_outside_mask
@@ -57,13 +57,14 @@ class _MaskedProduct(torch.autograd.Function):
         return nn.functional.linear(x, _sum_of(ctx, weight, a, b, bits).to(x.dtype))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, bits = ctx.saved_tensors
         grad_x = grad_weight = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ _sum_of(ctx, weight, a, b, bits).to(grad.dtype)
         if any(ctx.needs_input_grad[1:4]):
-            whole = grad.flatten(0, -2).t() @ x.flatten(0, -2)  # (out, in)
+            whole = grad.reshape(-1, len(b)).t() @ x.reshape(-1, a.shape[1])  # (out, in)
             zero_outside_mask(whole, unpack_bits(bits, whole.shape, whole.device))
             grad_weight = whole.to(weight.dtype) if ctx.needs_input_grad[1] else None
             whole = whole.to(a.dtype)
@@ -85,12 +86,23 @@ class MaskedLoraLinear(LoraLinear):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **settings: Any) -> None:
         super().__init__(base_layer, adapter_name, **settings)
+        # One configuration serves both kinds of layers, where a model has both.
+        self.fan_in_fan_out = self.is_target_conv_1d_layer
         # Not in checkpoints: the masks are saved once, by name.
         self.register_buffer("mask_bits", None, persistent=False)
 
     def take_mask(self, mask: Tensor | None) -> None:
-        """Keep updates to an (out, in) bool mask from now on; None lifts it."""
+        """Keep updates to an (out, in) bool mask from now on; None lifts it.
+
+        Raises:
+            MaskError: if the mask has another shape than the weight.
+        """
         layer = self.get_base_layer()
+        if mask is not None and tuple(mask.shape) != (self.out_features, self.in_features):
+            raise MaskError(
+                f"a mask of shape {tuple(mask.shape)} does not fit an adapter on a weight of shape "
+                f"{(self.out_features, self.in_features)}: it belongs to another model"
+            )
         self.mask_bits = None if mask is None else pack_bits(mask).to(layer.weight.device)
 
     def get_delta_weight(self, adapter: str) -> Tensor:

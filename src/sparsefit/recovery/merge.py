@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from sparsefit.errors import MergeError
+import torch
+from torch import Tensor, nn
+
+from sparsefit.errors import MaskError, MergeError
 from sparsefit.pruning import MaskSet
+from sparsefit.pruning.masks import pack_bits
 from sparsefit.pruning.naming import canonical_name
+from sparsefit.pruning.quantized import is_quantized
+from sparsefit.recovery.export import adapted_part, base_state_dict
 
 
 def lossy_layers(model: nn.Module, masks: MaskSet) -> list[str]:
     """The pruned weights that merging a model's adapters would fill again, by name."""
     from peft.tuners.hira.layer import HiraLayer
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    found = []
-    for name, layer in model.named_modules():
-        weight = canonical_name(f"{name}.weight")
-        if isinstance(layer, BaseTunerLayer) and weight in masks.parameters:
-            keeps_zeros = isinstance(layer, HiraLayer) or getattr(layer, "mask_bits", None) is not None
-            if not keeps_zeros:
-                found.append(weight)
-    return found
+    return [
+        name
+        for name, layer in _adapted_layers(model)
+        if name in masks.parameters and not isinstance(layer, HiraLayer) and getattr(layer, "mask_bits", None) is None
+    ]
 
 
-@torch.no_grad()
 def merge(model: nn.Module, masks: MaskSet, reapply_masks: bool = False) -> nn.Module:
-    """Merge a model's adapters into its weights, in place.
+    """Merge a model's adapters into its weights, for good.
 
     Args:
         model: A PEFT model, masked adapters bound to their masks; any other model has nothing to merge.
@@ -39,22 +40,119 @@ def merge(model: nn.Module, masks: MaskSet, reapply_masks: bool = False) -> nn.M
         The bare model, whose pruned weights are exactly zero.
 
     Raises:
-        MergeError: if merging would bring pruned weights back and the masks shall not be applied again; nothing has
-            changed then.
-        MaskError: if a pruned weight is not zero.
+        MergeError: if merging would bring pruned weights back and the masks shall not be applied again, or the base is
+            quantized; nothing has changed then.
+        MaskError: if the masks do not fit, or do not hold; nothing has changed then.
     """
-    lossy = lossy_layers(model, masks) if hasattr(model, "peft_config") else []
-    if lossy and not reapply_masks:
-        raise MergeError(
-            f"merging would fill pruned weights of {len(lossy)} matrices ({lossy[0]}, ...): their adapters are plain "
-            "LoRA, W + s B A. Keep the adapter apart, train form masked_lora or hira, which merge without a loss, or "
-            "ask for the masks to be applied again (--reapply-masks), which makes another, worse model"
-        )
+    masks.verify(model)
+    lossy = check_mergeable(model, masks, reapply_masks)
     if not hasattr(model, "peft_config"):
-        masks.verify(model)
         return model
     merged = model.merge_and_unload(safe_merge=True)
     if lossy:
         masks.apply(merged)
     masks.verify(merged)
     return merged
+
+
+@contextmanager
+def merged_in_place(module: nn.Module, masks: MaskSet) -> Iterator[None]:
+    """A model with its adapters merged for a while; to the bit as it was afterwards, adapters apart.
+
+    Args:
+        module: A LightningModule or model, its pruned weights as its masks have them. Copies of the adapted weights
+            wait in CPU memory.
+        masks: The masks, by the names of `module`.
+
+    Raises:
+        MergeError: as `merge`.
+    """
+    check_mergeable(module, masks)
+    adapted = adapted_part(module)
+    if adapted is None:
+        yield
+        return
+    before = [(layer.get_base_layer().weight, layer) for _, layer in _adapted_layers(module)]
+    kept = [weight.detach().to("cpu", copy=True) for weight, _ in before]
+    try:
+        with torch.no_grad():
+            adapted.merge_adapter(safe_merge=True)
+        masks.verify(module)
+        yield
+    finally:
+        with torch.no_grad():
+            adapted.unmerge_adapter()
+            for (weight, _), old in zip(before, kept, strict=True):
+                weight.copy_(old)
+
+
+def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model whose adapters are merged, under the bare model's names: of modules that PEFT trains a copy
+    of, the copy."""
+    from peft.utils import ModulesToSaveWrapper
+
+    state = base_state_dict(model)
+    for path, wrapper in model.named_modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            trained = wrapper.modules_to_save[wrapper.active_adapters[0]]
+            for name, tensor in trained.state_dict().items():
+                whole = canonical_name(f"{path}.{name}")
+                state[whole] = tensor.to(state[whole].dtype)
+    return state
+
+
+def _adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Layers that an adapter sits on, by the canonical name of their weight."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            # PEFT adapts stacked experts by their parameter.
+            yield canonical_name(f"{name}.{getattr(layer, 'parameter_name', 'weight')}"), layer
+
+
+def check_mergeable(model: nn.Module, masks: MaskSet, reapply_masks: bool = False) -> list[str]:
+    """See that `merge` can do its work; changes nothing.
+
+    Returns:
+        The weights on which the masks must be applied again.
+
+    Raises:
+        MergeError: as `merge`.
+        MaskError: if an adapter keeps to other masks than these.
+    """
+    quantized = [name for name, layer in _adapted_layers(model) if is_quantized(layer.get_base_layer())]
+    if quantized:
+        raise MergeError(
+            f"the base is quantized ({quantized[0]}, ...): adapters merge into floats only. Put the floats back first "
+            "(sparsefit.recovery.quantize.dequantize_base); `sparsefit merge RUN` does so by itself"
+        )
+    _check_adapters(model, masks)
+    lossy = lossy_layers(model, masks)
+    if lossy and not reapply_masks:
+        raise MergeError(
+            f"merging would fill pruned weights of {len(lossy)} matrices ({lossy[0]}, ...): their adapters are plain "
+            "LoRA, W + s B A. Keep the adapter apart, train form masked_lora or hira, which merge without a loss, or "
+            "ask for the masks to be applied again (--reapply-masks), which makes another, worse model"
+        )
+    return lossy
+
+
+def _check_adapters(model: nn.Module, masks: MaskSet) -> None:
+    for name, layer in _adapted_layers(model):
+        own = [
+            tensor
+            for path, tensor in layer.named_parameters()
+            if path.startswith(tuple(getattr(layer, "adapter_layer_names", ())))
+        ]
+        if not all(bool(tensor.isfinite().all()) for tensor in own):
+            raise MergeError(
+                f"the adapter of {name} holds values that are NaN or infinite: its training has diverged. Take an "
+                "earlier checkpoint, or train with a lower learning rate"
+            )
+        bits = getattr(layer, "mask_bits", None)
+        if bits is not None and name in masks and not torch.equal(bits.cpu(), pack_bits(masks[name])):
+            raise MaskError(
+                f"the adapter of {name} keeps to another mask than the one given: merge it with the masks that it was "
+                "trained with, or bind these masks first (bind_masks), which makes another model"
+            )

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from sparsefit.errors import CalibrationError, ConfigError
 from sparsefit.pruning import MaskSet
-from sparsefit.pruning.blocks import BlockCall, NotSweepable, capture_calls, find_block_lists, hidden_of
-from sparsefit.pruning.calibration import MicroBatch, call_model, regroup, to_device, with_names
+from sparsefit.pruning.blocks import find_block_lists, hidden_of
+from sparsefit.pruning.calibration import call_model, regroup, to_device, with_names
 from sparsefit.pruning.evaluating import evaluating
 from sparsefit.pruning.naming import base_modules, canonical_name
 from sparsefit.pruning.ranks import of_first_rank
 from sparsefit.pruning.weights import device_of
+from sparsefit.recovery.block_runs import BlockRun, adapters_off, in_float32, sweep, sweepable_lists
 from sparsefit.recovery.guard import MaskGuard
 
 
@@ -107,7 +108,7 @@ def reconstruct(
         The error of each block before and after, in the order in which they run.
 
     Raises:
-        ConfigError: if the model cannot be run block by block, or its weights are quantized.
+        ConfigError: if the model cannot be run block by block, or its weights are quantized; nothing has changed then.
         CalibrationError: if there is no calibration data.
     """
     settings = settings or ReconstructSettings()
@@ -118,74 +119,24 @@ def reconstruct(
     data = list(regroup(batches, settings.batch_size))
     if not data:
         raise CalibrationError("the reconstruction needs calibration data and there is none: give `batches`")
-    lists = find_block_lists(model)
-    if not lists:
-        raise ConfigError("the model has no repeated blocks to reconstruct one by one; leave out the reconstruction")
     names = {id(module): canonical_name(name) for name, module in base_modules(model).items()}
-    tuner = _Tuner(model, dense, masks, settings, seconds, sum(map(len, lists)))
+    tuner = _Tuner(model, dense, masks, settings, seconds)
     errors: list[BlockError] = []
-    with evaluating(model), _adapters_off(model), tuner.model_frozen():
-        for blocks in lists:
-            for index, run in _sweep(blocks, data, pass_on):
-                errors.append(tuner.tune(names.get(id(blocks[index]), str(index)), blocks[index], run))
+    with evaluating(model), tuner.model_frozen(), adapters_off(model):
+        lists = sweepable_lists(find_block_lists(model), lambda: pass_on(data[0].first_sample()))
+        if not lists:
+            raise ConfigError(
+                "the model has no repeated blocks to reconstruct one by one; leave out the reconstruction"
+            )
+        tuner.expect([block for found in lists for block in found.blocks])
+        for number, found in enumerate(lists):
+            # What comes before a later list is tuned by now: its own targets are those of the dense network.
+            before = [block for earlier in lists[:number] for block in earlier.blocks]
+            for index, run in sweep(found, data, pass_on, tuner.dense_again(before) if before else None):
+                errors.append(tuner.tune(names.get(id(found.blocks[index]), str(index)), found.blocks[index], run))
                 if progress is not None:
                     progress(len(errors), tuner.blocks)
     return errors
-
-
-@dataclass
-class _Run:
-    """A block's calls, and the hidden states before it in the sparse and in the dense network; then those after it."""
-
-    calls: list[BlockCall]
-    sparse: list[Tensor]
-    dense: list[Tensor]
-
-
-def _sweep(
-    blocks: list[nn.Module], data: list[MicroBatch], forward: Callable[[Any], Any]
-) -> Iterator[tuple[int, _Run]]:
-    """Each block of a list in calling order, with what goes into it: whoever takes it puts what comes out in place."""
-    try:
-        with torch.no_grad():
-            probe = data[0].first_sample()
-            simple = capture_calls(blocks, lambda: forward(probe), to_the_end=True).simple
-            captured = [capture_calls(blocks, lambda b=batch: forward(b.data), simple=simple).calls for batch in data]
-        order = [index for index, _ in captured[0]]
-        if not order or any([index for index, _ in calls] != order for calls in captured):
-            raise NotSweepable("batches take different ways through the blocks")
-    except NotSweepable as reason:
-        raise ConfigError(
-            f"the model cannot be reconstructed block by block: {reason}. Leave out the reconstruction"
-        ) from reason
-    run = _Run([], [calls[0][1].hidden for calls in captured], [calls[0][1].hidden for calls in captured])
-    for position, index in enumerate(order):
-        run.calls = [calls[position][1].without_hidden() for calls in captured]
-        yield index, run
-
-
-@contextmanager
-def _adapters_off(model: nn.Module) -> Iterator[None]:
-    adapted = next((part for part in model.modules() if callable(getattr(part, "disable_adapter", None))), None)
-    if adapted is None:
-        yield
-        return
-    with adapted.disable_adapter():
-        yield
-
-
-@contextmanager
-def _in_float32(block: nn.Module) -> Iterator[None]:
-    """A block of half precision in float32, as small steps would be lost; in its own dtypes afterwards."""
-    halves = [t for t in (*block.parameters(), *block.buffers()) if t.dtype in (torch.float16, torch.bfloat16)]
-    dtypes = [tensor.dtype for tensor in halves]
-    try:
-        for tensor in halves:
-            tensor.data = tensor.data.float()
-        yield
-    finally:
-        for tensor, dtype in zip(halves, dtypes, strict=True):
-            tensor.data = tensor.data.to(dtype)
 
 
 class _Tuner:
@@ -202,37 +153,55 @@ class _Tuner:
         masks: MaskSet,
         settings: ReconstructSettings,
         seconds: float | None,
-        blocks: int,
     ) -> None:
         self._model, self._dense, self._masks, self._settings = model, dense, masks, settings
         self._deadline = None if seconds is None else time.monotonic() + seconds
-        self.blocks, self._done = blocks, 0
+        self.blocks = self._done = 0
 
     @contextmanager
     def model_frozen(self) -> Iterator[None]:
         """No parameter requires a gradient; as it was afterwards."""
-        trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        trained = [(parameter, parameter.requires_grad) for parameter in self._model.parameters()]
         try:
             self._model.requires_grad_(False)
             yield
         finally:
-            for parameter in trained:
-                parameter.requires_grad_(True)
+            for parameter, requires_grad in trained:
+                parameter.requires_grad_(requires_grad)
 
-    def tune(self, name: str, block: nn.Module, run: _Run) -> BlockError:
+    def expect(self, blocks: list[nn.Module]) -> None:
+        """Check that all the blocks can be tuned."""
+        self.blocks = len(blocks)
+        for block in blocks:
+            self._weights_of(block)
+
+    @contextmanager
+    def dense_again(self, blocks: list[nn.Module]) -> Iterator[None]:
+        """Blocks with their dense weights, for a while."""
+        weights = {name: weight for block in blocks for name, weight in self._weights_of(block).items()}
+        sparse = {name: weight.data for name, weight in weights.items()}
+        try:
+            for name, weight in weights.items():
+                weight.data = self._dense[name].to(weight.device)
+            yield
+        finally:
+            for name, weight in weights.items():
+                weight.data = sparse[name]
+
+    def tune(self, name: str, block: nn.Module, run: BlockRun) -> BlockError:
         """Tune one block, and take both hidden states through it."""
         start = time.monotonic()
         limit = None if self._deadline is None else max(0.0, self._deadline - start) / (self.blocks - self._done)
         self._done += 1
         weights = self._weights_of(block)
         with torch.no_grad():
-            run.dense = self._dense_outputs(block, weights, run)
+            run.dense = self._dense_outputs(block, run)
         tuned = [weight for weight in weights.values() if weight.is_floating_point()]
         before = after = self._error(block, run)
         steps = 0
         if tuned and self._settings.passes:
             kept = [weight.detach().clone() for weight in tuned]
-            with _in_float32(block):
+            with in_float32(block):
                 steps = self._descend(block, tuned, run, limit)
             after = self._error(block, run)
             if not after < before:
@@ -267,20 +236,15 @@ class _Tuner:
             )
         return found
 
-    def _dense_outputs(self, block: nn.Module, weights: dict[str, nn.Parameter], run: _Run) -> list[Tensor]:
-        sparse = {name: weight.data for name, weight in weights.items()}
-        try:
-            for name, weight in weights.items():
-                weight.data = self._dense[name].to(weight.device)
+    def _dense_outputs(self, block: nn.Module, run: BlockRun) -> list[Tensor]:
+        with self.dense_again([block]):
             return [
-                hidden_of(call.run(block, hidden.clone())) for call, hidden in zip(run.calls, run.dense, strict=True)
+                hidden_of(call.run(block, hidden.clone()))
+                for call, hidden in zip(run.dense_calls, run.dense, strict=True)
             ]
-        finally:
-            for name, weight in weights.items():
-                weight.data = sparse[name]
 
     @torch.no_grad()
-    def _error(self, block: nn.Module, run: _Run) -> float:
+    def _error(self, block: nn.Module, run: BlockRun) -> float:
         lost = whole = 0.0
         for call, hidden, target in zip(run.calls, run.sparse, run.dense, strict=True):
             output = hidden_of(call.run(block, hidden.clone())).float()
@@ -288,7 +252,7 @@ class _Tuner:
             whole += float(target.float().square().sum())
         return lost / whole if whole else 0.0
 
-    def _descend(self, block: nn.Module, tuned: list[nn.Parameter], run: _Run, limit: float | None) -> int:
+    def _descend(self, block: nn.Module, tuned: list[nn.Parameter], run: BlockRun, limit: float | None) -> int:
         """Adam on the block's distance from its targets, its rate falling to zero with the steps or the time."""
         whole = sum(float(target.float().square().mean()) for target in run.dense) / len(run.dense)
         block.requires_grad_(False)
@@ -308,7 +272,8 @@ class _Tuner:
                             return step
                         optimizer.param_groups[0]["lr"] = self._settings.learning_rate * (1 - max(step / total, spent))
                         call = run.calls[number].cast(torch.float32)
-                        output = hidden_of(call.run(block, run.sparse[number].float()))
+                        # A copy: a block may add to its input in place.
+                        output = hidden_of(call.run(block, run.sparse[number].to(torch.float32, copy=True)))
                         loss = nn.functional.mse_loss(output, run.dense[number].float()) / max(whole, 1e-12)
                         loss.backward()
                         optimizer.step()
@@ -319,3 +284,4 @@ class _Tuner:
             guard.remove()
             for weight in tuned:
                 weight.requires_grad_(False)
+                weight.grad = None

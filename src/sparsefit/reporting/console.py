@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
+from sparsefit.reporting import formats as _formats
 from sparsefit.reporting import report as _report
 
 console = Console()
@@ -26,12 +27,13 @@ _STATUS_STYLE = {"finished": "bold green", "interrupted": "bold yellow", "failed
 def summary(report: Mapping[str, Any]) -> Group:
     """The tables a run ends with, to be printed with `console.print(summary(report))`.
 
-    Dense, pruned and recovered quality with the share won back, sparsity per layer type, seconds and GPU-hours of each
-    stage and of the budget, peak memory and the run folder. What the report does not hold is left out.
+    Dense, pruned and recovered quality with the share won back, quality against GPU-hours, sparsity per layer type,
+    seconds and GPU-hours of each stage and of the budget, what reconstruction and merging did, peak memory and the run
+    folder. What the report does not hold is left out.
     """
     status = str(report.get("status") or "unknown")
     head = Text.assemble((str(report.get("name") or "run"), "bold"), ": ", (status, _STATUS_STYLE.get(status, "bold")))
-    tables = [_quality(report), _sparsity(report), _stages(report)]
+    tables = [_quality(report), *_timelines(report), _sparsity(report), _stages(report)]
     parts: list[RenderableType] = [head, *(table for table in tables if table.row_count), *_closing_lines(report)]
     return Group(*parts)
 
@@ -48,25 +50,44 @@ def _row(table: Table, *cells: str, style: str | None = None) -> None:
 
 
 def _quality(report: Mapping[str, Any]) -> Table:
-    table = _table("", *_report.STAGES, "won back")
-    for metric in _report.metrics(report):
-        values = _report.metric_values(report, metric)
-        cells = [_report.format_metric(metric, values.get(stage), _MISSING) for stage in _report.STAGES]
+    measured = {metric: _report.metric_values(report, metric) for metric in _report.metrics(report)}
+    found = set(_report.STAGES).union(*measured.values())
+    stages = [stage for stage in _report.ALL_STAGES if stage in found]
+    table = _table("", *stages, "won back")
+    for metric, values in measured.items():
+        cells = [_formats.metric(metric, values.get(stage), _MISSING) for stage in stages]
         if values:
-            _row(table, metric, *cells, _report.format_percent(_report.won_back(report, metric), 1, _MISSING))
+            _row(table, metric, *cells, _formats.percent(_report.won_back(report, metric), 1, _MISSING))
     return table
+
+
+def _timelines(report: Mapping[str, Any]) -> list[Table]:
+    """Quality against GPU-hours, a table for each metric; validations are left to the page."""
+    tables = []
+    for metric in _report.metrics(report):
+        with_nats = "perplexity" in metric
+        table = _table("after", "GPU-hours", "step", metric, *(["nats lost"] if with_nats else []))
+        for moment in _report.timeline(report, metric):
+            if moment.stage == "validation":
+                continue
+            lost = _report.nats_lost(report, metric, moment)
+            nats = [f"{lost:+.3f}" if lost is not None else _MISSING] if with_nats else []
+            spent, step = _formats.hours(moment.hours, _MISSING), _formats.count(moment.step, _MISSING)
+            _row(table, moment.stage, spent, step, _formats.metric(metric, moment.value), *nats)
+        tables.append(table)
+    return tables
 
 
 def _sparsity(report: Mapping[str, Any]) -> Table:
     table = _table("layers", "weights", "zeros", "sparsity")
     for name, entry in _report.sparsity_by_type(report).items():
-        counts = (_report.format_count(entry.get(key), _MISSING) for key in ("weights", "zeros"))
-        _row(table, name, *counts, _report.format_percent(_report.layer_sparsity(entry), missing=_MISSING))
+        counts = (_formats.count(entry.get(key), _MISSING) for key in ("weights", "zeros"))
+        _row(table, name, *counts, _formats.percent(_report.layer_sparsity(entry), missing=_MISSING))
     total = _report.section(report, "sparsity")
     if _report.number(total.get("total")) is not None:
         table.add_section()
-        counts = (_report.format_count(total.get(key), _MISSING) for key in ("weights", "zeros"))
-        _row(table, "all", *counts, _report.format_percent(_report.number(total["total"])), style="bold")
+        counts = (_formats.count(total.get(key), _MISSING) for key in ("weights", "zeros"))
+        _row(table, "all", *counts, _formats.percent(_report.number(total["total"])), style="bold")
     return table
 
 
@@ -76,9 +97,9 @@ def _stages(report: Mapping[str, Any]) -> Table:
     table = _table("stage", "time", "GPU-hours", *(["of budget"] if budget else []))
 
     def add(name: str, seconds: float | None, hours: float | None, style: str | None = None) -> None:
-        share = [_report.format_percent(None if hours is None else hours / budget, 1, _MISSING)] if budget else []
-        time_spent = _report.format_seconds(seconds, _MISSING)
-        _row(table, name, time_spent, _report.format_hours(hours, _MISSING), *share, style=style)
+        share = [_formats.percent(None if hours is None else hours / budget, 1, _MISSING)] if budget else []
+        time_spent = _formats.seconds(seconds, _MISSING)
+        _row(table, name, time_spent, _formats.hours(hours, _MISSING), *share, style=style)
 
     for name, seconds, hours in _report.stages(report):
         add(name, seconds, hours)
@@ -94,15 +115,35 @@ def _stages(report: Mapping[str, Any]) -> Table:
 def _closing_lines(report: Mapping[str, Any]) -> list[Text]:
     lines = []
     training, memory = _report.section(report, "training"), _report.section(report, "memory")
+    errors = _report.block_errors(report)
+    if errors:
+        before, after = (sum(side) / len(errors) for side in zip(*errors, strict=True))
+        text = f"reconstruction: {len(errors)} blocks, mean error of their outputs {before:.3%} -> {after:.3%}"
+        lines.append(Text(text))
     if training.get("stop_reason"):
-        steps = _report.format_count(training.get("steps"), _MISSING)
+        steps = _formats.count(training.get("steps"), _MISSING)
         lines.append(Text(f"training: {steps} steps, stopped because: {training['stop_reason']}"))
+    merged = _report.section(report, "merge")
+    if merged:
+        lines.append(Text(f"merged model: {_merged(report, merged)}", overflow="fold"))
     peak = _report.number(memory.get("peak_bytes"))
     if peak is not None:
-        lines.append(Text(f"peak memory: {_report.format_bytes(peak)} {memory.get('kind') or ''}".rstrip()))
+        lines.append(Text(f"peak memory: {_formats.size(peak)} {memory.get('kind') or ''}".rstrip()))
     if report.get("folder"):
         lines.append(Text(f"run folder: {report['folder']}", overflow="fold"))
     return lines
+
+
+def _merged(report: Mapping[str, Any], merged: Mapping[str, Any]) -> str:
+    known = [str(merged["form"])] if merged.get("form") else []
+    if isinstance(merged.get("lossless"), bool):
+        known.append("without loss" if merged["lossless"] else "masks re-applied, with loss")
+    if _report.number(merged.get("sparsity")) is not None:
+        known.append(f"sparsity {_formats.percent(_report.number(merged['sparsity']))}")
+    for metric in _report.metrics(report):
+        if _report.number(merged.get(metric)) is not None:
+            known.append(f"{metric} {_formats.metric(metric, _report.number(merged[metric]))}")
+    return ", ".join([*known, *([f"in {merged['folder']}"] if merged.get("folder") else [])])
 
 
 @contextmanager
@@ -151,7 +192,7 @@ def _plain_lines(description: str, total: int | None) -> Iterator[Callable[..., 
         console.print(Text(f"{description}: {text}"), soft_wrap=True)
 
     def elapsed() -> str:
-        return _report.format_seconds(time.monotonic() - start)
+        return _formats.seconds(time.monotonic() - start)
 
     def advance(n: int = 1) -> None:
         nonlocal done, quarter

@@ -14,13 +14,19 @@ import uuid
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sparsefit.errors import RunFolderError
 
 STAGES = ("dense", "pruned", "recovered")
+"""What `share_won_back` compares."""
+
+ALL_STAGES = ("dense", "pruned", "reconstructed", "recovered", "merged")
+"""What a metric may be measured on, in the order of a run."""
+
 _METRICS = {"perplexity": "lower", "accuracy": "higher"}
-_RUN_ORDER = ("setup", "calibration and pruning", "training", "validation", "evaluation", "export", "closing")
+_RUN_ORDER = ("setup", "calibration and pruning", "reconstruction", "training", "validation", "evaluation")
+_RUN_ORDER += ("export", "closing", "merge")
 # Names that layers of one block share (attn.c_proj and mlp.c_proj of GPT-2): the path before them tells them apart.
 _SHARED_NAMES = frozenset({"c_proj", "dense", "proj", "linear"})
 
@@ -123,9 +129,52 @@ def metrics(report: Mapping[str, Any]) -> dict[str, str]:
 
 
 def metric_values(report: Mapping[str, Any], metric: str) -> dict[str, float]:
-    """The measured values of a metric by stage (dense, pruned, recovered), without the missing ones."""
-    values = {stage: number(section(report, metric).get(stage)) for stage in STAGES}
+    """The measured values of a metric by stage, in the order of `ALL_STAGES`, without the missing ones."""
+    values = {stage: number(section(report, metric).get(stage)) for stage in ALL_STAGES}
     return {stage: value for stage, value in values.items() if value is not None}
+
+
+class Moment(NamedTuple):
+    """A metric's value at one moment of a run."""
+
+    stage: str
+    hours: float
+    step: float | None
+    value: float
+
+
+def timeline(report: Mapping[str, Any], metric: str) -> list[Moment]:
+    """A metric's values over the run, by GPU-hours spent; empty where the report holds no timeline.
+
+    The stages are those of `ALL_STAGES`, measured on the test data, and "validation", measured on the validation data.
+    """
+    moments = []
+    for entry in items(report, "timeline"):
+        if not isinstance(entry, Mapping) or entry.get("metric") != metric:
+            continue
+        hours, value = number(entry.get("gpu_hours")), number(entry.get("value"))
+        if hours is not None and value is not None:
+            moments.append(Moment(str(entry.get("stage") or "?"), hours, number(entry.get("step")), value))
+    return sorted(moments, key=lambda moment: moment.hours)
+
+
+def nats_lost(report: Mapping[str, Any], metric: str, moment: Moment) -> float | None:
+    """Nats per token by which a perplexity lies above the dense model's: ln value - ln dense.
+
+    None where that says nothing: for other metrics, and for validations, whose text is another.
+    """
+    dense = next((m.value for m in timeline(report, metric) if m.stage == "dense"), None)
+    dense = metric_values(report, metric).get("dense", dense)
+    if "perplexity" not in metric or moment.stage == "validation" or not dense or min(dense, moment.value) <= 0:
+        return None
+    return math.log(moment.value) - math.log(dense)
+
+
+def block_errors(report: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """The error of each block's outputs before and after the reconstruction, where both are known."""
+    blocks = [block for block in items(report, "reconstruction", "blocks") if isinstance(block, Mapping)]
+    pairs = [(number(block.get("before")), number(block.get("after"))) for block in blocks]
+    return [(before, after) for before, after in pairs if before is not None and after is not None]
 
 
 def share_won_back(
@@ -238,53 +287,3 @@ def stages(report: Mapping[str, Any]) -> list[tuple[str, float | None, float | N
     names = list(dict.fromkeys([*hours, *seconds]))
     names.sort(key=lambda name: _RUN_ORDER.index(name) if name in _RUN_ORDER else len(_RUN_ORDER))
     return [(name, number(seconds.get(name)), number(hours.get(name))) for name in names]
-
-
-def format_metric(metric: str, value: float | None, missing: str = "—") -> str:
-    """A metric's value for people; accuracies are shares (0 to 1) and read as percentages."""
-    if value is None:
-        return missing
-    if "accuracy" in metric and 0 <= value <= 1:
-        return f"{value:.2%}"
-    if abs(value) >= 1e6:
-        return f"{value:.2e}"
-    return f"{value:,.{3 if abs(value) < 1 else 2 if abs(value) < 100 else 1}f}"
-
-
-def format_percent(share: float | None, digits: int = 2, missing: str = "—") -> str:
-    """A share as a percentage."""
-    return missing if share is None else f"{share:.{digits}%}"
-
-
-def format_hours(hours: float | None, missing: str = "—") -> str:
-    """GPU-hours with three significant digits; less than a thirtieth of a second is only called less."""
-    if hours is None:
-        return missing
-    if 0 < hours < 1e-5:
-        return "<0.00001"
-    return "0" if hours == 0 else f"{hours:,.{max(0, 2 - math.floor(math.log10(abs(hours))))}f}"
-
-
-def format_seconds(seconds: float | None, missing: str = "—") -> str:
-    """A duration for people: 3.2 s, 4 min 05 s, 2 h 10 min."""
-    if seconds is None:
-        return missing
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def format_bytes(count: float | None, missing: str = "—") -> str:
-    """Bytes in binary units: 1.50 GiB, 957 MiB."""
-    if count is None:
-        return missing
-    power = min(4, max(0, (int(count).bit_length() - 1) // 10))
-    size = count / 1024**power
-    return f"{size:.{2 if power and size < 100 else 0}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
-
-
-def format_count(count: Any, missing: str = "—") -> str:
-    """A whole number with thousands separators."""
-    value = number(count)
-    return missing if value is None else f"{value:,.0f}"

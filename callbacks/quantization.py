@@ -1,0 +1,198 @@
+"""`QuantizedBase`: holds the frozen sparse base in 4 or 8 bits while adapters train on it."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from sparsefit.callbacks.ledgers import ledger_of
+from sparsefit.errors import ConfigError, MaskError
+from sparsefit.pruning import MaskSet
+from sparsefit.recovery.quantize import (
+    check_adapters,
+    check_settings,
+    dequantize_base,
+    float_weights,
+    quantize_base,
+    quantized_weights,
+    restore_scales,
+    to_float_state,
+)
+from sparsefit.recovery.sparse_base import checksum
+
+KEY = "sparsefit_quantized"
+"""Under which a checkpoint says how the base was held, and has the scales of what it holds of it."""
+
+
+class QuantizedBase(Callback):
+    """Quantizes the masked linear layers as training starts: after pruning, and after the base was written in floats.
+
+    Zeros stay exact zeros. A checkpoint holds floats, as without this callback, so a resumed run builds the model in
+    floats, too, and quantizes it again, to the same bits. The adapters are trained for the quantized base: merging
+    takes its values (`sparsefit.recovery.quantize.dequantize_base`), and not those in base/.
+
+    Checkpoints that `ModelCheckpoint(save_weights_only=True)` writes know no callbacks: they hold quantized weights.
+
+    Args:
+        kind: "nf4" (4 bits) or "int8" (8 bits), by bitsandbytes; None leaves the base in floats.
+        compute_dtype: Of the products with nf4 weights: "float32", "bfloat16" or "float16"; None is the trainer's.
+        double_quant: Quantize the scales of nf4, too: half a bit a weight less.
+
+    Raises:
+        ConfigError: if a setting cannot work; when the fit is set up, and so before anything is pruned, if the module
+            cannot be trained so.
+    """
+
+    def __init__(
+        self,
+        kind: Literal["nf4", "int8"] | None = None,
+        compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        double_quant: bool = False,
+    ) -> None:
+        self.kind = kind
+        self.compute_dtype = None if compute_dtype is None else _dtype(compute_dtype)
+        self.double_quant = double_quant
+        self.account: dict[str, Any] = {}
+        self.origins: dict[str, int] = {}
+        """Key in the module's state of each weight quantized here -> checksum of the floats that it was made of."""
+        self._scales: Mapping[str, Tensor] | None = None
+        self._done = False
+        if kind is not None:
+            check_settings(kind, self.compute_dtype, double_quant)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work."""
+        self._done, self._scales = False, None
+        if self.kind is not None and stage == "fit":
+            self._check(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Quantize the base."""
+        # Where a strategy restores late, WandaPruning prunes in this hook, and may stand further down.
+        if not trainer.strategy.restore_checkpoint_after_setup or _is_pruned(trainer, pl_module):
+            self._quantize(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Quantize the base, if it could not be done earlier."""
+        self._quantize(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Outside a fit: evaluate what was trained, with the base that it was trained on."""
+        self._quantize_to_evaluate(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same."""
+        self._quantize_to_evaluate(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same."""
+        self._quantize_to_evaluate(trainer, pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """In a process that Lightning spawned: dequantize, as the weights go back to a module in floats."""
+        if self.kind is not None and multiprocessing.parent_process() is not None:
+            dequantize_base(pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Have the checkpoint hold floats."""
+        if self._done:
+            scales = to_float_state(pl_module, checkpoint["state_dict"])
+            checkpoint[KEY] = {"kind": self.kind, "double_quant": self.double_quant, "scales": scales}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take over the scales."""
+        saved = checkpoint.get(KEY)
+        if saved is not None:
+            held, asked = (saved["kind"], saved["double_quant"]), (self.kind, self.double_quant)
+            if held != asked:
+                raise ConfigError(
+                    f"the checkpoint's adapters were trained on a base held as {_words(*held)}, and this run asks for "
+                    f"{_words(*asked)}: resume with kind: {held[0]} and double_quant: {str(held[1]).lower()}"
+                )
+            self._scales = saved["scales"]
+        elif self.kind is not None and trainer.state.fn == TrainerFn.FITTING and checkpoint.get("global_step"):
+            rank_zero_warn(
+                f"The checkpoint's adapters were trained on a base in floats; from here on it is held in {self.kind}"
+            )
+
+    def _check(self, trainer: Trainer, module: LightningModule) -> None:
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+            raise ConfigError(
+                f"{type(trainer.strategy).__name__} splits weights over devices, and a quantized base lies on each of "
+                "them as a whole: take strategy ddp, or leave the base in floats"
+            )
+        if not any(hasattr(callback, "masks") for callback in trainer.callbacks):
+            raise ConfigError("QuantizedBase holds the base of a pruned model: add WandaPruning to the callbacks")
+        if getattr(module, "distill", None) is not None:
+            raise ConfigError(
+                "distillation needs the base in floats, in which the dense weights take their places in turn: leave "
+                "out `distill`, or the quantization of the base"
+            )
+        adapter = getattr(module, "hparams", {}).get("adapter")
+        if isinstance(adapter, Mapping) and adapter.get("form") == "full":
+            raise ConfigError(
+                "form full trains the base itself, and quantized weights cannot be trained: take form lora or "
+                "masked_lora, or leave the base in floats"
+            )
+        check_adapters(module)
+
+    def _quantize_to_evaluate(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING and _is_pruned(trainer, module):
+            self._quantize(trainer, module)
+
+    def _quantize(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.kind is None or self._done:
+            return
+        masks = _masks_of(trainer)
+        if masks is None:
+            raise ConfigError("there are no masks, so there is no sparse base to quantize: add WandaPruning")
+        with ledger_of(trainer).stage("quantization"):
+            sums = {key: checksum(weight) for key, weight in float_weights(module, masks)}
+            report = quantize_base(module, self.kind, masks, self.compute_dtype, self.double_quant)
+            made = {key for key, _ in quantized_weights(module)} & sums.keys()
+            if self._scales:
+                restore_scales(module, self._scales)
+        self._scales, self._done = None, True
+        if made or not self.account:  # not a second fit of the same module
+            self.origins = {key: sums[key] for key in made}
+            self.account = report.account() | {"double_quant": self.double_quant}
+            self._tell(report.layers, report.left, report.bytes_before, report.bytes_after)
+
+    def _tell(self, layers: list[str], left: Mapping[str, str], before: int, after: int) -> None:
+        rank_zero_info(
+            f"The base is held in {self.kind}: {len(layers)} matrices, {before / 2**20:.1f} MiB before, "
+            f"{after / 2**20:.1f} MiB now."
+        )
+        if left:
+            first, why = next(iter(left.items()))
+            rank_zero_warn(f"{len(left)} pruned matrices stay in floats: {first} ({why}), ...")
+
+
+def _masks_of(trainer: Trainer) -> MaskSet | None:
+    return next((c.masks for c in trainer.callbacks if isinstance(getattr(c, "masks", None), MaskSet)), None)
+
+
+def _is_pruned(trainer: Trainer, module: LightningModule) -> bool:
+    masks = _masks_of(trainer)
+    try:
+        return masks is not None and masks.verify(module) is None
+    except MaskError:
+        return False
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(f"compute_dtype is {name!r}: it must be float32, bfloat16 or float16")
+    return getattr(torch, name)
+
+
+def _words(kind: str | None, double_quant: bool) -> str:
+    return "floats" if kind is None else f"{kind}{' with double_quant' * double_quant}"

@@ -1,0 +1,105 @@
+"""An adapter on disk: PEFT's own files, and beside them the form and the masks that it was trained with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sparsefit.errors import MaskError, RunFolderError
+from sparsefit.pruning import MaskSet
+from sparsefit.recovery.adapters import bind_masks, masked_layer_types
+from sparsefit.recovery.export import adapted_part, exported_masks
+
+NOTES_FILE = "sparsefit.json"
+
+
+def form_of(module: nn.Module) -> str | None:
+    """The form of the adapters in a model: "lora", "masked_lora" or "hira"; None where there are none."""
+    model = adapted_part(module)
+    if model is None:
+        return None
+    if any(callable(getattr(layer, "take_mask", None)) for layer in model.modules()):
+        return "masked_lora"
+    return next(iter(model.peft_config.values())).peft_type.value.lower()
+
+
+def export_adapter(
+    module: nn.Module, masks: MaskSet, base: Path, folder: Path, notes: dict[str, Any] | None = None
+) -> bool:
+    """Write the adapter of a PEFT-wrapped model, which names `base` as the model it belongs to.
+
+    Args:
+        module: A LightningModule or model.
+        masks: Its masks.
+        base: Where the sparse base lies.
+        folder: Where to write; made if it is not there.
+        notes: Kept beside it, with the form, the base's name and the digest of the masks: plain values.
+
+    Returns:
+        Whether there was an adapter.
+    """
+    model = adapted_part(module)
+    if model is None:
+        return False
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = str(base.resolve())
+    model.save_pretrained(folder)
+    digest = exported_masks(module, masks).digest()
+    known = {"form": form_of(module), "base": base.name, "masks": digest, **(notes or {})}
+    (folder / NOTES_FILE).write_text(json.dumps(known, indent=2), encoding="utf-8")
+    return True
+
+
+def read_notes(folder: Path) -> dict[str, Any]:
+    """What `export_adapter` wrote beside an adapter.
+
+    Raises:
+        RunFolderError: if there is no adapter, or it is not one of sparsefit's.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        raise RunFolderError(f"there is no adapter in {folder}: it holds no adapter_config.json")
+    try:
+        return json.loads((folder / NOTES_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunFolderError(
+            f"{folder / NOTES_FILE} cannot be read, so the form of the adapter is not known: {error}. An adapter of "
+            "plain PEFT is loaded by PeftModel.from_pretrained"
+        ) from error
+
+
+def load_adapter(model: nn.Module, folder: Path, masks: MaskSet) -> nn.Module:
+    """Put a saved adapter on its sparse base; a masked one keeps to the masks again.
+
+    Args:
+        model: The base, as `from_pretrained` gives it.
+        folder: What `export_adapter` wrote.
+        masks: The masks of the base.
+
+    Returns:
+        The PEFT model.
+
+    Raises:
+        MaskError: if the adapter was trained with other masks, or the base does not hold them.
+        RunFolderError: if it cannot be read, or does not fit the base.
+    """
+    from peft import PeftConfig, PeftModel
+
+    notes = read_notes(folder)
+    if notes["masks"] != masks.digest():
+        raise MaskError(
+            f"the adapter in {folder} was trained on another base: its masks are not the ones given. Use the base and "
+            "the masks of the run that it is from"
+        )
+    masks.verify(model)
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        if notes["form"] == "masked_lora":
+            config._register_custom_module(masked_layer_types())
+        adapted = PeftModel.from_pretrained(model, str(folder), config=config)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise RunFolderError(f"the adapter in {folder} does not fit its base or is damaged: {error}") from error
+    bind_masks(adapted, masks)
+    return adapted.eval()

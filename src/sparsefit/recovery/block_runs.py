@@ -1,0 +1,137 @@
+"""The calls of a model's blocks while they are tuned one by one: in the sparse network, and in the dense one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsefit.errors import ConfigError
+from sparsefit.pruning.blocks import BlockCall, NotSweepable, capture_calls, find_block_lists
+from sparsefit.pruning.calibration import MicroBatch
+
+
+@dataclass
+class BlockRun:
+    """A block's calls, and the hidden states before it, in the sparse and in the dense network; then those after it.
+
+    Attributes:
+        calls: The arguments beside the hidden state, for each micro-batch.
+        dense_calls: The same in the dense network: a decoder's hold what the dense encoder has made.
+        sparse: Hidden states, for each micro-batch.
+        dense: Hidden states in the dense network.
+    """
+
+    calls: list[BlockCall]
+    dense_calls: list[BlockCall]
+    sparse: list[Tensor]
+    dense: list[Tensor]
+
+
+@dataclass(frozen=True)
+class BlockList:
+    """Blocks that pass their hidden state straight on; `simple` if they return it alone."""
+
+    blocks: list[nn.Module]
+    simple: bool
+
+
+def sweepable_lists(lists: list[list[nn.Module]], forward: Callable[[], Any]) -> list[BlockList]:
+    """The lists whose blocks can be run one by one; of stages that change the shape, the lists of blocks in them.
+
+    Args:
+        lists: Of blocks, as `find_block_lists` gives them; one that the model never calls is left out.
+        forward: Runs the model on one sample.
+
+    Raises:
+        ConfigError: if blocks do not pass their hidden state straight on, and hold no lists of blocks.
+    """
+    found = []
+    for blocks in lists:
+        try:
+            with torch.no_grad():
+                shown = capture_calls(blocks, forward, to_the_end=True)
+        except NotSweepable as reason:
+            inner = [own for block in blocks for own in find_block_lists(block)]
+            if not inner:
+                raise ConfigError(
+                    f"the model cannot be reconstructed block by block: {reason}. Leave out the reconstruction"
+                ) from reason
+            found += sweepable_lists(inner, forward)
+            continue
+        if shown.calls:
+            found.append(BlockList(blocks, shown.simple))
+    return found
+
+
+def sweep(
+    found: BlockList,
+    data: list[MicroBatch],
+    forward: Callable[[Any], Any],
+    dense_before: AbstractContextManager[None] | None,
+) -> Iterator[tuple[int, BlockRun]]:
+    """Each block of a list in calling order, with what goes into it: whoever takes it puts what comes out in place.
+
+    Args:
+        found: The list.
+        data: Calibration data.
+        forward: Runs the model on a batch.
+        dense_before: Gives what comes before the list its dense weights; None if that is as dense as it was.
+
+    Raises:
+        ConfigError: if the batches take different ways through the blocks.
+    """
+    order, calls, hidden = _captured(found, data, forward, nullcontext())
+    run = BlockRun([], [], hidden, hidden)
+    dense_calls = calls
+    if dense_before is not None:
+        _, dense_calls, run.dense = _captured(found, data, forward, dense_before)
+    for position, index in enumerate(order):
+        run.calls = [own[position] for own in calls]
+        run.dense_calls = [own[position] for own in dense_calls]
+        yield index, run
+
+
+def _captured(
+    found: BlockList, data: list[MicroBatch], forward: Callable[[Any], Any], weights: AbstractContextManager[None]
+) -> tuple[list[int], list[list[BlockCall]], list[Tensor]]:
+    """The order of the blocks; for each micro-batch their calls and the hidden state before the first."""
+    with weights, torch.no_grad():
+        shown = [capture_calls(found.blocks, lambda b=b: forward(b.data), simple=found.simple).calls for b in data]
+    order = [index for index, _ in shown[0]]
+    if not order or any([index for index, _ in calls] != order for calls in shown):
+        raise ConfigError(
+            "the model cannot be reconstructed block by block: batches take different ways through the blocks. Leave "
+            "out the reconstruction"
+        )
+    hidden = [calls[0][1].hidden for calls in shown]
+    return order, [[call.without_hidden() for _, call in calls] for calls in shown], hidden
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """A model without the adapters in it, where there are any."""
+    adapted = next((part for part in model.modules() if callable(getattr(part, "disable_adapter", None))), None)
+    if adapted is None:
+        yield
+        return
+    with adapted.disable_adapter():
+        yield
+
+
+@contextmanager
+def in_float32(block: nn.Module) -> Iterator[None]:
+    """A block of half precision in float32, as small steps would be lost; in its own dtypes afterwards."""
+    halves = [t for t in (*block.parameters(), *block.buffers()) if t.dtype in (torch.float16, torch.bfloat16)]
+    dtypes = [tensor.dtype for tensor in halves]
+    try:
+        for tensor in halves:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, dtype in zip(halves, dtypes, strict=True):
+            tensor.data = tensor.data.to(dtype)

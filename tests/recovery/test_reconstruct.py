@@ -1,0 +1,467 @@
+"""Blocks tuned one by one towards the dense network's outputs."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from itertools import islice
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+
+from sparsefit import PruningConfig, prune
+from sparsefit.errors import CalibrationError, ConfigError
+from sparsefit.recovery.adapters import AdapterSettings, attach_adapter, bind_masks
+from sparsefit.recovery.reconstruct import ReconstructSettings, dense_weights, reconstruct
+
+IDS = torch.randint(3, 61, (6, 9), generator=torch.Generator().manual_seed(0))
+BATCHES = [{"input_ids": IDS}]
+
+
+def bits(tensor):
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).clone()
+
+
+def snapshot(model):
+    return {name: bits(tensor) for name, tensor in model.state_dict().items()}
+
+
+def changed(model, before):
+    return {name for name, tensor in snapshot(model).items() if not torch.equal(tensor, before[name])}
+
+
+def pruned(model, batches=BATCHES, **settings):
+    """The dense weights, and the masks of the model, which is pruned now."""
+    dense = dense_weights(model)
+    return dense, prune(model, batches, PruningConfig(**settings)).masks
+
+
+def state(model):
+    modes = {name: module.training for name, module in model.named_modules()}
+    flags = {name: (p.requires_grad, p.dtype, p.grad is None) for name, p in model.named_parameters()}
+    return modes, flags, {name: bits(b) for name, b in model.named_buffers()}
+
+
+def assert_state(model, expected):
+    modes, flags, buffers = state(model)
+    assert modes == expected[0]
+    assert flags == expected[1]
+    assert buffers.keys() == expected[2].keys()
+    assert all(torch.equal(buffers[name], expected[2][name]) for name in buffers)
+
+
+def vit():
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    return ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4, initializer_range=0.3))
+
+
+def convnext():
+    from transformers import ConvNextConfig, ConvNextForImageClassification
+
+    torch.manual_seed(0)
+    sizes = {"hidden_sizes": [8, 12, 16], "depths": [2, 2, 2], "num_stages": 3, "initializer_range": 0.3}
+    return ConvNextForImageClassification(ConvNextConfig(**sizes, layer_scale_init_value=0.3, image_size=32))
+
+
+IMAGES = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+MODELS = {
+    "llama": (None, BATCHES, 3),
+    "mistral": (None, BATCHES, 3),  # a sliding window
+    "gemma3": (None, BATCHES, 3),
+    "gpt2": (None, BATCHES, 3),
+    "opt": (None, BATCHES, 3),
+    "mixtral": (None, BATCHES, 3),
+    "t5": (None, [{"input_ids": IDS, "labels": IDS.flip(1)[:, :5].contiguous()}], 4),
+    "bert": (
+        None,
+        [{"input_ids": IDS, "attention_mask": (torch.arange(9) < torch.tensor([[9], [7], [9], [4], [9], [8]])).long()}],
+        3,
+    ),
+    "vit": (vit, [{"pixel_values": IMAGES[..., :8, :8]}], 3),
+    "convnext": (convnext, [{"pixel_values": IMAGES}], 6),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_errors_fall_masks_hold_and_nothing_else_changes(tiny_model, name):
+    make, batches, blocks = MODELS[name]
+    model = make() if make else tiny_model(name)
+    model.train()
+    dense, masks = pruned(model, batches)
+    next(model.parameters()).requires_grad_(False)
+    before, was = snapshot(model), state(model)
+    done = []
+    errors = reconstruct(
+        model, batches, dense, masks, ReconstructSettings(4, 2e-3, 2), progress=lambda *at: done.append(at)
+    )
+    assert len(errors) == blocks == len({error.block for error in errors})
+    assert done == [(number + 1, blocks) for number in range(blocks)]
+    for error in errors:
+        assert 0 < error.after < error.before
+        assert error.steps >= 12
+        assert model.get_submodule(error.block) is not None
+    masks.verify(model)
+    assert changed(model, before) == set(masks.parameters)
+    assert_state(model, was)
+
+
+def test_a_rate_that_is_too_high_changes_nothing(tiny_model):
+    model = tiny_model("llama")
+    dense, masks = pruned(model)
+    before = snapshot(model)
+    errors = reconstruct(model, BATCHES, dense, masks, ReconstructSettings(1, 30.0, 2))
+    assert all(error.after == error.before for error in errors)
+    assert all(error.steps == 3 for error in errors)
+    assert changed(model, before) == set()
+
+
+# Against a loop written out.
+
+
+def distances(model, blocks, dense_model, dense_blocks, batch):
+    """Squared distance of each block's output, as a share: by hooks on whole passes."""
+    outputs = []
+    for net, own in ((model, blocks), (dense_model, dense_blocks)):
+        seen = {}
+        hooks = [
+            block.register_forward_hook(
+                lambda _, __, out, at=at, seen=seen: seen.update({at: out if torch.is_tensor(out) else out[0]})
+            )
+            for at, block in enumerate(own)
+        ]
+        with torch.no_grad():
+            net(**batch)
+        for hook in hooks:
+            hook.remove()
+        outputs.append([seen[at] for at in range(len(own))])
+    return [float((s - d).square().sum() / d.square().sum()) for s, d in zip(*outputs, strict=True)]
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_the_errors_are_those_of_whole_passes(tiny_model, name):
+    """The targets are the dense network's, all the way through: also of a decoder behind an encoder."""
+    batch = MODELS[name][1][0]
+    dense_model, model = tiny_model(name), tiny_model(name)
+    dense, masks = pruned(model, [batch])
+    sparse = copy.deepcopy(model)
+    errors = reconstruct(model, [batch], dense, masks, ReconstructSettings(2, 1e-3, 6))
+
+    def blocks(net):
+        return [net.get_submodule(error.block) for error in errors]
+
+    after = distances(model, blocks(model), dense_model, blocks(dense_model), batch)
+    assert after == pytest.approx([error.after for error in errors], rel=1e-3)
+    before = distances(sparse, blocks(sparse), dense_model, blocks(dense_model), batch)
+    assert before[0] == pytest.approx(errors[0].before, rel=1e-3)
+    assert sum(after) < sum(before)
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.up, self.norm, self.down = (
+            nn.Linear(width, 2 * width),
+            nn.LayerNorm(2 * width),
+            nn.Linear(2 * width, width),
+        )
+
+    def forward(self, x):
+        return x + self.down(torch.tanh(self.norm(self.up(x))))
+
+
+class Net(nn.Module):
+    def __init__(self, block=Block, blocks=3):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Linear(6, 8)
+        self.blocks = nn.ModuleList(block(8) for _ in range(blocks))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def written_out(model, dense, masks, x, passes, rate, size):
+    """The method on a plain network, step by step: Adam by autograd on masked weights."""
+    with torch.no_grad():
+        sparse_in = dense_in = [part.clone() for part in model.stem(x).split(size)]
+    for index, (block, whole) in enumerate(zip(model.blocks, dense.blocks, strict=True)):
+        with torch.no_grad():
+            dense_in = [whole(part) for part in dense_in]
+        scale = sum(float(target.square().mean()) for target in dense_in) / len(dense_in)
+        weights = {name: getattr(block, name).weight.detach().clone().requires_grad_(True) for name in ("up", "down")}
+        kept = {name: masks[f"blocks.{index}.{name}.weight"] for name in weights}
+        optimizer = torch.optim.Adam(weights.values(), lr=rate)
+        generator, step, total = torch.Generator().manual_seed(0), 0, passes * len(dense_in)
+        for _ in range(passes):
+            for number in torch.randperm(len(dense_in), generator=generator).tolist():
+                optimizer.param_groups[0]["lr"] = rate * (1 - step / total)
+                hidden = sparse_in[number]
+                h = nn.functional.linear(hidden, weights["up"] * kept["up"], block.up.bias)
+                h = nn.functional.linear(torch.tanh(block.norm(h)), weights["down"] * kept["down"], block.down.bias)
+                optimizer.zero_grad()
+                ((hidden + h - dense_in[number]).square().mean() / scale).backward()
+                optimizer.step()
+                step += 1
+        with torch.no_grad():
+            for name, weight in weights.items():
+                getattr(block, name).weight.copy_(weight * kept[name])
+            sparse_in = [block(part) for part in sparse_in]
+
+
+@pytest.mark.parametrize("size", [4, 5])
+def test_it_is_adam_on_the_distance_from_the_dense_block(size):
+    model, whole = Net(), Net()
+    x = torch.randn(16, 6)
+    dense, masks = pruned(model, [x], micro_batch_size=3)
+    expected = copy.deepcopy(model)
+    written_out(expected, whole, masks, x, 5, 1e-2, size)
+    errors = reconstruct(model, [x[:7], x[7:]], dense, masks, ReconstructSettings(5, 1e-2, size))
+    assert [error.steps for error in errors] == [20] * 3
+    for name, parameter in expected.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), parameter, rtol=1e-3, atol=2e-5)
+
+
+class AddsInPlace(Block):
+    """Its input is no one else's, so it may write to it."""
+
+    def forward(self, x):
+        before = self.down(torch.tanh(self.up(self.norm_in(x))))
+        x += before
+        return x
+
+    def __init__(self, width):
+        super().__init__(width)
+        self.norm_in = nn.Softmax(dim=-1)
+
+
+class Adds(AddsInPlace):
+    def forward(self, x):
+        return x + self.down(torch.tanh(self.up(self.norm_in(x))))
+
+
+def test_blocks_that_change_their_input_in_place():
+    results = []
+    for block in (AddsInPlace, Adds):
+        model = Net(block)
+        x = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
+        dense, masks = pruned(model, [x])
+        errors = reconstruct(model, [x], dense, masks, ReconstructSettings(5, 1e-2, 4))
+        results.append([*(torch.tensor([e.before, e.after]) for e in errors), *model.parameters()])
+    torch.testing.assert_close(*results)
+
+
+# Dtypes, adapters, interrupts.
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_kept(tiny_model, dtype):
+    model = tiny_model("llama").to(dtype)
+    dense, masks = pruned(model)
+    was, before = state(model), snapshot(model)
+    errors = reconstruct(model, BATCHES, dense, masks, ReconstructSettings(4, 2e-3, 2))
+    assert all(error.after < error.before for error in errors)
+    assert_state(model, was)
+    assert changed(model, before) == set(masks.parameters)
+    masks.verify(model)
+
+
+@pytest.mark.parametrize("form", ["lora", "masked_lora", "hira"])
+def test_adapters_take_no_part(tiny_model, form):
+    settings = AdapterSettings(form, target_modules=("q_proj", "down_proj"), train_norms=True)
+    bare, model = tiny_model("llama"), attach_adapter(tiny_model("llama"), settings)
+    dense, masks = pruned(bare)
+    own, own_masks = pruned(model)
+    assert {name for name in own if "lora" not in name and "hira" not in name} >= set(dense)
+    bind_masks(model, own_masks)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "_B" in name or "modules_to_save" in name:
+                parameter.normal_()
+            if "_A" in name:
+                parameter.requires_grad_(False)
+    was, before = state(model), snapshot(model)
+    ran = [reconstruct(net, BATCHES, dense, masks, ReconstructSettings(3, 2e-3, 2)) for net in (bare, model)]
+    assert [(e.block, e.before, e.after) for e in ran[0]] == [(e.block, e.before, e.after) for e in ran[1]]
+    assert_state(model, was)
+    assert not any("lora" in name or "hira" in name or "modules_to_save" in name for name in changed(model, before))
+    own_masks.verify(model)
+    tuned = model.unload().state_dict()
+    assert all(torch.equal(tuned[name], value) for name, value in bare.state_dict().items() if "norm" not in name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("at", ["forward", "step", "progress"])
+def test_an_interrupt_leaves_the_model_whole(tiny_model, monkeypatch, at, dtype):
+    model = tiny_model("llama").to(dtype).train()
+    model.lm_head.requires_grad_(False)
+    dense, masks = pruned(model)
+    was, before = state(model), snapshot(model)
+    count = 0
+
+    def interrupt(*args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == (2 if at == "progress" else 5):
+            raise KeyboardInterrupt
+
+    if at == "step":
+        original = torch.optim.Adam.step
+        monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *a, **k: (interrupt(), original(self, *a, **k))[1])
+    elif at == "forward":
+        original = nn.functional.mse_loss
+        monkeypatch.setattr(nn.functional, "mse_loss", lambda *a: (interrupt(), original(*a))[1])
+    with pytest.raises(KeyboardInterrupt):
+        reconstruct(
+            model,
+            BATCHES,
+            dense,
+            masks,
+            ReconstructSettings(3, 1e-3, 2),
+            progress=interrupt if at == "progress" else None,
+        )
+    assert_state(model, was)
+    masks.verify(model)
+    assert not any("layers.2" in name for name in changed(model, before))
+    assert all(p.isfinite().all() for p in model.parameters())
+    model(input_ids=IDS, labels=IDS).loss.backward()
+
+
+# What cannot be, and time.
+
+
+def test_what_cannot_work_is_told_before_anything_changes(tiny_model):
+    model = tiny_model("llama")
+    dense, masks = pruned(model)
+    before, was = snapshot(model), state(model)
+    with pytest.raises(CalibrationError, match="calibration data and there is none"):
+        reconstruct(model, [], dense, masks)
+    last = "model.layers.2.mlp.down_proj.weight"
+    with pytest.raises(ConfigError, match=f"{last} has no dense counterpart"):
+        reconstruct(model, BATCHES, {name: t for name, t in dense.items() if name != last}, masks)
+    assert changed(model, before) == set()
+    assert_state(model, was)
+    plain = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    dense, masks = pruned(plain, [torch.randn(8, 4)])
+    with pytest.raises(ConfigError, match="no repeated blocks"):
+        reconstruct(plain, [torch.randn(8, 4)], dense, masks)
+
+
+class Skips(nn.Module):
+    """Two lists of blocks; something is computed between the blocks of the second."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Net(), nn.ModuleList(Block(8) for _ in range(2))
+
+    def forward(self, x):
+        x = self.first.stem(x)
+        for block in self.first.blocks:
+            x = block(x)
+        return self.second[1](2 * self.second[0](x))
+
+
+def test_a_later_list_that_cannot_be_run_alone_is_told_at_once():
+    model, x = Skips(), torch.randn(8, 6)
+    dense, masks = pruned(model, [x])
+    before = snapshot(model)
+    with pytest.raises(ConfigError, match=r"cannot be reconstructed block by block: .* between blocks 0 and 1"):
+        reconstruct(model, [x], dense, masks)
+    assert changed(model, before) == set()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"passes": -1}, "passes of the reconstruction is -1"),
+        ({"passes": 1.5}, "passes of the reconstruction is 1.5"),
+        ({"learning_rate": 0}, "learning_rate of the reconstruction is 0"),
+        ({"batch_size": 0}, "batch_size of the reconstruction is 0"),
+    ],
+)
+def test_settings_that_cannot_work(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        ReconstructSettings(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"passes": 0}, {"passes": 3}])
+def test_without_passes_or_time_nothing_changes(tiny_model, settings):
+    model = tiny_model("llama")
+    dense, masks = pruned(model)
+    before = snapshot(model)
+    limit = None if settings["passes"] == 0 else 0.0
+    errors = reconstruct(model, BATCHES, dense, masks, ReconstructSettings(**settings), seconds=limit)
+    assert [(error.steps, error.after == error.before) for error in errors] == [(0, True)] * 3
+    assert changed(model, before) == set()
+
+
+def test_it_keeps_to_its_time_and_shares_it_out():
+    model, x = Net(blocks=4), torch.randn(64, 6)
+    dense, masks = pruned(model, [x])
+    start = time.monotonic()
+    errors = reconstruct(model, [x], dense, masks, ReconstructSettings(10**6, 1e-3, 8), seconds=1.2)
+    assert 1.0 < time.monotonic() - start < 1.8
+    assert all(error.steps > 5 and error.after < error.before for error in errors)
+    assert all(error.seconds == pytest.approx(0.3, abs=0.15) for error in errors)
+
+
+# A real model; several ranks.
+
+
+def test_a_real_model_recovers(shared_data):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = shared_data / "tinystories656K"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+    def windows(name, count, length=128):
+        with (shared_data / "tinystories" / name).open(encoding="utf-8") as file:
+            texts = [json.loads(line)["text"] for line in islice(file, 3 * count)]
+        return tokenizer("\n\n".join(texts), return_tensors="pt").input_ids[0, : count * length].view(count, length)
+
+    @torch.no_grad()
+    def perplexity():
+        ids = windows("val.jsonl", 16)
+        return math.exp(model(input_ids=ids, labels=ids).loss)
+
+    batches = [{"input_ids": windows("train_sample.jsonl", 16)}]
+    found = [perplexity()]
+    dense, masks = pruned(model, batches, sparsity=0.6)
+    found.append(perplexity())
+    errors = reconstruct(model, batches, dense, masks, ReconstructSettings(6, 1e-3, 4))
+    found.append(perplexity())
+    masks.verify(model)
+    assert all(error.after < error.before for error in errors)
+    assert found[0] < found[2] < 0.85 * found[1]
+
+
+def _rank(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    try:
+        model, x = Net(), torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
+        mine = [x[8 * rank : 8 * rank + 8]]
+        dense, masks = pruned(model, mine)
+        errors = reconstruct(model, mine, dense, masks, ReconstructSettings(3 + rank, 1e-2, 4))
+        masks.verify(model)
+        state = {name: p.detach().clone() for name, p in model.named_parameters()}
+        torch.save([state, [error.after < error.before for error in errors]], f"{folder}/{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_end_with_equal_weights(tmp_path):
+    mp.start_processes(_rank, (str(tmp_path),), nprocs=2, start_method="fork")
+    (first, fell), (second, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(fell)
