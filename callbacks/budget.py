@@ -205,7 +205,8 @@ class GPUHourBudget(Callback):
         if not self._drives or self._training_start is None:
             return
         step, allowed = trainer.global_step, self._allowance
-        done = progress(allowed.spent, self._training_start, allowed.limit, step, self._max_steps)
+        # The first step is the first step, whatever the clock says: also that of a run that is resumed before it.
+        done = step and progress(allowed.spent, self._training_start, allowed.limit, step, self._max_steps)
         self._rates.drive(trainer.optimizers, step, done)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:

@@ -17,7 +17,7 @@ import math
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -95,9 +95,11 @@ RATES = {  # three each
     "lora, all linears": (1e-3, 3e-3, 1e-2),
     "masked_lora": (1e-3, 3e-3, 1e-2),
     "hira": (3e-3, 1e-2, 3e-2),
-    "full": (3e-4, 1e-3, 3e-3),
+    "full": (1e-3, 3e-3, 1e-2),
 }
-RECONSTRUCTION = {"passes": 5, "learning_rate": 3e-3}
+PAPER, BEST = "lora q, v (the paper's)", "full"
+PASSES = 5  # of the reconstruction
+SECONDS = {"embedded": 120, "tinystories": 60}
 
 
 class FromFolder(WandaPruning):
@@ -135,15 +137,15 @@ def trainer_with(callbacks: list[Callback], **settings: Any) -> Trainer:
     )  # fmt: skip
 
 
-def prepare(output: Path, model: str, pattern: str, pruning: str, reconstructed: bool) -> tuple[Path, Settings]:
+def prepare(output: Path, model: str, pattern: str, pruning: str, passes: int) -> tuple[Path, Settings]:
     """The folder of a pruned model, and its figures; made once."""
-    folder = output / "bases" / "-".join([model, pattern.replace(":", "of"), pruning, "r" * reconstructed or "p"])
+    folder = output / "bases" / "-".join([model, pattern.replace(":", "of"), pruning, str(passes)])
     if not (folder / "figures.json").exists():
         data, test = data_of(model)
         module = CausalLMModule(MODELS[model][0])
         dense = module.evaluate(test)["perplexity"]
         wanda = WandaPruning(**PATTERNS[pattern], **PRUNINGS[pruning])
-        tuned = BlockwiseReconstruction(**(RECONSTRUCTION if reconstructed else {"passes": 0}))
+        tuned = BlockwiseReconstruction(passes, learning_rate=3e-3)
         seed_everything(0, verbose=False)
         trainer_with([wanda, tuned], max_steps=0).fit(module, data)
         export_base(module, wanda.masks, folder).save(folder / "masks.safetensors")
@@ -160,13 +162,16 @@ def prepare(output: Path, model: str, pattern: str, pruning: str, reconstructed:
 def run(output: Path, point: Settings) -> Settings:
     """One point: a model prepared, trained, evaluated, merged and counted."""
     model, form = point["model"], FORMS[point["form"]] | point.get("adapter", {})
-    folder, figures = prepare(output, model, point["pattern"], point["pruning"], point["reconstructed"])
+    folder, figures = prepare(output, model, point["pattern"], point["pruning"], point["passes"])
     data, test = data_of(model)
     seed_everything(0, verbose=False)
     distill = DistillSettings(point["distill"]) if point["distill"] else None
     module = CausalLMModule(MODELS[model][0], AdapterSettings(**form), distill, learning_rate=point["rate"])
     seconds = point.get("seconds")
-    left = math.inf if seconds is None else seconds - figures["reconstruction_seconds"]
+    # Beside the plain pruning: what a refined one and a reconstruction take counts.
+    plain = prepare(output, model, point["pattern"], "wanda", 0)[1]["pruning_seconds"]
+    before = figures["reconstruction_seconds"] + max(0.0, figures["pruning_seconds"] - plain)
+    left = math.inf if seconds is None else seconds - before
     budget = GPUHourBudget(min(left, 1e5) / 3600, reserve=1e-6)
     pruned = FromFolder(folder)
     trainer = trainer_with([pruned, budget], max_steps=point.get("steps") or -1, max_epochs=1000, gradient_clip_val=1.0)
@@ -211,21 +216,65 @@ def cached(output: Path, point: Settings) -> Settings:
     return figures
 
 
-def points_to_tune(model: str, steps: int) -> dict[str, list[Settings]]:
-    """Each form at each of its rates, plainly pruned and trained on the text."""
-    plain = {"pattern": "50%", "pruning": "wanda", "reconstructed": False, "distill": 0.0, "steps": steps}
-    return {
-        form: [{"model": model, "form": form, "rate": rate, **plain} for rate in rates] for form, rates in RATES.items()
-    }
+def point(model: str, form: str, rate: float, limit: Settings, **others: Any) -> Settings:
+    """A point of plain Wanda at 50%, trained on the text, unless `others` say otherwise; `limit` is what ends it."""
+    plain = {"pattern": "50%", "pruning": "wanda", "passes": 0, "distill": 0.0}
+    return {"model": model, "form": form, "rate": rate} | plain | others | limit
 
 
 def best_rates(output: Path, model: str, steps: int) -> dict[str, float]:
     """The learning rate with which each form comes out best."""
     found = {}
-    for form, points in points_to_tune(model, steps).items():
-        figures = [cached(output, point) for point in points]
-        found[form] = min(figures, key=lambda point: point["recovered"])["rate"]
+    for form, rates in RATES.items():
+        figures = [cached(output, point(model, form, rate, {"steps": steps})) for rate in rates]
+        found[form] = min(figures, key=lambda figures: figures["recovered"])["rate"]
     return found
+
+
+def grid(model: str, rates: dict[str, float], limit: Settings, patterns: Iterable[str]) -> list[Settings]:
+    """Each form with and without reconstruction and distillation."""
+    return [
+        point(model, form, rate, limit, pattern=pattern, passes=passes, distill=distill)
+        for pattern in patterns
+        for distill, passes in ((0.0, 0), (0.5, PASSES), (0.5, 0), (0.0, PASSES))
+        for form, rate in rates.items()
+        if form != "lora, all linears"
+    ]
+
+
+def comparison(model: str, rates: dict[str, float], limit: Settings) -> list[Settings]:
+    """The paper's recipe and the best ones, at both patterns."""
+    better = {"passes": PASSES, "distill": 0.5}
+    return [
+        point(model, form, rates[form], limit, pattern=pattern, **others)
+        for pattern in PATTERNS
+        for form, others in (
+            (PAPER, {}),
+            (BEST, better),
+            (BEST, better | {"pruning": "refined"}),
+            ("masked_lora", better | {"pruning": "refined"}),
+        )
+    ]
+
+
+def table(rows: list[Settings]) -> str:
+    """Markdown: a line for each point."""
+    lines = [
+        "| model | pattern | masks | form | passes | distilled | rate | limit | steps | seconds | dense | pruned | "
+        "recovered | merged | nats lost | won back | zeros counted |",
+        "|" + "---|" * 17,
+    ]
+    for f in rows:
+        lost = math.log(f["merged"] / f["dense"])
+        wanda = math.log(f["wanda"] / f["dense"])
+        limit = f"{f['steps']} steps" if f.get("steps") else f"{f['seconds']} s"
+        seconds = f["training_seconds"] + f["reconstruction_seconds"]
+        cells = [f["model"], f["pattern"], f["pruning"], f["form"], str(f["passes"]), f"{f['distill']:g}"]
+        cells += [f"{f['rate']:g}", limit, str(f["steps_taken"]), f"{seconds:.0f}", f"{f['dense']:.2f}"]
+        cells += [f"{f['pruned']:.2f}", f"{f['recovered']:.2f}", f"{f['merged']:.2f}", f"{lost:.3f}"]
+        cells += [f"{1 - lost / wanda:.0%}", f"{f['sparsity']:.4%}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -234,15 +283,31 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/recovery"))
     parser.add_argument("--model", choices=MODELS)
     parser.add_argument("--stage", choices=("tune", "steps", "seconds", "goal"))
+    parser.add_argument("--pattern", choices=PATTERNS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=100)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")
     args.output.mkdir(parents=True, exist_ok=True)
+    patterns = [args.pattern] if args.pattern else list(PATTERNS)
     for model in [args.model] if args.model else MODELS:
         rates = best_rates(args.output, model, args.steps)
         print(model, rates, flush=True)
+        stages = {
+            "tune": lambda m=model: [
+                point(m, form, rate, {"steps": args.steps}) for form, every in RATES.items() for rate in every
+            ],
+            "steps": lambda m=model, r=rates: grid(m, r, {"steps": args.steps}, patterns),
+            "seconds": lambda m=model, r=rates: comparison(m, r, {"seconds": SECONDS[m]}),
+            "goal": lambda m=model, r=rates: comparison(m, r, {"steps": 3 * args.steps}),
+        }
+        for name in [args.stage] if args.stage else stages:
+            rows = [cached(args.output, wanted) for wanted in stages[name]()]
+            for row in rows:
+                _, plain = prepare(args.output, model, row["pattern"], "wanda", 0)
+                row["wanda"] = plain["pruned"]
+            print(f"\n{model}, {name}\n\n{table(rows)}", flush=True)
 
 
 if __name__ == "__main__":

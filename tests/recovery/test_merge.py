@@ -20,6 +20,7 @@ IDS = torch.randint(3, 61, (4, 9), generator=torch.Generator().manual_seed(0))
 
 def adapted(model, settings, steps=3, bind=True, pruning=None, batch=None):
     """A pruned model with its adapters, trained a little, and its masks."""
+    torch.manual_seed(0)
     batch = {"input_ids": IDS} if batch is None else batch
     model = attach_adapter(model, settings)
     masks = prune(model, [batch], pruning or PruningConfig()).masks
@@ -101,6 +102,8 @@ def test_zeros_are_exact_and_the_model_is_the_one_that_was_trained(tiny_model, c
     assert_zeros(merged, masks)
     tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.3}
     torch.testing.assert_close(logits(merged), expected, **tolerance)
+    if settings.form == "masked_lora" and architecture in ("llama", "mixtral"):  # no biases: rounded alike
+        assert torch.equal(logits(merged), expected)
     assert {p.dtype for p in merged.parameters()} == {dtype}
     changed = {
         name

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from sparsefit.errors import MaskError, RunFolderError
@@ -99,7 +100,7 @@ def load_adapter(model: nn.Module, folder: Path, masks: MaskSet) -> nn.Module:
         if notes["form"] == "masked_lora":
             config._register_custom_module(masked_layer_types())
         adapted = PeftModel.from_pretrained(model, str(folder), config=config)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise RunFolderError(f"the adapter in {folder} does not fit its base or is damaged: {error}") from error
     bind_masks(adapted, masks)
     return adapted.eval()

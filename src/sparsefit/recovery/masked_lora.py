@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
@@ -105,8 +106,25 @@ class MaskedLoraLinear(LoraLinear):
             )
         self.mask_bits = None if mask is None else pack_bits(mask).to(layer.weight.device)
 
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """PEFT's `merge`, but rounded as the forward pass rounds it: once, where PEFT rounds update and sum."""
+        layer = self.get_base_layer()
+        if self.mask_bits is None or is_quantized(layer) or any(self.lora_bias.values()):
+            super().merge(safe_merge, adapter_names)
+            return
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name in self.lora_A:
+                weight = as_matrix(layer.weight.data, self.fan_in_fan_out)
+                a, b = self.lora_A[name].weight, self.lora_B[name].weight
+                merged = masked_sum(weight, a, b, self.scaling[name], self.mask_bits)
+                if safe_merge and not bool(merged.isfinite().all()):
+                    raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+                weight.copy_(merged)
+                self.merged_adapters.append(name)
+
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The update as it is stored in the weight's own layout; PEFT's `merge` adds it."""
+        """The update as it is stored in the weight's own layout; PEFT's `unmerge` subtracts it."""
         delta = super().get_delta_weight(adapter)
         if self.mask_bits is not None:
             matrix = as_matrix(delta, self.fan_in_fan_out)
