@@ -48,7 +48,7 @@ SAMPLES = 128
 class Stories(LightningDataModule):
     """One story in each row, as the model on TinyStories was trained on them; padded on the right."""
 
-    def __init__(self, tokenizer: str, folder: str, batch_size: int = 16) -> None:
+    def __init__(self, tokenizer: str, folder: str, batch_size: int = 8) -> None:
         super().__init__()
         self.folder, self.batch_size = Path(folder), batch_size
         self.tokenizer = load_tokenizer(tokenizer)
@@ -64,7 +64,7 @@ class Stories(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader:
         """Held-out stories."""
-        return self._loader("val.jsonl", slice(400))
+        return self._loader("val.jsonl", slice(200))
 
     def _loader(self, file: str, part: slice, shuffle: bool = False) -> DataLoader:
         lines = (self.folder / file).read_text(encoding="utf-8").splitlines()[part]

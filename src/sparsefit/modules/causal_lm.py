@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -111,7 +112,9 @@ class CausalLMModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Take the model as it is now, before it is pruned or a checkpoint is read, as the teacher."""
-        if stage == "fit" and self.distill is not None:
+        if stage != "fit" or self.distill is None:
+            return
+        with self.teacher.in_place(self.model) if self.teacher is not None else nullcontext():  # of an earlier fit
             self.teacher = DenseTeacher(self.model)
 
     def on_train_start(self) -> None:
@@ -131,7 +134,9 @@ class CausalLMModule(LightningModule):
         self.log("train_loss", output.loss, prog_bar=True, batch_size=len(labels))
         if taught is None:
             return output.loss
-        away = divergence(output.logits, taught, labels != IGNORED, self.distill.temperature)
+        # Where the loss on the text counts: what stands before a token that counts.
+        counted = labels[:, 1:] != IGNORED
+        away = divergence(output.logits[:, :-1], taught[:, :-1], counted, self.distill.temperature)
         self.log("train_divergence", away, prog_bar=True, batch_size=len(labels))
         return (1 - self.distill.weight) * output.loss + self.distill.weight * away
 
