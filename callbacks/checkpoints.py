@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -188,7 +189,7 @@ class SparseCheckpoints(Callback):
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         done, total = progress["current"]["processed"], trainer.num_training_batches
         ended = done == _batches(trainer).current.ready and (progress["is_last_batch"] or done == total)
-        _close_epoch(checkpoint, ended)
+        _close_epoch(checkpoint, ended and total == math.inf)  # Lightning knows the end of what has a length
         checkpoint[KEY] = {
             "format": _FORMAT,
             "world_size": trainer.world_size,

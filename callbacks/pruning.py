@@ -65,6 +65,7 @@ class WandaPruning(Callback):
         self.result: PruningResult | None = None
         self.summary: dict[str, Any] = {}
         self._guard: MaskGuard | None = None
+        self._bound: MaskSet | None = None  # what masked adapters keep to
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune, unless a checkpoint brought the masks or this very model was pruned before."""
@@ -77,9 +78,21 @@ class WandaPruning(Callback):
         if trainer.strategy.restore_checkpoint_after_setup:
             self._prune_if_dense(trainer, pl_module)
         self.masks.verify(pl_module)
-        bind_masks(pl_module, self.masks)
+        self._bind(pl_module)
         self._guard = MaskGuard(self.masks)
         self._guard.watch(pl_module, trainer.optimizers)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give masked adapters the masks of a checkpoint, where nothing is trained before."""
+        self._bind(pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same."""
+        self._bind(pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same."""
+        self._bind(pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Guard weights that were unfrozen as the epoch began, as Lightning's BaseFinetuning does."""
@@ -151,6 +164,7 @@ class WandaPruning(Callback):
         if trainer.ckpt_path is not None:
             rank_zero_info("The checkpoint holds no masks: it was saved before any pruning. The model is pruned now.")
         bind_masks(module, None)  # those of an earlier fit
+        self._bound = None
         _tell_callbacks(trainer, "on_pruning_start", module)
         with ledger_of(trainer).stage("calibration and pruning"), predicting(trainer):
             batches, source = None, "nothing: this method needs no data"
@@ -166,7 +180,7 @@ class WandaPruning(Callback):
         for note in self.result.notes:
             rank_zero_warn(note)
         self._log(trainer)
-        bind_masks(module, self.masks)
+        self._bind(module)
         _tell_callbacks(trainer, "on_pruning_end", module, self.result)
         _tell_callbacks(trainer, "on_reconstruction", module, self.masks)
         _tell_callbacks(trainer, "on_base_ready", module, self.masks)
@@ -220,6 +234,11 @@ class WandaPruning(Callback):
         for logger in trainer.loggers:
             logger.log_hyperparams({**settings, "pruning/digest": self.summary["digest"]})
             logger.log_metrics(metrics, step=trainer.global_step)
+
+    def _bind(self, module: LightningModule) -> None:
+        if self.masks is not None and self._bound is not self.masks:
+            bind_masks(module, self.masks)
+            self._bound = self.masks
 
     def _unguard(self) -> None:
         if self._guard is not None:

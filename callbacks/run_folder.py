@@ -15,6 +15,7 @@ from sparsefit.recovery.adapter_files import export_adapter
 from sparsefit.recovery.export import adapted_part, export_base, trains_base, write_model
 from sparsefit.recovery.inspection import BASE_FOLDER, MASKS_FILE, MODEL_FOLDER
 from sparsefit.recovery.merge import merged_state_dict
+from sparsefit.recovery.quantize import in_floats
 
 LOGS = "logs"
 
@@ -81,7 +82,8 @@ class RunFolder:
 
     def write_base(self, module: nn.Module, masks: MaskSet) -> None:
         """Write the sparse base, without adapters, and then its masks: where these are, the base is whole."""
-        export_base(module, masks, self.base).save(self.masks)
+        with in_floats(module):
+            export_base(module, masks, self.base).save(self.masks)
 
     def write_trained(self, module: nn.Module, masks: MaskSet, notes: dict[str, Any] | None = None) -> Path:
         """Write what was trained: the adapter, or else the model itself. The base stays as it was written; one that

@@ -28,6 +28,7 @@ from sparsefit.recovery.adapters import LOSSLESS
 from sparsefit.recovery.export import exported_masks
 from sparsefit.recovery.inspection import inspect_folder
 from sparsefit.recovery.merge import merged_in_place
+from sparsefit.recovery.quantize import in_floats
 from sparsefit.reporting.console import console, stage_progress, summary
 from sparsefit.reporting.html import render_html
 from sparsefit.reporting.machine import machine, peak_memory, versions
@@ -266,7 +267,7 @@ class RunReport(Callback):
             return
         self.report["merge"] = {"form": form, "lossless": False}
         try:
-            with merged_in_place(module, masks):
+            with in_floats(module), merged_in_place(module, masks):
                 if trainer.is_global_zero:
                     with self._charged(trainer, "export"):
                         self.folder.write_merged(module, masks)

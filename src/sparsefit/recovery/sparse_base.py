@@ -148,9 +148,7 @@ def check_same_recipe(checkpoint: Mapping[str, Any], module: nn.Module, path: st
         if name in held and held[name].shape != parameter.shape
     ]
     # Others, such as the learning rate or dropout, may be changed on the way.
-    decisive = {
-        k: v for k, v in differing.items() if k == "model" or (k.startswith("adapter") and k != "adapter.dropout")
-    }
+    decisive = {setting: values for setting, values in differing.items() if _decides(setting)}
     if not problems and not decisive:
         return
     listed = ", ".join(
