@@ -17,8 +17,8 @@ from pathlib import Path
 
 RECIPES = {
     "embedded": "configs/quickstart.yaml",
-    "tinystories": "configs/tinystories_lora.yaml",
-    "c4": "configs/tinystories_c4_lora.yaml",
+    "tinystories": "configs/paper/tinystories_lora.yaml",
+    "c4": "configs/paper/tinystories_c4_lora.yaml",
 }
 SETTINGS = {
     "wanda 50%": [],

@@ -3,7 +3,7 @@
     python scripts/reproduce/methods.py --output runs/methods [--model embedded] [--table groups] [--threads 2]
 
 Each line is one model, pruned and evaluated; nothing is trained. The model on TinyStories expects the folder data/ (see
-configs/tinystories_lora.yaml). Every point is kept in a file of the output folder, so a run that was stopped goes on
+configs/tinystories.yaml). Every point is kept in a file of the output folder, so a run that was stopped goes on
 where it was. Prints tables in Markdown and writes the figure on the number of calibration samples.
 """
 

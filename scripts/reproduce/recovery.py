@@ -3,10 +3,11 @@
     python scripts/reproduce/recovery.py --output runs/recovery [--model embedded] [--stage tune] [--threads 1]
 
 Stages: "tune" finds the learning rate of each form (at 50%, plain); "steps" gives each recipe the same number of
-optimizer steps; "seconds" gives it the same seconds, reconstruction included; "goal" compares the paper's recipe with
-the best one. Every point is a fit by `Trainer` with the project's callbacks, kept in a file of the output folder, so a
-run that was stopped goes on where it was. What a pruning or a reconstruction gives is kept, too, and shared by the
-points that start from it. The model on TinyStories expects the folder data/ (see configs/tinystories_lora.yaml).
+optimizer steps; "seconds" gives the paper's recipe and the best one the same seconds, those of a refinement and a
+reconstruction included. Every point is a fit by `Trainer` with the project's callbacks, kept in a file of the output
+folder, so a run that was stopped goes on where it was. What a pruning or a reconstruction gives is kept, too, and
+shared by the points that start from it. The model on TinyStories expects the folder data/ (see
+configs/tinystories.yaml).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import math
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -231,29 +232,23 @@ def best_rates(output: Path, model: str, steps: int) -> dict[str, float]:
     return found
 
 
-def grid(model: str, rates: dict[str, float], limit: Settings, patterns: Iterable[str]) -> list[Settings]:
-    """Each form with and without reconstruction and distillation."""
-    return [
-        point(model, form, rate, limit, pattern=pattern, passes=passes, distill=distill)
-        for pattern in patterns
-        for distill, passes in ((0.0, 0), (0.5, PASSES), (0.5, 0), (0.0, PASSES))
-        for form, rate in rates.items()
-        if form != "lora, all linears"
-    ]
+def grid(model: str, rates: dict[str, float], limit: Settings, pattern: str) -> list[Settings]:
+    """Each form plain, and with both reconstruction and distillation; the two best forms with one of them, too."""
+    both = {"passes": PASSES, "distill": 0.5}
+    rows = [(form, others) for others in ({}, both) for form in rates if form != "lora, all linears"]
+    if pattern == "50%":
+        rows += [(form, {key: both[key]}) for key in both for form in (BEST, "masked_lora")]
+    refined = both | {"pruning": "refined"}
+    rows += [(BEST, refined), ("masked_lora", refined)]
+    return [point(model, form, rates[form], limit, pattern=pattern, **others) for form, others in rows]
 
 
-def comparison(model: str, rates: dict[str, float], limit: Settings) -> list[Settings]:
-    """The paper's recipe and the best ones, at both patterns."""
-    better = {"passes": PASSES, "distill": 0.5}
+def comparison(model: str, rates: dict[str, float], limit: Settings, pattern: str) -> list[Settings]:
+    """The paper's recipe and the best one."""
+    better = {"passes": PASSES, "distill": 0.5, "pruning": "refined"}
     return [
         point(model, form, rates[form], limit, pattern=pattern, **others)
-        for pattern in PATTERNS
-        for form, others in (
-            (PAPER, {}),
-            (BEST, better),
-            (BEST, better | {"pruning": "refined"}),
-            ("masked_lora", better | {"pruning": "refined"}),
-        )
+        for form, others in ((PAPER, {}), (BEST, better))
     ]
 
 
@@ -282,7 +277,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/recovery"))
     parser.add_argument("--model", choices=MODELS)
-    parser.add_argument("--stage", choices=("tune", "steps", "seconds", "goal"))
+    parser.add_argument("--stage", choices=("tune", "steps", "seconds"))
     parser.add_argument("--pattern", choices=PATTERNS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=100)
@@ -294,16 +289,15 @@ def main() -> None:
     for model in [args.model] if args.model else MODELS:
         rates = best_rates(args.output, model, args.steps)
         print(model, rates, flush=True)
+        steps, seconds = {"steps": args.steps}, {"seconds": SECONDS[model]}
+        every = [(form, rate) for form, rates_of in RATES.items() for rate in rates_of]
         stages = {
-            "tune": lambda m=model: [
-                point(m, form, rate, {"steps": args.steps}) for form, every in RATES.items() for rate in every
-            ],
-            "steps": lambda m=model, r=rates: grid(m, r, {"steps": args.steps}, patterns),
-            "seconds": lambda m=model, r=rates: comparison(m, r, {"seconds": SECONDS[m]}),
-            "goal": lambda m=model, r=rates: comparison(m, r, {"steps": 3 * args.steps}),
+            "tune": [point(model, form, rate, steps) for form, rate in every],
+            "steps": [row for pattern in patterns for row in grid(model, rates, steps, pattern)],
+            "seconds": [row for pattern in patterns for row in comparison(model, rates, seconds, pattern)],
         }
         for name in [args.stage] if args.stage else stages:
-            rows = [cached(args.output, wanted) for wanted in stages[name]()]
+            rows = [cached(args.output, wanted) for wanted in stages[name]]
             for row in rows:
                 _, plain = prepare(args.output, model, row["pattern"], "wanda", 0)
                 row["wanda"] = plain["pruned"]
