@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from sparsefit.callbacks.pruning import WandaPruning
+from sparsefit.callbacks.quantization import QuantizedBase
 from sparsefit.callbacks.random_states import RandomStates
 from sparsefit.errors import ConfigError, RunFolderError
 from sparsefit.recovery.sparse_base import InBase, check_same_recipe, compare, complete, leave_out
@@ -112,6 +113,7 @@ class SparseCheckpoints(Callback):
     def __init__(self, folder: str = "runs/sparsefit") -> None:
         self.folder = Path(folder)
         self._base: InBase | None = None
+        self._origins: dict[str, int] = {}  # of quantized weights, when the base was compared
         self._step: _Step | None = None
         self._updating = False
         self._after_batch: RandomStates | None = None
@@ -207,9 +209,12 @@ class SparseCheckpoints(Callback):
         pruning = next((callback for callback in trainer.callbacks if isinstance(callback, WandaPruning)), None)
         if pruning is None or pruning.masks is None:
             return None
-        if self._base is None or not self._base.holds(pruning.masks):
-            self._base = compare(self.folder, module, pruning.masks, checkpoint["state_dict"])
-        return None if self._base is None else leave_out(self._base, checkpoint, pruning.state_key)
+        quantized = next((callback for callback in trainer.callbacks if isinstance(callback, QuantizedBase)), None)
+        origins = {} if quantized is None else dict(quantized.origins)
+        if self._base is None or self._origins != origins or not self._base.holds(pruning.masks):
+            self._base = compare(self.folder, module, pruning.masks, checkpoint["state_dict"], origins)
+            self._origins = origins
+        return None if self._base is None else leave_out(self._base, checkpoint, pruning.state_key, origins)
 
     def _position(
         self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]

@@ -25,7 +25,7 @@ from sparsefit.errors import MergeError, RunFolderError
 from sparsefit.pruning import MaskSet, PruningResult
 from sparsefit.recovery.adapter_files import form_of
 from sparsefit.recovery.adapters import LOSSLESS
-from sparsefit.recovery.export import exported_masks
+from sparsefit.recovery.export import exported_masks, trains_base
 from sparsefit.recovery.inspection import inspect_folder
 from sparsefit.recovery.merge import merged_in_place
 from sparsefit.recovery.quantize import in_floats
@@ -90,8 +90,11 @@ class RunReport(Callback):
             self._claim(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same, with a strategy that restores late."""
+        """The same, with a strategy that restores late; and a base for a run that goes on in another folder."""
         self._claim(trainer, pl_module)
+        masks = _masks_of(trainer)
+        if masks is not None and not self.folder.masks.exists() and not trains_base(pl_module):
+            self._export_base(trainer, pl_module, masks)
 
     def on_pruning_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate the dense model."""

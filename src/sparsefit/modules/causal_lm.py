@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -16,8 +17,10 @@ from torchmetrics import MeanMetric
 from sparsefit.errors import ConfigError
 from sparsefit.evaluation.perplexity import IGNORED, labels_of, model_inputs, next_token_loss, perplexity
 from sparsefit.modules.loading import Dtype, load_causal_lm, load_tokenizer
-from sparsefit.recovery.adapters import AdapterSettings, attach_adapter
+from sparsefit.pruning import MaskSet
+from sparsefit.recovery.adapters import AdapterSettings, attach_adapter, bind_masks
 from sparsefit.recovery.distill import DenseTeacher, DistillSettings, divergence
+from sparsefit.recovery.sparse_base import complete
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -121,6 +124,16 @@ class CausalLMModule(LightningModule):
         """Let the teacher go of all that it shares with the model."""
         if self.teacher is not None:
             self.teacher.settle(self.model)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Fill up a checkpoint that holds only what changes, and give masked adapters their masks: for
+        `load_from_checkpoint`, which knows no callbacks."""
+        left_out = (checkpoint.get("sparsefit") or {}).get("base")
+        if left_out is not None and not left_out["entries"].keys() <= checkpoint["state_dict"].keys():
+            complete(checkpoint, left_out, Path("that is loaded"), [])
+        states = (checkpoint.get("callbacks") or {}).values()
+        if masks := next((s["masks"] for s in states if isinstance(s, Mapping) and "masks" in s), None):
+            bind_masks(self, MaskSet.from_state_dict(masks))
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """The model's own mean next-token loss, logged as train_loss; mixed with the divergence from the teacher,

@@ -17,6 +17,7 @@ from sparsefit.pruning import MaskSet
 from sparsefit.pruning.naming import canonical_name
 from sparsefit.recovery.export import exported_masks, pretrained_part
 from sparsefit.recovery.inspection import BASE_FOLDER, MASKS_FILE
+from sparsefit.recovery.quantize import scale_keys
 
 _SHOWN = 3
 
@@ -52,7 +53,13 @@ def checksum(tensor: Tensor) -> int:
     return int(data.view(torch.int64).sum())
 
 
-def compare(folder: Path, module: nn.Module, masks: MaskSet, state: Mapping[str, Tensor]) -> InBase | None:
+def compare(
+    folder: Path,
+    module: nn.Module,
+    masks: MaskSet,
+    state: Mapping[str, Tensor],
+    origins: Mapping[str, int] | None = None,
+) -> InBase | None:
     """What the base in a run folder has of a module's state; nothing that trains. None where there is no base of it.
 
     Args:
@@ -60,6 +67,7 @@ def compare(folder: Path, module: nn.Module, masks: MaskSet, state: Mapping[str,
         module: The module.
         masks: Its masks.
         state: Its state, as a checkpoint has it.
+        origins: Key in the state of each quantized weight -> checksum of the floats that it was made of.
     """
     files = _files(folder)
     if len(files) < 2 or MASKS_FILE not in files:  # the masks are written last
@@ -71,26 +79,35 @@ def compare(folder: Path, module: nn.Module, masks: MaskSet, state: Mapping[str,
         prefix = f"{found[0]}." if found is not None and found[0] else ""
         with ExitStack() as stack:
             tensors = _Tensors(folder / BASE_FOLDER, stack)
-            entries = dict(_equal(module, state, tensors, prefix))
+            entries = dict(_equal(module, state, tensors, prefix, origins or {}))
     except (MaskError, SafetensorError, OSError):
         return None  # what cannot be read cannot be relied on
     return InBase(folder, files, masks, prefix, entries)
 
 
-def leave_out(base: InBase, checkpoint: dict[str, Any], pruning: str) -> dict[str, Any]:
+def leave_out(
+    base: InBase, checkpoint: dict[str, Any], pruning: str, origins: Mapping[str, int] | None = None
+) -> dict[str, Any]:
     """Take out of a checkpoint what is, at this moment, as the base has it, and the masks.
 
     Args:
         base: What the base has.
         checkpoint: As Lightning saves it.
         pruning: The key of the state of `WandaPruning`.
+        origins: As for `compare`; the floats in the base give the same quantized weights again.
 
     Returns:
         What `complete` needs.
     """
     state = checkpoint["state_dict"]
-    left = {k: [*e] for k, e in base.entries.items() if isinstance(state.get(k), Tensor) and checksum(state[k]) == e[1]}
-    checkpoint["state_dict"] = {key: value for key, value in state.items() if key not in left}
+    origins = origins or {}
+    left = {
+        key: [*entry]
+        for key, entry in base.entries.items()
+        if isinstance(state.get(key), Tensor) and entry[1] in (origins.get(key), checksum(state[key]))
+    }
+    scales = {scale for key in left if key in origins for scale in scale_keys(state, key)}
+    checkpoint["state_dict"] = {key: value for key, value in state.items() if key not in left and key not in scales}
     callbacks = checkpoint["callbacks"]
     if pruning in callbacks:
         callbacks[pruning] = {key: value for key, value in callbacks[pruning].items() if key != "masks"}
@@ -193,7 +210,7 @@ class _Tensors:
 
 
 def _equal(
-    module: nn.Module, state: Mapping[str, Tensor], base: _Tensors, prefix: str
+    module: nn.Module, state: Mapping[str, Tensor], base: _Tensors, prefix: str, origins: Mapping[str, int]
 ) -> Iterator[tuple[str, tuple[str, int]]]:
     named = dict(module.named_parameters(remove_duplicate=False))
     shared: dict[int, str] = {}  # a tied weight is written once, under one of its names
@@ -207,7 +224,10 @@ def _equal(
             name = shared.get(id(parameter), name)
         if name not in base or not isinstance(value, Tensor) or (parameter is not None and parameter.requires_grad):
             continue
-        if _same_bits(value, base[name]):
+        if key in origins:
+            if checksum(base[name]) == origins[key]:
+                yield key, (name, origins[key])
+        elif _same_bits(value, base[name]):
             yield key, (name, checksum(value))
 
 
