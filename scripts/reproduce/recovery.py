@@ -233,19 +233,22 @@ def best_rates(output: Path, model: str, steps: int) -> dict[str, float]:
 
 
 def grid(model: str, rates: dict[str, float], limit: Settings, pattern: str) -> list[Settings]:
-    """Each form plain, and with both reconstruction and distillation; the two best forms with one of them, too."""
+    """Each form plain, and with both reconstruction and distillation; the best ones with one of them, and with masks
+    refined before. Of 2:4 the paper's recipe and the best."""
     both = {"passes": PASSES, "distill": 0.5}
-    rows = [(form, others) for others in ({}, both) for form in rates if form != "lora, all linears"]
-    if pattern == "50%":
-        rows += [(form, {key: both[key]}) for key in both for form in (BEST, "masked_lora")]
     refined = both | {"pruning": "refined"}
-    rows += [(BEST, refined), ("masked_lora", refined)]
+    if pattern == "50%":
+        rows = [(form, others) for others in ({}, both) for form in rates if form != "lora, all linears"]
+        rows += [(form, {key: both[key]}) for key in both for form in (BEST, "masked_lora")]
+        rows += [(BEST, refined), ("masked_lora", refined)]
+    else:
+        rows = [(PAPER, {}), (BEST, {"distill": 0.5}), (BEST, both), ("masked_lora", both), (BEST, refined)]
     return [point(model, form, rates[form], limit, pattern=pattern, **others) for form, others in rows]
 
 
 def comparison(model: str, rates: dict[str, float], limit: Settings, pattern: str) -> list[Settings]:
     """The paper's recipe and the best one."""
-    better = {"passes": PASSES, "distill": 0.5, "pruning": "refined"}
+    better = {"distill": 0.5}
     return [
         point(model, form, rates[form], limit, pattern=pattern, **others)
         for form, others in ((PAPER, {}), (BEST, better))

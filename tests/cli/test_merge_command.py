@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsefit.pruning import MaskSet
@@ -104,6 +104,14 @@ def test_what_cannot_be_merged_says_why_and_overwrites_nothing(sparsefit, recipe
     assert (status, str(run / "base") in errors) == (2, True)
     (run / "elsewhere").rename(run / "base")
 
+    whole = (run / "base/model.safetensors").read_bytes()
+    changed = load_file(run / "base/model.safetensors")
+    changed["model.layers.0.mlp.up_proj.weight"] *= 2
+    save_file(changed, run / "base/model.safetensors", metadata={"format": "pt"})
+    status, _, errors = sparsefit("merge", run, "--output", tmp_path / "out")
+    assert (status, "another base" in errors) == (2, True)
+    (run / "base/model.safetensors").write_bytes(whole)
+
     masks = MaskSet.load(run / "masks.safetensors")
     others = MaskSet()
     for name, mask in masks.items():
@@ -144,9 +152,14 @@ def test_an_adapter_on_a_quantized_base_merges_into_the_values_that_it_was_train
     recipe["quantization"] = {"kind": "nf4"}
     run = trained(sparsefit, recipe, tmp_path)
     report = report_of(run)
-    assert report["merge"]["lossless"] is False
-    status, output, errors = sparsefit("merge", run)
+    assert report["merge"]["lossless"] is True
+    assert report["quantization"]["kind"] == "nf4"
+    status, output, errors = sparsefit("merge", run, "--output", tmp_path / "again")
     assert status == 0, errors
-    MaskSet.load(run / "masks.safetensors").verify(load_file(run / "model/model.safetensors"))
+    found = []
+    for folder in (run / "model", tmp_path / "again"):
+        MaskSet.load(run / "masks.safetensors").verify(load_file(folder / "model.safetensors"))
+        found.append(logits(AutoModelForCausalLM.from_pretrained(folder)))
+    torch.testing.assert_close(*found)
     apart = float(re.search(r"([0-9.]+) with the adapter apart", output).group(1))
-    assert apart == pytest.approx(report["perplexity"]["recovered"], rel=1e-2)
+    assert apart == pytest.approx(report["perplexity"]["recovered"], rel=1e-3)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from sparsefit.recovery.compact import compress_folder, expand_folder
+from sparsefit.recovery.inspection import MODEL_FOLDER
 from sparsefit.reporting.console import console
 
 
@@ -20,6 +21,7 @@ def export(arguments: list[str]) -> int:
     parser.add_argument("--output", type=Path, required=True, help="the folder to write: new or empty")
     parser.add_argument("--format", choices=("compact", "dense"), required=True, help="what to write")
     given = parser.parse_args(arguments)
+    given.output = given.output.absolute()
 
     report = (compress_folder if given.format == "compact" else expand_folder)(given.folder, given.output)
     reasons: dict[str, int] = {}
@@ -32,5 +34,10 @@ def export(arguments: list[str]) -> int:
         f"{len(report.compact)} tensors as kept values and bits"
         + "".join(f"; {count} as they are ({why})" for why, count in reasons.items()),
     ]
+    apart = given.folder / "adapter"
+    if given.format == "compact" and apart.is_dir() and not (given.folder / MODEL_FOLDER).is_dir():
+        lines.append(
+            f"The adapter in {apart} is not in it: this is the base. `sparsefit merge` makes one model of both."
+        )
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
     return 0

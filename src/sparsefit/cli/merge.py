@@ -14,7 +14,7 @@ from sparsefit.callbacks.run_folder import RunFolder
 from sparsefit.errors import MaskError, RunFolderError, SparsefitError
 from sparsefit.pruning import MaskSet
 from sparsefit.recovery.adapter_files import load_adapter, read_notes
-from sparsefit.recovery.inspection import MASKS_FILE, inspect_folder
+from sparsefit.recovery.inspection import MASKS_FILE, files_digest, inspect_folder
 from sparsefit.recovery.merge import check_mergeable, merge
 from sparsefit.reporting.console import console, stage_progress, summary
 
@@ -43,7 +43,7 @@ def merge_run(arguments: list[str]) -> int:
     if given.output is None and folder.model.is_dir() and not given.reapply_masks:
         console.print(f"{folder.model} holds the recovered model already.", markup=False)
         return _counted(folder.model)
-    output = given.output or (folder.path / "merged" if given.reapply_masks else folder.model)
+    output = (given.output or (folder.path / "merged" if given.reapply_masks else folder.model)).absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RunFolderError(f"{output} exists and is not empty. Give --output another folder")
     _merge(folder, output, given.reapply_masks, evaluate=not given.no_evaluation)
@@ -102,12 +102,17 @@ def _recovered_model(folder: RunFolder, masks: MaskSet) -> tuple[torch.nn.Module
         raise RunFolderError(
             f"the base of the adapter in {folder.adapter} is not at {base}: it was moved or deleted. Put it back there"
         )
+    if notes.get("base_digest") not in (None, files_digest(base)):
+        raise RunFolderError(
+            f"the adapter in {folder.adapter} was trained on another base than {base}: the weights differ. Use the "
+            "base of the run that it is from"
+        )
     model = load_causal_lm(str(base), dtype="auto")
     if quantization := notes.get("quantization"):
         # The adapter was trained on these values; quantizing the same floats gives the same ones again.
         masks.verify(model)
-        dtype = getattr(torch, quantization["compute_dtype"]) if quantization.get("compute_dtype") else None
-        quantize_base(model, quantization["kind"], masks, dtype, quantization["double_quant"])
+        model.requires_grad_(False)
+        quantize_base(model, quantization["kind"], masks, double_quant=quantization["double_quant"])
         dequantize_base(model)
     try:
         return load_adapter(model, folder.adapter, masks), base

@@ -13,6 +13,7 @@ from sparsefit.errors import MaskError, RunFolderError
 from sparsefit.pruning import MaskSet
 from sparsefit.recovery.adapters import bind_masks, masked_layer_types
 from sparsefit.recovery.export import adapted_part, exported_masks
+from sparsefit.recovery.inspection import files_digest
 
 NOTES_FILE = "sparsefit.json"
 
@@ -49,7 +50,8 @@ def export_adapter(
         config.base_model_name_or_path = str(base.resolve())
     model.save_pretrained(folder)
     digest = exported_masks(module, masks).digest()
-    known = {"form": form_of(module), "base": base.name, "masks": digest, **(notes or {})}
+    written = files_digest(base) if base.is_dir() else None
+    known = {"form": form_of(module), "base": base.name, "base_digest": written, "masks": digest, **(notes or {})}
     (folder / NOTES_FILE).write_text(json.dumps(known, indent=2), encoding="utf-8")
     return True
 

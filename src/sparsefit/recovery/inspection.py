@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -151,6 +152,11 @@ def weight_files(folder: Path) -> list[Path]:
             return [place / "model.safetensors"]
     if not folder.is_dir():
         raise RunFolderError(f"there is no folder {folder}")
+    if any(folder.glob("*.compact.safetensors")):
+        raise RunFolderError(
+            f"{folder} holds a compact model, whose zeros are not stored: write it in full first "
+            f"(sparsefit export {folder} --format dense --output ANOTHER)"
+        )
     raise RunFolderError(
         f"{folder} holds no saved model: no model.safetensors in it, its {MODEL_FOLDER}/ or its {BASE_FOLDER}/"
     )
@@ -161,6 +167,21 @@ def _shards(index: Path) -> list[str]:
         return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunFolderError(f"{index} cannot be read: {error}") from error
+
+
+def files_digest(folder: Path) -> str:
+    """sha256 of the names and values of all tensors in a folder's safetensors files, however they are split up.
+
+    Raises:
+        RunFolderError: if a file is damaged.
+    """
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with _opened(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                data = tensors.get_tensor(name).contiguous().reshape(-1).view(torch.uint8)
+                found[name] = hashlib.sha256(data.numpy()).hexdigest()
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
 def masks_beside(folder: Path) -> MaskSet | None:

@@ -190,7 +190,7 @@ def _settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             flat |= _settings(value, f"{prefix}{key}.")
         elif key == "model" and not prefix:
             flat[key] = Path(str(value)).name
-        else:
+        elif isinstance(value, tuple | list | str | int | float | None):  # others may not compare
             flat[prefix + key] = list(value) if isinstance(value, tuple) else value
     return flat
 

@@ -125,7 +125,8 @@ def _closing_lines(report: Mapping[str, Any]) -> list[Text]:
         lines.append(Text(f"training: {steps} steps, stopped because: {training['stop_reason']}"))
     merged = _report.section(report, "merge")
     if merged:
-        lines.append(Text(f"merged model: {_merged(report, merged)}", overflow="fold"))
+        title = "merged model" if merged.get("folder") else "not merged"
+        lines.append(Text(f"{title}: {_merged(report, merged)}", overflow="fold"))
     peak = _report.number(memory.get("peak_bytes"))
     if peak is not None:
         lines.append(Text(f"peak memory: {_formats.size(peak)} {memory.get('kind') or ''}".rstrip()))
@@ -136,8 +137,12 @@ def _closing_lines(report: Mapping[str, Any]) -> list[Text]:
 
 def _merged(report: Mapping[str, Any], merged: Mapping[str, Any]) -> str:
     known = [str(merged["form"])] if merged.get("form") else []
-    if isinstance(merged.get("lossless"), bool):
-        known.append("without loss" if merged["lossless"] else "masks re-applied, with loss")
+    if merged.get("lossless") is True:
+        known.append("without loss")
+    elif merged.get("reason"):
+        known.append(f"kept apart: {merged['reason']}")
+    elif merged.get("folder"):
+        known.append("masks re-applied, with loss")
     if _report.number(merged.get("sparsity")) is not None:
         known.append(f"sparsity {_formats.percent(_report.number(merged['sparsity']))}")
     for metric in _report.metrics(report):
