@@ -113,7 +113,7 @@ class GPUHourBudget(Callback):
         if not self._allowance.affords(needed):
             raise BudgetError(self._allowance.refusal(what, needed))
 
-    def share_of(self, trainer: Trainer, stage: str) -> float | None:
+    def share_of(self, trainer: Trainer, stage: str) -> float:
         """Wall seconds that a stage may take from now on. All ranks must call it, and all get the same.
 
         A stage that asks again is told what is left of its share. A budget that is spent gives 0 and a warning instead
@@ -124,10 +124,8 @@ class GPUHourBudget(Callback):
             stage: "reconstruction", or "training", which may take all that is left; others raise a ConfigError.
 
         Returns:
-            Seconds of at least 0; None where the budget is not split, and the stage may take what it needs.
+            Seconds of at least 0; all that is left where the budget is not split.
         """
-        if self.split is None:
-            return None
         self._agree(trainer)
         if not self._allowance.affords(0.0):
             rank_zero_warn(f"GPUHourBudget: {self._allowance.refusal(stage, 0.0)}")

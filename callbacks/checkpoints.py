@@ -191,7 +191,7 @@ class SparseCheckpoints(Callback):
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         done, total = progress["current"]["processed"], trainer.num_training_batches
         ended = done == _batches(trainer).current.ready and (progress["is_last_batch"] or done == total)
-        _close_epoch(checkpoint, ended and total == math.inf)  # Lightning knows the end of what has a length
+        _close_epoch(checkpoint, ended, endless=total == math.inf)
         checkpoint[KEY] = {
             "format": _FORMAT,
             "world_size": trainer.world_size,
@@ -308,10 +308,11 @@ def _move(trainer: Trainer, checkpoint: dict[str, Any], batches: int) -> bool:
     return True
 
 
-def _close_epoch(checkpoint: dict[str, Any], ended: bool) -> None:
+def _close_epoch(checkpoint: dict[str, Any], ended: bool, endless: bool) -> None:
     """Have a checkpoint between two epochs stand at the end of the first one, wherever it was saved. Lightning would
     take the second for done where that was about to begin, and count its batches on from those of the first one where
-    that had just trained on its last batch."""
+    that had just trained on its last batch (it knows the end of data that have a length). And have one that was saved
+    after training had stopped within an epoch stand within it: Lightning counts it as completed."""
     loops = checkpoint["loops"]["fit_loop"]
     epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
     begun = epochs["current"]["started"]
@@ -319,10 +320,13 @@ def _close_epoch(checkpoint: dict[str, Any], ended: bool) -> None:
         for part in ("current", "total"):
             done = epochs[part]["processed"]
             epochs[part] |= {"ready": done, "started": done, "completed": done - 1}
-    elif ended and epochs["current"]["processed"] < begun:
+    elif ended and endless and epochs["current"]["processed"] < begun:
         for part in ("current", "total"):
             epochs[part] |= {"processed": epochs[part]["started"]}
             batches[part] |= {"completed": batches[part]["processed"]}
+    elif not ended and batches["current"]["processed"] and epochs["current"]["completed"] == begun:
+        for part in ("current", "total"):
+            epochs[part]["completed"] -= 1
 
 
 def _of_all_ranks(trainer: Trainer, mine: dict[str, Any]) -> list[dict[str, Any]]:

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from sparsefit.callbacks.calibration import calibration_batches, calibration_forward, predicting
 from sparsefit.callbacks.ledgers import budget_of, ledger_of
+from sparsefit.errors import ConfigError
 from sparsefit.pruning import MaskSet
+from sparsefit.pruning.blocks import find_block_lists
 from sparsefit.recovery.reconstruct import ReconstructSettings, dense_weights, reconstruct
 from sparsefit.reporting.console import stage_progress
 
@@ -52,8 +54,14 @@ class BlockwiseReconstruction(Callback):
         self._dense: dict[str, Tensor] = {}
 
     def on_pruning_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the dense weights."""
+        """Keep the dense weights.
+
+        Raises:
+            ConfigError: if the model has no blocks.
+        """
         if self.settings.passes:
+            if not find_block_lists(pl_module):
+                raise ConfigError("the model has no repeated blocks to reconstruct one by one: leave this callback out")
             self._dense = dense_weights(pl_module)
 
     def on_reconstruction(self, trainer: Trainer, pl_module: LightningModule, masks: MaskSet) -> None:

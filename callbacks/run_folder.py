@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +84,13 @@ class RunFolder:
                 f"checkpoints need about {needed / 1e9:.1f} GB. Free some space or choose another folder"
             )
 
+    def run_id(self) -> str | None:
+        """The id of the run in the folder, from its report; None where there is none."""
+        try:
+            return json.loads(self.json.read_text(encoding="utf-8")).get("id")
+        except (OSError, ValueError, AttributeError):
+            return None
+
     def write_base(self, module: nn.Module, masks: MaskSet) -> None:
         """Write the sparse base, without adapters, and then its masks: where these are, the base is whole."""
         with in_floats(module):
@@ -97,16 +108,29 @@ class RunFolder:
         adapted = adapted_part(module) is not None
         place = self.trained_base if adapted else self.model
         if trained:
-            saved = export_base(module, masks, place)
+            with replacing(place) as partial:
+                saved = export_base(module, masks, partial)
             if not self.masks.exists():
                 saved.save(self.masks)
         elif adapted and not self.masks.exists():
             self.write_base(module, masks)
         if not adapted:
             return place if trained else self.base
+        shutil.rmtree(self.model, ignore_errors=True)  # of the adapter that this one takes the place of
         export_adapter(module, masks, place if trained else self.base, self.adapter, notes)
         return self.adapter
 
     def write_merged(self, module: nn.Module, masks: MaskSet) -> None:
         """Write a model whose adapters are merged in place."""
-        write_model(module, masks, self.model, merged_state_dict)
+        with replacing(self.model) as partial:
+            write_model(module, masks, partial, merged_state_dict)
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Another folder to write to, which takes the place of `folder` once all is written."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    yield partial
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)

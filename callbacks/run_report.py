@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -71,6 +72,7 @@ class RunReport(Callback):
         self._claimed = False
         self.report = {
             "name": self.name,
+            "id": None,  # a checkpoint brings that of its run
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "folder": str(self.folder.path),
             "command": shlex.join([sys.argv[0].rpartition("/")[2], *sys.argv[1:]]),
@@ -172,12 +174,13 @@ class RunReport(Callback):
         """The figures so far, for a run that is resumed."""
         figures = {metric: self.report.get(metric) for metric in self.report.get("metrics", {})}
         kept = {key: self.report[key] for key in ("timeline", "reconstruction") if key in self.report}
-        return {"figures": figures, "history": self._history, "kept": kept}
+        return {"figures": figures, "history": self._history, "kept": kept, "id": self.report.get("id")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the figures of the run before."""
         self.report.update({metric: values for metric, values in state_dict["figures"].items() if values})
         self.report.update(state_dict.get("kept", {}))
+        self.report["id"] = state_dict.get("id")
         self._history = list(state_dict["history"])
 
     def _claim(self, trainer: Trainer, module: LightningModule) -> None:
@@ -186,6 +189,7 @@ class RunReport(Callback):
         if trainer.is_global_zero:
             self.folder.claim(module, resuming=trainer.ckpt_path is not None)
             self._check_same_run(trainer, module)
+            self.report["id"] = self.report["id"] or self.folder.run_id() or uuid4().hex
             if self._configuration is not None:
                 self.folder.configuration.write_text(self._configuration, encoding="utf-8")
         self.report["configuration"] = self._configuration
@@ -196,6 +200,12 @@ class RunReport(Callback):
         masks = _masks_of(trainer)
         if trainer.ckpt_path is None or masks is None or not self.folder.masks.exists():
             return
+        there = self.folder.run_id()
+        if there is not None and self.report["id"] is not None and there != self.report["id"]:
+            raise RunFolderError(
+                f"the run folder {self.folder.path} holds another run than the one that the checkpoint is from. Give "
+                "the folder of that run, or a new one"
+            )
         if MaskSet.load(self.folder.masks).digest() != exported_masks(module, masks).digest():
             raise RunFolderError(
                 f"the run folder {self.folder.path} holds another run: its masks are not those of the checkpoint. Give "

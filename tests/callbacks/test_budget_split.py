@@ -78,12 +78,12 @@ def test_the_rate_falls_from_where_training_starts():
     assert module.rates == pytest.approx([BASE_RATE * (1 - step / 80) for step in range(80)])
 
 
-def test_without_a_split_a_stage_is_told_nothing():
+def test_without_a_split_a_stage_may_take_all_that_is_left():
     clock = Clock()
     budget = budget_of_seconds(clock, 100, reserve=0.0)
     module, reconstruct = Timed(clock), Reconstruct(clock, most=30)
     make_trainer(budget, reconstruct).fit(module, stream())
-    assert reconstruct.told == [None, None]
+    assert reconstruct.told == [100.0, 70.0]
     assert module.batches == 70
 
 

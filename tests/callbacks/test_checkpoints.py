@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import shutil
 import signal
+from datetime import timedelta
 
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from resumed_runs import (
     DrawsInValidation,
     Stop,
@@ -103,10 +105,10 @@ def test_a_resumed_run_ends_with_the_same_weights(straight, name):
 @pytest.mark.parametrize("accumulated", [2, 3])  # 5 and 8 are amid either
 def test_a_checkpoint_amid_the_batches_of_a_step_goes_back_to_its_start(straight, tmp_path, accumulated):
     settings = {"accumulate_grad_batches": accumulated, "max_steps": 5}
-    folder, expected = straight(**settings)
-    fit(module(), data(folder), SaveEachBatch(tmp_path), *callbacks(tmp_path / "run"), **settings)
+    _, expected = straight(**settings)
+    fit(module(), data(tmp_path), SaveEachBatch(tmp_path), *callbacks(tmp_path / "run"), **settings)
     for batch in (5, EPOCH + 1):
-        assert_same(resume(folder, tmp_path / f"{batch}.ckpt", **settings), expected)
+        assert_same(resume(tmp_path, tmp_path / f"{batch}.ckpt", **settings), expected)
 
 
 INTERRUPTS = {
@@ -127,9 +129,9 @@ INTERRUPTS = {
 @pytest.mark.parametrize("name", INTERRUPTS)
 def test_a_run_goes_on_after_an_interrupt_as_if_there_had_been_none(straight, tmp_path, name):
     hook, number, settings = INTERRUPTS[name]
-    folder, expected = straight(**settings)
+    _, expected = straight(**settings)
     fitting = {key: value for key, value in settings.items() if key not in ("cls", "val_source")}
-    read = data(folder, val_source=text_file(folder) if settings.get("val_source") else None)
+    read = data(tmp_path, val_source=text_file(tmp_path) if settings.get("val_source") else None)
     saver = every_step(tmp_path, every_n_epochs=1000, save_on_exception=True)
     with pytest.raises(SystemExit):
         fit(
@@ -137,7 +139,7 @@ def test_a_run_goes_on_after_an_interrupt_as_if_there_had_been_none(straight, tm
             **({"max_steps": STEPS} | fitting),
         )  # fmt: skip
     (checkpoint,) = tmp_path.glob("*.ckpt")
-    assert_same(resume(folder, checkpoint, **settings), expected)
+    assert_same(resume(tmp_path, checkpoint, **settings), expected)
 
 
 def test_weights_half_changed_are_told(straight, tmp_path):
@@ -147,6 +149,32 @@ def test_weights_half_changed_are_told(straight, tmp_path):
         fit(module(), data(straight()[0]), *callbacks(tmp_path / "run"), stop, saver, max_steps=STEPS)
     checkpoint = torch.load(tmp_path / "step=2.ckpt", weights_only=True)["sparsefit"]
     assert (checkpoint["whole_step"], checkpoint["between_epochs"]) == (False, False)
+
+
+def test_what_was_saved_after_the_end_goes_on_within_the_epoch(tmp_path):
+    """The command's two ModelCheckpoints write last.ckpt anew when training has ended."""
+
+    def saves(folder):
+        common = {"dirpath": folder / "checkpoints", "save_last": True, "enable_version_counter": False}
+        timed = {"filename": "timed-{step}", "train_time_interval": timedelta(minutes=15)}
+        return ModelCheckpoint(**common, save_on_exception=True), ModelCheckpoint(**common, **timed)
+
+    runs = [tmp_path / name / "run" for name in ("whole", "extended")]
+    whole, first, extended = module(), module(), module()
+    fit(whole, data(tmp_path), *callbacks(runs[0]), *saves(runs[0]), max_steps=4)
+    fit(first, data(tmp_path), *callbacks(runs[1]), *saves(runs[1]), max_steps=2)
+    last = runs[1] / "checkpoints/last.ckpt"
+    fit(extended, data(tmp_path), *callbacks(runs[1]), *saves(runs[1]), ckpt_path=last, max_steps=4)
+    assert_same(weights(extended), weights(whole))
+
+
+def test_a_checkpoint_is_not_resumed_in_the_folder_of_another_run(straight, tmp_path):
+    folder, _ = straight()
+    fit(module(), data(tmp_path), *callbacks(tmp_path / "run"), every_step(tmp_path), max_steps=1)
+    before = {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()}
+    with pytest.raises(RunFolderError, match="another run"):
+        resume(folder, tmp_path / "step=1.ckpt")
+    assert {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()} == before
 
 
 # What is in it.

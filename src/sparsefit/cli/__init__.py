@@ -54,6 +54,9 @@ def main() -> int:
         return fit(rest, train=command == "fit")
     except SparsefitError as error:
         return _wrong(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except ValueError as error:  # the parser wraps what the classes of a recipe raise
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, SparsefitError):

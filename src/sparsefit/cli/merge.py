@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparsefit.callbacks.run_folder import RunFolder
+from sparsefit.callbacks.run_folder import RunFolder, replacing
 from sparsefit.errors import MaskError, RunFolderError, SparsefitError
 from sparsefit.pruning import MaskSet
 from sparsefit.recovery.adapter_files import load_adapter, read_notes
@@ -60,13 +59,10 @@ def _merge(folder: RunFolder, output: Path, reapply_masks: bool, evaluate: bool)
     first = batches[:1]
     before, logits = _perplexity(model, batches, "with the adapter apart"), _logits(model, first)
     merged: PreTrainedModel = merge(model, masks, reapply_masks)
-    partial = output.with_name(f"{output.name}.partial")
-    merged.save_pretrained(partial)
-    load_tokenizer(str(base)).save_pretrained(partial)
-    masks.save(partial / MASKS_FILE)
-    if output.is_dir():
-        output.rmdir()  # it is empty
-    os.replace(partial, output)
+    with replacing(output) as partial:
+        merged.save_pretrained(partial)
+        load_tokenizer(str(base)).save_pretrained(partial)
+        masks.save(partial / MASKS_FILE)
     console.print(f"merged model: {output}", markup=False, soft_wrap=True)
     if not batches:
         console.print(f"perplexity: not measured ({why})", markup=False, soft_wrap=True)
