@@ -313,7 +313,8 @@ def test_the_loss_mixes_text_and_teacher(tiny_model):
     with torch.no_grad():
         own, teachers = module(**batch).logits, dense(**batch).logits
     text = nn.functional.cross_entropy(own[:, :6].flatten(0, 1), IDS[:, 1:7].flatten())
-    expected = 0.7 * text + 0.3 * by_hand(own, teachers, batch["attention_mask"].bool(), 2.0)
+    counted = batch["attention_mask"][:, 1:].bool()  # what stands before a token that counts
+    expected = 0.7 * text + 0.3 * by_hand(own[:, :-1], teachers[:, :-1], counted, 2.0)
     assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-4)
 
 
