@@ -1,7 +1,8 @@
 """The Lightning face of sparsefit: callbacks that wire the engine into a trainer."""
 
 from sparsefit.callbacks.budget import GPUHourBudget
-from sparsefit.callbacks.checkpoints import AtomicCheckpointIO, SparseCheckpoints
+from sparsefit.callbacks.checkpoint_io import AtomicCheckpointIO
+from sparsefit.callbacks.checkpoints import SparseCheckpoints
 from sparsefit.callbacks.pruning import WandaPruning
 from sparsefit.callbacks.quantization import QuantizedBase
 from sparsefit.callbacks.reconstruction import BlockwiseReconstruction

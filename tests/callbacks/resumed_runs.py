@@ -12,7 +12,8 @@ from small_runs import QUIET
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsefit.callbacks import GPUHourBudget, RunReport, WandaPruning
-from sparsefit.callbacks.checkpoints import AtomicCheckpointIO, SparseCheckpoints
+from sparsefit.callbacks.checkpoint_io import AtomicCheckpointIO
+from sparsefit.callbacks.checkpoints import SparseCheckpoints
 from sparsefit.data import TextDataModule
 from sparsefit.modules import CausalLMModule
 from sparsefit.modules.loading import load_tokenizer

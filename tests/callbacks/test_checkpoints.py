@@ -23,7 +23,7 @@ from resumed_runs import (
 from safetensors.torch import load_file, save_file
 
 from sparsefit.callbacks import WandaPruning
-from sparsefit.callbacks.checkpoints import AtomicCheckpointIO
+from sparsefit.callbacks.checkpoint_io import AtomicCheckpointIO
 from sparsefit.errors import ConfigError, MaskError, RunFolderError
 from sparsefit.modules import CausalLMModule
 from sparsefit.pruning import MaskSet
