@@ -1,4 +1,4 @@
-"""Finding the budget and the ledger of a trainer, for the callbacks that charge their stages to it."""
+"""Finding the budget, the ledger and the masks of a trainer, for the callbacks that work with them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from sparsefit.callbacks.budget import GPUHourBudget
+from sparsefit.pruning import MaskSet
 from sparsefit.recovery.ledger import GPUHourLedger
 
 _ledgers: WeakKeyDictionary[Trainer, GPUHourLedger] = WeakKeyDictionary()
@@ -33,3 +34,8 @@ def ledger_of(trainer: Trainer) -> GPUHourLedger:
         _ledgers[trainer] = GPUHourLedger(base_stage="fit")
         _ledgers[trainer].start(trainer.world_size)
     return _ledgers[trainer]
+
+
+def masks_of(trainer: Trainer) -> MaskSet | None:
+    """The masks that a callback of the trainer holds, or None while there are none."""
+    return next((c.masks for c in trainer.callbacks if isinstance(getattr(c, "masks", None), MaskSet)), None)

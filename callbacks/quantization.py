@@ -13,9 +13,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from sparsefit.callbacks.ledgers import ledger_of
+from sparsefit.callbacks.ledgers import ledger_of, masks_of
 from sparsefit.errors import ConfigError, MaskError
-from sparsefit.pruning import MaskSet
 from sparsefit.recovery.quantize import (
     check_adapters,
     check_settings,
@@ -151,7 +150,7 @@ class QuantizedBase(Callback):
     def _quantize(self, trainer: Trainer, module: LightningModule) -> None:
         if self.kind is None or self._done:
             return
-        masks = _masks_of(trainer)
+        masks = masks_of(trainer)
         if masks is None:
             raise ConfigError("there are no masks, so there is no sparse base to quantize: add WandaPruning")
         with ledger_of(trainer).stage("quantization"):
@@ -176,12 +175,8 @@ class QuantizedBase(Callback):
             rank_zero_warn(f"{len(left)} pruned matrices stay in floats: {first} ({why}), ...")
 
 
-def _masks_of(trainer: Trainer) -> MaskSet | None:
-    return next((c.masks for c in trainer.callbacks if isinstance(getattr(c, "masks", None), MaskSet)), None)
-
-
 def _is_pruned(trainer: Trainer, module: LightningModule) -> bool:
-    masks = _masks_of(trainer)
+    masks = masks_of(trainer)
     try:
         return masks is not None and masks.verify(module) is None
     except MaskError:

@@ -18,7 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from sparsefit.callbacks.ledgers import budget_of, ledger_of
+from sparsefit.callbacks.ledgers import budget_of, ledger_of, masks_of
 from sparsefit.callbacks.quantization import QuantizedBase
 from sparsefit.callbacks.reconstruction import BlockwiseReconstruction
 from sparsefit.callbacks.run_folder import RunFolder
@@ -94,7 +94,7 @@ class RunReport(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The same, with a strategy that restores late; and a base for a run that goes on in another folder."""
         self._claim(trainer, pl_module)
-        masks = _masks_of(trainer)
+        masks = masks_of(trainer)
         if masks is not None and not self.folder.masks.exists() and not trains_base(pl_module):
             self._export_base(trainer, pl_module, masks)
 
@@ -197,7 +197,7 @@ class RunReport(Callback):
 
     def _check_same_run(self, trainer: Trainer, module: LightningModule) -> None:
         """A base that lies in the folder must be the one that the resumed run trains its adapter for."""
-        masks = _masks_of(trainer)
+        masks = masks_of(trainer)
         if trainer.ckpt_path is None or masks is None or not self.folder.masks.exists():
             return
         there = self.folder.run_id()
@@ -259,7 +259,7 @@ class RunReport(Callback):
                 self._count(self.folder.path)
 
     def _export_trained(self, trainer: Trainer, module: LightningModule) -> None:
-        masks = _masks_of(trainer)
+        masks = masks_of(trainer)
         if not trainer.is_global_zero or masks is None:
             return
         with self._charged(trainer, "export"):
@@ -275,7 +275,7 @@ class RunReport(Callback):
 
     def _merge(self, trainer: Trainer, module: LightningModule) -> None:
         """Write the model with its adapters merged, if that loses nothing, and evaluate it."""
-        form, masks = form_of(module), _masks_of(trainer)
+        form, masks = form_of(module), masks_of(trainer)
         if form is None or masks is None:
             return
         self.report["merge"] = {"form": form, "lossless": False}
@@ -324,10 +324,6 @@ class RunReport(Callback):
         if trainer.is_global_zero:
             write_json(self.report, self.folder.json)
             self.folder.html.write_text(render_html(self.report), encoding="utf-8")
-
-
-def _masks_of(trainer: Trainer) -> MaskSet | None:
-    return next((c.masks for c in trainer.callbacks if isinstance(getattr(c, "masks", None), MaskSet)), None)
 
 
 def _stop_reason(trainer: Trainer) -> str | None:
