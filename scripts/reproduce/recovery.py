@@ -3,11 +3,10 @@
     python scripts/reproduce/recovery.py --output runs/recovery [--model embedded] [--stage tune] [--threads 1]
 
 Stages: "tune" finds the learning rate of each form (at 50%, plain); "steps" gives each recipe the same number of
-optimizer steps; "seconds" gives the paper's recipe and the best one the same seconds, those of a refinement and a
-reconstruction included. Every point is a fit by `Trainer` with the project's callbacks, kept in a file of the output
-folder, so a run that was stopped goes on where it was. What a pruning or a reconstruction gives is kept, too, and
-shared by the points that start from it. The model on TinyStories expects the folder data/ (see
-configs/tinystories.yaml).
+optimizer steps; "seconds" gives each the same seconds, those of a reconstruction included. Every point is a fit by
+`Trainer` with the project's callbacks, kept in a file of the output folder, so a run that was stopped goes on where it
+was. What a pruning or a reconstruction gives is kept, too, and shared by the points that start from it. The model on
+TinyStories expects the folder data/ (see configs/tinystories.yaml).
 """
 
 from __future__ import annotations
@@ -98,7 +97,7 @@ RATES = {  # three each
     "hira": (3e-3, 1e-2, 3e-2),
     "full": (1e-3, 3e-3, 1e-2),
 }
-PAPER, BEST = "lora q, v (the paper's)", "full"
+BEST = "full"
 PASSES = 5  # of the reconstruction
 SECONDS = {"embedded": 120, "tinystories": 60}
 
@@ -232,26 +231,17 @@ def best_rates(output: Path, model: str, steps: int) -> dict[str, float]:
     return found
 
 
-def grid(model: str, rates: dict[str, float], limit: Settings, pattern: str) -> list[Settings]:
-    """Each form plain, and with both reconstruction and distillation; the best ones with one of them, and with masks
-    refined before. Of 2:4 the paper's recipe and the best."""
-    both = {"passes": PASSES, "distill": 0.5}
-    refined = both | {"pruning": "refined"}
-    if pattern == "50%":
-        rows = [(form, others) for others in ({}, both) for form in rates if form != "lora, all linears"]
-        rows += [(form, {key: both[key]}) for key in both for form in (BEST, "masked_lora")]
-        rows += [(BEST, refined), ("masked_lora", refined)]
-    else:
-        rows = [(PAPER, {}), (BEST, {"distill": 0.5}), (BEST, both), ("masked_lora", both), (BEST, refined)]
-    return [point(model, form, rates[form], limit, pattern=pattern, **others) for form, others in rows]
+def whole(model: str, rates: dict[str, float], limit: Settings, pattern: str) -> list[Settings]:
+    """Each form with and without a reconstruction before, with and without distillation."""
+    ways = [{"passes": passes, "distill": distill} for passes in (0, PASSES) for distill in (0.0, 0.5)]
+    forms = [form for form in rates if form != "lora, all linears"]
+    return [point(model, form, rates[form], limit, pattern=pattern, **way) for way in ways for form in forms]
 
 
-def comparison(model: str, rates: dict[str, float], limit: Settings, pattern: str) -> list[Settings]:
-    """The paper's recipe, and the best one with and without a reconstruction before."""
-    rows = [(PAPER, {}), (BEST, {"distill": 0.5})]
-    if model == "tinystories":  # on the other model, it takes most of the seconds
-        rows.append((BEST, {"distill": 0.5, "passes": PASSES}))
-    return [point(model, form, rates[form], limit, pattern=pattern, **others) for form, others in rows]
+def refined(model: str, rates: dict[str, float], limit: Settings, pattern: str) -> list[Settings]:
+    """The best form and masked LoRA, with everything, from masks that were refined before."""
+    both = {"passes": PASSES, "distill": 0.5, "pruning": "refined"}
+    return [point(model, form, rates[form], limit, pattern=pattern, **both) for form in (BEST, "masked_lora")]
 
 
 def table(rows: list[Settings]) -> str:
@@ -295,8 +285,10 @@ def main() -> None:
         every = [(form, rate) for form, rates_of in RATES.items() for rate in rates_of]
         stages = {
             "tune": [point(model, form, rate, steps) for form, rate in every],
-            "steps": [row for pattern in patterns for row in grid(model, rates, steps, pattern)],
-            "seconds": [row for pattern in patterns for row in comparison(model, rates, seconds, pattern)],
+            "steps": [
+                row for pattern in patterns for way in (whole, refined) for row in way(model, rates, steps, pattern)
+            ],
+            "seconds": [row for pattern in patterns for row in whole(model, rates, seconds, pattern)],
         }
         for name in [args.stage] if args.stage else stages:
             rows = [cached(args.output, wanted) for wanted in stages[name]]
