@@ -58,13 +58,22 @@ def test_a_second_stream_between_blocks_is_noticed(update):
     assert_same_choice(model, [torch.randn(8, 16)], update, "more than one tensor")
 
 
+class Narrowing(nn.Module):
+    """A block that halves its hidden state."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, width), nn.Linear(width, width // 2)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(hidden)))
+
+
 @pytest.mark.parametrize("update", ["block", "layer"])
-def test_stages_of_other_widths_are_noticed(update):
+def test_blocks_of_other_widths_are_noticed(update):
     torch.manual_seed(0)
-    config = transformers.ConvNextConfig(hidden_sizes=[8, 16, 32, 64], depths=[1, 1, 2, 1], num_labels=3)
-    model = transformers.ConvNextForImageClassification(config).eval()
-    images = [{"pixel_values": torch.randn(4, 3, 64, 64)}]
-    assert_same_choice(model, images, update, "shape of the hidden state")
+    model = Net([Narrowing(width) for width in (32, 16, 8)])
+    assert_same_choice(model, [torch.randn(8, 32)], update, "shape of the hidden state")
 
 
 class Sharing(nn.Module):

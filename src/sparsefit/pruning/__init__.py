@@ -2,7 +2,16 @@
 
 from sparsefit.pruning.config import Pattern, PruningConfig
 from sparsefit.pruning.masks import MaskSet
-from sparsefit.pruning.prune import PruningResult, prune
+from sparsefit.pruning.prune import DenseStatistics, PruningResult, calibrate, prune
 from sparsefit.pruning.scores import register_score
 
-__all__ = ["MaskSet", "Pattern", "PruningConfig", "PruningResult", "prune", "register_score"]
+__all__ = [
+    "DenseStatistics",
+    "MaskSet",
+    "Pattern",
+    "PruningConfig",
+    "PruningResult",
+    "calibrate",
+    "prune",
+    "register_score",
+]

@@ -21,11 +21,30 @@ class NotSweepable(Exception):
 def find_block_lists(model: nn.Module) -> list[list[nn.Module]]:
     """The repeated blocks of a model: the outermost lists whose members all hold linear layers.
 
-    One list for most models; several where a model has an encoder and a decoder, or two towers.
+    One list for most models; several where a model has an encoder and a decoder, two towers, or stages of blocks, as
+    ConvNeXt and Swin have (what leads from one stage to the next is in no block).
     """
     if isinstance(model, nn.ModuleList | nn.Sequential) and _is_block_list(model):
-        return [list(model)]
+        return _stages(model) or [list(model)]
     return [blocks for child in model.children() for blocks in find_block_lists(child)]
+
+
+def _stages(modules: nn.ModuleList | nn.Sequential) -> list[list[nn.Module]]:
+    """The blocks of each stage, where the members of a list are stages: each keeps its blocks in a list, and those of
+    one stage are wider than those of another. (Lists in blocks that are all alike are experts, or parallel heads.)"""
+    inner = [
+        [list(child) for child in member.children() if isinstance(child, nn.ModuleList | nn.Sequential)]
+        for member in modules
+    ]
+    stages = [[blocks for blocks in lists if _are_blocks(blocks)] for lists in inner]
+    if any(len(lists) != 1 for lists in stages):
+        return []
+    widths = {tuple(tuple(p.shape) for p in first.parameters()) for [[first, *_]] in stages}
+    return [blocks for [blocks] in stages] if len(widths) > 1 else []
+
+
+def _are_blocks(modules: list[nn.Module]) -> bool:
+    return len({type(module) for module in modules}) == 1 and all(map(_holds_linear, modules))
 
 
 def _is_block_list(modules: nn.ModuleList | nn.Sequential) -> bool:

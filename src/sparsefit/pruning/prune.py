@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +18,10 @@ from sparsefit.pruning.config import PruningConfig
 from sparsefit.pruning.evaluating import evaluating
 from sparsefit.pruning.masks import MaskSet
 from sparsefit.pruning.ranks import errors_on_all_ranks
+from sparsefit.pruning.recording import Part
 from sparsefit.pruning.scores import SCORES
 from sparsefit.pruning.sweep import Sweep
-from sparsefit.pruning.weights import device_of, find_weights
+from sparsefit.pruning.weights import PrunableWeight, device_of, find_weights
 
 Forward = Callable[[Any], Any]
 Progress = Callable[[int, int], None]
@@ -58,11 +60,70 @@ class PruningResult:
             self.notes.append(note)
 
 
+@dataclass(frozen=True)
+class DenseStatistics:
+    """Statistics of the inputs of a dense model's weights: taken once, good for any number of prunings of it.
+
+    Attributes:
+        parts: By the weight's name, the statistics of what its rows see.
+        kinds: What they are: names from `statistics.KINDS`.
+        samples: Calibration samples seen on this rank.
+        seconds: Wall time of the pass.
+        notes: What did not go as expected.
+    """
+
+    parts: dict[str, list[Part]]
+    kinds: frozenset[str]
+    samples: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    configs: Iterable[PruningConfig],
+    *,
+    forward: Forward | None = None,
+    progress: Progress | None = None,
+) -> DenseStatistics:
+    """Take, in one pass of the data through a dense model, the statistics that several prunings of it need.
+
+    Each of them is then `prune(model, config=config, statistics=...)`, which reads no data and runs nothing. Gram
+    matrices, where a configuration needs them, are held for all layers at once.
+
+    Args:
+        model: As in `prune`; it is not changed.
+        batches: As in `prune`.
+        configs: The configurations to come; those of update "none" count.
+        forward: As in `prune`.
+        progress: As in `prune`.
+
+    Raises:
+        ConfigError: if a configuration does not fit the model.
+        CalibrationError: as in `prune`.
+    """
+    start = time.perf_counter()
+    configs = [config for config in configs if config.update == "none"] or [PruningConfig(update="none")]
+    block_lists = find_block_lists(model)
+    blocks = [block for blocks in block_lists for block in blocks]
+    weights = list({w.name: w for config in configs for w in find_weights(model, blocks, config)[0]}.values())
+    kinds = frozenset({"squared_norm"}).union(*(config.statistics for config in configs))
+    common = PruningConfig(update="none", micro_batch_size=configs[0].micro_batch_size)
+    notes: list[str] = []
+    with _observed(model, batches, common, forward) as (data, pass_on):
+        sweep = Sweep(weights, block_lists, data, common, pass_on, progress or _unheard, notes.append)
+        parts = sweep.statistics_of_dense(kinds)
+    samples = sum(len(batch.origin) for batch in data)
+    return DenseStatistics(parts, kinds, samples, time.perf_counter() - start, tuple(dict.fromkeys(notes)))
+
+
 def prune(
     model: nn.Module,
     batches: Iterable[Any] | None = None,
     config: PruningConfig | None = None,
     *,
+    statistics: DenseStatistics | None = None,
     forward: Forward | None = None,
     progress: Progress | None = None,
 ) -> PruningResult:
@@ -77,6 +138,7 @@ def prune(
             arguments) or one tensor. The first dimension of each tensor counts the samples; positions at which
             `attention_mask` is 0 are padding. Read once. Not needed for magnitude pruning.
         config: What to prune and how; by default Wanda at 50% per output, block by block.
+        statistics: What `calibrate` found on this model, dense; then no data is read. For update "none".
         forward: How a batch goes through the model; by default the model is called with it, on its device.
         progress: Called with (steps done, steps in all) as calibration goes on, and with both equal once all
             masks are chosen; what it raises ends the pruning with the model still dense.
@@ -93,23 +155,57 @@ def prune(
     _check_device_is_here(config.device)
     block_lists = find_block_lists(model)
     weights, left_dense = find_weights(model, [b for blocks in block_lists for b in blocks], config)
+    given = _statistics_for(weights, config, statistics)
     result = PruningResult(MaskSet(), config, config.update, left_dense=left_dense)
-    device = device_of(model)
-    pass_on = forward or (lambda batch: call_model(model, to_device(batch, device)))
-    with torch.no_grad(), evaluating(model):
-        if batches is not None and forward is None:
-            batches = (with_names(model, batch) for batch in _source(batches))
-        with errors_on_all_ranks():
-            data = _calibration_data(batches, config, _is_encoder_decoder(model))
+    with _observed(model, batches if given is None else None, config, forward, given is None) as (data, pass_on):
         result.samples = sum(len(batch.origin) for batch in data)
-        progress = progress or (lambda done, total: None)
-        sweep = Sweep(weights, block_lists, data, config, pass_on, progress, result.note)
+        if given is not None and config.needs_inputs:
+            result.samples = statistics.samples
+        sweep = Sweep(weights, block_lists, data, config, pass_on, progress or _unheard, result.note, given)
         changes = sweep.run()
         changes.make_all(weights)
     result.masks, result.update, result.tokens = changes.masks, sweep.update, sweep.tokens
     result.layer_errors = sweep.errors
     result.seconds = time.perf_counter() - start
     return result
+
+
+@contextmanager
+def _observed(
+    model: nn.Module, batches: Iterable[Any] | None, config: PruningConfig, forward: Forward | None, reads: bool = True
+) -> Iterator[tuple[list[MicroBatch], Forward]]:
+    """A model as it can be watched, the calibration data (none unless it `reads` any), and how they go through it."""
+    device = device_of(model)
+    pass_on = forward or (lambda batch: call_model(model, to_device(batch, device)))
+    with torch.no_grad(), evaluating(model):
+        if batches is not None and forward is None:
+            batches = (with_names(model, batch) for batch in _source(batches))
+        with errors_on_all_ranks():
+            data = _calibration_data(batches, config, _is_encoder_decoder(model)) if reads else []
+        yield data, pass_on
+
+
+def _unheard(done: int, total: int) -> None:
+    pass
+
+
+def _statistics_for(
+    weights: list[PrunableWeight], config: PruningConfig, statistics: DenseStatistics | None
+) -> dict[str, list[Part]] | None:
+    """The statistics of the weights; None if there are none and data must be read."""
+    if statistics is None:
+        return None
+    if config.needs_inputs and config.update != "none":
+        raise ConfigError(
+            f"statistics of the dense model do for update 'none' alone, and not for '{config.update}': give the "
+            "configuration update='none', or leave out the statistics and give `batches`"
+        )
+    lacking = sorted(config.statistics - statistics.kinds)
+    unknown = [weight.name for weight in weights if weight.name not in statistics.parts]
+    if lacking or (unknown and config.needs_inputs):
+        what = f"{', '.join(lacking)} was not taken" if lacking else f"nothing is known of {unknown[0]}"
+        raise ConfigError(f"the statistics do not fit the configuration: {what}. Name it when you `calibrate`")
+    return {weight.name: statistics.parts.get(weight.name, []) for weight in weights}
 
 
 def _check_device_is_here(device: str | None) -> None:

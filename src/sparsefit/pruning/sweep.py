@@ -37,9 +37,10 @@ class Sweep:
         forward: Callable[[Any], Any],
         progress: Callable[[int, int], None],
         note: Callable[[str], None],
+        given: dict[str, list[Part]] | None = None,
     ) -> None:
         self.weights, self.block_lists, self.data, self.config = weights, block_lists, data, config
-        self.forward, self.progress, self.note = forward, progress, note
+        self.forward, self.progress, self.note, self._given = forward, progress, note, given
         self.changes = Changes()
         self.chooser = Chooser(config, note)
         self.errors: dict[str, float] = {}
@@ -52,7 +53,7 @@ class Sweep:
         """Choose what becomes of all weights. The weights themselves are as they were when this returns."""
         # A whole pass would hold the Gram matrices of all layers at once, and needs all of the model on one device.
         whole = self.config.update == "none" and "gram" not in self.config.statistics and self.config.device is None
-        in_blocks = bool(self.config.statistics) and not whole
+        in_blocks = bool(self.config.statistics) and not whole and self._given is None
         self._plan_steps(in_blocks)
         dense = self._allocate()
         if in_blocks:
@@ -69,6 +70,13 @@ class Sweep:
             self.note(note)
         self.progress(self._steps_in_all, self._steps_in_all)
         return self.changes
+
+    def statistics_of_dense(self, kinds: frozenset[str]) -> dict[str, list[Part]]:
+        """Statistics of the inputs of all weights in the network as it is, in one pass of the data."""
+        self._steps_in_all = len(self.data) + 1
+        parts = self._statistics_of(self.weights, kinds, self._whole_passes)
+        self.progress(self._steps_in_all, self._steps_in_all)
+        return parts
 
     def _plan_steps(self, in_blocks: bool) -> None:
         passes = {"block": 2, "layer": 1, "none": 1}[self.config.update]
@@ -250,10 +258,10 @@ class Sweep:
         """
         if self.config.allocation != "owl":
             self._counts = allocate(self.weights, self.config)
-            return {}
-        reusable = self.config.update == "none" and "gram" not in self.config.statistics
+            return self._given or {}
+        reusable = self._given is not None or (self.config.update == "none" and "gram" not in self.config.statistics)
         kinds = self.config.statistics if reusable else frozenset()
-        parts = self._statistics_of(self.weights, kinds, self._whole_passes)
+        parts = self._given or self._statistics_of(self.weights, kinds, self._whole_passes)
         self._counts = allocate(self.weights, self.config, self._groups(), parts)
         return parts if reusable else {}
 

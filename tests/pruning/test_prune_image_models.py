@@ -1,0 +1,103 @@
+"""`prune` on image classifiers, whose blocks may stand in stages, against passes of the whole model."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+from image_models import BLOCKS, MODELS, image_model, images
+from passes import collect, covered, linear_layers, matrix_of, staged
+from reference import assert_mask, score_of
+from torch import nn
+
+from sparsefit import PruningConfig, prune
+from sparsefit.pruning.blocks import find_block_lists
+
+
+def blocks_of(model: nn.Module, family: str) -> list[list[str]]:
+    """The names of the weights of each block, in calling order."""
+    blocks = [f"{name}.{i}" for name in BLOCKS[family] for i in range(len(model.get_submodule(name)))]
+    return [[f"{layer}.weight" for layer in linear_layers(model, [block])] for block in blocks]
+
+
+def assert_chosen(dense: nn.Module, pruned: nn.Module, result, stages: list[list[str]], score: str, **selection):
+    samples = [{"pixel_values": image[None]} for image in images()]
+    seen = []
+    for name, weight, _, inputs in staged(dense, pruned, samples, stages):
+        scores, tolerance = score_of(score, weight, inputs)
+        assert_mask(result.masks[name], scores, max(tolerance, 1e-5), **selection)
+        seen.append(name)
+    assert seen == list(result.masks) == [name for stage in stages for name in stage]
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_blocks_are_found_and_all_else_stays_dense(family):
+    model = image_model(family)
+    wanted = [list(model.get_submodule(name)) for name in BLOCKS[family]]
+    assert find_block_lists(model) == wanted
+    result = prune(model, [images()], PruningConfig(granularity="layer", update="none"))
+    inside = [name for block in blocks_of(model, family) for name in block]
+    assert list(result.masks) == inside
+    assert covered(model, result)
+    assert not result.notes
+    for name in ("downsample.reduction", "downsampling_layer.1", "dwconv", "projection", "patch_embeddings"):
+        assert not any(name in pruned for pruned in result.masks)
+
+
+@pytest.mark.parametrize("update", ["block", "layer", "none"])
+@pytest.mark.parametrize("family", MODELS)
+def test_masks_equal_whole_model_passes(family, update):
+    model = image_model(family)
+    dense = copy.deepcopy(model)
+    result = prune(model, images().split(4), PruningConfig(update=update, micro_batch_size=4))
+    assert result.update == update
+    assert not result.notes
+    blocks = blocks_of(dense, family)
+    order = list(collect(dense, [{"pixel_values": images(1)}]))
+    stages = {
+        "block": blocks,
+        "none": [[name for block in blocks for name in block]],
+        "layer": [[name] for block in blocks for name in sorted(block, key=order.index)],
+    }
+    if update == "layer":  # q, k and v are chosen from the same input, whatever the order of the model's code
+        names = {name: mask for name, mask in result.masks.items()}
+        for name, weight, _, inputs in staged(
+            dense, model, [{"pixel_values": image[None]} for image in images()], stages["layer"]
+        ):
+            scores, tolerance = score_of("wanda", weight, inputs)
+            assert_mask(names.pop(name), scores, max(tolerance, 1e-5))
+        assert not names
+    else:
+        assert_chosen(dense, model, result, stages[update], "wanda")
+
+
+@pytest.mark.parametrize("settings", [{"granularity": "layer", "sparsity": 0.7}, {"pattern": "2:4"}])
+@pytest.mark.parametrize("score", ["wanda", "magnitude", "ria"])
+@pytest.mark.parametrize("family", ["ConvNext", "DeiT"])
+def test_scores_and_patterns(family, score, settings):
+    model = image_model(family)
+    dense = copy.deepcopy(model)
+    result = prune(model, [images()], PruningConfig(score=score, update="none", **settings))
+    stages = [[name for block in blocks_of(dense, family) for name in block]]
+    assert_chosen(dense, model, result, stages, score, **({"granularity": "output"} | settings))
+
+
+@pytest.mark.parametrize("settings", [{"score": "sparsegpt", "reconstruction": "iterative"}, {"swaps": 3}])
+@pytest.mark.parametrize("family", ["ConvNext", "Swin"])
+def test_methods_with_gram_matrices_lower_the_error(family, settings):
+    """Of the first block, whose inputs are the dense ones whatever is done."""
+    plain, other = image_model(family), image_model(family)
+    dense = copy.deepcopy(plain)
+    prune(plain, [images()], PruningConfig())
+    result = prune(other, [images()], PruningConfig(**settings))
+    assert result.update == "block"
+    assert result.masks.sparsity == pytest.approx(0.5, abs=0.02)
+    inputs = collect(dense, [{"pixel_values": images()}])
+
+    def error(model: nn.Module, name: str) -> float:
+        x = inputs[name][0]
+        return float(((matrix_of(model, name) - matrix_of(dense, name)) @ x.t()).square().sum())
+
+    first = blocks_of(dense, family)[0]
+    assert np.mean([error(other, n) for n in first]) < np.mean([error(plain, n) for n in first])
