@@ -1,0 +1,88 @@
+"""The results of a study: a tidy table in a CSV file that is whole at any moment."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sparsefit.errors import RunFolderError
+from sparsefit.reporting.report import write_text
+from sparsefit.study.grid import AXES
+
+KEY = ("model", "stage", *AXES, "epochs")
+NUMBERS = ("sparsity", "counted", "selection_seconds", "evaluation_seconds", "finetuning_seconds")
+_FIRST, _LAST = (*KEY, "counted"), (*NUMBERS[2:], "digest", "error")
+Row = dict[str, Any]
+
+
+class Results:
+    """The rows of a study, each a point at one stage ("dense", "pruned" or "finetuned"), kept in a file.
+
+    Args:
+        file: The CSV; what is in it is taken up. It is written anew, as a whole, after each row.
+        metrics: Names of the columns of what is measured.
+
+    Raises:
+        RunFolderError: If the file is there and is no such table.
+    """
+
+    def __init__(self, file: Path, metrics: Iterable[str]) -> None:
+        self.file, self.metrics = file, tuple(metrics)
+        self.columns = (*_FIRST, *self.metrics, *_LAST)
+        self.rows: list[Row] = self._read() if file.exists() else []
+
+    def find(self, **key: Any) -> Row | None:
+        """The row with these values, if there is one that did not fail."""
+        return next((row for row in self.rows if not row["error"] and self._has(row, key)), None)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Add a row, in the place of an earlier one of the same key, and write the file."""
+        full = dict.fromkeys(self.columns) | {"digest": "", "error": "", "epochs": 0} | dict(row)
+        key = {name: full[name] for name in KEY}
+        kept = [other for other in self.rows if not self._has(other, key)]
+        self._write([*kept, full])
+        self.rows = [*kept, full]
+
+    def _has(self, row: Mapping[str, Any], key: Mapping[str, Any]) -> bool:
+        return all(row[name] == value for name, value in key.items())
+
+    def _read(self) -> list[Row]:
+        try:
+            with self.file.open(newline="", encoding="utf-8") as lines:
+                table = csv.DictReader(lines)
+                missing = [name for name in self.columns if name not in (table.fieldnames or ())]
+                if missing:
+                    raise RunFolderError(
+                        f"{self.file} is no table of this study: it has no column {missing[0]!r}. Move it away, or "
+                        "give the study another folder"
+                    )
+                return [{name: self._value(name, row[name]) for name in self.columns} for row in table]
+        except (UnicodeDecodeError, csv.Error, ValueError, TypeError) as error:
+            raise RunFolderError(
+                f"{self.file} is damaged ({error}). Move it away, or give the study another folder"
+            ) from error
+
+    def _value(self, name: str, text: str) -> Any:
+        if name == "epochs":
+            return int(text)
+        if name in self.metrics or name in NUMBERS:
+            return float(text) if text else None
+        return text
+
+    def _write(self, rows: Iterable[Row]) -> None:
+        buffer = io.StringIO()
+        table = csv.DictWriter(buffer, self.columns, lineterminator="\n")
+        table.writeheader()
+        table.writerows({name: _text(row[name]) for name in self.columns} for row in rows)
+        write_text(buffer.getvalue(), self.file)
+
+
+def _text(value: Any) -> Any:
+    """As it is read back: numbers to the last bit, and nothing for what is not there."""
+    if isinstance(value, float):
+        return repr(value) if math.isfinite(value) else str(value)
+    return "" if value is None else value

@@ -1,0 +1,211 @@
+"""Running a study: one dense calibration, then for each point a selection, an evaluation, and perhaps fine-tuning."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sparsefit.errors import ConfigError, SparsefitError
+from sparsefit.pruning import DenseStatistics, MaskSet, PruningResult, calibrate, prune
+from sparsefit.pruning.calibration import to_device
+from sparsefit.pruning.weights import device_of
+from sparsefit.study.grid import Point
+from sparsefit.study.results import Results
+
+
+class Data(Protocol):
+    """What a study reads: a LightningDataModule that is set up."""
+
+    def calibration_dataloader(self) -> Iterable[Any]:
+        """Calibration batches, the same each time."""
+
+    def test_dataloader(self) -> Iterable[Any]:
+        """What models are evaluated on, the same each time."""
+
+
+@dataclass
+class Subject:
+    """A dense model under study. It is dense again after each point.
+
+    Args:
+        name: What the study calls it.
+        module: Has `evaluate(batches)`, which gives figures by name, and `predict_step(batch, 0)` or
+            `calibration_step(batch)`, as `WandaPruning` and `RunReport` use them.
+        finetune: Trains a pruned module with its masks fixed; called with both.
+        finetunes: Which points are fine-tuned.
+        epochs: Of the fine-tuning, for the results.
+
+    Attributes:
+        notes: What did not go as asked, and why.
+        left_dense: Matrices that are not pruned, and why.
+        calibration: The account of the calibration: samples and seconds.
+        prunable: Weights that are pruned from.
+    """
+
+    name: str
+    module: nn.Module
+    finetune: Callable[[nn.Module, MaskSet], None] | None = None
+    finetunes: Callable[[Point], bool] = lambda point: True
+    epochs: int = 0
+    notes: list[str] = field(default_factory=list)
+    left_dense: dict[str, str] = field(default_factory=dict)
+    calibration: dict[str, Any] | None = None
+    prunable: int = 0
+
+    def stages(self, point: Point) -> list[str]:
+        """The stages at which a point is measured."""
+        return ["pruned", *(["finetuned"] if self.finetune is not None and self.finetunes(point) else [])]
+
+    def key(self, point: Point | None, stage: str) -> dict[str, Any]:
+        """What tells a row of the results from the others; the dense model has no point."""
+        of_point = {"score": "", "granularity": "", "update": "", "pattern": "", "sparsity": 0.0}
+        if point is not None:
+            of_point = point.key
+        return {"model": self.name, "stage": stage, "epochs": self.epochs if stage == "finetuned" else 0, **of_point}
+
+
+def study(
+    subject: Subject,
+    data: Data,
+    points: Sequence[Point],
+    results: Results,
+    done: Callable[[Mapping[str, Any]], None] = lambda row: None,
+) -> None:
+    """Measure every point of a model that the results do not hold yet.
+
+    The dense network is calibrated on once, for all points of update "none"; other orders need passes of their own. A
+    point that fails is recorded with the reason, and the rest goes on; a study that goes on tries it again.
+
+    Args:
+        subject: The model.
+        data: Calibration and test data.
+        points: The grid.
+        results: Where rows go as soon as they are there.
+        done: Called with each new row.
+
+    Raises:
+        SparsefitError: If the dense model cannot be evaluated or calibrated on; the results so far are kept.
+    """
+    missing = [p for p in points if any(results.find(**subject.key(p, stage)) is None for stage in subject.stages(p))]
+
+    def add(row: Mapping[str, Any]) -> None:
+        results.add(row)
+        done(row)
+
+    if results.find(**subject.key(None, "dense")) is None:
+        figures, seconds = _evaluated(subject.module, data, results.metrics)
+        add({**subject.key(None, "dense"), **figures, "evaluation_seconds": seconds})
+    if not missing:
+        return
+    statistics = _calibrated(subject, data, missing)
+    dense = {name: tensor.detach().clone() for name, tensor in subject.module.state_dict().items()}
+    for point in missing:
+        with _restored(subject.module, dense):
+            for row in _measured(subject, data, point, statistics, results):
+                add(row)
+
+
+def _measured(
+    subject: Subject, data: Data, point: Point, statistics: DenseStatistics | None, results: Results
+) -> Iterator[dict[str, Any]]:
+    """The rows of a point: pruned, and then fine-tuned."""
+    stage = "pruned"
+    try:
+        result, row = _pruned(subject, data, point, statistics)
+        if results.find(**subject.key(point, stage)) is None:
+            figures, seconds = _evaluated(subject.module, data, results.metrics)
+            yield {**subject.key(point, stage), **row, **figures, "evaluation_seconds": seconds}
+        for stage in subject.stages(point)[1:]:
+            start = time.perf_counter()
+            subject.finetune(subject.module, result.masks)
+            row |= {"finetuning_seconds": time.perf_counter() - start}
+            row |= {"counted": _zeros(subject.module, result.masks), "selection_seconds": None}
+            figures, seconds = _evaluated(subject.module, data, results.metrics)
+            yield {**subject.key(point, stage), **row, **figures, "evaluation_seconds": seconds}
+    except Exception as error:  # whatever it is, the other points go on
+        told = f"{type(error).__name__}: {error}"
+        yield {**subject.key(point, stage), "error": " ".join(told.split())}
+
+
+def _pruned(
+    subject: Subject, data: Data, point: Point, statistics: DenseStatistics | None
+) -> tuple[PruningResult, dict[str, Any]]:
+    """Prune the model, and what its row says of that."""
+    config, module = point.config, subject.module
+    shared = statistics if config.update == "none" or not config.needs_inputs else None
+    batches = data.calibration_dataloader() if config.needs_inputs and shared is None else None
+    result = prune(module, batches, config, statistics=shared, forward=_forward(module))
+    result.masks.verify(module)
+    subject.left_dense |= result.left_dense
+    subject.prunable = sum(weights for weights, _ in result.masks.counts().values())
+    subject.notes += [f"{point}: {note}" for note in result.notes if f"{point}: {note}" not in subject.notes]
+    row = {"counted": _zeros(module, result.masks), "digest": result.masks.digest()}
+    return result, row | {"selection_seconds": result.seconds}
+
+
+def _calibrated(subject: Subject, data: Data, points: Iterable[Point]) -> DenseStatistics | None:
+    """The statistics of the dense network that some points need; None where none does."""
+    configs = [point.config for point in points if point.config.update == "none" and point.config.needs_inputs]
+    if not configs:
+        return None
+    module = subject.module
+    statistics = calibrate(module, data.calibration_dataloader(), configs, forward=_forward(module))
+    subject.calibration = {"samples": statistics.samples, "seconds": statistics.seconds}
+    subject.notes += [note for note in statistics.notes if note not in subject.notes]
+    return statistics
+
+
+def _forward(module: nn.Module) -> Callable[[Any], Any]:
+    own, device = getattr(module, "calibration_step", None), device_of(module)
+    step = own if callable(own) else lambda batch: module.predict_step(batch, 0)
+    return lambda batch: step(to_device(batch, device))
+
+
+def _evaluated(module: nn.Module, data: Data, metrics: Sequence[str]) -> tuple[dict[str, float], float]:
+    """The figures and the seconds that they took.
+
+    Raises:
+        SparsefitError: If a figure is missing or NaN.
+    """
+    start = time.perf_counter()
+    figures = module.evaluate(data.test_dataloader())
+    seconds = time.perf_counter() - start
+    for name in metrics:
+        if name not in figures:
+            raise ConfigError(f"the module's evaluate gives no {name!r}, which its metrics name: {sorted(figures)}")
+        if math.isnan(figures[name]):
+            raise SparsefitError(f"{name} is NaN: the model's outputs are not finite; look at its weights and its data")
+    return {name: float(figures[name]) for name in metrics}, seconds
+
+
+def _zeros(module: nn.Module, masks: MaskSet) -> float:
+    """The share of zeros among the prunable weights, counted in the model."""
+    matrices = [matrix for _, matrix in masks.matrices_in(module)]
+    weights = sum(matrix.numel() for matrix in matrices)
+    return 1 - sum(int(torch.count_nonzero(matrix)) for matrix in matrices) / max(1, weights)
+
+
+@contextmanager
+def _restored(module: nn.Module, dense: Mapping[str, Tensor]) -> Iterator[None]:
+    """The module as it was, to the bit, whatever happens: weights, buffers, modes and what requires a gradient."""
+    modes = {name: part.training for name, part in module.named_modules()}
+    trains = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+    device = device_of(module)
+    try:
+        yield
+    finally:
+        module.to(device)
+        module.zero_grad(set_to_none=True)
+        module.load_state_dict(copy.copy(dense))
+        for name, part in module.named_modules():
+            part.training = modes[name]
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad = trains[name]

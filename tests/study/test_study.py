@@ -1,0 +1,178 @@
+"""A study of one model: calibrated once, restored between points, going on where it was."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from subjects import finetune, subject
+
+from sparsefit import PruningConfig, prune, register_score
+from sparsefit.errors import SparsefitError
+from sparsefit.pruning.scores import SCORES
+from sparsefit.study import Grid, Results, study
+
+GRID = Grid(["magnitude", "wanda"], ["output", "layer"], [0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
+
+
+@pytest.fixture
+def results(tmp_path):
+    return Results(tmp_path / "results.csv", ["accuracy", "margin"])
+
+
+def state_of(module):
+    return copy.deepcopy(module.state_dict())
+
+
+def assert_state(module, state):
+    assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+
+
+@pytest.fixture
+def broken_score():
+    def explode(weight, squared_norm):
+        if weight.shape == (32, 16):
+            return weight.abs()
+        raise RuntimeError("out of\nmemory")
+
+    register_score("broken", explode, needs=("squared_norm",))
+    yield "broken"
+    del SCORES["broken"]
+
+
+def test_one_calibration_pass_and_one_evaluation_a_point(results):
+    net, data = subject()
+    study(net, data, GRID.points(), results)
+    assert data.calibrations == 1
+    assert net.module.runs == len(data.x) // 8  # micro-batches of the dense network, and nothing else
+    assert net.module.evaluations == 1 + len(GRID.points()) == len(results.rows)
+    assert net.calibration["samples"] == 64
+    assert net.prunable == 3 * 2 * 16 * 32
+    assert "head.weight" in net.left_dense
+
+
+def test_each_point_is_the_pruning_of_a_fresh_model_and_the_model_is_dense_again(results):
+    net, data = subject()
+    before = state_of(net.module)
+    study(net, data, GRID.points(), results)
+    assert_state(net.module, before)
+    for point in GRID.points():
+        other, _ = subject()
+        result = prune(other.module, [x for x, _ in data.calibration_dataloader()], point.config)
+        row = results.find(model="net", stage="pruned", **point.key)
+        assert row["digest"] == result.masks.digest()
+        assert row["counted"] == pytest.approx(result.masks.sparsity)
+        assert row["accuracy"] == pytest.approx(other.module.evaluate(data.test_dataloader())["accuracy"])
+
+
+def test_finetuned_points_are_measured_twice_and_all_is_put_back(results):
+    net, data = subject(finetune=finetune, finetunes=lambda point: point.key["sparsity"] > 0.85, epochs=3)
+    net.module.train()
+    before, modes = state_of(net.module), [part.training for part in net.module.modules()]
+    study(net, data, GRID.points(), results)
+    tuned = [row for row in results.rows if row["stage"] == "finetuned"]
+    assert len(tuned) == 8
+    for row in tuned:
+        pruned = results.find(**{name: row[name] for name in ("score", "granularity", "sparsity")}, stage="pruned")
+        assert (row["epochs"], pruned["epochs"]) == (3, 0)
+        assert row["digest"] == pruned["digest"]
+        assert row["margin"] != pruned["margin"]
+        assert row["counted"] == pytest.approx(pruned["counted"], abs=1e-3)
+    assert_state(net.module, before)
+    assert [part.training for part in net.module.modules()] == modes
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in net.module.parameters())
+
+
+def test_a_stopped_study_goes_on_where_it_was(tmp_path, results):
+    points = GRID.points()
+    whole, data = subject(finetune=finetune, epochs=1)
+    study(whole, data, points, results)
+
+    part = Results(tmp_path / "part.csv", results.metrics)
+    stopped, data = subject(finetune=finetune, epochs=1)
+
+    def stop(row):
+        if len(part.rows) == 10:
+            raise KeyboardInterrupt
+
+    before = state_of(stopped.module)
+    with pytest.raises(KeyboardInterrupt):
+        study(stopped, data, points, part, stop)
+    assert_state(stopped.module, before)
+
+    again, data = subject(finetune=finetune, epochs=1)
+    taken_up = Results(part.file, results.metrics)
+    study(again, data, points, taken_up)
+    assert again.module.evaluations == len(results.rows) - 10
+    timed = ("selection_seconds", "evaluation_seconds", "finetuning_seconds")
+    strip = [{name: value for name, value in row.items() if name not in timed} for row in taken_up.rows]
+    assert strip == [{name: value for name, value in row.items() if name not in timed} for row in results.rows]
+
+    done, data = subject(finetune=finetune, epochs=1)
+    study(done, data, points, taken_up)
+    assert (data.calibrations, done.module.evaluations) == (0, 0)
+
+
+def test_a_point_that_fails_is_recorded_and_tried_again(results, broken_score):
+    grid = Grid(["wanda", broken_score], ["layer"], [0.5, 0.6])
+    net, data = subject()
+    before = state_of(net.module)
+    study(net, data, grid.points(), results)
+    assert_state(net.module, before)
+    failed = [row for row in results.rows if row["error"]]
+    assert [row["score"] for row in failed] == [broken_score] * 2
+    assert failed[0]["error"] == "RuntimeError: out of memory"
+    assert failed[0]["accuracy"] is None
+    assert len(results.rows) == 1 + 4
+
+    SCORES[broken_score] = SCORES["wanda"]
+    study(net, data, grid.points(), results)
+    assert not any(row["error"] for row in results.rows)
+    assert len(results.rows) == 1 + 4
+
+
+def test_a_failed_finetuning_keeps_the_pruned_row(results):
+    def fail(module, masks):
+        with torch.no_grad():
+            module.head.weight.fill_(torch.nan)
+        raise ValueError("no kernel")
+
+    net, data = subject(finetune=fail, epochs=1)
+    before = state_of(net.module)
+    study(net, data, Grid(["wanda"], ["layer"], [0.5]).points(), results)
+    assert [(row["stage"], row["error"]) for row in results.rows] == [
+        ("dense", ""),
+        ("pruned", ""),
+        ("finetuned", "ValueError: no kernel"),
+    ]
+    assert_state(net.module, before)
+
+
+def test_a_figure_that_is_nan_fails_the_point_and_the_dense_model(results):
+    net, data = subject(finetune=lambda module, masks: module.head.weight.data.fill_(torch.nan), epochs=1)
+    study(net, data, Grid(["wanda"], ["layer"], [0.5]).points(), results)
+    assert "margin is NaN" in results.rows[-1]["error"]
+    net.module.head.weight.data.fill_(torch.nan)
+    results.rows.clear()
+    with pytest.raises(SparsefitError, match="margin is NaN"):
+        study(net, data, Grid(["wanda"], ["layer"], [0.5]).points(), results)
+
+
+@pytest.mark.parametrize("update", ["block", "layer"])
+def test_other_orders_take_passes_of_their_own(results, update):
+    grid = Grid(["wanda"], ["output"], [0.5, 0.7], ["2:4"], ["none", update])
+    net, data = subject()
+    study(net, data, grid.points(), results)
+    assert data.calibrations == 1 + 3
+    for point in grid.points():
+        other, _ = subject()
+        own = prune(other.module, [x for x, _ in data.calibration_dataloader()], point.config)
+        assert results.find(stage="pruned", **point.key)["digest"] == own.masks.digest()
+
+
+def test_magnitude_alone_reads_no_data(results):
+    net, data = subject()
+    study(net, data, Grid(["magnitude"], ["layer"], [0.5]).points(), results)
+    assert data.calibrations == 0
+    assert results.rows[-1]["digest"] == prune(net.module, config=PruningConfig(score="magnitude")).masks.digest()
