@@ -3,10 +3,11 @@
     python scripts/reproduce/recovery.py --output runs/recovery [--model embedded] [--stage tune] [--threads 1]
 
 Stages: "tune" finds the learning rate of each form (at 50%, plain); "steps" gives each recipe the same number of
-optimizer steps; "seconds" gives each the same seconds, those of a reconstruction included. Every point is a fit by
-`Trainer` with the project's callbacks, kept in a file of the output folder, so a run that was stopped goes on where it
-was. What a pruning or a reconstruction gives is kept, too, and shared by the points that start from it. The model on
-TinyStories expects the folder data/ (see configs/tinystories.yaml).
+optimizer steps; "pace" measures what a step of each takes (on an idle machine, please); "seconds" gives each the steps
+that fit into the same seconds at that pace, beside those of a reconstruction. Every point is a fit by `Trainer` with
+the project's callbacks, kept in a file of the output folder, so a run that was stopped goes on where it was. What a
+pruning or a reconstruction gives is kept, too, and shared by the points that start from it. The model on TinyStories
+expects the folder data/ (see configs/tinystories.yaml).
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -100,6 +103,7 @@ RATES = {  # three each
 BEST = "full"
 PASSES = 5  # of the reconstruction
 SECONDS = {"embedded": 120, "tinystories": 60}
+PACE_STEPS = 8
 
 
 class FromFolder(WandaPruning):
@@ -118,6 +122,23 @@ class FromFolder(WandaPruning):
                 if canonical_name(name) in saved and "modules_to_save" not in name:
                     parameter.copy_(saved[canonical_name(name)])
         self.masks = MaskSet.load(self._folder / "masks.safetensors").renamed(lambda name: f"model.{name}")
+
+
+class StepClock(Callback):
+    """The time of an optimizer step: the median of all but the first two."""
+
+    def __init__(self) -> None:
+        self._times: list[float] = []
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Note the time."""
+        self._times.append(time.perf_counter())
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        times = self._times[1:] if len(self._times) > 3 else self._times
+        return median(later - earlier for earlier, later in pairwise(times))
 
 
 @cache
@@ -159,43 +180,57 @@ def prepare(output: Path, model: str, pattern: str, pruning: str, passes: int) -
     return folder, json.loads((folder / "figures.json").read_text())
 
 
-def run(output: Path, point: Settings) -> Settings:
-    """One point: a model prepared, trained, evaluated, merged and counted."""
-    model, form = point["model"], FORMS[point["form"]] | point.get("adapter", {})
-    folder, figures = prepare(output, model, point["pattern"], point["pruning"], point["passes"])
-    data, test = data_of(model)
+def fitted(output: Path, point: Settings) -> tuple[CausalLMModule, MaskSet, Trainer, float]:
+    """A model prepared and trained as a point says, its masks, and the seconds of an optimizer step."""
+    model, form = point["model"], FORMS[point["form"]]
+    folder, _ = prepare(output, model, point["pattern"], point["pruning"], point["passes"])
+    data, _ = data_of(model)
     seed_everything(0, verbose=False)
     distill = DistillSettings(point["distill"]) if point["distill"] else None
     module = CausalLMModule(MODELS[model][0], AdapterSettings(**form), distill, learning_rate=point["rate"])
-    seconds = point.get("seconds")
-    # Beside the plain pruning: what a refined one and a reconstruction take counts.
-    plain = prepare(output, model, point["pattern"], "wanda", 0)[1]["pruning_seconds"]
-    before = figures["reconstruction_seconds"] + max(0.0, figures["pruning_seconds"] - plain)
-    left = math.inf if seconds is None else seconds - before
-    budget = GPUHourBudget(min(left, 1e5) / 3600, reserve=1e-6)
-    pruned = FromFolder(folder)
-    trainer = trainer_with([pruned, budget], max_steps=point.get("steps") or -1, max_epochs=1000, gradient_clip_val=1.0)
-    start = time.perf_counter()
+    pruned, clock = FromFolder(folder), StepClock()
+    callbacks = [pruned, GPUHourBudget(1e3), clock]  # the rate falls with the steps
+    trainer = trainer_with(callbacks, max_steps=point["steps"], max_epochs=1000, gradient_clip_val=1.0)
     trainer.fit(module, data)
+    return module, pruned.masks.renamed(lambda name: name.removeprefix("model.")), trainer, clock.median
+
+
+def run(output: Path, point: Settings) -> Settings:
+    """One point: a model prepared, trained, evaluated, merged and counted."""
+    start = time.perf_counter()
+    module, masks, trainer, _ = fitted(output, point)
     spent = time.perf_counter() - start
+    _, test = data_of(point["model"])
     recovered = module.evaluate(test)["perplexity"]
-    lossless = AdapterSettings(**form).lossless
-    module.model = merge(
-        module.model, pruned.masks.renamed(lambda name: name.removeprefix("model.")), reapply_masks=not lossless
-    )
+    lossless = AdapterSettings(**FORMS[point["form"]]).lossless
+    module.model = merge(module.model, masks, reapply_masks=not lossless)
     merged = module.evaluate(test)["perplexity"]
     with tempfile.TemporaryDirectory() as saved:
-        export_base(module, pruned.masks, Path(saved)).save(Path(saved) / "masks.safetensors")
+        export_base(module, masks.renamed(lambda name: f"model.{name}"), Path(saved)).save(
+            Path(saved) / "masks.safetensors"
+        )
         inspection = inspect_folder(saved)
+    _, figures = prepare(output, point["model"], point["pattern"], point["pruning"], point["passes"])
     return point | figures | {
         "recovered": recovered,
         "merged": merged,
         "steps_taken": trainer.global_step,
         "training_seconds": spent,
-        "trainable": sum(p.numel() for p in module.parameters() if p.requires_grad),
         "sparsity": inspection.sparsity,
         "masks_broken": len(inspection.broken),
     }  # fmt: skip
+
+
+def pace(output: Path, model: str, form: str, rate: float, distill: float) -> float:
+    """The seconds of an optimizer step, measured once."""
+    file = output / f"{model}-pace.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    name = f"{form}, {'distilled' if distill else 'on the text alone'}"
+    if name not in known:
+        *_, known[name] = fitted(output, point(model, form, rate, {"steps": PACE_STEPS}, distill=distill))
+        file.write_text(json.dumps(known, indent=2))
+        print(f"{model}: {name}: {known[name]:.3f} s a step", flush=True)
+    return known[name]
 
 
 def cached(output: Path, point: Settings) -> Settings:
@@ -203,7 +238,7 @@ def cached(output: Path, point: Settings) -> Settings:
     file = output / f"{point['model']}.jsonl"
     done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     for figures in done:
-        if all(figures.get(key) == value for key, value in point.items()):
+        if all(figures.get(key) == value for key, value in ({"seconds": None} | point).items()):
             return figures
     figures = run(output, point)
     with file.open("a") as lines:
@@ -231,17 +266,45 @@ def best_rates(output: Path, model: str, steps: int) -> dict[str, float]:
     return found
 
 
+def ways() -> list[tuple[str, int, float]]:
+    """Form, passes of a reconstruction and weight of the distillation: each with each."""
+    forms = [form for form in FORMS if form != "lora, all linears"]
+    return [(form, passes, distill) for passes in (0, PASSES) for distill in (0.0, 0.5) for form in forms]
+
+
+def fitting(output: Path, model: str, rates: dict[str, float], pattern: str) -> list[Settings]:
+    """Each way with the steps that fit into the seconds, at the pace measured at 50%."""
+    rows = []
+    for form, passes, distill in ways():
+        before = prepare(output, model, pattern, "wanda", passes)[1]["reconstruction_seconds"]
+        steps = int((SECONDS[model] - before) / pace(output, model, form, rates[form], distill))
+        limit = {"seconds": SECONDS[model], "steps": steps}
+        rows.append(point(model, form, rates[form], limit, pattern=pattern, passes=passes, distill=distill))
+    return rows
+
+
 def whole(model: str, rates: dict[str, float], limit: Settings, pattern: str) -> list[Settings]:
     """Each form with and without a reconstruction before, with and without distillation."""
-    ways = [{"passes": passes, "distill": distill} for passes in (0, PASSES) for distill in (0.0, 0.5)]
-    forms = [form for form in rates if form != "lora, all linears"]
-    return [point(model, form, rates[form], limit, pattern=pattern, **way) for way in ways for form in forms]
+    return [
+        point(model, form, rates[form], limit, pattern=pattern, passes=passes, distill=distill)
+        for form, passes, distill in ways()
+    ]
 
 
 def refined(model: str, rates: dict[str, float], limit: Settings, pattern: str) -> list[Settings]:
     """The best form and masked LoRA, with everything, from masks that were refined before."""
     both = {"passes": PASSES, "distill": 0.5, "pruning": "refined"}
     return [point(model, form, rates[form], limit, pattern=pattern, **both) for form in (BEST, "masked_lora")]
+
+
+def points(args: argparse.Namespace, stage: str, model: str, rates: dict[str, float]) -> list[Settings]:
+    """The points of a stage."""
+    steps, patterns = {"steps": args.steps}, [args.pattern] if args.pattern else list(PATTERNS)
+    if stage == "tune":
+        return [point(model, form, rate, steps) for form, rates_of in RATES.items() for rate in rates_of]
+    if stage == "steps":
+        return [row for p in patterns for way in (whole, refined) for row in way(model, rates, steps, p)]
+    return [row for p in patterns for row in fitting(args.output, model, rates, p)]
 
 
 def table(rows: list[Settings]) -> str:
@@ -254,7 +317,7 @@ def table(rows: list[Settings]) -> str:
     for f in rows:
         lost = math.log(f["merged"] / f["dense"])
         wanda = math.log(f["wanda"] / f["dense"])
-        limit = f"{f['steps']} steps" if f.get("steps") else f"{f['seconds']} s"
+        limit = f"{f['seconds']} s" if f.get("seconds") else f"{f['steps']} steps"
         seconds = f["training_seconds"] + f["reconstruction_seconds"]
         cells = [f["model"], f["pattern"], f["pruning"], f["form"], str(f["passes"]), f"{f['distill']:g}"]
         cells += [f"{f['rate']:g}", limit, str(f["steps_taken"]), f"{seconds:.0f}", f"{f['dense']:.2f}"]
@@ -269,7 +332,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/recovery"))
     parser.add_argument("--model", choices=MODELS)
-    parser.add_argument("--stage", choices=("tune", "steps", "seconds"))
+    parser.add_argument("--stage", choices=("tune", "steps", "pace", "seconds"))
     parser.add_argument("--pattern", choices=PATTERNS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=100)
@@ -277,21 +340,16 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")
     args.output.mkdir(parents=True, exist_ok=True)
-    patterns = [args.pattern] if args.pattern else list(PATTERNS)
     for model in [args.model] if args.model else MODELS:
         rates = best_rates(args.output, model, args.steps)
         print(model, rates, flush=True)
-        steps, seconds = {"steps": args.steps}, {"seconds": SECONDS[model]}
-        every = [(form, rate) for form, rates_of in RATES.items() for rate in rates_of]
-        stages = {
-            "tune": [point(model, form, rate, steps) for form, rate in every],
-            "steps": [
-                row for pattern in patterns for way in (whole, refined) for row in way(model, rates, steps, pattern)
-            ],
-            "seconds": [row for pattern in patterns for row in whole(model, rates, seconds, pattern)],
-        }
-        for name in [args.stage] if args.stage else stages:
-            rows = [cached(args.output, wanted) for wanted in stages[name]]
+        if args.stage == "pace":
+            for form, passes, distill in ways():
+                if not passes:
+                    pace(args.output, model, form, rates[form], distill)
+            continue
+        for name in [args.stage] if args.stage else ("tune", "steps", "seconds"):
+            rows = [cached(args.output, wanted) for wanted in points(args, name, model, rates)]
             for row in rows:
                 _, plain = prepare(args.output, model, row["pattern"], "wanda", 0)
                 row["wanda"] = plain["pruned"]
