@@ -22,6 +22,9 @@ HEAVY = (
     "torchmetrics",
     "pyarrow",
     "rich",
+    "kornia",
+    "sklearn",
+    "PIL",
 )
 
 # Beside the standard library, sparsefit.errors and itself, a package may import these and no others.
@@ -33,8 +36,9 @@ ALLOWED = {
     "modules": {"torch", "transformers", "datasets", "torchmetrics", "lightning", "huggingface_hub", "bitsandbytes"}
     | {"sparsefit.evaluation", "sparsefit.recovery", "sparsefit.pruning"},
     "data": {"torch", "transformers", "datasets", "torchmetrics", "lightning", "huggingface_hub"}
-    | {"pyarrow", "fsspec", "sparsefit.modules"},
+    | {"pyarrow", "fsspec", "numpy", "PIL", "sklearn", "sparsefit.modules"},
     "reporting": {"torch", "rich", "matplotlib", "numpy", "psutil"},
+    "study": {"torch", "sparsefit.pruning", "sparsefit.reporting"},
     "callbacks": {
         "torch",
         "numpy",

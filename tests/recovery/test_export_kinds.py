@@ -88,3 +88,35 @@ def test_quantized_weights_are_saved_with_their_zeros(tiny_model, tmp_path, bits
     for name in masks:
         layer = name.removesuffix(".weight")
         assert torch.equal(dequantized(loaded.get_submodule(layer)), dequantized(model.get_submodule(layer)))
+
+
+def vit():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    return transformers.ViTForImageClassification(transformers.ViTConfig(image_size=8, patch_size=4, **sizes)).eval()
+
+
+@pytest.mark.parametrize("targets", [None, ["q_proj"]])
+def test_layers_are_saved_under_the_names_that_their_masks_have(tmp_path, targets):
+    """And not under those of the first checkpoint of their architecture: "attention.query" for "q_proj"."""
+    model, pixels = vit(), torch.randn(4, 3, 8, 8)
+    masks = prune(model, [{"pixel_values": pixels}], PruningConfig(update="none", targets=targets)).masks
+    export_base(model, masks, tmp_path / "base").save(tmp_path / "masks.safetensors")
+    inspection = inspect_folder(tmp_path)
+    assert not inspection.broken
+    assert inspection.sparsity == pytest.approx(masks.sparsity)
+    assert masks.keys() <= load_file(tmp_path / "base/model.safetensors").keys()
+    loaded = type(model).from_pretrained(tmp_path / "base").eval()
+    masks.verify(loaded)
+    assert torch.equal(loaded(pixels).logits, model(pixels).logits)
+
+
+def test_the_image_processor_goes_along(tmp_path):
+    module = torch.nn.Module()
+    module.model = vit()
+    module.image_processor = transformers.ViTImageProcessorPil(
+        size={"height": 8, "width": 8}, image_mean=[0.1, 0.2, 0.3]
+    )
+    export_base(module, MaskSet(), tmp_path)
+    again = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    assert again.to_dict() == module.image_processor.to_dict()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -14,9 +13,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from sparsefit.errors import ConfigError
 from sparsefit.evaluation.perplexity import IGNORED, labels_of, model_inputs, next_token_loss, perplexity
 from sparsefit.modules.loading import Dtype, load_causal_lm, load_tokenizer
+from sparsefit.modules.optimizers import build_optimizer, check_settings, trained_parameters
 from sparsefit.pruning import MaskSet
 from sparsefit.recovery.adapters import AdapterSettings, attach_adapter, bind_masks
 from sparsefit.recovery.distill import DenseTeacher, DistillSettings, divergence
@@ -24,8 +23,6 @@ from sparsefit.recovery.sparse_base import complete
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-_LEAST_IN_8_BITS = 4096  # weights of a tensor from which on AdamW8bit holds moments in 8 bits
 
 
 class CausalLMModule(LightningModule):
@@ -71,17 +68,7 @@ class CausalLMModule(LightningModule):
         # As a checkpoint keeps them.
         adapter = AdapterSettings(**adapter) if isinstance(adapter, Mapping) else adapter
         distill = DistillSettings(**distill) if isinstance(distill, Mapping) else distill
-        if learning_rate <= 0 or weight_decay < 0:
-            raise ConfigError(
-                f"learning_rate is {learning_rate} and weight_decay {weight_decay}: they must be above 0 and at least 0"
-            )
-        if optimizer not in ("adamw", "adamw_8bit"):
-            raise ConfigError(f"unknown optimizer {optimizer!r}: the choices are adamw and adamw_8bit")
-        if optimizer == "adamw_8bit" and find_spec("bitsandbytes") is None:
-            raise ConfigError(
-                "the optimizer adamw_8bit is one of bitsandbytes, which is not installed: "
-                "pip install 'sparsefit[quantized]', or pip install bitsandbytes"
-            )
+        check_settings(optimizer, ("adamw", "adamw_8bit"), learning_rate, weight_decay)
         # Plain values only: a checkpoint must load with weights_only=True.
         self.save_hyperparameters(
             {
@@ -175,20 +162,8 @@ class CausalLMModule(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over what is trained, at a constant rate."""
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        if not trained:
-            raise ConfigError("no parameter requires a gradient: give `adapter` settings, or unfreeze the model")
-        settings = {"lr": self.hparams.learning_rate, "weight_decay": self.hparams.weight_decay}
-        if self.hparams.optimizer == "adamw":
-            return torch.optim.AdamW(trained, **settings)
-        from bitsandbytes.optim import AdamW8bit
-
-        if any(parameter.device.type == "cpu" for parameter in trained) and not _steps_on_cpu(AdamW8bit):
-            raise ConfigError(
-                "this release of bitsandbytes has no 8-bit optimizer for the CPU: upgrade it (pip install -U "
-                "bitsandbytes), train on a GPU, or take the optimizer adamw"
-            )
-        return AdamW8bit(trained, **settings)
+        settings = (self.hparams.learning_rate, self.hparams.weight_decay)
+        return build_optimizer(self.hparams.optimizer, trained_parameters(self), *settings)
 
     def evaluate(
         self, loader: Iterable[Mapping[str, Tensor]], progress: Callable[[int], None] | None = None
@@ -204,17 +179,6 @@ class CausalLMModule(LightningModule):
         loss = metric.compute()
         metric.reset()
         self.log_dict({f"{stage}_loss": loss, f"{stage}_perplexity": loss.exp()}, prog_bar=True, sync_dist=False)
-
-
-def _steps_on_cpu(optimizer: type[torch.optim.Optimizer]) -> bool:
-    """Whether it can take a step with a tensor large enough for 8 bits."""
-    probe = torch.nn.Parameter(torch.zeros(_LEAST_IN_8_BITS))
-    probe.grad = torch.zeros_like(probe)
-    try:
-        optimizer([probe]).step()
-    except (NotImplementedError, RuntimeError):  # no kernel, or none for this device
-        return False
-    return True
 
 
 def _checkpoint_gradients(model: PreTrainedModel) -> None:

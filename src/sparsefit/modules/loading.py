@@ -1,4 +1,4 @@
-"""Causal language models and tokenizers by name: the package's own small Llama, a local folder, or the hub."""
+"""Models, tokenizers and image processors by name: the package's own small Llama, a local folder, or the hub."""
 
 from __future__ import annotations
 
@@ -16,11 +16,16 @@ from sparsefit.errors import ConfigError
 from sparsefit.recovery.compact import architecture_of, load_compact
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 TINY_LLAMA = "tiny-llama"
 _PROBE_SECONDS = 5.0
+_FILES = {
+    "model": "config.json",
+    "tokenizer": "tokenizer_config.json",
+    "image processor": "preprocessor_config.json",
+}
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 _Loaded = TypeVar("_Loaded")
@@ -39,9 +44,7 @@ def load_causal_lm(name: str, dtype: Dtype = "float32", attn_implementation: str
     """
     from transformers import AutoModelForCausalLM
 
-    settings: dict[str, Any] = {"dtype": dtype if dtype == "auto" else torch_dtype(dtype)}
-    if attn_implementation is not None:
-        settings["attn_implementation"] = attn_implementation
+    settings = _model_settings(dtype, attn_implementation)
     return _load(AutoModelForCausalLM.from_pretrained, "model", name, **settings)
 
 
@@ -54,6 +57,45 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     return _load(AutoTokenizer.from_pretrained, "tokenizer", name)
+
+
+def load_image_classifier(
+    name: str, dtype: Dtype = "float32", attn_implementation: str | None = None
+) -> PreTrainedModel:
+    """An image classifier in evaluation mode on the CPU.
+
+    Args:
+        name: a folder in Hugging Face layout or a hub name.
+        dtype: "float32", "bfloat16", "float16", or "auto" for the dtype it was saved in.
+        attn_implementation: "sdpa", "eager", "flash_attention_2"; None for transformers' choice.
+
+    Raises:
+        ConfigError: where the model cannot be found, fetched or read, or comes without a head; says what to do.
+    """
+    return _load(_whole_classifier, "model", name, **_model_settings(dtype, attn_implementation))
+
+
+def load_image_processor(name: str) -> BaseImageProcessor:
+    """The image processor of a model, without torchvision; `name` as in `load_image_classifier`.
+
+    Raises:
+        ConfigError: where the image processor cannot be found, fetched or read; says what to do.
+    """
+    from transformers import AutoImageProcessor
+
+    return _load(AutoImageProcessor.from_pretrained, "image processor", name, backend="pil")
+
+
+def find_image_processor(name: str) -> BaseImageProcessor | None:
+    """The image processor of a model that has been loaded; None where its folder or page on the hub has none."""
+    from huggingface_hub import file_exists
+
+    wanted = _FILES["image processor"]
+    with _folder_of(name) as folder:
+        if folder is None and (problem := hub_problem()):
+            folder = _cached_folder("image processor", name, problem)
+        found = file_exists(name, wanted) if folder is None else (folder / wanted).is_file()
+    return load_image_processor(name) if found else None
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -93,6 +135,24 @@ def nearest_path(path: Path) -> str:
     return f" Did you mean {parent / close[0]}?" if close else ""
 
 
+def _model_settings(dtype: Dtype, attn_implementation: str | None) -> dict[str, Any]:
+    settings: dict[str, Any] = {"dtype": dtype if dtype == "auto" else torch_dtype(dtype)}
+    return settings if attn_implementation is None else settings | {"attn_implementation": attn_implementation}
+
+
+def _whole_classifier(name: str, **settings: Any) -> PreTrainedModel:
+    from transformers import AutoModelForImageClassification
+
+    model, info = AutoModelForImageClassification.from_pretrained(name, output_loading_info=True, **settings)
+    if missing := sorted(info["missing_keys"]):
+        raise ConfigError(
+            f"{name} has no weights for {', '.join(missing[:4])}{' …' if len(missing) > 4 else ''} of "
+            f"{type(model).__name__}: they would be random. To train a new head on purpose, load it with "
+            "AutoModelForImageClassification.from_pretrained(..., num_labels=N), save_pretrained(FOLDER), give FOLDER"
+        )
+    return model
+
+
 def _load(load: Callable[..., _Loaded], what: str, name: str, **settings: Any) -> _Loaded:
     if not name:
         raise ConfigError(f"the {what}'s name is empty: give {TINY_LLAMA!r}, a folder, or a name on the hub")
@@ -120,13 +180,15 @@ def _load_from_folder(load: Callable[..., _Loaded], what: str, folder: Path, **s
         import transformers
 
         return load_compact(folder, getattr(transformers, architecture_of(folder)), **settings)
-    wanted = "config.json" if what == "model" else "tokenizer_config.json"
+    wanted = _FILES[what]
     if not (folder / wanted).is_file():
         near = [str(file.parent) for file in sorted(folder.glob(f"*/{wanted}"))[:3]]
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
         raise ConfigError(f"{folder} holds no {wanted}, so no {what} can be loaded from it.{hint}")
     try:
         return load(str(folder), local_files_only=True, **settings)
+    except ConfigError:
+        raise
     except Exception as error:  # a damaged file raises whatever its reader raises
         raise ConfigError(
             f"cannot load the {what} in {folder}: {_first_line(error)}. Check that the folder is complete, "
@@ -139,6 +201,8 @@ def _load_from_hub(load: Callable[..., _Loaded], what: str, name: str, **setting
         return _load_from_folder(load, what, _cached_folder(what, name, problem), **settings)
     try:
         return load(name, **settings)
+    except ConfigError:
+        raise
     except Exception as error:  # OSError, ValueError, ImportError and the hub's own, by cause
         raise ConfigError(
             f"cannot load the {what} {name!r} from the hub, and there is no local folder of this name: "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -84,18 +85,31 @@ def write_model(
         save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         return masks
     _, model = found
-    # Stacked experts keep the names and shapes that the masks speak of, and not those of the first checkpoint of
-    # their architecture; `from_pretrained` reads both.
-    layout = {"save_original_format": False} if _has_stacks(masks) else {}
-    model.save_pretrained(folder, state_dict=state_of(model), **layout)
-    tokenizer = getattr(module, "tokenizer", None)
-    if callable(getattr(tokenizer, "save_pretrained", None)):
-        tokenizer.save_pretrained(folder)
-    return exported_masks(module, masks)
+    exported = exported_masks(module, masks)
+    state = state_of(model)
+    if not _has_stacks(masks):
+        model.save_pretrained(folder, state_dict=state)
+    # Stacked experts, and the layers of ViT, DeiT and Swin, are saved with the names and shapes that the masks speak
+    # of, and not those of the first checkpoint of their architecture; `from_pretrained` reads both.
+    if _has_stacks(masks) or not exported.parameters.keys() <= _saved_names(folder):
+        model.save_pretrained(folder, state_dict=state, save_original_format=False)
+    for name in ("tokenizer", "image_processor"):
+        beside = getattr(module, name, None)
+        if callable(getattr(beside, "save_pretrained", None)):
+            beside.save_pretrained(folder)
+    return exported
 
 
 def _has_stacks(masks: MaskSet) -> bool:
     return any(parameter not in masks for parameter in masks.parameters)
+
+
+def _saved_names(folder: Path) -> set[str]:
+    names: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            names |= set(tensors.keys())
+    return names
 
 
 def exported_masks(module: nn.Module, masks: MaskSet) -> MaskSet:

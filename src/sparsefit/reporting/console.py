@@ -1,21 +1,25 @@
-"""What a run says on the terminal: the closing summary and the progress of its stages."""
+"""What a run or a study says on the terminal: the closing summary and the progress of its stages."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.errors import LiveError
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from sparsefit.reporting import formats as _formats
 from sparsefit.reporting import report as _report
+from sparsefit.reporting.study_findings import findings
+from sparsefit.reporting.study_table import Table as StudyTable
+from sparsefit.reporting.study_table import count_points, read_results, results_table, seconds_by_kind, unique
 
 console = Console()
 """The console that everything of a run prints to."""
@@ -149,6 +153,45 @@ def _merged(report: Mapping[str, Any], merged: Mapping[str, Any]) -> str:
         if _report.number(merged.get(metric)) is not None:
             known.append(f"{metric} {_formats.metric(metric, _report.number(merged[metric]))}")
     return ", ".join([*known, *([f"in {merged['folder']}"] if merged.get("folder") else [])])
+
+
+def study_summary(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Group:
+    """The tables a study ends with: each model's metric by sparsity and way of pruning, right after pruning and tuned.
+
+    Below them what the rows say in sentences, how many points failed, the time and the folder.
+    """
+    results = read_results(study, rows)
+    done, failed = count_points(results)
+    told = f"{done} of {done + failed} points" + (f", {failed} failed" if failed else "")
+    parts: list[RenderableType] = [Text.assemble((str(study.get("name") or "study"), "bold"), ": ", told)]
+    for table in results_table(study, rows):
+        for stage in unique(column.stage for column in table.columns):
+            parts += _study_table(table, stage)
+    for topic, sentences in findings(study, rows):
+        parts += [Text(f"{topic}: {'. '.join(sentences)}.")]
+    spent = sum(seconds_by_kind(study).values())
+    parts += [Text(f"time: {_formats.seconds(spent)}")] if spent else []
+    parts += [Text(f"study folder: {study['folder']}", overflow="fold")] if study.get("folder") else []
+    return Group(*parts)
+
+
+def _study_table(study: StudyTable, stage: str) -> list[RenderableType]:
+    """One stage of a study's table below its title; the best of a row is bold."""
+    shown = [index for index, column in enumerate(study.columns) if column.stage == stage]
+    heads = [f"{study.columns[index].score}\n{study.columns[index].detail.replace(', ', chr(10))}" for index in shown]
+    table = _table("sparsity", *(escape(head.rstrip()) for head in heads))
+    for amount, cells in study.rows:
+        texts = [
+            Text("failed" if cell.failed else _MISSING)
+            if cell.value is None
+            else Text.assemble(
+                (_formats.metric(study.metric, cell.value), "bold" if cell.best else ""), (f" {cell.change}", "dim")
+            )
+            for cell in (cells[index] for index in shown)
+        ]
+        table.add_row(Text(amount), *texts)
+    dense = f", dense {_formats.metric(study.metric, study.dense)}" if study.dense is not None else ""
+    return [Text(f"\n{study.model}: {study.metric.replace('_', ' ')}, {stage}{dense}", "bold"), table]
 
 
 @contextmanager

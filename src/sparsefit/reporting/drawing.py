@@ -10,13 +10,18 @@ import functools
 import hashlib
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from sparsefit.reporting.markup import THEME
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+_Arguments = ParamSpec("_Arguments")
+_Drawn = TypeVar("_Drawn")
 
 STAGE_COLOURS = {
     "dense": "#8492a6",
@@ -48,15 +53,15 @@ _STYLE = {
 _FONT = "system-ui,-apple-system,'Segoe UI',Roboto,Helvetica,Arial,sans-serif"
 
 
-def styled(draw: Callable[[Mapping[str, Any]], str | None]) -> Callable[[Mapping[str, Any]], str | None]:
+def styled(draw: Callable[_Arguments, _Drawn]) -> Callable[_Arguments, _Drawn]:
     """Draw in the project's style, whatever the user's matplotlibrc says, and leave no global state behind."""
 
     @functools.wraps(draw)
-    def styled(report: Mapping[str, Any]) -> str | None:
+    def styled(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Drawn:
         from matplotlib import style
 
         with style.context(["default", _STYLE]):
-            return draw(report)
+            return draw(*args, **kwargs)
 
     return styled
 
@@ -115,3 +120,11 @@ def svg(figure: Figure, description: str) -> str:
         text,
         count=1,
     )
+
+
+def standalone(text: str) -> str:
+    """A figure of `svg` as a file of its own: it brings the colours of both themes, a background and its size."""
+    width, height = re.search(r'viewBox="0 0 ([0-9.]+) ([0-9.]+)"', text).groups()
+    head, body = text.split(">", 1)
+    ground = f'<rect width="{width}" height="{height}" rx="8" style="fill:var(--card)"/>'
+    return f'{head} width="{width}pt" height="{height}pt"><style>{THEME}</style>{ground}{body}'

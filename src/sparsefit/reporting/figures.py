@@ -1,8 +1,8 @@
-"""The figures of a report: quality by stage and over the run, training loss, GPU-hours."""
+"""The figures of a report: quality by stage and over the run, training loss, GPU-hours, seconds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sparsefit.reporting import formats as _formats
@@ -25,6 +25,7 @@ from sparsefit.reporting.drawing import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 @styled
@@ -116,25 +117,48 @@ def gpu_hours(report: Mapping[str, Any]) -> str | None:
     if total <= 0:
         return None
     budget = _report.number(spent.get("budget")) or 0.0
-    scale = max(total, budget)
     colours = [SERIES[index % len(SERIES)] for index in range(len(parts))]
     if budget > total:
         parts, colours = [*parts, ("left of the budget", budget - total)], [*colours, LINE]
-
-    figure = figure_of(WIDTH, 1.0 + 0.27 * len(parts))
-    bar, key = grid(figure, 2, 1, height_ratios=[0.45, 0.27 * len(parts)])
-    _draw_stack(bar, parts, colours, budget if 0 < budget < total else None)
-    key.set(xlim=(0, 1), ylim=(len(parts) - 0.5, -0.5))
-    key.axis("off")
-    for row, ((name, hours), colour) in enumerate(zip(parts, colours, strict=True)):
-        key.plot(0.012, row, "s", ms=8, color=colour)
-        for x, text, side in ((0.045, name, "left"), (0.78, _formats.hours(hours), "right")):
-            key.text(x, row, text, ha=side, va="center", color=INK)
-        key.text(0.995, row, f"{hours / scale:.1%}", ha="right", va="center", color=MUTED)
     whole = f" of {_formats.hours(budget)}" if budget else ""
-    bar.set_title(f"GPU-hours: {_formats.hours(total)}{whole}", loc="left")
+    title = f"GPU-hours: {_formats.hours(total)}{whole}"
+    figure = stacked_bar(title, parts, colours, _formats.hours, budget if 0 < budget < total else None)
     told = ", ".join(f"{name} {_formats.hours(hours)}" for name, hours in parts)
     return svg(figure, f"GPU-hours by stage: {told}.")
+
+
+@styled
+def time_by_kind(spent: Mapping[str, float]) -> str | None:
+    """One bar of the seconds spent on each kind of work; None where there are none."""
+    if not spent:
+        return None
+    colours = [SERIES[index % len(SERIES)] for index in range(len(spent))]
+    title = f"Time: {_formats.seconds(sum(spent.values()))}"
+    told = ", ".join(f"{kind} {_formats.seconds(seconds)}" for kind, seconds in spent.items())
+    return svg(stacked_bar(title, list(spent.items()), colours, _formats.seconds), f"Time by kind of work: {told}.")
+
+
+def stacked_bar(
+    title: str,
+    parts: Sequence[tuple[str, float]],
+    colours: Sequence[str],
+    shown: Callable[[float], str],
+    budget: float | None = None,
+) -> Figure:
+    """A bar of the parts of a whole, and below it the name, the amount as `shown` writes it and the share of each."""
+    figure = figure_of(WIDTH, 1.0 + 0.27 * len(parts))
+    bar, key = grid(figure, 2, 1, height_ratios=[0.45, 0.27 * len(parts)])
+    _draw_stack(bar, parts, colours, budget)
+    key.set(xlim=(0, 1), ylim=(len(parts) - 0.5, -0.5))
+    key.axis("off")
+    whole = sum(amount for _, amount in parts)
+    for row, ((name, amount), colour) in enumerate(zip(parts, colours, strict=True)):
+        key.plot(0.012, row, "s", ms=8, color=colour)
+        for x, text, side in ((0.045, name, "left"), (0.78, shown(amount), "right")):
+            key.text(x, row, text, ha=side, va="center", color=INK)
+        key.text(0.995, row, f"{amount / whole:.1%}", ha="right", va="center", color=MUTED)
+    bar.set_title(title, loc="left")
+    return figure
 
 
 def _draw_stack(axes: Axes, parts: Sequence[tuple[str, float]], colours: Sequence[str], budget: float | None) -> None:

@@ -10,7 +10,7 @@ from sparsefit.reporting import figures, sections
 from sparsefit.reporting import formats as _formats
 from sparsefit.reporting import report as _report
 from sparsefit.reporting.drawing import STAGE_COLOURS
-from sparsefit.reporting.markup import STYLE, as_text, tile
+from sparsefit.reporting.markup import header, page, tile
 from sparsefit.reporting.sparsity_figure import sparsity as _sparsity_figure
 from sparsefit.reporting.timeline_figure import timeline as _timeline_figure
 
@@ -39,27 +39,15 @@ def render_html(report: Mapping[str, Any]) -> str:
         f'<div class="grid wide">{"".join(tables)}</div>' if any(tables) else "",
         *(section(report) for section in sections.DETAILS),
     ]
-    title = escape(str(report.get("name") or "run"))
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{title} · sparsefit report</title><style>{STYLE}</style></head>\n"
-        f"<body><main>\n{chr(10).join(part for part in parts if part)}\n</main></body></html>\n"
-    )
+    return page(str(report.get("name") or "run"), "sparsefit report", parts)
 
 
 def _header(report: Mapping[str, Any]) -> str:
     status = str(report.get("status") or "unknown")
     kind = status if status in ("finished", "interrupted", "failed") else "unknown"
-    notice = f'<p class="notice {kind}">{_STATUS_NOTES[kind]}</p>' if kind in _STATUS_NOTES else ""
-    facts = [str(report[key]) for key in ("created", "folder") if report.get(key)]
-    command = f"<pre>{escape(str(report['command']))}</pre>" if report.get("command") else ""
-    return (
-        f'<header><div class="top"><h1>{as_text(report.get("name") or "run")}</h1>'
-        f'<span class="badge {kind}">{escape(status)}</span></div>'
-        f'<p class="muted small" style="overflow-wrap:anywhere">{" · ".join(escape(fact) for fact in facts)}</p>'
-        f"{command}{notice}</header>"
-    )
+    facts = (report.get("created"), report.get("folder"))
+    name, notice = str(report.get("name") or "run"), _STATUS_NOTES.get(kind, "")
+    return header(name, status, kind, facts, report.get("command"), notice)
 
 
 def _tiles(report: Mapping[str, Any]) -> list[str]:

@@ -8,12 +8,13 @@ from html import escape
 from typing import Any
 
 MISSING = "—"
-STYLE = """
+THEME = """
 :root{color-scheme:light dark;--page:#f4f6f8;--card:#fff;--ink:#1c2733;--muted:#66727f;--line:#dfe4e9;--accent:#2a9d8f;
 --warn:#8a5a00;--warnbg:#fff3d6;--bad:#a3262e;--badbg:#fde4e4;--good:#17695f;--goodbg:#dcf3ee}
 @media(prefers-color-scheme:dark){:root{--page:#12171d;--card:#1b222b;--ink:#e6ebf0;--muted:#9aa7b4;--line:#323c47;
 --accent:#46bfae;--warn:#ffd27a;--warnbg:#3d3010;--bad:#ffa8a8;--badbg:#44191c;--good:#8fe0d2;--goodbg:#123a34}}
-*{box-sizing:border-box}
+"""
+_LAYOUT = """*{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 system-ui,"Segoe UI",Roboto,sans-serif}
 main{max-width:1120px;margin:0 auto;padding:28px 16px 64px}
 h1{font-size:1.75rem;line-height:1.2;margin:0 12px 0 0;overflow-wrap:anywhere}
@@ -56,6 +57,28 @@ ul{margin:6px 0;padding-left:20px}
 @media(max-width:520px){h1{font-size:1.4rem}.card{padding:14px 12px}
 table{font-size:.8rem}th,td{padding:5px 4px}td code{font-size:.75rem}}
 """
+STYLE = THEME + _LAYOUT
+
+
+def page(title: str, kind: str, parts: Iterable[str], style: str = "") -> str:
+    """A whole page that reads on a phone, in light and in dark, and loads nothing; `style` is added to its own."""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{escape(title)} · {escape(kind)}</title><style>{STYLE}{style}</style></head>\n"
+        f"<body><main>\n{chr(10).join(part for part in parts if part)}\n</main></body></html>\n"
+    )
+
+
+def header(name: str, badge: str, kind: str, facts: Iterable[Any], command: Any = None, notice: str = "") -> str:
+    """The head of a page: name, a badge coloured by its kind, where and when, the command and a notice."""
+    notice = f'<p class="notice {kind}">{escape(notice)}</p>' if notice else ""
+    shown = " · ".join(escape(str(fact)) for fact in facts if fact)
+    return (
+        f'<header><div class="top"><h1>{escape(name)}</h1><span class="badge {kind}">{escape(badge)}</span></div>'
+        f'<p class="muted small" style="overflow-wrap:anywhere">{shown}</p>'
+        f"{f'<pre>{escape(str(command))}</pre>' if command else ''}{notice}</header>"
+    )
 
 
 def as_text(value: Any) -> str:
@@ -72,15 +95,29 @@ def card(title: str, body: str) -> str:
     return f'<section class="card"><h2>{title}</h2>{body}</section>' if body else ""
 
 
-def as_table(columns: Sequence[str], rows: Iterable[Sequence[str]], total: Sequence[str] | None = None) -> str:
-    """A table of escaped cells; the first column holds text, the others numbers."""
+def as_table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    total: Sequence[str] | None = None,
+    groups: Sequence[tuple[str, int]] = (),
+) -> str:
+    """A table of escaped cells; the first column holds text, the others numbers.
+
+    Args:
+        columns: The head of each column.
+        rows: The cells of each row.
+        total: A last row that stands out.
+        groups: A head above the heads: titles and how many columns each of them spans.
+    """
 
     def row(cells: Sequence[str], tag: str = "td", kind: str = "") -> str:
         inner = "".join(f"<{tag}{' class=n' if index else ''}>{cell}</{tag}>" for index, cell in enumerate(cells))
         return f"<tr{kind}>{inner}</tr>"
 
     body = "".join(row(cells) for cells in rows) + (row(total, kind=" class=total") if total else "")
-    return f'<div class="scroll"><table><thead>{row(columns, "th")}</thead><tbody>{body}</tbody></table></div>'
+    above = "".join(f"<th colspan={span} class=g>{title}</th>" for title, span in groups)
+    head = (f"<tr>{above}</tr>" if above else "") + row(columns, "th")
+    return f'<div class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
 
 
 def as_facts(pairs: Iterable[tuple[str, Any]]) -> str:

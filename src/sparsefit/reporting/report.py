@@ -45,8 +45,13 @@ def write_json(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
     Raises:
         RunFolderError: The file cannot be written. An older file at `path` is then still whole.
     """
-    path = Path(path)
     text = json.dumps(_strict(report), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    return write_text(text, path)
+
+
+def write_text(text: str, path: str | os.PathLike[str]) -> Path:
+    """Write a file either entirely or not at all; arguments, result and errors as of `write_json`."""
+    path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

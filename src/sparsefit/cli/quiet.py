@@ -1,0 +1,22 @@
+"""What libraries say that says nothing to who runs a command."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+
+# What libraries say of one another, and of validation data that a recipe leaves out on purpose.
+_IRRELEVANT = ("`isinstance\\(treespec, LeafSpec\\)`", "`is_gradient_checkpointing`", "Total length of `list`")
+
+
+def quieten() -> None:
+    """Silence what has no bearing on the command that runs; and progress bars that would end up in a file."""
+    from transformers.utils.logging import disable_progress_bar
+
+    for message in _IRRELEVANT:
+        warnings.filterwarnings("ignore", message=message)
+    # peft imports bitsandbytes, which asks for a faster 4-bit kernel even where nothing is quantized.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        disable_progress_bar()

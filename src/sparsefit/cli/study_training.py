@@ -1,0 +1,147 @@
+"""The trainings of a study: of a dense model on the spot, and of pruned ones with their masks fixed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+
+from sparsefit.callbacks import GPUHourBudget, WandaPruning
+from sparsefit.errors import ConfigError, RunFolderError
+from sparsefit.pruning import MaskSet
+from sparsefit.study import Point
+
+NewTrainer = Callable[..., Trainer]
+_NO_LIMIT = 1e6  # GPU-hours: the rate falls with the steps alone
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """A training within a study. The learning rate falls linearly to zero at its end.
+
+    Args:
+        epochs: Of the training data; 0 trains nothing.
+        learning_rate: Of all parameter groups; None is what the module's optimizer starts with.
+        warmup_steps: Optimizer steps in which the rate rises.
+    """
+
+    epochs: int = 0
+    learning_rate: float | None = None
+    warmup_steps: int = 5
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0 or (self.learning_rate is not None and self.learning_rate <= 0):
+            raise ConfigError(
+                f"epochs is {self.epochs} and learning_rate {self.learning_rate}: they must be at least 0 and above 0"
+            )
+
+
+@dataclass(frozen=True)
+class FinetuningSettings(TrainingSettings):
+    """Fine-tuning of pruned models, all points of the grid or some. The rate falls linearly to zero at its end.
+
+    Args:
+        epochs: Of the training data; 0 trains nothing.
+        learning_rate: Of all parameter groups; None is what the module's optimizer starts with.
+        warmup_steps: Optimizer steps in which the rate rises.
+        sparsities: Only points of these are fine-tuned; a pattern's is its share of zeros. None: all.
+        scores: Only points of these are fine-tuned; None: all.
+        granularities: Only points of these are fine-tuned, and patterns; None: all.
+    """
+
+    sparsities: list[float] | None = None
+    scores: list[str] | None = None
+    granularities: list[str] | None = None
+
+    def takes(self, point: Point) -> bool:
+        """Whether a point is fine-tuned."""
+        wanted = {"sparsity": self.sparsities, "score": self.scores}
+        if not point.key["pattern"]:
+            wanted["granularity"] = self.granularities
+        return all(values is None or point.key[axis] in values for axis, values in wanted.items())
+
+
+class StartRate(Callback):
+    """Sets the learning rate that optimizers start with."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set it before the first step."""
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.rate
+
+
+def trained_dense(
+    module: LightningModule,
+    file: Path,
+    data: LightningDataModule,
+    settings: TrainingSettings,
+    new_trainer: NewTrainer,
+    seed: int,
+) -> dict[str, Any] | None:
+    """Train a module from where it is, or take what an earlier training of the study left in a file.
+
+    Returns:
+        What the training took; None where nothing was trained now.
+
+    Raises:
+        RunFolderError: If the file is damaged.
+    """
+    if settings.epochs == 0:
+        return None
+    if file.exists():
+        try:
+            load_model(module, file)
+        except (SafetensorError, RuntimeError) as error:
+            raise RunFolderError(f"{file} is damaged ({error}): remove it, and the model is trained anew") from error
+        return None
+    seconds = _fit(module, data, settings, new_trainer, seed, [])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.partial")
+    save_model(module, str(partial))
+    partial.replace(file)
+    return {"epochs": settings.epochs, "seconds": seconds}
+
+
+def finetune(
+    data: LightningDataModule,
+    settings: TrainingSettings,
+    new_trainer: NewTrainer,
+    seed: int,
+    device: torch.device,
+    module: LightningModule,
+    masks: MaskSet,
+) -> None:
+    """Train a pruned module with its masks fixed."""
+    pruned = WandaPruning()
+    pruned.masks = masks
+    _fit(module, data, settings, new_trainer, seed, [pruned])
+    module.to(device)
+
+
+def _fit(
+    module: LightningModule,
+    data: LightningDataModule,
+    settings: TrainingSettings,
+    new_trainer: NewTrainer,
+    seed: int,
+    callbacks: list[Callback],
+) -> float:
+    """Seconds that it took."""
+    start = time.perf_counter()
+    seed_everything(seed, verbose=False)
+    rate = [] if settings.learning_rate is None else [StartRate(settings.learning_rate)]
+    budget = GPUHourBudget(_NO_LIMIT, settings.warmup_steps)
+    module.train()
+    new_trainer(max_epochs=settings.epochs, callbacks=[*rate, *callbacks, budget]).fit(module, datamodule=data)
+    return time.perf_counter() - start

@@ -1,0 +1,125 @@
+"""Loaders of images: their order, the position that a resumed run starts at, and the report of what was skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from sparsefit.data.image_batches import Part
+from sparsefit.data.windows import generator_of
+from sparsefit.errors import DataError
+
+Batch = dict[str, Tensor]
+
+Finish = Callable[[Tensor], Tensor]
+
+_SHOWN = 3
+
+
+class EpochSampler(DistributedSampler[int]):
+    """A rank's share of the images, in an order of (seed, epoch); can start behind the batches that are done.
+
+    All ranks have equally many images, so up to `world_size - 1` of them are left out of an epoch. It is of torch's
+    class for distributed samplers so that the Trainer takes it as it is.
+
+    Args:
+        size: of the whole data set.
+        batch_size: images in a batch of a rank.
+        seed: of the orders.
+        share: (rank, number of ranks).
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int, share: tuple[int, int]) -> None:
+        rank, world_size = share
+        super().__init__(range(size), world_size, rank, seed=seed, drop_last=True)  # type: ignore[arg-type]
+        self.size = size
+        self.batch_size = batch_size
+        self.skipped = 0
+
+    def start(self, epoch: int, skipped: int) -> None:
+        """Sets the epoch, and how many batches of it are left out, for the next iteration."""
+        self.epoch = epoch
+        self.skipped = skipped
+
+    def set_epoch(self, epoch: int) -> None:
+        """Does nothing: a Trainer that was resumed counts epochs otherwise; see `start`."""
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.randperm(self.size, generator=generator_of(self.seed, self.epoch))
+        share = order[self.rank :: self.num_replicas][: len(self)]
+        return iter(share[self.skipped * self.batch_size :].tolist())
+
+
+class ImageLoader(DataLoader):
+    """Batches {"pixel_values", "labels"}; says at the end of a pass which images were skipped.
+
+    Args:
+        dataset: gives `Part`s.
+        finish: makes float32 (batch, channels, height, width) of a part's uint8 images; None leaves them.
+        source: what the images are called in messages.
+        position: gives (epoch, batches of it that are done), for training.
+        then: turns the images of a batch, given its number, into others, in this process.
+        settings: as `torch.utils.data.DataLoader` takes them.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Part],
+        finish: Finish | None,
+        source: str,
+        position: Callable[[], tuple[int, int]] | None = None,
+        then: Callable[[Tensor, int], Tensor] | None = None,
+        **settings: Any,
+    ) -> None:
+        self.finish = finish
+        self.source = source
+        self.position = position
+        self.then = then
+        settings.setdefault("collate_fn", partial(collate, finish=finish))
+        super().__init__(dataset, **settings)
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        skipped = 0
+        if self.position is not None:
+            epoch, skipped = self.position()
+            if isinstance(self.sampler, EpochSampler):
+                self.sampler.start(epoch, skipped)
+                skipped = 0
+            else:
+                self.dataset.epoch = epoch
+        return islice(self._batches(super().__iter__()), skipped, None)
+
+    def _batches(self, parts: Iterator[tuple[Batch, list[str]]]) -> Iterator[Batch]:
+        corrupt: list[str] = []
+        found = 0
+        try:
+            for number, (batch, names) in enumerate(parts):
+                corrupt += names
+                if count := len(batch["labels"]):
+                    found += count
+                    if self.then is not None:
+                        batch["pixel_values"] = self.then(batch["pixel_values"], number)
+                    yield batch
+        finally:  # a Trainer may stop within a pass
+            if corrupt and found:
+                rank_zero_warn(f"{_skipped(corrupt, self.source)}; they were skipped")
+        if corrupt and not found:
+            raise DataError(f"{_skipped(corrupt, self.source)}, and there is no other: fetch them again")
+
+
+def collate(part: Part, finish: Finish | None) -> tuple[Batch, list[str]]:
+    """A batch of a part, and what its corrupt images are called."""
+    pixels = part.pixels if finish is None or not len(part.labels) else finish(part.pixels)
+    return {"pixel_values": pixels, "labels": part.labels}, part.corrupt
+
+
+def _skipped(corrupt: list[str], source: str) -> str:
+    names = ", ".join(corrupt[:_SHOWN]) + (", ..." if len(corrupt) > _SHOWN else "")
+    return f"{len(corrupt)} images of {source} cannot be read: {names}"

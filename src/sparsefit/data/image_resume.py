@@ -1,0 +1,56 @@
+"""A LightningDataModule that knows how far training has come."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from lightning.pytorch import LightningDataModule
+
+
+class ResumableDataModule(LightningDataModule):
+    """Saves the position in the training data, so that a resumed run goes on with the batches that it has not seen.
+
+    The loader that `train_dataloader` returns must ask for `position` whenever it is iterated.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._resumed_at = (0, 0)
+        self._epoch = 0  # the one that is read now
+
+    def state_dict(self) -> dict[str, int]:
+        """How far training has come."""
+        if self.trainer is None:
+            return {}
+        return self.state_after(self.trainer.fit_loop.epoch_loop.batch_progress.current.processed)
+
+    def state_after(self, batches: int) -> dict[str, int]:
+        """What `state_dict` gives when so many batches of the epoch are done."""
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        last = progress.is_last_batch or progress.current.ready == self.trainer.num_training_batches
+        if last and batches >= progress.current.ready:
+            return {"epoch": self._epoch + 1, "batches": 0}
+        return {"epoch": self._epoch, "batches": batches}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Takes up what `state_dict` saved."""
+        # Lightning looks for the position in the loader, and does not see that it is kept here
+        warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
+        self._resumed_at = (state_dict.get("epoch", 0), state_dict.get("batches", 0))
+        self._epoch = self._resumed_at[0]
+
+    def position(self) -> tuple[int, int]:
+        """(epoch, batches of it that are done) for a loader that starts now."""
+        epoch, batches = self._resumed_at
+        # a run resumed at the end of an epoch still counts that one when it asks for the next one's data
+        self._epoch = current = max(epoch, self.trainer.current_epoch if self.trainer is not None else 0)
+        return current, batches if current == epoch else 0
+
+    def rank_and_world_size(self) -> tuple[int, int]:
+        """Of this process."""
+        if self.trainer is not None:
+            return self.trainer.global_rank, self.trainer.world_size
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return 0, 1

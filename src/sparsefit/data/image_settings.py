@@ -1,0 +1,41 @@
+"""The settings of `ImageDataModule`, checked before anything is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sparsefit.errors import ConfigError
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """Refuses settings of `ImageDataModule` that cannot work.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    counts = ("batch_size", "calibration_batch_size", "calibration_samples", "shuffle_buffer")
+    optional = ("evaluation_batch_size", "val_images", "test_images")
+    for name in (*counts, *optional):
+        value = settings[name]
+        if not (value is None and name in optional) and (not isinstance(value, int) or value < 1):
+            raise ConfigError(f"{name} is {value!r}: it must be a whole number of at least 1")
+    if settings["num_workers"] < 0:
+        raise ConfigError(f"num_workers is {settings['num_workers']}: it must be 0 or more")
+    if settings["channels"] not in ("auto", "RGB", "L"):
+        raise ConfigError(f'channels is {settings["channels"]!r}: use "auto", "RGB" or "L"')
+    if settings["calibration_augmented"] and not settings["augmentation"]:
+        raise ConfigError("calibration_augmented is set, but there is no augmentation: list its modules")
+    explicit = [name for name in ("image_size", "mean", "std") if settings[name] is not None]
+    if settings["processor"] is None and len(explicit) < 3:
+        raise ConfigError("set processor (the model's folder or hub name), or all of image_size, mean and std")
+    if settings["processor"] is not None and explicit:
+        raise ConfigError(f"processor and {explicit[0]} are both set: the processor of the model says it all, drop one")
+    if settings["processor"] is None and (
+        len(settings["mean"]) != len(settings["std"]) or len(settings["mean"]) not in (1, 3) or 0 in settings["std"]
+    ):
+        raise ConfigError(
+            f"mean is {settings['mean']} and std is {settings['std']}: give 3 numbers each for RGB images, 1 for grey "
+            "ones, and no std of 0"
+        )
+    if settings["image_size"] is not None and settings["image_size"] < 1:
+        raise ConfigError(f"image_size is {settings['image_size']}: it must be a whole number of at least 1")

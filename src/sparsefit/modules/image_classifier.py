@@ -1,0 +1,222 @@
+"""An image classifier to train: a LightningModule that knows nothing of pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric
+
+from sparsefit.errors import ConfigError, SparsefitError
+from sparsefit.evaluation.accuracy import (
+    ImageBatch,
+    accuracy,
+    check_finite,
+    checked_labels,
+    image_logits,
+    images_and_labels,
+    images_of,
+    top_accuracies,
+)
+from sparsefit.modules.image_models import check_head, head_size, new_image_classifier
+from sparsefit.modules.loading import Dtype, find_image_processor, load_image_classifier
+from sparsefit.modules.optimizers import build_optimizer, check_settings, matrices_decay, trained_parameters
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
+
+OptimizerName = Literal["adamw", "sgd", "adamw_8bit"]
+
+
+class ImageClassifierModule(LightningModule):
+    """Training of an image classifier by cross entropy: one of transformers, or any module from images to logits.
+
+    Batches are {"pixel_values": (batch, channels, height, width), "labels": (batch,)}, with "image(s)" and "label" as
+    other names, or pairs (images, labels). Vectors (norms, biases, layer scales) have no weight decay, as is usual for
+    these models.
+
+    Attributes:
+        model: the classifier.
+        image_processor: what makes images into its inputs, where it came with one; it is exported with the model.
+
+    Args:
+        model: A folder or a hub name; or, with `config`, the type of an architecture of transformers: "convnext",
+            "convnextv2", "deit", "vit", "swin"; or a module that maps images to logits, such as one of timm or
+            torchvision: in YAML its `class_path` (of a class, or of a function annotated with what it returns),
+            `init_args`, and `dict_kwargs` for what goes through its **kwargs.
+        config: Settings of that architecture, which is then built anew, untrained: hidden_sizes, image_size ....
+        num_classes: How many classes the head has: of a new model, this many; of another, it is checked.
+        optimizer: "adamw", "sgd" with momentum, or "adamw_8bit": bitsandbytes' AdamW, which holds its two moments in
+            8 bits, but those of tensors below 4,096 weights.
+        learning_rate: Of the optimizer; it stays as it is unless a callback changes it.
+        weight_decay: Of weight matrices and kernels.
+        momentum: Of SGD.
+        label_smoothing: Share of each label that is spread over all classes in training, in [0, 1).
+        dtype: The weights' dtype; "auto" is the one they were saved in. A module given keeps its own.
+        attn_implementation: transformers' attention: "sdpa", "eager", "flash_attention_2"; None is its choice. On a CPU
+            "eager" trains faster on images of few patches.
+
+    Raises:
+        ConfigError: for a model or a setting that cannot work.
+    """
+
+    metrics: ClassVar[dict[str, str]] = {"accuracy": "higher", "top5_accuracy": "higher"}
+    """What `evaluate` measures, and which way is better."""
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        config: dict[str, Any] | None = None,
+        num_classes: int | None = None,
+        optimizer: OptimizerName = "adamw",
+        learning_rate: float = 1e-4,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        label_smoothing: float = 0.0,
+        dtype: Dtype = "float32",
+        attn_implementation: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_settings(optimizer, ("adamw", "sgd", "adamw_8bit"), learning_rate, weight_decay)
+        if not 0 <= momentum < 1 or not 0 <= label_smoothing < 1:
+            raise ConfigError(f"momentum is {momentum} and label_smoothing {label_smoothing}: both must be in [0, 1)")
+        if num_classes is not None and num_classes < 2:
+            raise ConfigError(f"num_classes is {num_classes}: a classifier has at least 2")
+        # Plain values only: a checkpoint must load with weights_only=True.
+        self.save_hyperparameters(
+            {
+                "model": model if isinstance(model, str) else _name_of(model),
+                "config": config,
+                "num_classes": num_classes,
+                "optimizer": optimizer,
+                "learning_rate": learning_rate,
+                "weight_decay": weight_decay,
+                "momentum": momentum,
+                "label_smoothing": label_smoothing,
+                "dtype": dtype,
+                "attn_implementation": attn_implementation,
+            }
+        )
+        # Loaded here and not in configure_model, as CausalLMModule does and for its reasons.
+        self.image_processor: BaseImageProcessor | None = None
+        self.model = self._make(model)
+        self.classes = head_size(self.model) or num_classes  # None: the first logits will tell
+        if num_classes is not None:
+            check_head(self.classes, num_classes, self.hparams.model)
+        self.model.train()  # from_pretrained returns a model in evaluation mode
+        self.losses = nn.ModuleDict({"val": MeanMetric(), "test": MeanMetric()})
+        self.accuracies = nn.ModuleDict()
+        if self.classes is not None:
+            self._prepare_accuracies(self.classes)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Logits (batch, classes) of images (batch, channels, height, width).
+
+        Raises:
+            DataError: where the model cannot take such images.
+            ConfigError: where it has another number of classes than `num_classes`, or gives no logits.
+        """
+        logits = image_logits(self.model, pixel_values)
+        if self.hparams.num_classes is not None:
+            check_head(logits.shape[1], self.hparams.num_classes, self.hparams.model)
+        return logits
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        """The mean cross entropy, logged as train_loss.
+
+        Raises:
+            DataError: where labels or images do not fit the model.
+            SparsefitError: where the loss is not a number.
+        """
+        images, labels = images_and_labels(batch)
+        logits = self(images)
+        labels = checked_labels(labels, logits)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.hparams.label_smoothing)
+        if bool(loss.isnan()):
+            raise SparsefitError(
+                f"the training loss of batch {batch_idx} is not a number: training has diverged, or the images or "
+                "weights are damaged. Lower the learning rate, clip gradients, or train in bf16-mixed, not float16"
+            )
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(labels))
+        return loss
+
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        """Adds a batch to val_loss, val_accuracy and val_top5_accuracy."""
+        self._add("val", batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs them."""
+        self._log_figures("val")
+
+    def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        """Adds a batch to test_loss, test_accuracy and test_top5_accuracy."""
+        self._add("test", batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs them."""
+        self._log_figures("test")
+
+    def predict_step(self, batch: ImageBatch | Tensor, batch_idx: int = 0) -> Tensor:
+        """Logits of the batch's images, as calibration asks for them; labels are not looked at."""
+        return self(images_of(batch))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The optimizer over what is trained, at a constant rate; vectors have no weight decay."""
+        settings = self.hparams
+        groups = matrices_decay(trained_parameters(self), settings.weight_decay)
+        return build_optimizer(
+            settings.optimizer, groups, settings.learning_rate, settings.weight_decay, settings.momentum
+        )
+
+    def evaluate(self, loader: Iterable[ImageBatch], progress: Callable[[int], None] | None = None) -> dict[str, float]:
+        """{"accuracy": ..., "top5_accuracy": ...} of the loader's images, as shares; `progress` is called with the
+        number of batches done. A head of fewer than five classes has a top-5 accuracy of 1."""
+        return accuracy(self.model, loader, progress)
+
+    def _make(self, model: str | nn.Module) -> nn.Module:
+        config, num_classes = self.hparams.config, self.hparams.num_classes
+        dtype, attention = self.hparams.dtype, self.hparams.attn_implementation
+        if isinstance(model, nn.Module):
+            if config is not None:
+                raise ConfigError(
+                    "`config` is for a model that is built by its type: leave it out where a module is given"
+                )
+            return model
+        if config is not None:
+            size = {} if num_classes is None else {"num_labels": num_classes}
+            return new_image_classifier(model, size | config, dtype, attention)
+        loaded = load_image_classifier(model, dtype, attention)
+        self.image_processor = find_image_processor(model)
+        return loaded
+
+    def _prepare_accuracies(self, classes: int) -> None:
+        self.classes = classes
+        self.accuracies.update({stage: top_accuracies(classes) for stage in ("val", "test")})
+        self.accuracies.to(self.device)
+
+    def _add(self, stage: str, batch: ImageBatch, batch_idx: int) -> None:
+        images, labels = images_and_labels(batch)
+        logits = self(images)
+        labels = checked_labels(labels, logits)
+        check_finite(logits, f"batch {batch_idx + 1}")
+        if not self.accuracies:
+            self._prepare_accuracies(logits.shape[1])
+        self.losses[stage].update(F.cross_entropy(logits.float(), labels), weight=len(labels))
+        self.accuracies[stage].update(logits.float(), labels)
+
+    def _log_figures(self, stage: str) -> None:
+        if stage not in self.accuracies:  # no batch at all
+            return
+        figures = {"loss": self.losses[stage].compute(), **self.accuracies[stage].compute()}
+        self.losses[stage].reset()
+        self.accuracies[stage].reset()
+        self.log_dict({f"{stage}_{name}": value for name, value in figures.items()}, prog_bar=True, sync_dist=False)
+
+
+def _name_of(model: nn.Module) -> str:
+    name = getattr(getattr(model, "config", None), "name_or_path", None)
+    return name or f"{type(model).__module__}.{type(model).__qualname__}"

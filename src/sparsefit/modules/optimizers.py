@@ -1,0 +1,103 @@
+"""The optimizers that the modules offer by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from sparsefit.errors import ConfigError
+
+_LEAST_IN_8_BITS = 4096  # weights of a tensor from which on AdamW8bit holds moments in 8 bits
+
+
+def check_settings(name: str, choices: tuple[str, ...], learning_rate: float, weight_decay: float) -> None:
+    """See that an optimizer can be had.
+
+    Raises:
+        ConfigError: for a rate or a weight decay out of range, a name that is not among the choices, or "adamw_8bit"
+            without bitsandbytes.
+    """
+    if learning_rate <= 0 or weight_decay < 0:
+        raise ConfigError(
+            f"learning_rate is {learning_rate} and weight_decay {weight_decay}: they must be above 0 and at least 0"
+        )
+    if name not in choices:
+        raise ConfigError(
+            f"unknown optimizer {name!r}: the choices are {', '.join(choices[:-1])} and {choices[-1]}",
+        )
+    if name == "adamw_8bit" and find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "the optimizer adamw_8bit is one of bitsandbytes, which is not installed: "
+            "pip install 'sparsefit[quantized]', or pip install bitsandbytes"
+        )
+
+
+def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that require a gradient.
+
+    Raises:
+        ConfigError: where none does.
+    """
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not trained:
+        raise ConfigError("no parameter requires a gradient: give `adapter` settings, or unfreeze the model")
+    return trained
+
+
+def matrices_decay(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups of which the vectors (norms, biases, layer scales) have no weight decay; no group is empty."""
+    groups: dict[bool, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(parameter.ndim > 1, []).append(parameter)
+    return [{"params": group, "weight_decay": weight_decay * is_matrix} for is_matrix, group in groups.items()]
+
+
+def build_optimizer(
+    name: str,
+    parameters: Iterable[nn.Parameter] | list[dict[str, Any]],
+    learning_rate: float,
+    weight_decay: float,
+    momentum: float = 0.0,
+) -> Optimizer:
+    """The optimizer called "adamw", "sgd" (with momentum) or "adamw_8bit" (of bitsandbytes).
+
+    Args:
+        name: one that `check_settings` let pass.
+        parameters: as torch's optimizers take them: parameters, or groups.
+        learning_rate: of all groups.
+        weight_decay: of groups without their own.
+        momentum: of SGD.
+
+    Raises:
+        ConfigError: where this release of bitsandbytes has no 8-bit optimizer for the parameters' device.
+    """
+    if name == "sgd":
+        return torch.optim.SGD(parameters, lr=learning_rate, weight_decay=weight_decay, momentum=momentum)
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+    from bitsandbytes.optim import AdamW8bit
+
+    optimizer = AdamW8bit(parameters, lr=learning_rate, weight_decay=weight_decay)
+    on_cpu = any(parameter.device.type == "cpu" for group in optimizer.param_groups for parameter in group["params"])
+    if on_cpu and not _steps_on_cpu(AdamW8bit):
+        raise ConfigError(
+            "this release of bitsandbytes has no 8-bit optimizer for the CPU: upgrade it (pip install -U "
+            "bitsandbytes), train on a GPU, or take the optimizer adamw"
+        )
+    return optimizer
+
+
+def _steps_on_cpu(optimizer: type[Optimizer]) -> bool:
+    """Whether it can take a step with a tensor large enough for 8 bits."""
+    probe = nn.Parameter(torch.zeros(_LEAST_IN_8_BITS))
+    probe.grad = torch.zeros_like(probe)
+    try:
+        optimizer([probe]).step()
+    except (NotImplementedError, RuntimeError):  # no kernel, or none for this device
+        return False
+    return True

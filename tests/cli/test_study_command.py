@@ -1,0 +1,212 @@
+"""`sparsefit study` from a recipe: whole, stopped and taken up again, and with what cannot work."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+
+from sparsefit.modules import ImageClassifierModule
+
+CONFIG = {"num_channels": 1, "patch_size": 4, "num_stages": 2, "hidden_sizes": [8, 16], "depths": [1, 1]}
+
+
+class WrongHead(ImageClassifierModule):
+    """Knows fewer classes than there are digits."""
+
+    def __init__(self) -> None:
+        super().__init__("convnext", {**CONFIG, "num_labels": 4})
+
+
+class Unmeasured(ImageClassifierModule):
+    """Says nothing of what it measures."""
+
+    metrics = {}  # noqa: RUF012 - as the class has it
+
+    def __init__(self) -> None:
+        super().__init__("convnext", {**CONFIG, "num_labels": 10})
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A study of a tiny ConvNeXt on a part of the digits."""
+    return {
+        "study": {"folder": str(tmp_path / "study")},
+        "models": {
+            "net": {
+                "class_path": "sparsefit.modules.ImageClassifierModule",
+                "init_args": {"model": "convnext", "config": CONFIG, "num_classes": 10, "learning_rate": 0.003},
+            }
+        },
+        "data": {
+            "class_path": "sparsefit.data.DigitsDataModule",
+            "init_args": {
+                "train_source": "digits:train[:256]",
+                "test_source": "digits:test[:100]",
+                "calibration_samples": 64,
+            },
+        },
+        "grid": {"scores": ["magnitude", "wanda"], "granularities": ["output", "layer"], "sparsities": [0.5, 0.8]},
+        "training": {"epochs": 1},
+        "finetuning": {"epochs": 1, "granularities": ["layer"], "sparsities": [0.8], "learning_rate": 0.001},
+        "trainer": {"accelerator": "cpu", "enable_progress_bar": False},
+    }
+
+
+def table(tmp_path):
+    with (tmp_path / "study/results.csv").open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def about(tmp_path):
+    return json.loads((tmp_path / "study/study.json").read_text())
+
+
+def test_a_study_measures_each_point_and_reports(sparsefit, recipe, tmp_path):
+    status, output, errors = sparsefit("study", recipe=recipe)
+    assert status == 0, errors
+    rows = table(tmp_path)
+    stages = [row["stage"] for row in rows]
+    assert (stages.count("dense"), stages.count("pruned"), stages.count("finetuned")) == (1, 8, 2)
+    pruned = {(row["score"], row["granularity"], row["sparsity"]): row for row in rows if row["stage"] == "pruned"}
+    for row in rows:
+        assert 0 <= float(row["accuracy"]) <= float(row["top5_accuracy"]) <= 1
+        if row["stage"] == "finetuned":
+            before = pruned[row["score"], row["granularity"], row["sparsity"]]
+            assert row["digest"] == before["digest"]
+            assert float(row["counted"]) == pytest.approx(float(before["counted"]), abs=1e-9)
+            assert row["accuracy"] != before["accuracy"]
+        if row["granularity"] == "layer":
+            assert float(row["counted"]) == pytest.approx(float(row["sparsity"]), abs=0.01)
+    found = about(tmp_path)
+    assert found["models"]["net"]["calibration"]["samples"] == 64
+    assert found["models"]["net"]["training"]["epochs"] == 1
+    assert "model.classifier.weight" in found["models"]["net"]["left_dense"]
+    assert set(found["seconds"]) == {"selection", "evaluation", "finetuning", "calibration", "training", "other"}
+    page = (tmp_path / "study/study.html").read_text()
+    assert "wanda" in page
+    assert "</html>" in page
+    assert "<svg" in (tmp_path / "study/figures/scores.svg").read_text()
+    assert "net: wanda layer 0.8 finetuned: accuracy" in output
+
+
+def test_a_study_goes_on_with_the_model_that_it_trained(sparsefit, recipe, tmp_path):
+    recipe["grid"]["sparsities"], recipe["finetuning"] = [0.5], {"epochs": 0}
+    assert sparsefit("study", recipe=recipe)[0] == 0
+    first, weights = table(tmp_path), (tmp_path / "study/models/net.safetensors").read_bytes()
+    before = about(tmp_path)
+
+    recipe["grid"]["sparsities"] = [0.5, 0.8]
+    status, output, _ = sparsefit("study", recipe=recipe)
+    assert status == 0
+    assert "0.5 pruned" not in output
+    assert "0.8 pruned" in output
+    assert table(tmp_path)[: len(first)] == first
+    assert len(table(tmp_path)) == 1 + 8
+    assert (tmp_path / "study/models/net.safetensors").read_bytes() == weights
+    assert about(tmp_path)["models"]["net"]["training"] == before["models"]["net"]["training"]
+
+    assert sparsefit("study", "--finetuning.epochs=1", "--finetuning.scores=[wanda]", recipe=recipe)[0] == 0
+    assert [row["stage"] for row in table(tmp_path)].count("finetuned") == 4
+
+
+OTHERS = {
+    "--data.init_args.calibration_samples=32": "calibration_samples 64, and now it is 32",
+    "--training.epochs=2": "training.epochs 1, and now it is 2",
+    "--seed_everything=1": "seed_everything 0, and now it is 1",
+    "--finetuning.learning_rate=0.1": "finetuning.learning_rate 0.001, and now it is 0.1",
+}
+
+
+def test_a_study_of_other_settings_is_refused(sparsefit, recipe, tmp_path):
+    recipe["grid"] = {"scores": ["magnitude"], "granularities": ["layer"], "sparsities": [0.5]}
+    assert sparsefit("study", recipe=recipe)[0] == 0
+    files = {file: file.read_bytes() for file in (tmp_path / "study").rglob("*") if file.is_file()}
+    for argument, words in OTHERS.items():
+        status, _, errors = sparsefit("study", argument, recipe=recipe)
+        assert status == 2, argument
+        assert words in errors
+        assert "another folder" in errors
+    assert {file: file.read_bytes() for file in (tmp_path / "study").rglob("*") if file.is_file()} == files
+
+
+def test_perplexity_of_language_models_in_the_order_of_the_paper(sparsefit, recipe, tmp_path, model):
+    (tmp_path / "text.txt").write_text(" ".join(f"the lazy dog jumps over {number} wizards" for number in range(200)))
+    recipe["models"] = {"llama": {"class_path": "sparsefit.modules.CausalLMModule", "init_args": {"model": str(model)}}}
+    recipe["data"] = {
+        "class_path": "sparsefit.data.TextDataModule",
+        "init_args": {
+            "tokenizer": str(model),
+            "calibration_source": str(tmp_path / "text.txt"),
+            "test_source": str(tmp_path / "text.txt"),
+            "sequence_length": 16,
+            "calibration": "pack",
+            "calibration_samples": 8,
+        },
+    }
+    grid = {"scores": ["wanda"], "granularities": ["own"], "sparsities": [0.5], "patterns": ["2:4"]}
+    recipe |= {"grid": grid | {"updates": ["none", "block"]}, "training": {"epochs": 0}, "finetuning": {"epochs": 0}}
+    status, output, errors = sparsefit("study", recipe=recipe)
+    assert status == 0, errors
+    rows = table(tmp_path)
+    assert [(row["update"], row["pattern"]) for row in rows[1:]] == [
+        ("none", ""),
+        ("none", "2:4"),
+        ("block", ""),
+        ("block", "2:4"),
+    ]
+    assert len({row["digest"] for row in rows[1:]}) == 4
+    assert all(float(row["perplexity"]) > 1 for row in rows)
+    assert "perplexity" in output
+
+
+def test_a_point_that_fails_is_told_and_the_rest_goes_on(sparsefit, recipe, tmp_path):
+    recipe |= {"grid": {"scores": ["magnitude"], "granularities": ["layer"], "sparsities": [0.5], "patterns": ["3:7"]}}
+    recipe["finetuning"] = {"epochs": 0}
+    status, _, errors = sparsefit("study", recipe=recipe)
+    assert status == 1, errors
+    rows = table(tmp_path)
+    assert [bool(row["error"]) for row in rows] == [False, False, True]
+    assert "ConfigError" in rows[-1]["error"]
+    assert "pwconv" in rows[-1]["error"]
+    assert rows[-1]["accuracy"] == ""
+    assert "pwconv" in (tmp_path / "study/study.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"models": {}}, "no models"),
+        ({"models": {"a/b": {"class_path": f"{__name__}.WrongHead"}}}, "'a/b' is no name for a file"),
+        ({"models": {"net": {"class_path": f"{__name__}.WrongHead"}}}, "4 classes"),
+        ({"models": {"net": {"class_path": f"{__name__}.Unmeasured"}}}, "has no `metrics`"),
+        ({"grid": {"scores": ["wonda"]}}, "unknown score 'wonda'"),
+        ({"finetuning": {"epochs": -1}}, "epochs is -1"),
+        ({"trainer": {"accelerator": "cpu", "devices": 2}}, "one device"),
+    ],
+)
+def test_what_cannot_work_is_told(sparsefit, recipe, tmp_path, change, words):
+    status, _, errors = sparsefit("study", recipe=recipe | change)
+    assert status == 2
+    assert words in errors
+    assert not (tmp_path / "study/results.csv").exists() or not table(tmp_path)
+
+
+def test_a_folder_of_something_else_is_left_alone(sparsefit, recipe, tmp_path):
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study/thesis.txt").write_text("mine")
+    status, _, errors = sparsefit("study", recipe=recipe)
+    assert status == 2
+    assert "not empty and holds no study" in errors
+    assert [file.name for file in (tmp_path / "study").iterdir()] == ["thesis.txt"]
+
+
+def test_damaged_weights_of_a_trained_model_are_told(sparsefit, recipe, tmp_path):
+    recipe["grid"] = {"scores": ["magnitude"], "granularities": ["layer"], "sparsities": [0.5]}
+    assert sparsefit("study", recipe=recipe)[0] == 0
+    file = tmp_path / "study/models/net.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    status, _, errors = sparsefit("study", recipe=recipe)
+    assert status == 2
+    assert "net.safetensors is damaged" in errors

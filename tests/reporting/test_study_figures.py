@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+
+import matplotlib
+import pytest
+from study_rows import pruned, row, text_rows, text_study, vision_rows, vision_study
+
+from sparsefit.reporting.study_figures import draw_panels, granularity_panels, score_panels, study_figures
+
+SVG = "{http://www.w3.org/2000/svg}"
+ONE = vision_study(("deit",))
+
+
+def texts(svg):
+    return ["".join(element.itertext()) for element in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+
+
+@pytest.fixture(scope="module")
+def files():
+    rows = list(vision_rows(("deit",), ("magnitude", "wanda"), sparsities=(0.5, 0.8)))
+    return study_figures(ONE, rows)
+
+
+def test_the_files_stand_alone(files):
+    assert list(files) == ["scores", "granularities", "time"]
+    for text in files.values():
+        svg = ElementTree.fromstring(text)
+        assert svg.tag == f"{SVG}svg"
+        assert float(svg.get("width").removesuffix("pt")) > 300
+        assert "prefers-color-scheme:dark" in text
+        assert svg.get("role") == "img"
+        assert not re.findall(r"(?:href=\"|url\()(?!#)", text)
+
+
+def test_the_scores_are_told_in_the_label(files):
+    label = ElementTree.fromstring(files["scores"]).get("aria-label")
+    assert label.startswith("deit, per layer: accuracy against sparsity; dense 0.8213; magnitude, pruned: 50% 0.7")
+    assert "wanda, after 2 epochs: 50% 0.8" in label
+    assert "wanda, pruned: 2:4 0." in label
+
+
+def test_the_key_names_scores_stages_and_patterns(files):
+    assert {"magnitude", "wanda", "pruned", "after 2 epochs", "2:4", "deit", "per layer", "50%", "80%"} <= set(
+        texts(files["scores"])
+    )
+    assert {"per output", "per layer", "magnitude", "wanda"} <= set(texts(files["granularities"]))
+    assert {"fine-tuning", "choosing weights", "Time: 1 h 07 min"} <= set(texts(files["time"]))
+
+
+@pytest.mark.parametrize(
+    ("granularities", "metric", "shown"),
+    [
+        (("output", "layer"), "accuracy", "per layer"),
+        (("output", "input"), "accuracy", "per output"),
+        (("output", "layer"), "perplexity", "per output"),
+        (("(output, 128)",), "accuracy", "per 128 outputs"),
+        (("variant",), "accuracy", "variant"),
+    ],
+)
+def test_scores_are_compared_at_one_granularity(granularities, metric, shown):
+    rows = [pruned(granularity=g, **{metric: 0.5 + index}) for index, g in enumerate(granularities)]
+    study = ONE | {"metrics": {metric: "higher" if metric == "accuracy" else "lower"}}
+    (panel,) = score_panels(study, rows)
+    assert panel.subtitle == shown
+    assert [line.points for line in panel.lines] == [[(0.5, 0.5 + (shown == "per layer"))]]
+
+
+def test_scores_of_different_granularities_say_so():
+    rows = [
+        pruned("magnitude", accuracy=0.4),
+        pruned("wanda", granularity="output", accuracy=0.6),
+        pruned("ria", granularity="output", accuracy=0.6),
+    ]
+    (panel,) = score_panels(ONE, rows)
+    assert panel.subtitle == "per layer: magnitude; per output: wanda, ria"
+
+
+def test_a_score_and_a_stage_keep_their_colour_in_all_panels():
+    panels = score_panels(vision_study(), list(vision_rows()))
+    colours = [{line.name: line.colour for line in panel.lines} for panel in panels]
+    assert len(panels) == 2
+    assert colours[0] == colours[1]
+    assert len(set(colours[0].values())) == 3
+
+
+def test_granularities_have_a_panel_for_each_model_and_score_with_several():
+    rows = list(vision_rows(scores=("wanda", "ria"), sparsities=(0.5,), epochs=0))
+    rows.append(row("deit-small", "pruned", score="magnitude", granularity="layer", sparsity=0.5, accuracy=0.3))
+    panels = granularity_panels(vision_study(), rows)
+    assert [(panel.title, panel.subtitle) for panel in panels] == [
+        (model, score) for model in ("convnext-tiny", "deit-small") for score in ("wanda", "ria")
+    ]
+    assert {line.name for panel in panels for line in panel.lines} == {"per output", "per layer"}
+    assert granularity_panels(vision_study(), list(vision_rows(granularities=("layer",)))) == []
+
+
+def test_patterns_are_joined_to_nothing():
+    (panel,) = score_panels(ONE, list(vision_rows(("deit",), ("wanda",), epochs=0)))
+    lines = {line.pattern: [x for x, _ in line.points] for line in panel.lines}
+    assert lines == {"": [0.5, 0.6, 0.7, 0.8], "2:4": [0.5]}
+
+
+def test_orders_are_told_apart_where_a_score_has_several():
+    (panel,) = score_panels(text_study(), text_rows())
+    found = {(line.name, line.order) for line in panel.lines if not line.pattern}
+    assert found == {("magnitude", ""), *((s, o) for s in ("wanda", "sparsegpt") for o in ("none", "block"))}
+    assert {"update none", "update block"} <= set(texts(draw_panels([panel])))
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ((12.0, 20.0, 50.0), None),
+        ((12.0, 20.0, 5000.0), "▲ off the scale: 5,000.0 at 70%"),
+        ((12.0, 20.0, math.inf), "▲ off the scale: inf at 70%"),
+        ((12.0, math.inf, 1e30), "▲ off the scale: inf at 60%, 1.00e+30 at 70%"),
+    ],
+)
+def test_a_perplexity_that_exploded_is_off_the_scale(values, told):
+    study = ONE | {"metrics": {"perplexity": "lower"}}
+    rows = [row("deit", perplexity=10.0)]
+    rows += [pruned("wanda", x, perplexity=y) for x, y in zip((0.5, 0.6, 0.7), values, strict=True)]
+    found = texts(draw_panels(score_panels(study, rows)))
+    assert [text for text in found if "off the scale" in text] == ([told] if told else [])
+    assert "perplexity (log scale, lower is better)" in found
+    ticks = [float(text.replace(",", "")) for text in found if re.fullmatch(r"[\d,.]+", text)]
+    assert 5 <= min(ticks) <= max(ticks) <= 60
+
+
+def test_all_infinite_values_can_be_drawn():
+    study = ONE | {"metrics": {"perplexity": "lower"}}
+    rows = [pruned("wanda", x, perplexity=math.inf) for x in (0.5, 0.6, 0.7, 0.8)]
+    assert "▲ off the scale: 4 points, to inf" in texts(draw_panels(score_panels(study, rows)))
+
+
+@pytest.mark.parametrize("value", [None, math.nan, -math.inf, math.inf, "0.5"])
+def test_what_is_no_value_is_not_drawn(value):
+    assert score_panels(ONE, [pruned(accuracy=value)]) == []
+    (panel,) = score_panels(ONE, [pruned(accuracy=value), pruned(sparsity=0.6, accuracy=0.25)])
+    assert [line.points for line in panel.lines] == [[(0.6, 0.25)]]
+
+
+@pytest.mark.parametrize("models", [1, 3, 6])
+def test_any_number_of_models_fits(models):
+    names = tuple(f"model {index}, whose name is as long as names of models sometimes are" for index in range(models))
+    rows = list(vision_rows(names, ("wanda",), ("layer",), (0.5,), epochs=0))
+    before = dict(matplotlib.rcParams)
+    figures = study_figures({"metrics": {"accuracy": "higher"}}, rows)
+    assert list(figures) == ["scores"]
+    assert sum(text.startswith("model ") and text.endswith("…") for text in texts(figures["scores"])) == models
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_nothing_gives_no_figures():
+    assert study_figures({}, []) == {}
+    assert study_figures(ONE | {"seconds": {"other": 0.0}}, [row("deit", accuracy=0.8)]) == {}
+
+
+def test_markup_in_names_is_escaped():
+    rows = [row("<b>&", accuracy=0.8), row("<b>&", "pruned", score="<i>", sparsity=0.5, accuracy=0.7)]
+    found = texts(study_figures({"metrics": {"accuracy": "higher"}}, rows)["scores"])
+    assert {"<b>&", "<i>"} <= set(found)

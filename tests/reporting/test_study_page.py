@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import copy
+import io
+import math
+import re
+from html import unescape
+
+import pytest
+from html_page import Page
+from rich.console import Console
+from study_rows import plain, pruned, row, text_rows, text_study, vision_rows, vision_study
+
+from sparsefit.reporting.console import study_summary
+from sparsefit.reporting.study_page import render_study
+
+ONE = vision_study(("deit",))
+
+
+def cells(html, heading):
+    """The cells of the tables below a heading of the page."""
+    card = html[html.index(f"<h2>{heading}</h2>") :].split("</section>")[0]
+    found = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line) for line in re.findall(r"<tr.*?</tr>", card)]
+    return [[unescape(re.sub(r"<[^>]*>", " ", cell)).strip() for cell in line] for line in found]
+
+
+def printed(study, rows, width=120):
+    console = Console(file=io.StringIO(), width=width)
+    console.print(study_summary(study, rows))
+    return [plain(" ".join(line.split())) for line in console.file.getvalue().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole():
+    rows = list(vision_rows(scores=("magnitude", "wanda"), sparsities=(0.5, 0.8)))
+    return render_study(vision_study(), rows)
+
+
+def test_the_page_is_self_contained_and_well_formed(whole):
+    page = Page(whole)
+    assert not {"script", "link", "iframe", "img", "object", "embed", "base", "form"} & set(page.tags)
+    for _, name, value in page.attributes:
+        if name in ("src", "href", "xlink:href"):
+            assert value.startswith("#")
+        elif not name.startswith("xmlns"):
+            assert "://" not in value
+    assert re.findall(r"url\((?!#)|@import", whole) == []
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids)) > 50
+
+
+def test_the_page_says_what_was_run_and_what_it_took(whole):
+    text = Page(whole).text
+    for shown in (
+        "20 of 20",
+        "convnext-tiny, deit-small",
+        "magnitude, wanda",
+        "per output, per layer",
+        "50%, 80%, 2:4",
+    ):
+        assert shown in text
+    for shown in (
+        "sparsefit study --config",
+        "runs/vision-study",
+        "25,509,888 (89.2%)",
+        "4,096 samples of training images",
+    ):
+        assert shown in text
+    for shown in ("12 epochs, 15 min 03 s", "2 weights left dense", "the patch embedding", "Configuration", "8.00 GiB"):
+        assert shown in text
+    assert "Also measured: top5 accuracy" in text
+    assert "None" not in text
+    assert "Failed" not in text
+
+
+def test_the_table_has_a_column_for_each_way_and_stage(whole):
+    heads, first = cells(whole, "Results")[1:3]
+    assert [" ".join(head.split()) for head in heads] == ["sparsity"] + [
+        f"{score} per {granularity}" for score in ("magnitude", "wanda") for granularity in ("output", "layer")
+    ] + ["magnitude per layer", "wanda per layer"]
+    assert cells(whole, "Results")[0] == ["", "pruned", "after 2 epochs"]
+    assert first[0] == "50%"
+    assert ["2:4"] in [line[:1] for line in cells(whole, "Results")]
+
+
+def test_failed_points_are_listed_with_their_error():
+    rows = [row("deit", accuracy=0.8), pruned(accuracy=0.7)]
+    rows += [pruned(sparsity=s, accuracy=None, error="ConfigError: <b>5 & 6</b>") for s in (0.6, 0.7)]
+    html = render_study(ONE, rows)
+    assert "<b>5" not in html
+    assert html.count("ConfigError: &lt;b&gt;5 &amp; 6&lt;/b&gt;") == 1
+    assert "deit: wanda per layer, 60%, pruned; deit: wanda per layer, 70%, pruned" in html
+    assert "1 of 3" in html
+    assert [line[0:2] for line in cells(html, "Results")][2:] == [["60%", "failed"], ["70%", "failed"]]
+    assert printed(ONE, rows)[0] == f"{ONE['name']}: 1 of 3 points, 2 failed"
+
+
+EDGES = {
+    "nothing": ({}, []),
+    "no rows": (ONE, []),
+    "dense alone": (ONE, [row("deit", accuracy=0.8)]),
+    "dense failed": (ONE, [row("deit", accuracy=None, error="no data")]),
+    "one point": (ONE, [pruned(accuracy=0.7)]),
+    "no dense": (ONE, [pruned(accuracy=0.7), pruned("magnitude", accuracy=0.6)]),
+    "all failed": (ONE, [pruned(s, accuracy=None, error="x") for s in ("wanda", "magnitude")]),
+    "tuned alone": (ONE, [pruned(stage="finetuned", accuracy=0.7, epochs=None)]),
+    "patterns alone": (ONE, [pruned(pattern="2:4", granularity="", accuracy=0.7)]),
+    "no value": (ONE, [pruned(accuracy=math.nan), pruned("magnitude", accuracy=math.inf)]),
+    "infinite": (
+        ONE | {"metrics": {"perplexity": "lower"}},
+        [row("deit", perplexity=math.inf), pruned(perplexity=math.inf)],
+    ),
+    "undeclared": ({}, [pruned(accuracy=0.7)]),
+    "bare": (
+        {"metrics": {"accuracy": "higher"}},
+        [{"model": "deit", "score": "wanda", "sparsity": 0.5, "accuracy": 0.5}],
+    ),
+    "other metric": (
+        {"metrics": {"f1": "higher"}},
+        [row("deit", f1=0.0), pruned(f1=-3.0), pruned(sparsity=0.6, f1=5.0)],
+    ),
+}
+
+
+@pytest.mark.parametrize(("study", "rows"), EDGES.values(), ids=EDGES)
+def test_any_study_can_be_shown(study, rows):
+    page = Page(render_study(study, rows))
+    assert study.get("name", "study") in page.text
+    for word in ("None", "nan"):
+        assert not re.search(rf"\b{word}\b", page.text)
+        assert not any(re.search(rf"\b{word}\b", line) for line in printed(study, rows))
+
+
+def test_a_study_that_was_stopped_shows_what_there_is():
+    rows = list(vision_rows(("deit",), ("magnitude", "wanda"), ("layer",), (0.5, 0.6), epochs=0))[:4]
+    found = cells(render_study(ONE, rows), "Results")
+    assert [line[0] for line in found] == ["sparsity", "50%", "60%"]
+    assert found[2][2] == "—"
+
+
+def test_a_third_metric_is_folded_up():
+    study = ONE | {"metrics": {"accuracy": "higher", "top5_accuracy": "higher", "loss": "lower"}}
+    html = render_study(study, [pruned(accuracy=0.7, top5_accuracy=0.9, loss=1.25)])
+    assert re.findall(r"<summary>Also measured: (.*?)</summary>", html) == ["top5 accuracy", "loss"]
+    assert "1.25" in Page(html).text
+
+
+def hostile(value, evil='<script>alert("1")</script>&'):
+    if isinstance(value, dict):
+        return {key: hostile(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [hostile(item) for item in value]
+    return value + evil if isinstance(value, str) else value
+
+
+def test_every_text_is_escaped():
+    study = hostile({key: value for key, value in ONE.items() if key not in ("metrics", "models")})
+    study |= {"metrics": ONE["metrics"], "models": {"deit<script>": hostile(copy.deepcopy(ONE["models"]["deit"]))}}
+    names = ("model", "score", "granularity", "update", "pattern", "error")
+    rows = [
+        pruned(accuracy=0.7, error="broken", pattern="2:4"),
+        pruned(accuracy=0.6),
+        pruned(accuracy=0.5, update="block"),
+    ]
+    rows = [line | {key: line[key] + "<script>" for key in names} for line in rows]
+    html = render_study(study, rows)
+    page = Page(html)
+    assert "<script" not in html
+    for shown in (
+        "wanda<script>",
+        "deit<script>",
+        "broken<script>",
+        "block<script>",
+        "the head<script>",
+        "Some CPU @ 3 GHz<s",
+    ):
+        assert shown in page.text
+
+
+def test_the_terminal_shows_tables_and_findings():
+    lines = printed(text_study(), text_rows())
+    assert "tiny-llama: perplexity, pruned, dense 12.40" in lines
+    assert any(line.startswith("70% 4,990.5 x402") for line in lines)
+    assert any(line.startswith("80% inf") for line in lines)
+    assert any(
+        line.startswith("Order: Update block beats update none at 5 of 5 sparsities with wanda") for line in lines
+    )
+    assert "time: 3 min 29 s" in lines
+    assert "study folder: runs/vision-study" in lines
+
+
+def test_names_are_not_read_as_terminal_markup():
+    rows = [pruned("[red]score[/red]", model="[bold]m", accuracy=0.7)]
+    lines = printed(ONE | {"models": {}, "name": "[blue]n"}, rows)
+    assert lines[0].startswith("[blue]n")
+    assert any("[red]score[/red]" in line for line in lines)
+    assert any("[bold]m: accuracy" in line for line in lines)
