@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from sparsefit.callbacks.averages import restart_averages
 from sparsefit.callbacks.calibration import calibration_batches, calibration_forward, predicting
 from sparsefit.callbacks.ledgers import budget_of, ledger_of
 from sparsefit.errors import ConfigError, MaskError
@@ -181,8 +182,10 @@ class WandaPruning(Callback):
             rank_zero_warn(note)
         self._log(trainer)
         self._bind(module)
+        restart_averages(trainer, module)
         _tell_callbacks(trainer, "on_pruning_end", module, self.result)
         _tell_callbacks(trainer, "on_reconstruction", module, self.masks)
+        restart_averages(trainer, module)
         _tell_callbacks(trainer, "on_base_ready", module, self.masks)
 
     @contextmanager

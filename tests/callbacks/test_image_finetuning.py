@@ -198,3 +198,14 @@ def test_a_resumed_run_ends_as_one_that_ran_through(tmp_path, settings):
     assert resumed.masks.digest() == through.masks.digest()
     states = (whole.model.state_dict(), second.model.state_dict())
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+@pytest.mark.parametrize("first", ["pruning", "average"])
+def test_an_average_that_never_begins_is_of_the_pruned_model(tmp_path, first):
+    module, pruning = module_of("convnext", **SGD), pruning_of()
+    average = EMAWeightAveraging(decay=0.8, update_starting_at_step=1000)
+    both = [pruning, average] if first == "pruning" else [average, pruning]
+    fit(module, *both, ModelCheckpoint(tmp_path, save_top_k=-1), enable_checkpointing=True)
+    pruning.masks.verify(module)
+    for file in tmp_path.glob("*.ckpt"):
+        pruning.masks.verify(torch.load(file, weights_only=True)["state_dict"])
