@@ -303,7 +303,8 @@ def points(args: argparse.Namespace, stage: str, model: str, rates: dict[str, fl
     if stage == "tune":
         return [point(model, form, rate, steps) for form, rates_of in RATES.items() for rate in rates_of]
     if stage == "steps":
-        return [row for p in patterns for way in (whole, refined) for row in way(model, rates, steps, p)]
+        rows = [row for p in patterns for row in whole(model, rates, steps, p)]
+        return rows + (refined(model, rates, steps, "50%") if "50%" in patterns else [])
     return [row for p in patterns for row in fitting(args.output, model, rates, p)]
 
 
