@@ -6,10 +6,11 @@ import copy
 
 import numpy as np
 import pytest
+import torch
 from image_models import BLOCKS, MODELS, image_model, images
-from passes import collect, covered, linear_layers, matrix_of, staged
+from passes import collect, covered, linear_layers, matrix_of, spread_weights, staged
 from reference import assert_mask, score_of
-from torch import nn
+from torch import Tensor, nn
 
 from sparsefit import PruningConfig, prune
 from sparsefit.pruning.blocks import find_block_lists
@@ -101,3 +102,81 @@ def test_methods_with_gram_matrices_lower_the_error(family, settings):
 
     first = blocks_of(dense, family)[0]
     assert np.mean([error(other, n) for n in first]) < np.mean([error(plain, n) for n in first])
+
+
+class Residual(nn.Module):
+    """A block of ConvNeXt as other libraries write it: two linear layers, or two 1x1 convolutions."""
+
+    def __init__(self, width: int, pointwise: bool) -> None:
+        super().__init__()
+        self.pointwise = pointwise
+        self.dwconv = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        sizes = (width, 2 * width), (2 * width, width)
+        self.fc1, self.fc2 = (nn.Conv2d(*size, 1) if pointwise else nn.Linear(*size) for size in sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.dwconv(x)
+        hidden = hidden if self.pointwise else hidden.movedim(1, -1)
+        hidden = self.fc2(torch.relu(self.fc1(hidden)))
+        return x + (hidden if self.pointwise else hidden.movedim(-1, 1))
+
+
+def downsampling(before: int, after: int) -> nn.Sequential:
+    return nn.Sequential(nn.GroupNorm(1, before), nn.Conv2d(before, after, 2, stride=2))
+
+
+class Stage(nn.Module):
+    def __init__(self, before: int, after: int, depth: int, pointwise: bool) -> None:
+        super().__init__()
+        self.downsample = downsampling(before, after)
+        self.blocks = nn.Sequential(*(Residual(after, pointwise) for _ in range(depth)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.downsample(x))
+
+
+class Pool(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((-2, -1))
+
+
+def stages_of_their_own(pointwise: bool) -> nn.Module:
+    stages = nn.Sequential(Stage(4, 8, 1, pointwise), Stage(8, 16, 3, pointwise))
+    return nn.Sequential(nn.Conv2d(3, 4, 4, stride=4), stages, Pool(), nn.Linear(16, 5))
+
+
+def stages_in_a_row(pointwise: bool) -> nn.Module:
+    first, second = (nn.Sequential(*(Residual(width, pointwise) for _ in range(2))) for width in (8, 16))
+    features = nn.Sequential(downsampling(3, 8), first, downsampling(8, 16), second)
+    return nn.Sequential(features, Pool(), nn.Sequential(nn.Flatten(), nn.Linear(16, 5)))
+
+
+@pytest.mark.parametrize("update", ["block", "none"])
+@pytest.mark.parametrize("pointwise", [False, True])
+@pytest.mark.parametrize("make", [stages_of_their_own, stages_in_a_row])
+def test_stages_of_other_libraries(make, pointwise, update):
+    model = spread_weights(make(pointwise))
+    dense = copy.deepcopy(model)
+    result = prune(model, [images()], PruningConfig(update=update))
+    assert result.update == update
+    blocks = [name for name, module in dense.named_modules() if isinstance(module, Residual)]
+    names = [[f"{block}.fc1.weight", f"{block}.fc2.weight"] for block in blocks]
+    every = [name for block in names for name in block]
+    samples = [image[None] for image in images()]
+    seen = []
+    for name, weight, _, inputs in staged(dense, model, samples, names if update == "block" else [every]):
+        scores, tolerance = score_of("wanda", weight, inputs)
+        assert_mask(result.masks[name], scores, max(tolerance, 1e-5))
+        seen.append(name)
+    assert seen == list(result.masks) == every
+
+
+def test_experts_in_a_block_are_no_blocks_of_a_stage():
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Linear(16, 2)
+            self.experts = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.ReLU()) for _ in range(2))
+
+    layers = nn.ModuleList(Experts() for _ in range(3))
+    assert find_block_lists(layers) == [list(layers)]
