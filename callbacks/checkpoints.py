@@ -11,20 +11,27 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from sparsefit.callbacks.checkpoint_io import CompletingCheckpointIO
 from sparsefit.callbacks.pruning import WandaPruning
 from sparsefit.callbacks.quantization import QuantizedBase
 from sparsefit.callbacks.random_states import RandomStates
-from sparsefit.errors import ConfigError
-from sparsefit.recovery.sparse_base import InBase, check_same_recipe, compare, complete, leave_out
+from sparsefit.callbacks.resuming import (
+    FORMAT,
+    ChangedRates,
+    check_format,
+    check_same_optimizers,
+    check_same_run,
+    data_name,
+    optimizer_kinds,
+)
+from sparsefit.recovery.same_recipe import check_same_recipe
+from sparsefit.recovery.sparse_base import InBase, compare, complete, leave_out
 
 KEY = "sparsefit"
 """Under which a checkpoint has what this callback adds."""
-
-_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,9 @@ class SparseCheckpoints(Callback):
     Args:
         folder: The run folder, the same as that of `RunReport`.
 
+    A resumed run may have more steps or GPU-hours, another learning rate, weight decay or dropout: these count from
+    there on. Model, adapter, distillation, optimizer and training data must be those of the checkpoint.
+
     Raises:
         ConfigError: on resuming, if the checkpoint is from another recipe, number of devices or version.
         RunFolderError: on resuming, if the sparse base is nowhere to be found; says where it was looked for.
@@ -69,10 +79,12 @@ class SparseCheckpoints(Callback):
         self._updating = False
         self._after_batch: RandomStates | None = None
         self._resumed: tuple[RandomStates, bool] | None = None  # and whether an epoch's data come first
+        self._optimizers: list[str] | None = None  # of a checkpoint
+        self._changed: ChangedRates | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Have checkpoints filled up as they are read, before anything is restored."""
-        self._step = self._after_batch = self._resumed = None
+        self._step = self._after_batch = self._resumed = self._optimizers = self._changed = None
         self._updating = False
         if _splits_weights(trainer):
             return
@@ -88,6 +100,7 @@ class SparseCheckpoints(Callback):
         if saved is None or trainer.state.fn != TrainerFn.FITTING:
             return
         self._resumed = RandomStates.from_plain(saved["random"][trainer.global_rank]), saved["between_epochs"]
+        self._optimizers, self._changed = saved.get("optimizers"), ChangedRates(checkpoint, pl_module)
         if not saved["whole_step"]:
             rank_zero_warn(
                 "The checkpoint was saved by an interrupt while the optimizer changed the weights: the run goes on, "
@@ -96,7 +109,10 @@ class SparseCheckpoints(Callback):
         self._restore(before_data=True)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Between two epochs, the next one's loader draws first: its shuffling, the seeds of its workers."""
+        """Look at the optimizers before their states are restored. And between two epochs, the next one's loader draws
+        first: its shuffling, the seeds of its workers."""
+        if self._optimizers is not None:
+            check_same_optimizers(self._optimizers, trainer)
         self._restore(before_data=True)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -106,8 +122,11 @@ class SparseCheckpoints(Callback):
             self._restore(before_data=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note how random numbers stand."""
+        """Note how random numbers stand, and have the rates be those that were asked for."""
         self._after_batch = RandomStates.now()
+        if self._changed is not None:
+            self._changed.apply(trainer)
+            self._changed = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Within an epoch, its loader had drawn already when the run was interrupted."""
@@ -144,11 +163,13 @@ class SparseCheckpoints(Callback):
         ended = done == _batches(trainer).current.ready and (progress["is_last_batch"] or done == total)
         _close_epoch(checkpoint, ended, endless=total == math.inf)
         checkpoint[KEY] = {
-            "format": _FORMAT,
+            "format": FORMAT,
             "world_size": trainer.world_size,
             "random": _of_all_ranks(trainer, random.plain()),
             "between_epochs": ended,
             "whole_step": whole_step,
+            "optimizers": optimizer_kinds(trainer),
+            "data": data_name(trainer, checkpoint),
             "base": None,
         }
         if trainer.is_global_zero:
@@ -195,22 +216,20 @@ class SparseCheckpoints(Callback):
         saved = checkpoint.get(KEY)
         if saved is None:
             return
-        if saved["format"] != _FORMAT:
-            raise ConfigError(
-                f"the checkpoint {path} has the format {saved['format']!r} of another version of sparsefit; this one "
-                f"reads {_FORMAT}. Resume with the version that saved it"
+        check_format(saved, path)
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting:
+            check_same_run(checkpoint, saved, trainer, path)
+        check_same_recipe(checkpoint, module, path, training=fitting)
+        if saved["base"] is None:
+            return
+        path = Path(path).absolute()
+        found = complete(checkpoint, saved["base"], path, [self.folder, path.parent.parent, path.parent])
+        if fitting and found != self.folder.absolute():
+            rank_zero_info(
+                f"The checkpoint {path} is of the run in {found}, which is left as it is: from here on the run is "
+                f"written to {self.folder.absolute()}, with a base of its own."
             )
-        if trainer.state.fn == TrainerFn.FITTING and saved["world_size"] != trainer.world_size:
-            raise ConfigError(
-                f"the checkpoint {path} is from a run on {saved['world_size']} devices, and this one has "
-                f"{trainer.world_size}: the batches seen, the effective batch size and the random states are those of "
-                f"each device. Resume with trainer.devices x num_nodes = {saved['world_size']}, or train the pruned "
-                "model (base/ in its run folder) in a run of its own"
-            )
-        check_same_recipe(checkpoint, module, path)
-        if saved["base"] is not None:
-            path = Path(path).absolute()
-            complete(checkpoint, saved["base"], path, [self.folder, path.parent.parent, path.parent])
 
 
 def _splits_weights(trainer: Trainer) -> bool:

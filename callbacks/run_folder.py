@@ -46,13 +46,13 @@ class RunFolder:
         """See that a run may use the folder, which is made if it is not there.
 
         Raises:
-            RunFolderError: if the folder holds a run already (and none is resumed), or cannot be written to.
+            RunFolderError: if the folder holds anything already (and no run is resumed), or cannot be written to.
         """
         if self.path.exists() and not self.path.is_dir():
             raise RunFolderError(f"the run folder {self.path} is a file; choose another path")
         try:
             # Lightning opens its loggers before any callback's first hook.
-            if not resuming and self.path.is_dir() and any(entry.name != LOGS for entry in self.path.iterdir()):
+            if not resuming and not self._is_free():
                 raise RunFolderError(
                     f"the run folder {self.path} exists and is not empty. Choose another folder, move this one away, "
                     "or go on with its run by resuming from its checkpoint"
@@ -64,6 +64,19 @@ class RunFolder:
             raise
         except OSError as error:
             raise RunFolderError(f"the run folder {self.path} cannot be written to: {error}") from error
+
+    def _is_free(self) -> bool:
+        """Whether there is nothing to lose: no files, or those of a run that broke off before it had a base."""
+        names = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
+        told = {file.name for file in (self.json, self.html, self.configuration)}
+        broke_off = self._read("status") in ("interrupted", "failed") and names <= {LOGS, *told}
+        return broke_off or names <= {LOGS}
+
+    def _read(self, key: str) -> Any:
+        try:
+            return json.loads(self.json.read_text(encoding="utf-8")).get(key)
+        except (OSError, ValueError, AttributeError):
+            return None
 
     def claim(self, module: nn.Module, resuming: bool) -> None:
         """See that a run may use the folder and that a run of this model fits into it.
@@ -84,12 +97,13 @@ class RunFolder:
                 f"checkpoints need about {needed / 1e9:.1f} GB. Free some space or choose another folder"
             )
 
+    def holds_run(self) -> bool:
+        """Whether anything of a run lies in the folder."""
+        return any(path.exists() for path in (self.json, self.configuration, self.masks, self.base))
+
     def run_id(self) -> str | None:
         """The id of the run in the folder, from its report; None where there is none."""
-        try:
-            return json.loads(self.json.read_text(encoding="utf-8")).get("id")
-        except (OSError, ValueError, AttributeError):
-            return None
+        return self._read("id")
 
     def write_base(self, module: nn.Module, masks: MaskSet) -> None:
         """Write the sparse base, without adapters, and then its masks: where these are, the base is whole."""
@@ -128,9 +142,21 @@ class RunFolder:
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """Another folder to write to, which takes the place of `folder` once all is written."""
-    partial = folder.with_name(f"{folder.name}.partial")
+    """Another folder to write to, which takes the place of `folder` once all is written; gone if it never is.
+
+    `folder` is as it was or as it is to be, and never in between. If the process is killed just as one takes the
+    other's place, both lie beside it, whole.
+    """
+    partial, old = (folder.with_name(f"{folder.name}.{what}") for what in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    yield partial
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    try:
+        yield partial
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(folder, old)
+        os.replace(partial, folder)
+    finally:
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
+        for left in (partial, old):
+            shutil.rmtree(left, ignore_errors=True)

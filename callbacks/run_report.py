@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -21,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from sparsefit.callbacks.ledgers import budget_of, ledger_of, masks_of
 from sparsefit.callbacks.quantization import QuantizedBase
 from sparsefit.callbacks.reconstruction import BlockwiseReconstruction
+from sparsefit.callbacks.run_account import beginning, standing
 from sparsefit.callbacks.run_folder import RunFolder
 from sparsefit.errors import MergeError, RunFolderError
 from sparsefit.pruning import MaskSet, PruningResult
@@ -32,7 +30,6 @@ from sparsefit.recovery.merge import merged_in_place
 from sparsefit.recovery.quantize import in_floats
 from sparsefit.reporting.console import console, stage_progress, summary
 from sparsefit.reporting.html import render_html
-from sparsefit.reporting.machine import machine, peak_memory, versions
 from sparsefit.reporting.report import write_json
 
 _MARGIN = 1.25  # the last evaluation may be somewhat slower than the ones it is measured by
@@ -63,23 +60,15 @@ class RunReport(Callback):
         self._seconds = {"evaluation": 0.0, "export": 0.0}  # the longest of each
         self._configuration: str | None = None
         self._claimed = False
+        self._begun = False  # from here on the run writes to the folder
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin the report."""
         if stage != "fit":
             return
         ledger_of(trainer)
-        self._claimed = False
-        self.report = {
-            "name": self.name,
-            "id": None,  # a checkpoint brings that of its run
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "folder": str(self.folder.path),
-            "command": shlex.join([sys.argv[0].rpartition("/")[2], *sys.argv[1:]]),
-            "metrics": dict(getattr(pl_module, "metrics", {})),
-            "versions": versions(),
-            "machine": machine(),
-        }
+        self._claimed = self._begun = False
+        self.report = beginning(self.name, self.folder.path, pl_module)
 
     def take_configuration(self, text: str) -> None:
         """Keep the YAML of the run in the report, and beside it as a file that a new run can start from."""
@@ -93,14 +82,14 @@ class RunReport(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The same, with a strategy that restores late; and a base for a run that goes on in another folder."""
-        self._claim(trainer, pl_module)
+        self._begin(trainer, pl_module)
         masks = masks_of(trainer)
         if masks is not None and not self.folder.masks.exists() and not trains_base(pl_module):
             self._export_base(trainer, pl_module, masks)
 
     def on_pruning_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate the dense model."""
-        self._claim(trainer, pl_module)
+        self._begin(trainer, pl_module)
         self._evaluate(trainer, pl_module, "dense")
         self._reserve(trainer, pl_module, ahead=1 + self._reconstructs(trainer))
 
@@ -159,8 +148,8 @@ class RunReport(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save what was trained so far, and report how far the run came."""
-        if not self._claimed:
-            return  # the folder is not ours to write to
+        if not self._begun:
+            return  # the folder is not ours to write to, or what is in it is not yet restored
         status = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
         self.report["error"] = f"{type(exception).__name__}: {exception}"
         try:
@@ -190,10 +179,17 @@ class RunReport(Callback):
             self.folder.claim(module, resuming=trainer.ckpt_path is not None)
             self._check_same_run(trainer, module)
             self.report["id"] = self.report["id"] or self.folder.run_id() or uuid4().hex
-            if self._configuration is not None:
-                self.folder.configuration.write_text(self._configuration, encoding="utf-8")
-        self.report["configuration"] = self._configuration
         self._claimed = True
+
+    def _begin(self, trainer: Trainer, module: LightningModule) -> None:
+        """Claim the folder, and write to it what the run goes by; a resumed run has restored all by then."""
+        self._claim(trainer, module)
+        if self._begun:
+            return
+        if trainer.is_global_zero and self._configuration is not None:
+            self.folder.configuration.write_text(self._configuration, encoding="utf-8")
+        self.report["configuration"] = self._configuration
+        self._begun = True
 
     def _check_same_run(self, trainer: Trainer, module: LightningModule) -> None:
         """A base that lies in the folder must be the one that the resumed run trains its adapter for."""
@@ -293,43 +289,7 @@ class RunReport(Callback):
         self.report["merge"] |= {"lossless": True, "folder": self.folder.model.name, "sparsity": counted}
 
     def _write(self, trainer: Trainer, module: LightningModule, status: str) -> None:
-        ledger, budget = ledger_of(trainer), budget_of(trainer)
-        memory, kind = peak_memory()
-        if account := next((c.account for c in trainer.callbacks if isinstance(c, BlockwiseReconstruction)), None):
-            self.report["reconstruction"] = account
-        if account := next((c.account for c in trainer.callbacks if isinstance(c, QuantizedBase)), None):
-            self.report["quantization"] = account
-        pruning = next((c.summary for c in trainer.callbacks if getattr(c, "summary", None)), {})
-        if "sparsity" in self.report and pruning:
-            self.report["sparsity"] |= {key: pruning["config"][key] for key in ("pattern",)}
-            self.report["sparsity"]["asked"] = pruning["config"]["sparsity"]
-        self.report |= {
-            "status": status,
-            "pruning": pruning,
-            "training": {
-                "steps": trainer.global_step,
-                "stop_reason": _stop_reason(trainer),
-                "trainable_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
-                "history": self._history,
-            },
-            "gpu_hours": {
-                "total": ledger.hours,
-                "budget": budget.gpu_hours if budget is not None else None,
-                "devices": trainer.world_size,
-                "stages": ledger.stages,
-            },
-            "seconds": {"total": sum(ledger.seconds.values()), "stages": ledger.seconds},
-            "memory": {"peak_bytes": memory, "kind": kind},
-        }
+        self.report |= {"status": status} | standing(trainer, module, self.report, self._history)
         if trainer.is_global_zero:
             write_json(self.report, self.folder.json)
             self.folder.html.write_text(render_html(self.report), encoding="utf-8")
-
-
-def _stop_reason(trainer: Trainer) -> str | None:
-    budget = budget_of(trainer)
-    if budget is not None and budget.stop_reason:
-        return budget.stop_reason
-    if 0 <= trainer.max_steps <= trainer.global_step:
-        return f"max_steps={trainer.max_steps} reached"
-    return "the data or max_epochs ended" if trainer.global_step else None

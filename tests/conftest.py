@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,13 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("there is no ../shared/data beside the repository: real data and models are not at hand")
     return SHARED_DATA
+
+
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    """bitsandbytes compiles its fallback for odd widths: seconds for each shape."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -41,19 +41,20 @@ def text_file(folder):
     return str(file)
 
 
-def data(folder, **settings):
+def data(folder, kind=TextDataModule, **settings):
     common = {"sequence_length": 16, "batch_size": 2, "calibration_samples": 4, "calibration": "pack"}
     file = text_file(folder)
-    return TextDataModule(
-        tokenizer(), file, shuffle_buffer=5, **(common | {"test_source": file, "test_windows": 2} | settings)
-    )
+    common |= {"train_source": file, "shuffle_buffer": 5, "test_source": file, "test_windows": 2}
+    return kind(**({"tokenizer": tokenizer()} | common | settings))
 
 
-def module(cls=CausalLMModule, **adapter):
+def module(cls=CausalLMModule, settings=None, **adapter):
     """A pruned-to-be Llama; dropout, so that every random number counts."""
     torch.manual_seed(0)
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer()), tie_word_embeddings=True, **SIZES))
-    return cls(llama, AdapterSettings(**({"r": 2, "dropout": 0.1} | adapter)), learning_rate=0.01)
+    return cls(
+        llama, AdapterSettings(**({"r": 2, "dropout": 0.1} | adapter)), **({"learning_rate": 0.01} | (settings or {}))
+    )
 
 
 def callbacks(folder):

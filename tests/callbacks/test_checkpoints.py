@@ -20,11 +20,10 @@ from resumed_runs import (
     text_file,
     weights,
 )
-from safetensors.torch import load_file, save_file
 
 from sparsefit.callbacks import WandaPruning
 from sparsefit.callbacks.checkpoint_io import AtomicCheckpointIO
-from sparsefit.errors import ConfigError, MaskError, RunFolderError
+from sparsefit.errors import MaskError, RunFolderError
 from sparsefit.modules import CausalLMModule
 from sparsefit.pruning import MaskSet
 
@@ -222,68 +221,7 @@ def test_nothing_is_left_out_without_a_base_and_plain_checkpoints_are_as_ever(st
     resume(folder, tmp_path / "step=3.ckpt", max_steps=4)
 
 
-# Bad input.
-
-
-def other_rank(folder, run):
-    return {"adapter": {"r": 3}}, ConfigError, r"another recipe: adapter.r was 2 and is 3"
-
-
-def other_targets(folder, run):
-    targets = ["q_proj", "down_proj"]
-    return {"adapter": {"target_modules": targets}}, ConfigError, r"adapter.target_modules was \['q_proj', 'v_proj'\]"
-
-
-def other_form(folder, run):
-    return {"adapter": {"form": "masked_lora"}}, ConfigError, r"adapter.form was 'lora' and is 'masked_lora'"
-
-
-def other_masks(folder, run):
-    masks = MaskSet()
-    masks.add("some.weight", torch.ones(2, 2, dtype=torch.bool))
-    masks.save(run / "masks.safetensors")
-    return {}, RunFolderError, r"its masks.safetensors is that of another model or run"
-
-
-def moved_base(folder, run):
-    (run / "base").rename(folder / "elsewhere")
-    return {}, RunFolderError, rf"was not found. Looked in {run}: no base/; in .*Put base/ and masks.safetensors"
-
-
-def other_base(folder, run):
-    tensors = load_file(run / "base/model.safetensors")
-    tensors["model.norm.weight"] += 1
-    save_file(tensors, run / "base/model.safetensors", metadata={"format": "pt"})
-    return {}, RunFolderError, r"model.norm.weight in its base/ is damaged, or that of another run"
-
-
-def other_world_size(folder, run):
-    path = run / "checkpoints/step=3.ckpt"
-    checkpoint = torch.load(path, weights_only=True)
-    checkpoint["sparsefit"]["world_size"] = 4
-    torch.save(checkpoint, path)
-    return {}, ConfigError, r"from a run on 4 devices, and this one has 1"
-
-
-BAD = [other_rank, other_targets, other_form, other_masks, moved_base, other_base, other_world_size]
-
-
-@pytest.mark.parametrize("spoil", BAD)
-def test_what_cannot_be_gone_on_from_says_why_and_nothing_is_overwritten(straight, tmp_path, spoil):
-    shutil.copytree(straight()[0] / "run", tmp_path / "run")
-    shutil.copy(straight()[0] / "text.jsonl", tmp_path)
-    path = tmp_path / "run/checkpoints/step=3.ckpt"
-    checkpoint = torch.load(path, weights_only=True)
-    checkpoint["sparsefit"]["base"]["folder"] = str(tmp_path / "run")
-    torch.save(checkpoint, path)
-    adapter, error, message = spoil(tmp_path, tmp_path / "run")
-    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
-    trained = module(**adapter.get("adapter", {}))
-    start = weights(trained)
-    with pytest.raises(error, match=message):
-        fit(trained, data(tmp_path), *callbacks(tmp_path / "run"), ckpt_path=path, max_steps=STEPS)
-    assert_same(weights(trained), start)
-    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+# Elsewhere.
 
 
 def test_a_run_folder_may_be_moved_as_a_whole(straight, tmp_path):

@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from sparsefit.cli.fit import check_checkpoint
+from sparsefit.cli.resuming import check_checkpoint
 from sparsefit.modules.loading import load_tokenizer
 from sparsefit.pruning import MaskSet
 

@@ -81,7 +81,7 @@ def test_a_calibration_file_that_is_part_of_the_training_text(tokenizer, corpus)
 def test_ranks_and_workers_share_the_text_out(tokenizer, corpus, world_size, workers, monkeypatch):
     def epoch(rank, world_size):
         data = C4DataModule(tokenizer, str(corpus), calibration_source=f"{corpus}[:1]", num_workers=workers, **SETTINGS)
-        monkeypatch.setattr(data, "_rank_and_world_size", lambda: (rank, world_size))
+        monkeypatch.setattr(data, "rank_and_world_size", lambda: (rank, world_size))
         monkeypatch.setattr(data, "_calibration_documents", frozenset)
         return [[tuple(window) for window in batch["input_ids"].tolist()] for batch in data.train_dataloader()]
 

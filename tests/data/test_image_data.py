@@ -249,6 +249,22 @@ def test_a_resumed_run_goes_on_where_it_stopped(twenty, tmp_path, prefix, worker
         assert run(tmp_path / "more", tmp_path / f"step={step}.ckpt") == whole[step:]
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"batch_size": 5}, "batch_size was 4 and is 5"),
+        ({"seed": 9}, "seed was 0 and is 9"),
+        ({"train_source": "{}[:19]"}, "train_source was"),
+    ],
+)
+def test_a_run_on_other_images_is_not_gone_on_from(twenty, tmp_path, change, words):
+    fit(ImageDataModule(None, twenty, **SETTINGS), tmp_path, max_epochs=1)
+    settings = {"train_source": twenty} | SETTINGS | change
+    settings["train_source"] = settings["train_source"].format(twenty)
+    with pytest.raises(ConfigError, match=words):
+        fit(ImageDataModule(None, **settings), tmp_path, tmp_path / "step=2.ckpt", max_epochs=1)
+
+
 @pytest.mark.parametrize("prefix", ["", "stream:"])
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_share_an_epoch_out(twenty, prefix, world_size, monkeypatch):

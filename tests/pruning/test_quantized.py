@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,7 @@ from sparsefit.pruning.quantized import (
     zero_outside,
 )
 
-
-@pytest.fixture(autouse=True)
-def uncompiled() -> Iterator[None]:
-    """bitsandbytes compiles its fallback for odd widths: seconds for each shape."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
+pytestmark = pytest.mark.usefixtures("uncompiled")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,7 @@ from sparsefit.pruning.quantized import (
     zero_outside,
 )
 
-
-@pytest.fixture(autouse=True)
-def uncompiled() -> Iterator[None]:
-    """bitsandbytes compiles its fallback for odd widths: seconds for each shape."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
+pytestmark = pytest.mark.usefixtures("uncompiled")
 
 
 @pytest.fixture

@@ -2,71 +2,26 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 
 import pytest
 import torch
 import transformers
-from safetensors import safe_open
+from compact_runs import WEIGHT, assert_same_files, logits, pruned_run, same_bits
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from sparsefit import MaskSet, PruningConfig, prune
-from sparsefit.errors import ConfigError, MaskError, RunFolderError
+from sparsefit.errors import RunFolderError
 from sparsefit.modules.loading import load_tokenizer
 from sparsefit.recovery.compact import architecture_of, compress_folder, expand_folder, load_compact, read_compact
 from sparsefit.recovery.export import export_base
 from sparsefit.recovery.inspection import inspect_folder
 
-IDS = torch.arange(3, 51).view(4, 12)
-WEIGHT = "model.layers.1.mlp.down_proj.weight"
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-
-
-def pruned_run(model, folder, shard_size="50GB", **settings):
-    """A run folder of a model that is pruned first; and its masks."""
-    masks = prune(model, [{"input_ids": IDS}], PruningConfig(**settings)).masks
-    saved = export_base(model, masks, folder / "base")
-    if shard_size != "50GB":
-        shutil.rmtree(folder / "base")
-        model.save_pretrained(folder / "base", max_shard_size=shard_size, save_original_format=False)
-    saved.save(folder / "masks.safetensors")
-    return saved
-
-
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(input_ids=IDS).logits
 
 
 def model_class(folder):
     return getattr(transformers, architecture_of(folder))
-
-
-def same_bits(tensor, other):
-    """Equal to the bit: -0.0 is not 0.0, and NaN is equal to itself."""
-    if (tensor.dtype, tensor.shape) != (other.dtype, other.shape):
-        return False
-    return tensor.contiguous().flatten().view(torch.uint8).equal(other.contiguous().flatten().view(torch.uint8))
-
-
-def assert_same_files(one, other):
-    """The weight files of two model folders have the same tensors, to the bit."""
-    files = sorted(file.name for file in one.glob("model*.safetensors"))
-    assert files == sorted(file.name for file in other.glob("model*.safetensors"))
-    for file in files:
-        before, after = load_file(one / file), load_file(other / file)
-        assert before.keys() == after.keys()
-        assert all(same_bits(before[name], after[name]) for name in before)
-        with safe_open(one / file, "pt") as first, safe_open(other / file, "pt") as second:
-            assert first.metadata() == second.metadata()
-
-
-@pytest.fixture
-def run(tmp_path, tiny_model):
-    """A run folder with a Llama at 50% in bfloat16 and its masks."""
-    pruned_run(tiny_model("llama").to(torch.bfloat16), tmp_path / "run")
-    return tmp_path / "run"
 
 
 @pytest.mark.parametrize("pattern", [None, "2:4"])
@@ -232,29 +187,6 @@ def test_masks_that_are_given(run, tmp_path):
     assert report.compact == [WEIGHT]
 
 
-@pytest.mark.parametrize("value", [1e-30, -0.0, float("nan")])
-def test_a_pruned_weight_that_is_not_zero(run, tmp_path, value):
-    tensors = load_file(run / "base/model.safetensors")
-    flat = tensors[WEIGHT].view(-1)
-    flat[(flat == 0).nonzero()[:3, 0]] = value
-    save_file(tensors, run / "base/model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(MaskError, match=rf"{WEIGHT} in .* has 3 weights that its mask prunes"):
-        compress_folder(run, tmp_path / "compact")
-    assert not list(tmp_path.glob("compact*"))
-
-
-def test_masks_that_do_not_fit(run, tmp_path):
-    masks = MaskSet.load(run / "masks.safetensors")
-    masks.add("model.layers.7.mlp.down_proj.weight", torch.ones(2, 2, dtype=torch.bool))
-    with pytest.raises(MaskError, match=r"it has no model\.layers\.7\.mlp\.down_proj\.weight"):
-        compress_folder(run, tmp_path / "compact", masks)
-    masks = MaskSet.load(run / "masks.safetensors")
-    masks.add(WEIGHT, torch.ones(2, 2, dtype=torch.bool))
-    with pytest.raises(MaskError, match="the masks do not fit the model"):
-        compress_folder(run, tmp_path / "compact", masks)
-    assert not list(tmp_path.glob("compact*"))
-
-
 def test_quantized_weights_stay_as_they_are(tmp_path):
     packed, mask = torch.randint(0, 255, (32, 1), dtype=torch.uint8), torch.rand(8, 8) < 0.5
     (tmp_path / "model").mkdir()
@@ -281,86 +213,3 @@ def test_what_lies_beside_the_weights_goes_along(run, tmp_path):
         assert (folder / "additional_chat_templates/tool.jinja").is_file()
         assert not (folder / "pytorch_model.bin").exists()
     assert not (tmp_path / "compact/masks.safetensors").exists()  # the bits are the masks
-
-
-def cut(file):
-    file.write_bytes(file.read_bytes()[:-40])
-
-
-def flip_a_bit(file):
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
-
-
-def change_a_value(file):
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
-    tensors = load_file(file)
-    tensors["model.norm.weight"][0] += 1
-    save_file(tensors, file, metadata=metadata)
-
-
-def another_version(file):
-    save_file(load_file(file), file, metadata={"format": "sparsefit-compact-2"})
-
-
-def another_file(file):
-    save_file({"x": torch.zeros(1)}, file)
-
-
-def broken_metadata(file):
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
-    save_file(load_file(file), file, metadata=metadata | {"tensors": '[{"name": 1}]'})
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (cut, "cannot be read"),
-        (flip_a_bit, "is damaged"),
-        (change_a_value, r"is damaged: model\.norm\.weight is not what was saved"),
-        (another_version, "its format is 'sparsefit-compact-2'"),
-        (another_file, "no compact file of this version: its format is None"),
-        (broken_metadata, "its metadata cannot be read"),
-        (lambda file: file.write_text("no tensors"), "cannot be read"),
-    ],
-)
-def test_damage_is_told_of(run, tmp_path, damage, message):
-    compress_folder(run, tmp_path / "compact")
-    damage(tmp_path / "compact/model.compact.safetensors")
-    with pytest.raises(RunFolderError, match=message):
-        load_compact(tmp_path / "compact", LlamaForCausalLM)
-    with pytest.raises(RunFolderError, match=message):
-        expand_folder(tmp_path / "compact", tmp_path / "dense")
-    assert not list(tmp_path.glob("dense*"))
-
-
-def test_wrong_folders(run, tmp_path):
-    compress_folder(run, tmp_path / "compact")
-    with pytest.raises(RunFolderError, match="there is no folder"):
-        expand_folder(tmp_path / "nowhere", tmp_path / "dense")
-    with pytest.raises(RunFolderError, match="there is no folder"):
-        compress_folder(tmp_path / "nowhere", tmp_path / "new")
-    with pytest.raises(RunFolderError, match="holds no compact model"):
-        expand_folder(run / "base", tmp_path / "dense")
-    with pytest.raises(RunFolderError, match="is a compact folder already"):
-        compress_folder(tmp_path / "compact", tmp_path / "again")
-    with pytest.raises(RunFolderError, match="exists and is not an empty folder"):
-        compress_folder(run, tmp_path / "compact")
-    (tmp_path / "new.partial").mkdir()
-    with pytest.raises(RunFolderError, match=r"new\.partial was left by an export that was cut off"):
-        compress_folder(run, tmp_path / "new")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(RunFolderError, match="cannot be written"):
-        compress_folder(run, tmp_path / "file/compact")
-    (tmp_path / "empty").mkdir()
-    compress_folder(run, tmp_path / "empty")
-    with pytest.raises(
-        ConfigError, match=r"does not fill a Qwen3ForCausalLM: it has no .* saved from a LlamaForCausalLM"
-    ):
-        load_compact(tmp_path / "empty", transformers.Qwen3ForCausalLM)
-    (tmp_path / "empty/config.json").unlink()
-    with pytest.raises(RunFolderError, match="does not say of which class the model is"):
-        load_compact(tmp_path / "empty", LlamaForCausalLM)

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
+from trained_models import IDS, assert_untouched, logits, snapshot, train
 
 from sparsefit import PruningConfig, prune
 from sparsefit.callbacks import WandaPruning
@@ -19,9 +20,7 @@ from sparsefit.errors import ConfigError
 from sparsefit.modules.causal_lm import CausalLMModule
 from sparsefit.recovery.adapters import AdapterSettings, attach_adapter, bind_masks
 from sparsefit.recovery.distill import DenseTeacher, DistillSettings, divergence
-from sparsefit.recovery.guard import MaskGuard
 
-IDS = torch.randint(3, 61, (4, 9), generator=torch.Generator().manual_seed(0))
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
@@ -82,21 +81,6 @@ def test_settings_that_cannot_work(settings, message):
 # The teacher.
 
 
-def bits(tensor):
-    """A tensor's bytes: -0.0 is not 0.0 here."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).clone()
-
-
-def snapshot(model):
-    return {name: bits(tensor) for name, tensor in model.state_dict().items()}
-
-
-def assert_untouched(model, before):
-    after = snapshot(model)
-    assert after.keys() == before.keys()
-    assert [name for name in before if not torch.equal(before[name], after[name])] == []
-
-
 def taught(model, settings=None, batch=None, **pruning):
     """The teacher of a pruned model, the model in training mode, its masks, and a copy of the dense model."""
     dense = copy.deepcopy(model)
@@ -107,22 +91,6 @@ def taught(model, settings=None, batch=None, **pruning):
     bind_masks(model, masks)
     teacher.settle(model)
     return teacher, model.train(), masks, dense
-
-
-def train(model, masks, steps=3):
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
-    guard = MaskGuard(masks)
-    guard.watch(model, [optimizer])
-    for _ in range(steps):
-        model(input_ids=IDS, labels=IDS).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    guard.remove()
-
-
-@torch.no_grad()
-def logits(model):
-    return model(input_ids=IDS).logits
 
 
 CASES = {
@@ -150,7 +118,7 @@ def test_it_answers_as_the_dense_model_to_the_bit_and_leaves_no_trace(tiny_model
     teacher, model, masks, dense = taught(model, settings, **pruning)
     expected = logits(dense)
     for steps in (0, 3):
-        train(model, masks, steps)
+        train(model, masks, steps=steps)
         next(part for name, part in model.named_modules() if name.endswith("layers.1") or name.endswith("h.1")).eval()
         modes = {name: module.training for name, module in model.named_modules()}
         flags = {name: p.requires_grad for name, p in model.named_parameters()}

@@ -8,14 +8,12 @@ import peft
 import pytest
 import torch
 from torch import nn
+from trained_models import IDS, assert_untouched, logits, snapshot, train
 
 from sparsefit import MaskSet, PruningConfig, prune
 from sparsefit.errors import MaskError, MergeError
 from sparsefit.recovery.adapters import AdapterSettings, attach_adapter, bind_masks
-from sparsefit.recovery.guard import MaskGuard
 from sparsefit.recovery.merge import lossy_layers, merge
-
-IDS = torch.randint(3, 61, (4, 9), generator=torch.Generator().manual_seed(0))
 
 
 def adapted(model, settings, steps=3, bind=True, pruning=None, batch=None):
@@ -28,36 +26,6 @@ def adapted(model, settings, steps=3, bind=True, pruning=None, batch=None):
         bind_masks(model, masks)
     train(model, masks, batch, steps)
     return model.eval(), masks
-
-
-def train(model, masks, batch, steps):
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    guard = MaskGuard(masks)
-    guard.watch(model, [optimizer])
-    for _ in range(steps):
-        outputs = model(**batch).logits if isinstance(batch, dict) else model(batch)
-        outputs.float().log_softmax(-1)[..., 0].mean().neg().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    guard.remove()
-
-
-@torch.no_grad()
-def logits(model):
-    return model(input_ids=IDS).logits
-
-
-def snapshot(model):
-    return {
-        name: tensor.detach().contiguous().reshape(-1).view(torch.uint8).clone()
-        for name, tensor in model.state_dict().items()
-    }
-
-
-def assert_untouched(model, before):
-    after = snapshot(model)
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 def assert_zeros(model, masks):

@@ -7,83 +7,25 @@ import sys
 
 import pytest
 import torch
+from quantized_bases import KINDS, MASKED, WIDTHS, layers_of, mask_set, pruned_llama, tokens
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from sparsefit import PruningConfig, prune
 from sparsefit.errors import ConfigError, MaskError
 from sparsefit.pruning import MaskSet
 from sparsefit.pruning.quantized import dequantized, is_quantized
-from sparsefit.recovery.adapters import AdapterSettings, attach_adapter, bind_masks
+from sparsefit.recovery.adapters import AdapterSettings
 from sparsefit.recovery.distill import DenseTeacher
-from sparsefit.recovery.merge import merge
 from sparsefit.recovery.quantize import (
-    base_bytes,
     dequantize_base,
-    in_floats,
     quantize_base,
-    quantized_weights,
-    restore_scales,
-    to_float_state,
 )
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: no quantized base")
 
-KINDS = [("nf4", False), ("nf4", True), ("int8", False)]
-MASKED = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-# The default block of 64 divides some widths of these and not others; odd ones make the weights odd in number.
-WIDTHS = [(64, 128), (48, 80), (32, 27)]
 
-
-@pytest.fixture(autouse=True)
-def uncompiled():
-    """bitsandbytes compiles its fallback for odd widths: seconds for each shape."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
-def pruned_llama(hidden=64, inner=128, dtype=torch.float32, bias=False, sparsity=0.5, settings=None, **pruning):
-    """A pruned Llama with random weights of a usual size, adapted as the settings say, and its masks."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": 2, "num_hidden_layers": 2}
-    config = LlamaConfig(vocab_size=50, tie_word_embeddings=False, attention_bias=bias, mlp_bias=bias, **sizes)
-    model = LlamaForCausalLM(config).to(dtype)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "layers" in name and parameter.ndim == 2:
-                rows = torch.linspace(-2, 1, len(parameter)).exp().unsqueeze(1)
-                parameter.copy_(torch.randn(parameter.shape) * 0.1 * rows)
-            elif name.endswith("bias"):
-                parameter.normal_(0, 0.1)
-    model.requires_grad_(False)
-    if settings is not None:
-        model = attach_adapter(model, settings)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                nn.init.normal_(parameter, 0, 0.1)
-    masks = prune(model, [tokens()], PruningConfig(sparsity=sparsity, **pruning)).masks
-    bind_masks(model, masks)
-    return model, masks
-
-
-def mask_set(masks):
-    made = MaskSet()
-    for name, mask in masks.items():
-        made.add(name, mask)
-    return made
-
-
-def tokens(rows=4, length=12, seed=1):
-    return {"input_ids": torch.randint(50, (rows, length), generator=torch.Generator().manual_seed(seed))}
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(**tokens()).logits
-
-
-def layers_of(model):
-    return dict(quantized_weights(model))
+pytestmark = pytest.mark.usefixtures("uncompiled")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -193,117 +135,6 @@ def test_the_dtype_of_products():
     assert plain(x).dtype == torch.float32  # the first input does not decide for the others
     with torch.autocast("cpu", torch.bfloat16):
         assert plain(x).dtype == model(x).dtype == nn.Linear(64, 64)(x).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("kind", "double"), KINDS)
-def test_floats_put_back_answer_as_the_quantized_model_did_and_merge(kind, double, dtype):
-    settings = AdapterSettings("masked_lora", r=4, target_modules=["q_proj", "down_proj"])
-    model, masks = pruned_llama(dtype=dtype, settings=settings)
-    model.eval()
-    quantize_base(model, kind, masks, double_quant=double)
-    expected, held = logits(model), {name: dequantized(layer) for name, layer in layers_of(model).items()}
-    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
-    with in_floats(model):
-        assert not layers_of(model)
-        torch.testing.assert_close(logits(model), expected, **tolerance)
-    assert torch.equal(logits(model), expected)
-    dequantize_base(model)
-    masks.verify(model)
-    for name, parameter in model.named_parameters():
-        if name in held:
-            assert parameter.dtype == dtype
-            assert not parameter.requires_grad
-            assert torch.equal(parameter, held[name].to(dtype))
-    torch.testing.assert_close(logits(model), expected, **tolerance)
-    merged = merge(model, masks)
-    masks.verify(merged)
-    assert {type(m) for m in merged.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
-    torch.testing.assert_close(logits(merged), expected, **tolerance)
-
-
-def test_a_failure_in_floats_leaves_the_base_quantized():
-    model, masks = pruned_llama()
-    quantize_base(model, "nf4", masks)
-    before = layers_of(model)
-    with pytest.raises(RuntimeError, match="on purpose"), in_floats(model):
-        raise RuntimeError("on purpose")
-    assert layers_of(model) == before
-
-
-@pytest.mark.parametrize(("kind", "double"), KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_a_state_in_floats_is_quantized_to_the_same_bits(kind, double, dtype):
-    model, masks = pruned_llama(96, 80, dtype)
-    again, fresh = copy.deepcopy(model), copy.deepcopy(model)
-    names = set(model.state_dict())
-    quantize_base(model, kind, masks, double_quant=double)
-    state = dict(model.state_dict())
-    assert set(state) > names
-    scales = to_float_state(model, state)
-    assert set(state) == names
-    masks.verify(state)
-    again.load_state_dict(state)
-    quantize_base(again, kind, masks, double_quant=double)
-    restore_scales(again, scales)
-    quantize_base(fresh, kind, masks, double_quant=double)  # and the same floats give the same bits
-    for other in (again, fresh):
-        assert_same_bits(other, model)
-        assert torch.equal(logits(other.eval()), logits(model.eval()))
-
-
-@pytest.mark.parametrize(("kind", "double"), KINDS)
-def test_a_quantized_model_loads_floats(kind, double):
-    model, masks = pruned_llama(48, 80)
-    other, floats = copy.deepcopy(model), copy.deepcopy(model.state_dict())
-    with torch.no_grad():
-        for _, matrix in masks.matrices_in(other):
-            matrix.mul_(1.5)
-    for each in (model, other):
-        quantize_base(each, kind, masks, double_quant=double)
-    assert not torch.equal(logits(other), logits(model))
-    other.load_state_dict(floats)
-    assert_same_bits(other, model)
-    assert torch.equal(logits(other), logits(model))
-
-
-def assert_same_bits(one, other):
-    one, other = one.state_dict(), other.state_dict()
-    assert one.keys() == other.keys()
-    assert all(torch.equal(value, other[key]) for key, value in one.items())
-
-
-def test_weights_left_out_of_a_state_stay_left_out():
-    model, masks = pruned_llama()
-    quantize_base(model, "nf4", masks)
-    left_out = "model.layers.0.mlp.up_proj.weight"
-    state = {key: value for key, value in model.state_dict().items() if not key.startswith(left_out)}
-    scales = to_float_state(model, state)
-    assert not [key for key in (*state, *scales) if key.startswith(left_out)]
-
-
-def test_bytes_count_scales_and_shared_tensors_once():
-    model, masks = pruned_llama(settings=AdapterSettings(r=4))
-    weights = sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" not in name)
-    assert base_bytes(model) == 4 * weights + base_buffers(model)
-    pruned = sum(size for size, _ in masks.counts().values())
-    report = quantize_base(model, "nf4", masks)
-    assert report.bytes_before - report.bytes_after == pytest.approx(pruned * (4 - 0.5 - 4 / 64), rel=0.02)
-    assert base_bytes(model) == report.bytes_after
-
-
-def base_buffers(model):
-    return sum(b.nbytes for _, b in model.named_buffers() if _.split(".")[-1] in model.state_dict())
-
-
-def test_a_second_time_changes_nothing():
-    model, masks = pruned_llama()
-    quantize_base(model, "nf4", masks)
-    before = layers_of(model)
-    report = quantize_base(model, "nf4", masks)
-    assert layers_of(model) == before
-    assert set(report.left.values()) == {"is quantized already"}
-    assert not report.layers
 
 
 def test_what_stays_in_floats_is_told():

@@ -5,53 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import math
-import time
 from itertools import islice
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from reconstructed import BATCHES, IDS, Block, Net, assert_state, changed, pruned, snapshot, state
 from torch import nn
 
-from sparsefit import PruningConfig, prune
-from sparsefit.errors import CalibrationError, ConfigError
-from sparsefit.recovery.adapters import AdapterSettings, attach_adapter, bind_masks
-from sparsefit.recovery.reconstruct import ReconstructSettings, dense_weights, reconstruct
-
-IDS = torch.randint(3, 61, (6, 9), generator=torch.Generator().manual_seed(0))
-BATCHES = [{"input_ids": IDS}]
-
-
-def bits(tensor):
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).clone()
-
-
-def snapshot(model):
-    return {name: bits(tensor) for name, tensor in model.state_dict().items()}
-
-
-def changed(model, before):
-    return {name for name, tensor in snapshot(model).items() if not torch.equal(tensor, before[name])}
-
-
-def pruned(model, batches=BATCHES, **settings):
-    """The dense weights, and the masks of the model, which is pruned now."""
-    dense = dense_weights(model)
-    return dense, prune(model, batches, PruningConfig(**settings)).masks
-
-
-def state(model):
-    modes = {name: module.training for name, module in model.named_modules()}
-    flags = {name: (p.requires_grad, p.dtype, p.grad is None) for name, p in model.named_parameters()}
-    return modes, flags, {name: bits(b) for name, b in model.named_buffers()}
-
-
-def assert_state(model, expected):
-    modes, flags, buffers = state(model)
-    assert modes == expected[0]
-    assert flags == expected[1]
-    assert buffers.keys() == expected[2].keys()
-    assert all(torch.equal(buffers[name], expected[2][name]) for name in buffers)
+from sparsefit.recovery.reconstruct import ReconstructSettings, reconstruct
 
 
 def vit():
@@ -163,34 +125,6 @@ def test_the_errors_are_those_of_whole_passes(tiny_model, name):
     assert sum(after) < sum(before)
 
 
-class Block(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.up, self.norm, self.down = (
-            nn.Linear(width, 2 * width),
-            nn.LayerNorm(2 * width),
-            nn.Linear(2 * width, width),
-        )
-
-    def forward(self, x):
-        return x + self.down(torch.tanh(self.norm(self.up(x))))
-
-
-class Net(nn.Module):
-    def __init__(self, block=Block, blocks=3):
-        super().__init__()
-        torch.manual_seed(0)
-        self.stem = nn.Linear(6, 8)
-        self.blocks = nn.ModuleList(block(8) for _ in range(blocks))
-        self.head = nn.Linear(8, 2)
-
-    def forward(self, x):
-        x = self.stem(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
-
-
 def written_out(model, dense, masks, x, passes, rate, size):
     """The method on a plain network, step by step: Adam by autograd on masked weights."""
     with torch.no_grad():
@@ -259,160 +193,6 @@ def test_blocks_that_change_their_input_in_place():
         errors = reconstruct(model, [x], dense, masks, ReconstructSettings(5, 1e-2, 4))
         results.append([*(torch.tensor([e.before, e.after]) for e in errors), *model.parameters()])
     torch.testing.assert_close(*results)
-
-
-# Dtypes, adapters, interrupts.
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_kept(tiny_model, dtype):
-    model = tiny_model("llama").to(dtype)
-    dense, masks = pruned(model)
-    was, before = state(model), snapshot(model)
-    errors = reconstruct(model, BATCHES, dense, masks, ReconstructSettings(4, 2e-3, 2))
-    assert all(error.after < error.before for error in errors)
-    assert_state(model, was)
-    assert changed(model, before) == set(masks.parameters)
-    masks.verify(model)
-
-
-@pytest.mark.parametrize("form", ["lora", "masked_lora", "hira"])
-def test_adapters_take_no_part(tiny_model, form):
-    settings = AdapterSettings(form, target_modules=("q_proj", "down_proj"), train_norms=True)
-    bare, model = tiny_model("llama"), attach_adapter(tiny_model("llama"), settings)
-    dense, masks = pruned(bare)
-    own, own_masks = pruned(model)
-    assert {name for name in own if "lora" not in name and "hira" not in name} >= set(dense)
-    bind_masks(model, own_masks)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "_B" in name or "modules_to_save" in name:
-                parameter.normal_()
-            if "_A" in name:
-                parameter.requires_grad_(False)
-    was, before = state(model), snapshot(model)
-    ran = [reconstruct(net, BATCHES, dense, masks, ReconstructSettings(3, 2e-3, 2)) for net in (bare, model)]
-    assert [(e.block, e.before, e.after) for e in ran[0]] == [(e.block, e.before, e.after) for e in ran[1]]
-    assert_state(model, was)
-    assert not any("lora" in name or "hira" in name or "modules_to_save" in name for name in changed(model, before))
-    own_masks.verify(model)
-    tuned = model.unload().state_dict()
-    assert all(torch.equal(tuned[name], value) for name, value in bare.state_dict().items() if "norm" not in name)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("at", ["forward", "step", "progress"])
-def test_an_interrupt_leaves_the_model_whole(tiny_model, monkeypatch, at, dtype):
-    model = tiny_model("llama").to(dtype).train()
-    model.lm_head.requires_grad_(False)
-    dense, masks = pruned(model)
-    was, before = state(model), snapshot(model)
-    count = 0
-
-    def interrupt(*args, **kwargs):
-        nonlocal count
-        count += 1
-        if count == (2 if at == "progress" else 5):
-            raise KeyboardInterrupt
-
-    if at == "step":
-        original = torch.optim.Adam.step
-        monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *a, **k: (interrupt(), original(self, *a, **k))[1])
-    elif at == "forward":
-        original = nn.functional.mse_loss
-        monkeypatch.setattr(nn.functional, "mse_loss", lambda *a: (interrupt(), original(*a))[1])
-    with pytest.raises(KeyboardInterrupt):
-        reconstruct(
-            model,
-            BATCHES,
-            dense,
-            masks,
-            ReconstructSettings(3, 1e-3, 2),
-            progress=interrupt if at == "progress" else None,
-        )
-    assert_state(model, was)
-    masks.verify(model)
-    assert not any("layers.2" in name for name in changed(model, before))
-    assert all(p.isfinite().all() for p in model.parameters())
-    model(input_ids=IDS, labels=IDS).loss.backward()
-
-
-# What cannot be, and time.
-
-
-def test_what_cannot_work_is_told_before_anything_changes(tiny_model):
-    model = tiny_model("llama")
-    dense, masks = pruned(model)
-    before, was = snapshot(model), state(model)
-    with pytest.raises(CalibrationError, match="calibration data and there is none"):
-        reconstruct(model, [], dense, masks)
-    last = "model.layers.2.mlp.down_proj.weight"
-    with pytest.raises(ConfigError, match=f"{last} has no dense counterpart"):
-        reconstruct(model, BATCHES, {name: t for name, t in dense.items() if name != last}, masks)
-    assert changed(model, before) == set()
-    assert_state(model, was)
-    plain = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
-    dense, masks = pruned(plain, [torch.randn(8, 4)])
-    with pytest.raises(ConfigError, match="no repeated blocks"):
-        reconstruct(plain, [torch.randn(8, 4)], dense, masks)
-
-
-class Skips(nn.Module):
-    """Two lists of blocks; something is computed between the blocks of the second."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = Net(), nn.ModuleList(Block(8) for _ in range(2))
-
-    def forward(self, x):
-        x = self.first.stem(x)
-        for block in self.first.blocks:
-            x = block(x)
-        return self.second[1](2 * self.second[0](x))
-
-
-def test_a_later_list_that_cannot_be_run_alone_is_told_at_once():
-    model, x = Skips(), torch.randn(8, 6)
-    dense, masks = pruned(model, [x])
-    before = snapshot(model)
-    with pytest.raises(ConfigError, match=r"cannot be reconstructed block by block: .* between blocks 0 and 1"):
-        reconstruct(model, [x], dense, masks)
-    assert changed(model, before) == set()
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"passes": -1}, "passes of the reconstruction is -1"),
-        ({"passes": 1.5}, "passes of the reconstruction is 1.5"),
-        ({"learning_rate": 0}, "learning_rate of the reconstruction is 0"),
-        ({"batch_size": 0}, "batch_size of the reconstruction is 0"),
-    ],
-)
-def test_settings_that_cannot_work(settings, message):
-    with pytest.raises(ConfigError, match=message):
-        ReconstructSettings(**settings)
-
-
-@pytest.mark.parametrize("settings", [{"passes": 0}, {"passes": 3}])
-def test_without_passes_or_time_nothing_changes(tiny_model, settings):
-    model = tiny_model("llama")
-    dense, masks = pruned(model)
-    before = snapshot(model)
-    limit = None if settings["passes"] == 0 else 0.0
-    errors = reconstruct(model, BATCHES, dense, masks, ReconstructSettings(**settings), seconds=limit)
-    assert [(error.steps, error.after == error.before) for error in errors] == [(0, True)] * 3
-    assert changed(model, before) == set()
-
-
-def test_it_keeps_to_its_time_and_shares_it_out():
-    model, x = Net(blocks=4), torch.randn(64, 6)
-    dense, masks = pruned(model, [x])
-    start = time.monotonic()
-    errors = reconstruct(model, [x], dense, masks, ReconstructSettings(10**6, 1e-3, 8), seconds=1.2)
-    assert 1.0 < time.monotonic() - start < 1.8
-    assert all(error.steps > 5 and error.after < error.before for error in errors)
-    assert all(error.seconds == pytest.approx(0.3, abs=0.15) for error in errors)
 
 
 # A real model; several ranks.

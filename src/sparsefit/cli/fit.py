@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-import pickle
 import sys
-import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from sparsefit.callbacks import (
     AtomicCheckpointIO,
@@ -27,31 +24,32 @@ from sparsefit.callbacks import (
     WandaPruning,
 )
 from sparsefit.callbacks.run_folder import LOGS
+from sparsefit.cli.quiet import quieten
+from sparsefit.cli.resuming import check_checkpoint, move_paths, moved_run
 from sparsefit.errors import ConfigError
 
 CHECKPOINT_INTERVAL = timedelta(minutes=15)
 
-# What libraries say of one another, and of validation data that a recipe leaves out on purpose.
-IRRELEVANT_WARNINGS = ("`isinstance\\(treespec, LeafSpec\\)`", "`is_gradient_checkpointing`", "Total length of `list`")
-
 
 def fit(arguments: list[str], train: bool) -> int:
     """Run a recipe; without training it is a fit that takes no step."""
-    for message in IRRELEVANT_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
-    # peft imports bitsandbytes, which asks for a faster 4-bit kernel even where nothing is quantized.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    quieten()
     sys.argv[1:] = ["fit", *arguments, *([] if train else ["--trainer.max_steps=0"])]  # LightningCLI reads it there
-    SparsefitCLI(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        save_config_callback=_ConfigurationOfRun,
-        save_config_kwargs={"save_to_log_dir": False},
-        seed_everything_default=0,
-        auto_configure_optimizers=False,  # the module has its own
-    )
+    try:
+        SparsefitCLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=_ConfigurationOfRun,
+            save_config_kwargs={"save_to_log_dir": False},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,  # the module has its own
+        )
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # which Lightning makes an exit of
+            raise KeyboardInterrupt from stop
+        raise
     return 0
 
 
@@ -73,8 +71,18 @@ class SparsefitCLI(LightningCLI):
         self.resumed_from = path = self.config.fit.ckpt_path
         if path is not None and path not in ("last", "best", "hpc"):
             check_checkpoint(Path(path))
+            self._follow(Path(path))
         # LightningCLI would mix the hyperparameters in the checkpoint with those of the recipe, which says them all.
         self.config.fit.ckpt_path = None
+
+    def _follow(self, checkpoint: Path) -> None:
+        """Have a run that was moved go on where it is now."""
+        settings, old = self.config.fit, Path(self.config.fit.run.folder)
+        if (new := moved_run(checkpoint, old, sys.argv[1:])) is not None:
+            # Callbacks and loggers of the recipe may write to the run folder, too.
+            settings.trainer = move_paths(settings.trainer, old, new)
+            settings.run.folder = str(new)
+            rank_zero_info(f"The run was moved from {old} to {new}, where it goes on.")
 
     def before_instantiate_classes(self) -> None:
         """Put the checkpoint to resume from back."""
@@ -141,22 +149,3 @@ def check_tokenizers(model: LightningModule, data: LightningDataModule) -> None:
             f"the data's tokenizer ({of_data.name_or_path}) is not the model's ({of_model.name_or_path}): their "
             "vocabularies differ. Give data.init_args.tokenizer the same name as model.init_args.model"
         )
-
-
-def check_checkpoint(path: Path) -> None:
-    """See that a checkpoint can be read.
-
-    Raises:
-        ConfigError: if it is missing or damaged.
-    """
-    if not path.is_file():
-        raise ConfigError(f"there is no checkpoint {path}")
-    try:
-        torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        if "Weights only load failed" in str(error):
-            return  # whole, but it holds objects of the user's own
-        raise ConfigError(
-            f"the checkpoint {path} is damaged and cannot be read ({type(error).__name__}: {error}). "
-            "Resume from an earlier one, or start again in another run folder"
-        ) from error

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsefit.callbacks.run_folder import RunFolder, replacing
+from sparsefit.cli.quiet import quieten
 from sparsefit.errors import MaskError, RunFolderError, SparsefitError
 from sparsefit.pruning import MaskSet
 from sparsefit.recovery.adapter_files import load_adapter, read_notes
@@ -38,6 +39,7 @@ def merge_run(arguments: list[str]) -> int:
     )
     parser.add_argument("--no-evaluation", action="store_true", help="do not measure perplexity before and after")
     given = parser.parse_args(arguments)
+    quieten()
     folder = RunFolder(given.run)
     if given.output is None and folder.model.is_dir() and not given.reapply_masks:
         console.print(f"{folder.model} holds the recovered model already.", markup=False)

@@ -12,6 +12,7 @@ _IRRELEVANT = ("`isinstance\\(treespec, LeafSpec\\)`", "`is_gradient_checkpointi
 
 def quieten() -> None:
     """Silence what has no bearing on the command that runs; and progress bars that would end up in a file."""
+    from datasets import disable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 
     for message in _IRRELEVANT:
@@ -20,3 +21,4 @@ def quieten() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         disable_progress_bar()
+        disable_progress_bars()

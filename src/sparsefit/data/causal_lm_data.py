@@ -6,12 +6,12 @@ from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from sparsefit.data.position import Settings, text_digest, vocabulary_digest
+from sparsefit.data.resumable import ResumableDataModule
 from sparsefit.data.text import Shard, shards_of
 from sparsefit.data.windows import (
     Calibration,
@@ -28,8 +28,10 @@ from sparsefit.modules.loading import load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_DECIDING = ("sequence_length", "batch_size", "shuffle_buffer", "seed")  # of the windows and their order, beside text
 
-class TextDataModule(LightningDataModule):
+
+class TextDataModule(ResumableDataModule):
     """Windows of text; each batch is {"input_ids": int64 (batch, length)}, without padding.
 
     A source is a file, a folder, a pattern, or one of `c4:train`, `c4:calibration`, `c4:validation`,
@@ -89,8 +91,6 @@ class TextDataModule(LightningDataModule):
         self.save_hyperparameters(settings | {"tokenizer": tokenizer if named else type(tokenizer).__name__})
         if not named:
             self.tokenizer = tokenizer
-        self._resumed_at = (0, 0)
-        self._epoch = 0  # the one that is read now
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -111,7 +111,7 @@ class TextDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """An epoch of shuffled windows, read as a stream; the next epoch has another order."""
-        rank, world_size = self._rank_and_world_size()
+        rank, world_size = self.rank_and_world_size()
         windows = PackedText(
             self._shards("train_source"),
             self.tokenizer,
@@ -122,7 +122,7 @@ class TextDataModule(LightningDataModule):
             world_size,
             self.hparams.shuffle_buffer,
         )
-        return loader(windows, self.hparams.batch_size, self.hparams.num_workers, self._position)
+        return loader(windows, self.hparams.batch_size, self.hparams.num_workers, self.position)
 
     def calibration_dataloader(self) -> DataLoader:
         """Exactly `calibration_samples` windows: the same for the same seed, and on every rank.
@@ -142,24 +142,23 @@ class TextDataModule(LightningDataModule):
         """The test text in non-overlapping windows, the remainder dropped."""
         return self._evaluation_loader("test_source", self.hparams.test_windows)
 
-    def state_dict(self) -> dict[str, int]:
-        """How far training has come, so that a resumed run goes on with the batches that it has not seen."""
-        if self.trainer is None:
+    @cached_property
+    def deciding(self) -> Settings:
+        """The settings that decide which windows a position stands for."""
+        if self.hparams.train_source is None:  # of a subclass with other training data
             return {}
-        return self.state_after(self.trainer.fit_loop.epoch_loop.batch_progress.current.processed)
-
-    def state_after(self, batches: int) -> dict[str, int]:
-        """What `state_dict` gives when so many batches of the epoch are done."""
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        last = progress.is_last_batch or progress.current.ready == self.trainer.num_training_batches
-        if last and batches >= progress.current.ready:
-            return {"epoch": self._epoch + 1, "batches": 0}
-        return {"epoch": self._epoch, "batches": batches}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Takes up what `state_dict` saved."""
-        self._resumed_at = (state_dict.get("epoch", 0), state_dict.get("batches", 0))
-        self._epoch = self._resumed_at[0]
+        given, train = self.hparams, self._shards("train_source")
+        settings: dict[str, tuple[Any, Any]] = {name: (given[name], given[name]) for name in _DECIDING}
+        settings["tokenizer"] = (given.tokenizer, vocabulary_digest(self.tokenizer))
+        settings["train_source"] = (given.train_source, text_digest(train))
+        settings["num_workers"] = (given.num_workers, max(1, given.num_workers))  # one worker reads as none does
+        # What calibration draws is left out of the training text.
+        calibration = self._shards("calibration_source")
+        drawn = {name: given[name] for name in ("calibration", "calibration_samples", "calibration_length")}
+        drawn["calibration_length"] = given.calibration_length or given.sequence_length
+        drawn["calibration_source"] = text_digest(calibration)
+        apart = not _overlap(train, calibration)
+        return settings | {name: (given[name], None if apart else value) for name, value in drawn.items()}
 
     @cached_property
     def _calibration(self) -> Calibration:
@@ -201,19 +200,6 @@ class TextDataModule(LightningDataModule):
         if source is None:
             raise ConfigError(f"{type(self).__name__} has no {name}: name the files (or the source) to read")
         return shards_of(source, self.text_kind)
-
-    def _position(self) -> tuple[int, int]:
-        epoch, batches = self._resumed_at
-        # a run resumed at the end of an epoch still counts that one when it asks for the next one's data
-        self._epoch = current = max(epoch, self.trainer.current_epoch if self.trainer is not None else 0)
-        return current, batches if current == epoch else 0
-
-    def _rank_and_world_size(self) -> tuple[int, int]:
-        if self.trainer is not None:
-            return self.trainer.global_rank, self.trainer.world_size
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return torch.distributed.get_rank(), torch.distributed.get_world_size()
-        return 0, 1
 
 
 def _overlap(some: list[Shard], others: list[Shard]) -> bool:

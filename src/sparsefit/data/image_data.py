@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,9 +14,10 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from sparsefit.data.image_batches import ImageStream, ImageTable, NeverEmpty, Part, too_few
 from sparsefit.data.image_loading import Batch, EpochSampler, Finish, ImageLoader
 from sparsefit.data.image_processing import ImageProcessing, load_image_processor, make_image_processor
-from sparsefit.data.image_resume import ResumableDataModule
 from sparsefit.data.image_settings import check_settings
 from sparsefit.data.images import Images, labels_of, open_images, overlap
+from sparsefit.data.position import Settings
+from sparsefit.data.resumable import ResumableDataModule
 from sparsefit.data.windows import generator_of
 from sparsefit.errors import ConfigError, DataError
 
@@ -141,6 +143,18 @@ class ImageDataModule(ResumableDataModule):
         if stage == "test" or (stage is None and settings.test_source is not None):
             self._images("test_source")
         self._check_classes()
+
+    @property
+    def deciding(self) -> Settings:
+        """The settings that decide which images a position stands for."""
+        given = self.hparams
+        if given.train_source is None:
+            return {}
+        images = self._images("train_source")
+        names = ("batch_size", "seed", "skip_corrupt", *(("shuffle_buffer", "num_workers") if images.streamed else ()))
+        length = None if images.streamed else len(images.table)
+        source = (given.train_source, [Path(given.train_source).name, length])  # its folder may have moved
+        return {"train_source": source} | {name: (given[name], given[name]) for name in names}
 
     def train_dataloader(self) -> DataLoader:
         """An epoch of shuffled images; the next epoch has another order. The last batch may be smaller."""

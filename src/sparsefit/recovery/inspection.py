@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,8 +97,7 @@ def inspect_folder(folder: str | Path) -> Inspection:
     masked = inspection.masks.parameters if inspection.masks is not None else {}
     unseen = set(masked)
     for file in files:
-        with _opened(file) as opened:
-            tensors = _Tensors(opened)
+        with _opened(file) as tensors:
             for name in sorted(tensors):
                 _look_at(inspection, tensors, name, masked)
                 unseen.discard(name)
@@ -107,25 +106,29 @@ def inspect_folder(folder: str | Path) -> Inspection:
     return inspection
 
 
-class _Tensors(Mapping[str, torch.Tensor]):
-    """The tensors of an open file, read when they are asked for."""
+class SavedTensors(Mapping[str, torch.Tensor]):
+    """The tensors in safetensors files, read when they are asked for.
 
-    def __init__(self, file: safe_open) -> None:
-        self._file, self._names = file, dict.fromkeys(file.keys())
+    Args:
+        files: The files; where two hold a name, the later one in their order counts.
+        stack: Closes them.
+    """
+
+    def __init__(self, files: Iterable[Path], stack: ExitStack) -> None:
+        opened = [stack.enter_context(safe_open(file, framework="pt")) for file in sorted(files)]
+        self._files = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._file.get_tensor(name)
+        return self._files[name].get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._files)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._files)
 
 
-def _look_at(inspection: Inspection, tensors: _Tensors, name: str, masked: Mapping[str, list[str]]) -> None:
+def _look_at(inspection: Inspection, tensors: SavedTensors, name: str, masked: Mapping[str, list[str]]) -> None:
     tensor = stored_matrix(tensors, name) if name in masked else tensors[name]
     inspection.parameters += tensor.numel()
     if tensor.ndim >= 2:
@@ -178,8 +181,8 @@ def files_digest(folder: Path) -> str:
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
         with _opened(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                data = tensors.get_tensor(name).contiguous().reshape(-1).view(torch.uint8)
+            for name in tensors:
+                data = tensors[name].contiguous().reshape(-1).view(torch.uint8)
                 found[name] = hashlib.sha256(data.numpy()).hexdigest()
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
@@ -191,9 +194,9 @@ def masks_beside(folder: Path) -> MaskSet | None:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[safe_open]:
+def _opened(file: Path) -> Iterator[SavedTensors]:
     try:
-        with safe_open(file, framework="pt") as tensors:
-            yield tensors
+        with ExitStack() as stack:
+            yield SavedTensors([file], stack)
     except (SafetensorError, OSError) as error:
         raise RunFolderError(f"{file} cannot be read: {error}") from error

@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from sparsefit.errors import ConfigError, MaskError, RunFolderError
+from sparsefit.errors import MaskError, RunFolderError
 from sparsefit.pruning import MaskSet
 from sparsefit.pruning.naming import canonical_name
 from sparsefit.recovery.export import exported_masks, pretrained_part
-from sparsefit.recovery.inspection import BASE_FOLDER, MASKS_FILE
+from sparsefit.recovery.inspection import BASE_FOLDER, MASKS_FILE, SavedTensors
 from sparsefit.recovery.quantize import scale_keys
 
-_SHOWN = 3
 _WORDS = 2**22  # that are summed up at once
 
 
@@ -85,7 +84,7 @@ def compare(
         found = pretrained_part(module)
         prefix = f"{found[0]}." if found is not None and found[0] else ""
         with ExitStack() as stack:
-            tensors = _Tensors(folder / BASE_FOLDER, stack)
+            tensors = SavedTensors((folder / BASE_FOLDER).glob("*.safetensors"), stack)
             entries = dict(_equal(module, state, tensors, prefix, origins or {}))
     except (MaskError, SafetensorError, OSError):
         return None  # what cannot be read cannot be relied on
@@ -122,7 +121,7 @@ def leave_out(
     return {"folder": folder, "prefix": base.prefix, "masks": base.masks.digest(), "of": pruning, "entries": left}
 
 
-def complete(checkpoint: dict[str, Any], left_out: Mapping[str, Any], path: Path, folders: Iterable[Path]) -> None:
+def complete(checkpoint: dict[str, Any], left_out: Mapping[str, Any], path: Path, folders: Iterable[Path]) -> Path:
     """Put back what `leave_out` took.
 
     Args:
@@ -130,6 +129,9 @@ def complete(checkpoint: dict[str, Any], left_out: Mapping[str, Any], path: Path
         left_out: What `leave_out` returned.
         path: Where it was read, for the message.
         folders: Run folders to look into, before the one that the base was in when the checkpoint was saved.
+
+    Returns:
+        The run folder that holds the base.
 
     Raises:
         RunFolderError: if none holds the very same base; says for each what is wrong.
@@ -144,7 +146,7 @@ def complete(checkpoint: dict[str, Any], left_out: Mapping[str, Any], path: Path
         checkpoint["state_dict"] = {**checkpoint["state_dict"], **tensors}
         if left_out["of"] in checkpoint["callbacks"]:
             checkpoint["callbacks"][left_out["of"]]["masks"] = masks.state_dict()
-        return
+        return folder
     looked = "; ".join(f"in {folder}: {reason}" for folder, reason in tried.items())
     raise RunFolderError(
         f"the checkpoint {path} holds only what changes, and the sparse base that it goes with was not found. Looked "
@@ -153,73 +155,8 @@ def complete(checkpoint: dict[str, Any], left_out: Mapping[str, Any], path: Path
     )
 
 
-def check_same_recipe(checkpoint: Mapping[str, Any], module: nn.Module, path: str | Path) -> None:
-    """See that a module trains what the checkpoint holds.
-
-    Raises:
-        ConfigError: if model or adapters are others; names the settings that differ.
-    """
-    now, saved = _settings(getattr(module, "hparams", {})), _settings(checkpoint.get("hyper_parameters") or {})
-    differing = {key: (saved[key], now[key]) for key in saved.keys() & now.keys() if saved[key] != now[key]}
-    held, state = checkpoint["state_dict"], module.state_dict()
-    left_out = (checkpoint["sparsefit"]["base"] or {}).get("entries", {})
-    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    problems = []
-    if getattr(module, "strict_loading", True):
-        problems += [f"{name} is not in the checkpoint" for name in trained if name not in held | left_out]
-        problems += [f"{key} is not in the model" for key in [*held, *left_out] if key not in state]
-    problems += [
-        f"{name} is {tuple(held[name].shape)} in the checkpoint and {tuple(parameter.shape)} in the model"
-        for name, parameter in trained.items()
-        if name in held and held[name].shape != parameter.shape
-    ]
-    # Others, such as the learning rate or dropout, may be changed on the way.
-    decisive = {setting: values for setting, values in differing.items() if _decides(setting)}
-    if not problems and not decisive:
-        return
-    listed = ", ".join(
-        f"{key} was {was!r} and is {is_!r}" for key, (was, is_) in sorted((decisive or differing).items())
-    )
-    more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-    raise ConfigError(
-        f"the checkpoint {path} is from another recipe: {'; '.join(filter(None, [listed, *problems[:_SHOWN]]))}{more}. "
-        "Resume with the settings of its run (config.yaml in the run folder), or start a new run in another folder"
-    )
-
-
-def _decides(setting: str) -> bool:
-    return setting == "model" or (setting.split(".")[0] == "adapter" and setting != "adapter.dropout")
-
-
-def _settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by dotted name, in plain values; of a model's path only the last part, as folders are moved."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _settings(value, f"{prefix}{key}.")
-        elif key == "model" and not prefix:
-            flat[key] = Path(str(value)).name
-        elif isinstance(value, tuple | list | str | int | float | None):  # others may not compare
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat
-
-
-class _Tensors:
-    """The tensors in a folder's safetensors files, read as they are asked for."""
-
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
-        files = [stack.enter_context(safe_open(file, framework="pt")) for file in sorted(folder.glob("*.safetensors"))]
-        self._files = {name: file for file in files for name in file.keys()}  # noqa: SIM118
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._files[name].get_tensor(name)
-
-
 def _equal(
-    module: nn.Module, state: Mapping[str, Tensor], base: _Tensors, prefix: str, origins: Mapping[str, int]
+    module: nn.Module, state: Mapping[str, Tensor], base: SavedTensors, prefix: str, origins: Mapping[str, int]
 ) -> Iterator[tuple[str, tuple[str, int]]]:
     named = dict(module.named_parameters(remove_duplicate=False))
     shared: dict[int, str] = {}  # a tied weight is written once, under one of its names
@@ -254,7 +191,7 @@ def _read(folder: Path, left_out: Mapping[str, Any]) -> tuple[MaskSet, dict[str,
     if masks.digest() != left_out["masks"]:
         raise RunFolderError(f"its {MASKS_FILE} is that of another model or run")
     with ExitStack() as stack:
-        base, tensors = _Tensors(folder / BASE_FOLDER, stack), {}
+        base, tensors = SavedTensors((folder / BASE_FOLDER).glob("*.safetensors"), stack), {}
         for key, (name, expected) in left_out["entries"].items():
             if name not in base:
                 raise RunFolderError(f"its {BASE_FOLDER}/ has no {name}")

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+
+from sparsefit.data.position import Settings, check_same_data
 
 
 class ResumableDataModule(LightningDataModule):
@@ -19,22 +24,43 @@ class ResumableDataModule(LightningDataModule):
         self._resumed_at = (0, 0)
         self._epoch = 0  # the one that is read now
 
-    def state_dict(self) -> dict[str, int]:
-        """How far training has come."""
+    @property
+    def deciding(self) -> Settings:
+        """The settings that decide which batches a position stands for."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far training has come, and the settings that decide what that means."""
         if self.trainer is None:
             return {}
         return self.state_after(self.trainer.fit_loop.epoch_loop.batch_progress.current.processed)
 
-    def state_after(self, batches: int) -> dict[str, int]:
+    def state_after(self, batches: int) -> dict[str, Any]:
         """What `state_dict` gives when so many batches of the epoch are done."""
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
         last = progress.is_last_batch or progress.current.ready == self.trainer.num_training_batches
-        if last and batches >= progress.current.ready:
-            return {"epoch": self._epoch + 1, "batches": 0}
-        return {"epoch": self._epoch, "batches": batches}
+        ended = last and batches >= progress.current.ready
+        settings = {name: list(pair) for name, pair in self.deciding.items()}
+        position = {"epoch": self._epoch + 1, "batches": 0} if ended else {"epoch": self._epoch, "batches": batches}
+        return position | {"settings": settings}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Takes up what `state_dict` saved."""
+    def check_resumable(self, state_dict: Mapping[str, Any]) -> None:
+        """See that the position in what `state_dict` saved means the same batches here.
+
+        Raises:
+            ConfigError: if settings that decide it are others; names them. A state that knows none is taken as it is.
+        """
+        if saved := state_dict.get("settings"):
+            check_same_data(saved, self.deciding)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up what `state_dict` saved.
+
+        Raises:
+            ConfigError: as `check_resumable`, where training is to go on.
+        """
+        if self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
+            self.check_resumable(state_dict)
         # Lightning looks for the position in the loader, and does not see that it is kept here
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
         self._resumed_at = (state_dict.get("epoch", 0), state_dict.get("batches", 0))

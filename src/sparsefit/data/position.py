@@ -1,0 +1,65 @@
+"""What decides which batches a position in the training data stands for, and whether it is as it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsefit.data.text import Shard
+from sparsefit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Settings = Mapping[str, tuple[Any, Any]]
+"""Name of a setting -> (its value as it was given, what is compared)."""
+
+
+def check_same_data(saved: Mapping[str, Iterable[Any]], now: Settings) -> None:
+    """See that a position that was saved means the same batches here.
+
+    Args:
+        saved: `Settings` as a checkpoint has them; a name that one of the two does not know is not compared.
+        now: The settings of this run.
+
+    Raises:
+        ConfigError: if it means others; names the settings, with their old and new values.
+    """
+    then = {name: tuple(pair) for name, pair in saved.items()}
+    others = [name for name in now if name in then and then[name][1] != now[name][1]]
+    if not others:
+        return
+    renamed = [name for name in others if then[name][0] != now[name][0]]
+    told = [f"{name} was {then[name][0]!r} and is {now[name][0]!r}" for name in renamed]
+    # A file may have changed under its name.
+    told = told or [f"{name} is {now[name][0]!r} as it was, but what it holds has changed" for name in others]
+    raise ConfigError(
+        f"the checkpoint is from a run on other training data, in which its position means other batches: "
+        f"{', '.join(told)}. Resume with the settings of its run (config.yaml in the run folder), or start a new run "
+        "in another folder"
+    )
+
+
+def text_digest(shards: Iterable[Shard]) -> str:
+    """A digest of the files of a text: their names without folders, which may have moved, sizes and slices."""
+    return _digest([[*_file(shard.location), shard.kind, shard.start, shard.stop] for shard in shards])
+
+
+def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A digest of a tokenizer's tokens and their numbers."""
+    return _digest(sorted(tokenizer.get_vocab().items()))
+
+
+def _file(location: str) -> tuple[str, int | None]:
+    try:
+        return Path(location).name, os.path.getsize(location)
+    except OSError:  # not a file of this machine
+        return location, None
+
+
+def _digest(plain: Any) -> str:
+    return hashlib.sha256(json.dumps(plain).encode()).hexdigest()[:16]

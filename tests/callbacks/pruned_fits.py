@@ -1,0 +1,38 @@
+"""What the tests of pruned fits share."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Callback
+from lightning.pytorch.strategies import SingleDeviceStrategy
+
+
+class Watch(Callback):
+    """Notes when the model is pruned, and what it is like then."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.zeros: list[int] = []
+
+    def on_pruning_start(self, trainer, module):
+        self.note("start", module)
+
+    def on_pruning_end(self, trainer, module, result):
+        self.note("end", module)
+        self.result = result
+
+    def on_train_start(self, trainer, module):
+        self.note("train", module)
+
+    def note(self, event, module):
+        self.events.append(event)
+        self.zeros.append(sum(int((p == 0).sum()) for p in module.parameters() if p.ndim > 1))
+
+
+class RestoresLate(SingleDeviceStrategy):
+    """Restores weights and callbacks after setup, as FSDP does."""
+
+    restore_checkpoint_after_setup = True
+
+
+def strategy(late: bool):
+    return {"strategy": RestoresLate(device="cpu"), "accelerator": "auto"} if late else {}
