@@ -21,13 +21,13 @@ The column of the images is the one of that type; the labels' is the one of type
 from __future__ import annotations
 
 import glob
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparsefit.data.image_readers import digits, from_folder, from_parquet, from_split
+from sparsefit.data.slices import split_slice
 from sparsefit.errors import ConfigError, DataError
 from sparsefit.modules.loading import nearest_path
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 _SHORT = {"cifar10": "uoft-cs/cifar10", "imagenet-1k": "stream:ILSVRC/imagenet-1k"}
-_SLICE = re.compile(r"\[(\d*):(\d*)\]$")
 _DIGITS = ("train", "test")
 _LABELS = ("label", "labels", "fine_label")
 _SHOWN = 3
@@ -109,7 +108,7 @@ def open_images(
         DataError: for what is missing, cannot be read or has labels that are missing or negative; names it.
         ConfigError: for a source that cannot be understood, or columns that cannot be told apart.
     """
-    name, start, stop = _split_slice(source)
+    name, start, stop = split_slice(source, "image")
     table = _columns(_table(name, skip_corrupt), source, image_column, label_column)
     class_names = getattr(table.features["label"], "names", None)
     if not hasattr(table, "__len__"):
@@ -128,7 +127,7 @@ def open_images(
 
 def overlap(some: Images, others: Images) -> bool:
     """Whether some image is in both, by the names of their sources."""
-    if _split_slice(some.source)[0] != _split_slice(others.source)[0]:
+    if split_slice(some.source, "image")[0] != split_slice(others.source, "image")[0]:
         return False
     return (some.stop is None or others.start < some.stop) and (others.stop is None or some.start < others.stop)
 
@@ -168,16 +167,6 @@ def _table(name: str, skip_corrupt: bool) -> Dataset | IterableDataset:
             "A data set on the hub is named with its split: cifar10:train"
         )
     return from_split(kind, split, streaming)
-
-
-def _split_slice(source: str) -> tuple[str, int, int | None]:
-    match = _SLICE.search(source)
-    if match is None:
-        return source, 0, None
-    start, stop = match.groups()
-    if stop and int(stop) <= int(start or 0):
-        raise ConfigError(f"{source!r} takes no image: its slice ends before it starts")
-    return source[: match.start()], int(start or 0), int(stop) if stop else None
 
 
 def _files_of(name: str) -> list[str]:

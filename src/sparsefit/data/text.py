@@ -29,6 +29,7 @@ from typing import NamedTuple
 import fsspec
 
 from sparsefit.data import python_docs
+from sparsefit.data.slices import split_slice
 from sparsefit.errors import ConfigError, DataError, SparsefitError
 from sparsefit.modules.loading import hub_problem, nearest_path
 
@@ -43,7 +44,6 @@ _C4_SHARDS = {
 }
 _WIKITEXT = _HUB + "Salesforce/wikitext/wikitext-2-raw-v1/{split}-00000-of-00001.parquet"
 _WIKITEXT_SPLITS = ("train", "validation", "test")
-_SLICE = re.compile(r"\[(\d*):(\d*)\]$")
 _ARTICLE = re.compile(r" = (?!= )[^\n]+ = \n?")  # ' = Title = '; sections have ' = = Title = = '
 
 
@@ -114,7 +114,7 @@ def wikitext_as_one(shard: Shard) -> str:
 
 
 def _shards_of_one(source: str, text_kind: str) -> list[Shard]:
-    name, start, stop = _split_slice(source)
+    name, start, stop = split_slice(source, "document")
     kind, _, rest = name.partition(":")
     if kind == "c4" and rest in _C4_SHARDS:
         shards = [Shard("json", location) for location in _C4_SHARDS[rest]]
@@ -136,16 +136,6 @@ def _shards_of_one(source: str, text_kind: str) -> list[Shard]:
     if (start, stop) == (0, None):
         return shards
     return _slice(shards, start, stop, source)
-
-
-def _split_slice(source: str) -> tuple[str, int, int | None]:
-    match = _SLICE.search(source)
-    if match is None:
-        return source, 0, None
-    start, stop = match.groups()
-    if stop and int(stop) <= int(start or 0):
-        raise ConfigError(f"{source!r} takes no document: its slice ends before it starts")
-    return source[: match.start()], int(start or 0), int(stop) if stop else None
 
 
 def _slice(shards: list[Shard], start: int, stop: int | None, source: str) -> list[Shard]:

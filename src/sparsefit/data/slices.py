@@ -1,0 +1,25 @@
+"""Parts of a source: `SOURCE[start:stop]`."""
+
+from __future__ import annotations
+
+import re
+
+from sparsefit.errors import ConfigError
+
+_SLICE = re.compile(r"\[(\d*):(\d*)\]$")
+
+
+def split_slice(source: str, what: str) -> tuple[str, int, int | None]:
+    """The source without its slice, the number of the first item that it takes, and of the first that it no longer does
+    (None: all to the end).
+
+    Raises:
+        ConfigError: for a slice that takes nothing; `what` is what an item is called.
+    """
+    match = _SLICE.search(source)
+    if match is None:
+        return source, 0, None
+    start, stop = match.groups()
+    if stop and int(stop) <= int(start or 0):
+        raise ConfigError(f"{source!r} takes no {what}: its slice ends before it starts")
+    return source[: match.start()], int(start or 0), int(stop) if stop else None
