@@ -70,7 +70,8 @@ class RunFolder:
         names = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
         told = {file.name for file in (self.json, self.html, self.configuration)}
         broke_off = self._read("status") in ("interrupted", "failed") and names <= {LOGS, *told}
-        return broke_off or names <= {LOGS}
+        killed = names == {LOGS, self.configuration.name}  # before there was anything to report
+        return broke_off or killed or names <= {LOGS}
 
     def _read(self, key: str) -> Any:
         try:

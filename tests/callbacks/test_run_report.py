@@ -266,6 +266,13 @@ def test_a_folder_that_cannot_be_used_is_refused_before_anything(tmp_path, monke
     assert not list(folder.glob("report*"))
 
 
+def test_the_folder_of_a_run_that_was_killed_before_it_had_a_base_is_free(tmp_path):
+    (tmp_path / "run/logs").mkdir(parents=True)
+    (tmp_path / "run/config.yaml").write_text("of the killed run")
+    fit(Classifier(), labelled(), RunReport(tmp_path / "run"), WandaPruning())
+    assert (tmp_path / "run/base/model.safetensors").exists()
+
+
 # Runs that break off.
 
 

@@ -19,11 +19,11 @@ from rich.markup import escape
 
 from sparsefit.cli.quiet import quieten
 from sparsefit.cli.study_folder import StudyFolder
-from sparsefit.cli.study_training import FinetuningSettings, TrainingSettings, finetune, trained_dense
+from sparsefit.cli.study_training import FinetuningSettings, NewTrainer, TrainingSettings, finetune, trained_dense
 from sparsefit.errors import ConfigError
 from sparsefit.reporting.console import console, study_summary
 from sparsefit.reporting.machine import machine, versions
-from sparsefit.study import Grid, Results, Subject, study
+from sparsefit.study import Grid, Subject, study
 
 _QUIET = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
 _NAME = re.compile(r"[\w.-]+")
@@ -40,10 +40,10 @@ def run_study(arguments: list[str]) -> int:
     parser = _parser()
     settings = parser.parse_args(arguments)
     given = parser.instantiate(settings)
-    points = given.grid.points()
+    given.grid.points()
     _check_names(settings.models)
     new_trainer = partial(_trainer, settings.trainer.as_dict())
-    device = new_trainer().strategy.root_device
+    new_trainer()  # what cannot work is told before anything is read
     folder = StudyFolder(Path(settings.study.folder))
     config = parser.dump(settings, skip_none=False)
     about = folder.open(config) | _account(settings, config)
@@ -51,32 +51,38 @@ def run_study(arguments: list[str]) -> int:
     for stage in ("fit", "test"):
         given.data.setup(stage)
 
-    start, rows = time.perf_counter(), []
-    folder.write(about, rows, 0.0)
+    start = time.perf_counter()
+    folder.write(about, 0.0)
     try:
-        for name, make in given.models.items():
-            seed_everything(settings.seed_everything, verbose=False)
-            module = make()
-            results = _results(folder, name, module, about)
-            rows = results.rows
-            model = about["models"].setdefault(name, {})
-            file = folder.model_file(name)
-            trained = trained_dense(module, file, given.data, given.training, new_trainer, settings.seed_everything)
-            model["training"] = trained or model.get("training")
-            module.to(device)
-            train = partial(finetune, given.data, given.finetuning, new_trainer, settings.seed_everything, device)
-            epochs = given.finetuning.epochs
-            subject = Subject(name, module, train if epochs else None, given.finetuning.takes, epochs)
-            try:
-                study(subject, given.data, points, results, partial(_tell, about["metrics"]))
-            finally:
-                rows = results.rows
-                _describe(model, subject)
+        for name in given.models:
+            _study_model(name, given, folder, about, new_trainer)
     finally:
-        whole = folder.write(about, rows, time.perf_counter() - start)
-    console.print(study_summary(whole, rows))
+        whole = folder.write(about, time.perf_counter() - start)
+    console.print(study_summary(whole, folder.rows))
     console.print(f"report: {folder.page}   table: {folder.table}")
-    return 1 if any(row["error"] for row in rows) else 0
+    return 1 if any(row["error"] for row in folder.rows) else 0
+
+
+def _study_model(
+    name: str, given: Namespace, folder: StudyFolder, about: dict[str, Any], new_trainer: NewTrainer
+) -> None:
+    """All points of one model, which is made, and trained where the recipe says so, for the length of this call."""
+    seed, device = given.seed_everything, new_trainer().strategy.root_device
+    seed_everything(seed, verbose=False)
+    module = given.models[name]()
+    _check_measures(name, module, about)
+    model = about["models"].setdefault(name, {})
+    trained = trained_dense(module, folder.model_file(name), given.data, given.training, new_trainer, seed)
+    model["training"] = trained or model.get("training")
+    module.to(device)
+    train = partial(finetune, given.data, given.finetuning, new_trainer, seed, device)
+    epochs = given.finetuning.epochs
+    subject = Subject(name, module, train if epochs else None, given.finetuning.takes, epochs)
+    try:
+        results = folder.results(about["metrics"])
+        study(subject, given.data, given.grid.points(), results, partial(_tell, about["metrics"]))
+    finally:
+        _describe(model, subject)
 
 
 def _parser() -> ArgumentParser:
@@ -124,8 +130,8 @@ def _account(settings: Namespace, config: str) -> dict[str, Any]:
     }
 
 
-def _results(folder: StudyFolder, name: str, module: LightningModule, about: dict[str, Any]) -> Results:
-    """The table, for what the module measures: the same for all models of a study."""
+def _check_measures(name: str, module: LightningModule, about: dict[str, Any]) -> None:
+    """See that a model can be measured, by what the study's other models are measured by."""
     metrics = dict(getattr(module, "metrics", {}))
     if not metrics or not callable(getattr(module, "evaluate", None)):
         raise ConfigError(
@@ -137,7 +143,6 @@ def _results(folder: StudyFolder, name: str, module: LightningModule, about: dic
             f"models.{name} measures {sorted(metrics)} and the study's other models {sorted(about['metrics'])}: "
             "study them apart"
         )
-    return Results(folder.table, metrics)
 
 
 def _tell(metrics: Mapping[str, str], row: Mapping[str, Any]) -> None:

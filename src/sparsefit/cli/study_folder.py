@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from sparsefit.errors import ConfigError, RunFolderError
 from sparsefit.reporting.report import read_json, write_json, write_text
 from sparsefit.reporting.study_figures import study_figures
 from sparsefit.reporting.study_page import render_study
-from sparsefit.study.results import Row
+from sparsefit.study.results import Results, Row
 
 _TIMED = ("selection", "evaluation", "finetuning")
 # What may change where a study goes on: which points there are.
@@ -31,10 +31,22 @@ class StudyFolder:
         self.path = path
         self.table, self.json, self.page = path / "results.csv", path / "study.json", path / "study.html"
         self._before: dict[str, Any] = {}
+        self._results: Results | None = None
 
     def model_file(self, name: str) -> Path:
         """Where the dense weights of a model that was trained for the study are."""
         return self.path / "models" / f"{name}.safetensors"
+
+    def results(self, metrics: Iterable[str]) -> Results:
+        """The table, one for all models, for what they measure."""
+        if self._results is None:
+            self._results = Results(self.table, metrics)
+        return self._results
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows of the table, as far as it has been opened."""
+        return [] if self._results is None else self._results.rows
 
     def open(self, config: str) -> dict[str, Any]:
         """What is known of the study so far; nothing where it is new.
@@ -55,8 +67,9 @@ class StudyFolder:
             )
         return {"models": {}} | self._before
 
-    def write(self, about: Mapping[str, Any], rows: Sequence[Row], seconds: float) -> dict[str, Any]:
+    def write(self, about: Mapping[str, Any], seconds: float) -> dict[str, Any]:
         """Write the report, with the seconds of now added to those of before; returns all that it tells of."""
+        rows = self.rows
         spent = {stage: sum(row[f"{stage}_seconds"] or 0.0 for row in rows) for stage in _TIMED}
         for kind in ("calibration", "training"):
             spent[kind] = sum((model.get(kind) or {}).get("seconds", 0.0) for model in about["models"].values())
