@@ -102,7 +102,7 @@ RATES = {  # three each
 }
 BEST = "full"
 PASSES = 5  # of the reconstruction
-SECONDS = {"embedded": 90, "tinystories": 45}
+SECONDS = {"embedded": 90, "tinystories": 60}
 PACE_STEPS = 8
 
 
