@@ -191,20 +191,10 @@ def calibration_forward(trainer: Trainer, module: LightningModule) -> Callable[[
     """How a batch goes through the model: as Lightning sends it to `predict_step`, or to the module's own
     `calibration_step(batch)`.
 
-    Where the module defines neither, Lightning's `predict_step` would hand the whole batch to `forward`; a
-    labelled batch is then reduced to what `forward` takes: (x, y) to x, a mapping to its arguments.
-
     Raises:
-        CalibrationError: if it defines no `forward` either.
+        CalibrationError: as `module_call`.
     """
-    own_step = getattr(module, "calibration_step", None)
-    has_predict_step = is_overridden("predict_step", module)
-    has_forward = type(module).forward not in (LightningModule.forward, nn.Module.forward)
-    if not (callable(own_step) or has_predict_step or has_forward):
-        raise CalibrationError(
-            f"{type(module).__name__} has no forward and no predict_step, so calibration cannot call its model. Give "
-            "it one of them, or a calibration_step(batch)"
-        )
+    call = module_call(module)
 
     def forward(batch: Any) -> Any:
         batch = trainer.precision_plugin.convert_input(batch)
@@ -213,14 +203,31 @@ def calibration_forward(trainer: Trainer, module: LightningModule) -> Callable[[
             batch = data_hooks.on_before_batch_transfer(batch, 0)
         else:
             batch = module.on_before_batch_transfer(batch, 0)
-        batch = trainer.strategy.batch_to_device(batch)
-        if callable(own_step):
-            return own_step(batch)
-        if has_predict_step:
-            return module.predict_step(batch, 0)
-        return _call_forward(module, batch)
+        return call(trainer.strategy.batch_to_device(batch))
 
     return forward
+
+
+def module_call(module: LightningModule) -> Callable[[Any], Any]:
+    """What a module does with a batch that is on its device: its `calibration_step(batch)`, else its `predict_step`.
+
+    Where the module defines neither, Lightning's `predict_step` would hand the whole batch to `forward`; a
+    labelled batch is then reduced to what `forward` takes: (x, y) to x, a mapping to its arguments.
+
+    Raises:
+        CalibrationError: if it defines no `forward` either.
+    """
+    own_step = getattr(module, "calibration_step", None)
+    if callable(own_step):
+        return own_step
+    if is_overridden("predict_step", module):
+        return lambda batch: module.predict_step(batch, 0)
+    if type(module).forward in (LightningModule.forward, nn.Module.forward):
+        raise CalibrationError(
+            f"{type(module).__name__} has no forward and no predict_step, so calibration cannot call its model. Give "
+            "it one of them, or a calibration_step(batch)"
+        )
+    return lambda batch: _call_forward(module, batch)
 
 
 def _call_forward(module: LightningModule, batch: Any) -> Any:

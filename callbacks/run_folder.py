@@ -29,10 +29,14 @@ class RunFolder:
 
     Args:
         path: The folder.
+
+    Attributes:
+        image_processor: That of the data, which is written beside a model that has none of its own.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.image_processor: Any = None
         self.base = self.path / BASE_FOLDER
         self.trained_base = self.path / "trained_base"
         self.adapter = self.path / "adapter"
@@ -109,7 +113,9 @@ class RunFolder:
     def write_base(self, module: nn.Module, masks: MaskSet) -> None:
         """Write the sparse base, without adapters, and then its masks: where these are, the base is whole."""
         with in_floats(module):
-            export_base(module, masks, self.base).save(self.masks)
+            saved = export_base(module, masks, self.base)
+        self._add_processor(module, self.base)
+        saved.save(self.masks)
 
     def write_trained(self, module: nn.Module, masks: MaskSet, notes: dict[str, Any] | None = None) -> Path:
         """Write what was trained: the adapter, or else the model itself. The base stays as it was written; one that
@@ -125,6 +131,7 @@ class RunFolder:
         if trained:
             with replacing(place) as partial:
                 saved = export_base(module, masks, partial)
+                self._add_processor(module, partial)
             if not self.masks.exists():
                 saved.save(self.masks)
         elif adapted and not self.masks.exists():
@@ -139,6 +146,12 @@ class RunFolder:
         """Write a model whose adapters are merged in place."""
         with replacing(self.model) as partial:
             write_model(module, masks, partial, merged_state_dict)
+            self._add_processor(module, partial)
+
+    def _add_processor(self, module: nn.Module, folder: Path) -> None:
+        own = getattr(module, "image_processor", None)
+        if own is None and callable(getattr(self.image_processor, "save_pretrained", None)):
+            self.image_processor.save_pretrained(folder)
 
 
 @contextmanager

@@ -68,6 +68,7 @@ class RunReport(Callback):
             return
         ledger_of(trainer)
         self._claimed = self._begun = False
+        self.folder.image_processor = getattr(trainer.datamodule, "image_processor", None)
         self.report = beginning(self.name, self.folder.path, pl_module)
 
     def take_configuration(self, text: str) -> None:

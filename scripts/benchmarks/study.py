@@ -64,7 +64,7 @@ def subject_of(args: argparse.Namespace) -> tuple[ImageClassifierModule, ImageDa
 def shared(module: ImageClassifierModule, data: ImageDataModule, counter: ImageCounter) -> dict[str, Any]:
     """The study: seconds by kind, images, and the digests of the masks."""
     before, start = counter.seen, time.perf_counter()
-    subject = Subject("model", module)
+    subject = Subject("model", module, lambda batch: module.predict_step(batch, 0))
     with tempfile.TemporaryDirectory() as folder:
         results = Results(Path(folder) / "results.csv", module.metrics)
         study(subject, data, GRID.points(), results)

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DistributedSampler
 from transformers import BitImageProcessorPil, ConvNextImageProcessorPil, ViTImageProcessorPil
 
+from sparsefit.callbacks import WandaPruning
 from sparsefit.data import ImageDataModule
 from sparsefit.errors import CalibrationError, ConfigError, DataError
 
@@ -147,13 +148,18 @@ def test_calibration_on_another_source(tmp_path, twenty):
     assert ImageDataModule(None, calibration_source=others, **SETTINGS).class_names == CLASSES
 
 
-def test_too_few_images_to_calibrate_are_told_before_anything_is_read(twenty):
+def test_too_few_images_to_calibrate_are_told_before_any_is_read(twenty, tmp_path):
     data = ImageDataModule(None, twenty, **SETTINGS | {"calibration_samples": 21})
-    message = "has 20 images that can be read, but calibration draws 21 .*set calibration_samples to 20 or less"
-    with pytest.raises(CalibrationError, match=message):
-        data.setup("fit")
+    message = "calibration draws 21 images .* has 20: set data.init_args.calibration_samples .*Pruning's own"
     with pytest.raises(CalibrationError, match=message):
         data.calibration_dataloader()
+    assert len(fit(data, tmp_path, max_epochs=1).train) == 5  # which does not calibrate
+    pruning = WandaPruning(granularity="layer", calibration_samples=3)
+    model = Model()
+    weight = model.layer.weight.detach().clone()
+    with pytest.raises(CalibrationError, match=message):
+        Trainer(callbacks=[pruning], max_steps=0, enable_checkpointing=False, **QUIET).fit(model, data)
+    assert torch.equal(model.layer.weight, weight)
     streamed = ImageDataModule(None, f"stream:{twenty}", **SETTINGS | {"calibration_samples": 21})
     with pytest.raises(CalibrationError, match=message):
         list(streamed.calibration_dataloader())
@@ -354,7 +360,7 @@ def test_corrupt_images_are_skipped_and_counted_where_that_is_asked_for(
         warnings.simplefilter("ignore")
         assert sorted(joined(seen(data.calibration_dataloader()))) == GOOD  # exactly as many as asked for
     data.hparams.calibration_samples = 17
-    with pytest.raises(CalibrationError, match=r"has 16 images that can be read, but calibration draws 17"):
+    with pytest.raises(CalibrationError, match=r"draws 17 images .* has 16 that can be read"):
         list(data.calibration_dataloader())
 
 
@@ -377,6 +383,25 @@ def test_where_no_image_can_be_read_skipping_is_no_way_out(tmp_path, prefix):
     data = ImageDataModule(None, prefix + file, test_source=prefix + file, skip_corrupt=True, **SETTINGS)
     with pytest.raises(DataError, match=r"none of the 5 images|5 images of .* cannot be read: .*no other"):
         list(data.test_dataloader())
+
+
+@pytest.mark.parametrize("prefix", ["", "stream:"])
+@pytest.mark.parametrize("how", ["garbage", "empty"])
+def test_what_is_wrong_with_an_image_is_said_in_words(tmp_path, how, prefix):
+    source = prefix + parquet(tmp_path, [*rows(2), corrupt(how)])
+    with pytest.raises(
+        DataError, match=r"image 2 of .* cannot be read: it is empty, or no image of a kind that Pillow"
+    ):
+        list(ImageDataModule(None, test_source=source, **SETTINGS).test_dataloader())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("loader", ["train", "test"])
+def test_a_stream_sliced_behind_its_end_is_told(twenty, loader, workers):
+    source = f"stream:{twenty}[20:]"
+    data = ImageDataModule(None, source, test_source=source, num_workers=workers, **SETTINGS)
+    with pytest.raises(DataError, match=r"\[20:\] takes no image"):
+        list(getattr(data, f"{loader}_dataloader")())
 
 
 # Small data sets stay in memory
@@ -600,16 +625,16 @@ def test_settings_that_cannot_work(settings, message):
 
 
 def test_a_processor_that_cannot_be_loaded_is_told(tmp_path, twenty, monkeypatch):
-    monkeypatch.setattr("sparsefit.data.image_processing.hub_problem", lambda: "the hub cannot be reached")
+    monkeypatch.setattr("sparsefit.modules.loading.hub_problem", lambda: "the hub cannot be reached")
     (tmp_path / "models/vit").mkdir(parents=True)
     (tmp_path / "models/vit/preprocessor_config.json").write_text("{")
     for name, message in (
-        (f"{tmp_path}/models", r"holds no preprocessor_config.json\. Did you mean .*models/vit\?"),
+        (f"{tmp_path}/models", r"holds no preprocessor_config.json.* Did you mean .*models/vit\?"),
         (f"{tmp_path}/model", r"there is no folder .*Did you mean .*models\?"),
-        (f"{tmp_path}/models/vit", "cannot load the image processor .*Check its preprocessor_config.json"),
+        (f"{tmp_path}/models/vit", "cannot load the image processor in .*Check that the folder is complete"),
         ("some/vit", r"the hub cannot be reached.*`hf download some/vit"),
     ):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(ConfigError, match=f"{message}.* Or set image_size, mean and std"):
             ImageDataModule(name, twenty).setup("fit")
 
 

@@ -10,9 +10,12 @@ from datasets import ClassLabel, Dataset, Features, Image
 from image_files import CLASSES, _own_cache, class_folders, corrupt, encoded, parquet, pixels, rows  # noqa: F401
 from PIL import Image as Pillow
 
+from sparsefit.data import ImageDataModule
 from sparsefit.data.image_processing import decode
 from sparsefit.data.images import labels_of, open_images
 from sparsefit.errors import ConfigError, DataError
+
+PLAIN = {"image_size": 8, "mean": [0.0] * 3, "std": [1.0] * 3}
 
 
 def numbers(images):
@@ -58,6 +61,27 @@ def test_a_pattern_joins_its_files_by_name_and_a_slice_takes_a_part(tmp_path, pr
     assert numbers(open_images(f"{source}[7:]")) == whole[7:]
     assert numbers(open_images(f"{source}[:4]")) == whole[:4]
     assert numbers(open_images(f"{source}[5:100]")) == whole[5:]
+
+
+@pytest.mark.parametrize("part", ["[-3:]", "[::2]", "[a:]", "[:-1]", "[1.5:]"])
+def test_a_slice_that_sources_do_not_take_is_told(tmp_path, part):
+    file = parquet(tmp_path, rows(3))
+    with pytest.raises(ConfigError, match=r"ends in no slice .*SOURCE\[start:stop\] has whole numbers from 0 on"):
+        open_images(file + part)
+
+
+@pytest.mark.parametrize("kind", [pa.uint8(), pa.uint16(), pa.uint64(), pa.int8()])
+@pytest.mark.parametrize("missing", [False, True])
+def test_labels_of_any_whole_numbers(tmp_path, kind, missing):
+    labels = pa.array([2, None if missing else 0, 1], kind)
+    pq.write_table(pa.table({"image": rows(3), "label": labels}), tmp_path / "kinds.parquet")
+    if missing:
+        with pytest.raises(DataError, match="1 of 3 images have a label that is missing or negative: image 1 of"):
+            open_images(f"{tmp_path}/kinds.parquet")
+    else:
+        assert labels_of(open_images(f"{tmp_path}/kinds.parquet")).tolist() == [2, 0, 1]
+        loader = ImageDataModule(test_source=f"{tmp_path}/kinds.parquet", **PLAIN).test_dataloader()
+        assert next(iter(loader))["labels"].tolist() == [2, 0, 1]
 
 
 @pytest.mark.parametrize("prefix", ["", "stream:"])

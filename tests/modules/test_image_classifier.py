@@ -184,6 +184,18 @@ def test_images_of_another_kind(kind):
         assert module(images(side=20)[0]).shape == (24, 7)
 
 
+def test_what_a_model_raises_for_images_of_another_size_is_told_with_both_sizes():
+    module = ImageClassifierModule("swin", SETTINGS["swin"] | {"use_absolute_embeddings": True})
+    with pytest.raises(DataError, match=r"fails on images \(24, 3, 4, 12\), and its config has image_size=16: "):
+        module(torch.zeros(24, 3, 4, 12))
+    convnext = module_of("convnext")
+    with pytest.raises(DataError, match=r"fails on images \(2, 3, 1, 1\), .*Resize the images"):
+        convnext(torch.zeros(2, 3, 1, 1))
+    convnext.model.classifier = nn.Linear(5, 7)  # what is wrong with the model itself is another error
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        convnext(images()[0])
+
+
 def test_a_loss_that_is_not_a_number_ends_training():
     pixels, labels = images()
     pixels[2, 0, 0, 0] = float("nan")

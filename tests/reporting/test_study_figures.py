@@ -110,6 +110,22 @@ def test_orders_are_told_apart_where_a_score_has_several():
     assert {"update none", "update block"} <= set(texts(draw_panels([panel])))
 
 
+@pytest.mark.parametrize("updates", [("none", "block"), ("block",)])
+def test_points_that_were_pruned_in_another_order_are_marked(updates):
+    rows = [pruned(update=u, used_update="none", sparsity=s, accuracy=0.7) for u in updates for s in (0.5, 0.6)]
+    rows.append(pruned("magnitude", accuracy=0.5))
+    (panel,) = score_panels(ONE, rows)
+    orders = {(line.name, line.order): [x for x, _ in line.points] for line in panel.lines}
+    marked = "block, pruned in the order none"
+    assert orders["wanda", marked] == [0.5, 0.6]
+    assert ("magnitude", "") in orders
+    drawn = draw_panels([panel])
+    assert f"update {marked}" in texts(drawn)
+    assert f"wanda, update {marked}, pruned: 50% 0.7" in ElementTree.fromstring(drawn).get("aria-label")
+    as_asked = score_panels(ONE, [line | {"used_update": line["update"]} for line in rows])
+    assert not any("pruned in" in text for text in texts(draw_panels(as_asked)))
+
+
 @pytest.mark.parametrize(
     ("values", "told"),
     [

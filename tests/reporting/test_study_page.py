@@ -138,6 +138,119 @@ def test_a_study_that_was_stopped_shows_what_there_is():
     assert found[2][2] == "—"
 
 
+def head(html):
+    """The badge, the notices and the first tile of a page."""
+    badge, notices = (
+        re.findall(r'<span class="badge (\w+)">(.*?)</span>', html),
+        re.findall(r'notice \w+">(.*?)<', html),
+    )
+    tile = re.search(r'<div class="card tile">(.*?)</div></div>', html)[1]
+    return [*badge, [unescape(notice) for notice in notices], re.sub(r"<[^>]*>", " ", tile).split()]
+
+
+def started(status="", failure="", planned=12, rows=()):
+    """A study of two models, stopped after the first one's; 6 rows for each of them, 3 points."""
+    measured = [row("deit", accuracy=0.8), *rows]
+    measured += [pruned(sparsity=s, accuracy=0.7) for s in (0.5, 0.6)]
+    measured += [pruned(stage="finetuned", sparsity=s, accuracy=0.7, epochs=2) for s in (0.5, 0.6)]
+    known = {"planned": planned, "status": status, "failure": failure}
+    return vision_study() | {key: value for key, value in known.items() if value}, measured
+
+
+FAILED_ROW = pruned(sparsity=0.7, accuracy=None, error="x")
+
+
+@pytest.mark.parametrize(
+    ("stopped", "told", "kind", "notice"),
+    [
+        (started("interrupted"), "5 of 12 rows measured, interrupted", "interrupted", "The study was interrupted"),
+        (
+            started("failed", "a <b> & c"),
+            "5 of 12 rows measured, ended by an error",
+            "failed",
+            "ed with an error: a <b>",
+        ),
+        (started("failed"), "5 of 12 rows measured, ended by an error", "failed", ""),
+        (started("running"), "5 of 12 rows measured, not finished", "interrupted", ""),
+        (started(), "5 of 12 rows measured", "interrupted", ""),
+        (
+            started("interrupted", rows=[FAILED_ROW]),
+            "5 of 12 rows measured, 1 failed, interrupted",
+            "interrupted",
+            "goes on from there",
+        ),
+        (started("interrupted", planned=None), "2 points measured, interrupted", "interrupted", "was interrupted"),
+        # Rows of an earlier grid make up for those that are missing.
+        (started("interrupted", planned=5), "2 points measured, interrupted", "interrupted", "was interrupted"),
+    ],
+)
+def test_a_study_that_was_stopped_says_how_far_it_got(stopped, told, kind, notice):
+    html = render_study(*stopped)
+    (shown_kind, badge), notices, tile = head(html)
+    assert (badge, shown_kind) == (told, kind)
+    assert bool(notices) == bool(notice)
+    assert all(notice in shown for shown in notices)
+    count, _, rest = told.partition(" measured")
+    number, unit = count.rsplit(" ", 1)
+    assert " ".join(tile) == f"{unit} {number} measured{rest}"
+    assert "all of them" not in html
+    lines = printed(*stopped)
+    assert lines[0] == f"{stopped[0]['name']}: {told}"
+    assert notice in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("study", "badge", "tile"),
+    [
+        (started("finished", planned=5), "2 points", "points 2 of 2 all of them measured"),
+        (started(planned=None), "2 points", "points 2 of 2 all of them measured"),
+        (started("finished", planned=4), "2 points", "points 2 of 2 all of them measured"),
+        # A point that could not be pruned has no row of its fine-tuning.
+        (started("finished", planned=7, rows=[FAILED_ROW]), "1 failed", "points 2 of 3 1 failed"),
+    ],
+)
+def test_a_study_that_went_to_its_end_counts_its_points(study, badge, tile):
+    (_, shown), notices, first = head(render_study(*study))
+    assert (shown, notices, " ".join(first)) == (badge, [], tile)
+    assert printed(*study)[0].startswith(f"{study[0]['name']}: {' '.join(tile.split()[1:4])} points")
+
+
+def test_a_study_that_ended_before_its_first_point_says_why():
+    study = ONE | {"planned": 5, "status": "failed", "failure": "no test data"}
+    (kind, badge), (notice,), tile = head(render_study(study, [row("deit", accuracy=0.8)]))
+    assert (kind, badge) == ("failed", "no points")
+    assert notice.endswith("The study ended with an error: no test data")
+    assert tile[:4] == ["rows", "1", "of", "5"]
+
+
+@pytest.mark.parametrize("prunable", [{}, {"prunable": None}, {"prunable": 0}])
+def test_a_model_that_was_not_pruned_has_no_count_of_prunable_weights(prunable):
+    study = ONE | {"models": {"deit": {"parameters": 1000} | prunable}}
+    html = render_study(study, [row("deit", accuracy=0.8)])
+    assert "<th>prunable weights</th><td>—</td>" in html
+    assert "0.0%" not in html
+
+
+def test_points_that_were_pruned_in_another_order_are_marked():
+    rows = [pruned(update="none", used_update="none", accuracy=0.7)]
+    rows += [pruned(update="block", used_update="none", accuracy=0.65)]
+    rows += [pruned(sparsity=0.6, update="block", used_update="block", accuracy=0.6)]
+    rows += [pruned(sparsity=0.7, update="block", used_update="", accuracy=0.55)]
+    html = render_study(ONE, rows)
+    values = [[cell.split()[:1] for cell in line] for line in cells(html, "Results")]
+    assert values[1:] == [
+        [["50%"], ["70.00%"], ["65.00%*"]],
+        [["60%"], ["—"], ["60.00%"]],
+        [["70%"], ["—"], ["55.00%"]],
+    ]
+    assert "* pruned in the order none, not in the one asked for" in Page(html).text
+    lines = printed(ONE, rows)
+    assert any("65.00%*" in line for line in lines)
+    assert "* pruned in the order none, not in the one asked for" in lines
+    unmarked = printed(ONE, [line | {"used_update": line["update"]} for line in rows])
+    assert not any("*" in line for line in unmarked)
+
+
 def test_a_third_metric_is_folded_up():
     study = ONE | {"metrics": {"accuracy": "higher", "top5_accuracy": "higher", "loss": "lower"}}
     html = render_study(study, [pruned(accuracy=0.7, top5_accuracy=0.9, loss=1.25)])

@@ -148,3 +148,48 @@ def test_of_rows_of_one_point_the_last_counts():
     rows = [pruned(accuracy=None, error="out of memory"), pruned(accuracy=0.7)]
     assert results_table(ONE, rows)[0].rows[0][1][0].value == 0.7
     assert "out of memory" not in render_study(ONE, rows)
+
+
+def test_a_pattern_is_compared_with_points_of_its_own_order():
+    rows = []
+    for update, free, pattern in (("none", 0.7, 0.6), ("block", 0.75, 0.73)):
+        rows.append(pruned(update=update, accuracy=free))
+        rows.append(pruned(granularity="", pattern="2:4", update=update, accuracy=pattern))
+    against = "2:4 against 50% without a pattern: wanda per layer, update "
+    told = said(ONE, rows)["N:M patterns"]
+    assert told[-1] == f"{against}none -10.00 points; wanda per layer, update block -2.00 points"
+    # The other order of the pattern has nothing to be compared with.
+    assert said(ONE, [rows[0], *rows[1::2]])["N:M patterns"][-1] == f"{against}none -10.00 points"
+
+
+def test_the_mean_of_a_pattern_counts_the_models_that_it_is_taken_over():
+    study = {"metrics": {"perplexity": "lower"}}
+    rows = [pruned(model=model, perplexity=10.0) for model in "abc"]
+    values = {"a": 20.0, "b": 9.8, "c": math.inf}
+    rows += [pruned(model=m, granularity="", pattern="2:4", perplexity=value) for m, value in values.items()]
+    (told,) = said(study, rows)["N:M patterns"]
+    assert told.endswith("wanda per layer +40.0% perplexity (mean of 2 models)")
+
+
+def in_orders(used, sparsities=(0.5, 0.6)):
+    rows = [pruned(sparsity=s, update="none", used_update="none", accuracy=0.6) for s in sparsities]
+    return rows + [pruned(sparsity=s, update="block", used_update=used, accuracy=0.7) for s in sparsities]
+
+
+def test_findings_leave_out_points_that_were_not_pruned_in_their_order():
+    magnitude = [pruned("magnitude", s, accuracy=0.5) for s in (0.5, 0.6)]
+    for used in ("block", ""):
+        told = said(ONE, in_orders(used) + magnitude)
+        assert told["Order"] == [
+            "Update block beats update none at 2 of 2 sparsities with wanda per layer (mean +10.00 points)"
+        ]
+    told = said(ONE, in_orders("none") + magnitude)
+    assert "Order" not in told
+    assert told["Scores"] == ["Wanda beats magnitude at 2 of 2 sparsities per layer (mean +10.00 points)"]
+
+
+def test_a_point_counts_under_its_real_order_where_that_was_not_measured_itself():
+    rows = [pruned(update=update, used_update="none", accuracy=0.7) for update in ("block", "layer")]
+    told = said(ONE, [*rows, pruned("magnitude", accuracy=0.5)])
+    assert told["Scores"] == ["Wanda beats magnitude at 50% per layer (+20.00 points)"]
+    assert "Order" not in told

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from sparsefit.errors import RunFolderError
+from sparsefit.errors import ConfigError, RunFolderError
 from sparsefit.study import Results
 
 ROW = {
@@ -63,3 +63,8 @@ def test_other_metrics_are_another_table(tmp_path):
     Results(tmp_path / "results.csv", ["accuracy"]).add(ROW)
     with pytest.raises(RunFolderError, match="no column 'perplexity'"):
         Results(tmp_path / "results.csv", ["perplexity"])
+
+
+def test_a_metric_of_the_name_of_a_column_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="'error'"):
+        Results(tmp_path / "results.csv", ["accuracy", "error"])

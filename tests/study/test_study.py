@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from subjects import finetune, subject
@@ -22,11 +20,11 @@ def results(tmp_path):
 
 
 def state_of(module):
-    return copy.deepcopy(module.state_dict())
+    return {name: tensor.clone() for name, tensor in (*module.named_parameters(), *module.named_buffers())}
 
 
 def assert_state(module, state):
-    assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+    assert all(torch.equal(value, state[name]) for name, value in state_of(module).items())
 
 
 @pytest.fixture
@@ -130,6 +128,31 @@ def test_a_point_that_fails_is_recorded_and_tried_again(results, broken_score):
     study(net, data, grid.points(), results)
     assert not any(row["error"] for row in results.rows)
     assert len(results.rows) == 1 + 4
+
+
+def test_a_pattern_that_does_not_fit_fails_alone(results):
+    net, data = subject()
+    study(net, data, Grid(["wanda"], ["layer"], [0.5], ["2:4", "2:5"]).points(), results)
+    assert [bool(row["error"]) for row in results.rows] == [False, False, False, True]
+    assert "blocks.0" in results.rows[-1]["error"]
+
+
+def test_failures_that_are_no_longer_asked_for_are_dropped_and_others_keep_their_place(results, broken_score):
+    net, data = subject()
+    study(net, data, Grid([broken_score, "wanda"], ["layer"], [0.5, 0.6]).points(), results)
+    keys = [(row["score"], row["sparsity"]) for row in results.rows]
+    SCORES[broken_score] = SCORES["wanda"]
+    study(net, data, Grid([broken_score, "wanda"], ["layer"], [0.6]).points(), results)
+    assert [(row["score"], row["sparsity"]) for row in results.rows] == [keys[0], *keys[2:]]
+    assert not any(row["error"] for row in results.rows)
+
+
+def test_the_order_that_was_really_used_is_told(results):
+    net, data = subject()
+    for block in net.module.blocks:
+        block.up.weight = net.module.blocks[0].up.weight  # blocks that share a weight cannot be pruned one by one
+    study(net, data, Grid(["wanda"], ["layer"], [0.5], updates=["none", "block"]).points(), results)
+    assert [(row["update"], row["used_update"]) for row in results.rows[1:]] == [("none", "none"), ("block", "none")]
 
 
 def test_a_failed_finetuning_keeps_the_pruned_row(results):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -24,9 +24,9 @@ from sparsefit.callbacks import (
     WandaPruning,
 )
 from sparsefit.callbacks.run_folder import LOGS
-from sparsefit.cli.quiet import quieten
+from sparsefit.cli.fitting_data import check_data
+from sparsefit.cli.quiet import interrupts, quieten
 from sparsefit.cli.resuming import check_checkpoint, move_paths, moved_run
-from sparsefit.errors import ConfigError
 
 CHECKPOINT_INTERVAL = timedelta(minutes=15)
 
@@ -35,7 +35,7 @@ def fit(arguments: list[str], train: bool) -> int:
     """Run a recipe; without training it is a fit that takes no step."""
     quieten()
     sys.argv[1:] = ["fit", *arguments, *([] if train else ["--trainer.max_steps=0"])]  # LightningCLI reads it there
-    try:
+    with interrupts():
         SparsefitCLI(
             LightningModule,
             LightningDataModule,
@@ -46,10 +46,6 @@ def fit(arguments: list[str], train: bool) -> int:
             seed_everything_default=0,
             auto_configure_optimizers=False,  # the module has its own
         )
-    except SystemExit as stop:
-        if isinstance(stop.__context__, KeyboardInterrupt):  # which Lightning makes an exit of
-            raise KeyboardInterrupt from stop
-        raise
     return 0
 
 
@@ -89,8 +85,7 @@ class SparsefitCLI(LightningCLI):
         self.config.fit.ckpt_path = self.resumed_from
 
     def before_fit(self) -> None:
-        """Look at the tokenizers, and at the run folder before Lightning opens its logger there."""
-        check_tokenizers(self.model, self.datamodule)
+        """Look at the run folder before Lightning opens its logger there."""
         settings = self.config_init.fit
         if self.trainer.is_global_zero:
             settings.run.folder.check(resuming=settings.ckpt_path is not None)
@@ -117,10 +112,19 @@ class SparsefitCLI(LightningCLI):
             ]
         if not any(isinstance(callback, SparseCheckpoints) for callback in callbacks):
             callbacks.append(SparseCheckpoints(str(folder)))
+        callbacks.append(_DataForModel())
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
         ours = {"callbacks": callbacks, "plugins": plugins, "default_root_dir": str(folder)}
         return super().instantiate_trainer(**ours | kwargs)
+
+
+class _DataForModel(Callback):
+    """Has the data looked at once they are set up, and before anything is spent on them."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.datamodule is not None:
+            check_data(pl_module, trainer.datamodule)
 
 
 class _ConfigurationOfRun(SaveConfigCallback):
@@ -135,17 +139,3 @@ class _ConfigurationOfRun(SaveConfigCallback):
 
 def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
-
-
-def check_tokenizers(model: LightningModule, data: LightningDataModule) -> None:
-    """See that the text is tokenised for the model.
-
-    Raises:
-        ConfigError: if model and data both have a tokenizer and the vocabularies differ.
-    """
-    of_model, of_data = getattr(model, "tokenizer", None), getattr(data, "tokenizer", None)
-    if of_model is not None and of_data is not None and of_model.get_vocab() != of_data.get_vocab():
-        raise ConfigError(
-            f"the data's tokenizer ({of_data.name_or_path}) is not the model's ({of_model.name_or_path}): their "
-            "vocabularies differ. Give data.init_args.tokenizer the same name as model.init_args.model"
-        )

@@ -1,10 +1,12 @@
-"""What libraries say that says nothing to who runs a command."""
+"""What libraries say and do that is not for who runs a command."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # What libraries say of one another, and of validation data that a recipe leaves out on purpose.
 _IRRELEVANT = ("`isinstance\\(treespec, LeafSpec\\)`", "`is_gradient_checkpointing`", "Total length of `list`")
@@ -22,3 +24,14 @@ def quieten() -> None:
     if not sys.stderr.isatty():
         disable_progress_bar()
         disable_progress_bars()
+
+
+@contextmanager
+def interrupts() -> Iterator[None]:
+    """Ctrl-C is an interrupt, which Lightning makes an exit of."""
+    try:
+        yield
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from stop
+        raise

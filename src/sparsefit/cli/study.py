@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from rich.markup import escape
 
+from sparsefit.callbacks.calibration import module_call
+from sparsefit.cli.fitting_data import check_data
 from sparsefit.cli.quiet import quieten
+from sparsefit.cli.study_data import StudyData
 from sparsefit.cli.study_folder import StudyFolder
 from sparsefit.cli.study_training import FinetuningSettings, NewTrainer, TrainingSettings, finetune, trained_dense
 from sparsefit.errors import ConfigError
 from sparsefit.reporting.console import console, study_summary
 from sparsefit.reporting.machine import machine, versions
-from sparsefit.study import Grid, Subject, study
+from sparsefit.study import Grid, Point, Subject, study
+from sparsefit.study.results import Row
 
 _QUIET = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
 _NAME = re.compile(r"[\w.-]+")
@@ -39,16 +46,28 @@ def run_study(arguments: list[str]) -> int:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # each training would say which devices there are
     parser = _parser()
     settings = parser.parse_args(arguments)
-    given = parser.instantiate(settings)
-    given.grid.points()
     _check_names(settings.models)
+    _check_trainer(settings.trainer.as_dict())
     new_trainer = partial(_trainer, settings.trainer.as_dict())
     new_trainer()  # what cannot work is told before anything is read
+    seed_everything(settings.seed_everything, verbose=False)
+    given = parser.instantiate(settings)
+    given.finetuning.check(given.grid.points())
     folder = StudyFolder(Path(settings.study.folder))
-    config = parser.dump(settings, skip_none=False)
-    about = folder.open(config) | _account(settings, config)
+    with folder.locked():
+        return _run(given, folder, settings, parser.dump(settings, skip_none=False), new_trainer)
+
+
+def _run(given: Namespace, folder: StudyFolder, settings: Namespace, config: str, new_trainer: NewTrainer) -> int:
+    """All models of a study, and the report; returns the exit status."""
+    known = folder.open(config)
+    about = known | _account(settings, config, known)
+    about["planned"] = len(given.models) * sum(_stages(given, point) for point in given.grid.points())
+    about["planned"] += len(given.models)
     given.data.prepare_data()
     for stage in ("fit", "test"):
+        # A split drawn here must be the one that Lightning's own call draws before each training.
+        seed_everything(settings.seed_everything, verbose=False)
         given.data.setup(stage)
 
     start = time.perf_counter()
@@ -56,33 +75,66 @@ def run_study(arguments: list[str]) -> int:
     try:
         for name in given.models:
             _study_model(name, given, folder, about, new_trainer)
+        about |= {"status": "finished", "failure": ""}
+    except BaseException as error:
+        stopped = isinstance(error, KeyboardInterrupt)
+        about |= {"status": "interrupted" if stopped else "failed", "failure": "" if stopped else str(error)}
+        raise
     finally:
         whole = folder.write(about, time.perf_counter() - start)
     console.print(study_summary(whole, folder.rows))
     console.print(f"report: {folder.page}   table: {folder.table}")
-    return 1 if any(row["error"] for row in folder.rows) else 0
+    return 1 if any(row["error"] and row["model"] in given.models for row in folder.rows) else 0
+
+
+def _stages(given: Namespace, point: Point) -> int:
+    return 2 if given.finetuning.epochs and given.finetuning.takes(point) else 1
 
 
 def _study_model(
     name: str, given: Namespace, folder: StudyFolder, about: dict[str, Any], new_trainer: NewTrainer
 ) -> None:
     """All points of one model, which is made, and trained where the recipe says so, for the length of this call."""
-    seed, device = given.seed_everything, new_trainer().strategy.root_device
+    seed, device, points = given.seed_everything, new_trainer().strategy.root_device, given.grid.points()
     seed_everything(seed, verbose=False)
     module = given.models[name]()
     _check_measures(name, module, about)
+    check_data(module, given.data)
+    data = StudyData(given.data, module, device, seed)
+    data.check(
+        trains=given.training.epochs + given.finetuning.epochs > 0,
+        calibrates=any(point.config.needs_inputs for point in points),
+    )
     model = about["models"].setdefault(name, {})
     trained = trained_dense(module, folder.model_file(name), given.data, given.training, new_trainer, seed)
     model["training"] = trained or model.get("training")
+    results = folder.results(about["metrics"])
+    _check_weights(name, module, model, results.rows)
+    model["settings"] = yaml.safe_load(about["config"])["models"][name]
     module.to(device)
     train = partial(finetune, given.data, given.finetuning, new_trainer, seed, device)
     epochs = given.finetuning.epochs
-    subject = Subject(name, module, train if epochs else None, given.finetuning.takes, epochs)
+    subject = Subject(name, module, module_call(module), train if epochs else None, given.finetuning.takes, epochs)
     try:
-        results = folder.results(about["metrics"])
-        study(subject, given.data, given.grid.points(), results, partial(_tell, about["metrics"]))
+        study(subject, data, points, results, partial(_tell, about["metrics"]))
     finally:
         _describe(model, subject)
+
+
+def _check_weights(name: str, module: LightningModule, model: dict[str, Any], rows: Sequence[Row]) -> None:
+    """See that a model that has rows is the one that they were measured on."""
+    sha = hashlib.sha256()
+    for key, tensor in sorted(module.state_dict().items()):
+        sha.update(key.encode())
+        if isinstance(tensor, torch.Tensor):
+            sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    before, model["digest"] = model.get("digest"), sha.hexdigest()
+    measured = any(row["model"] == name and not row["error"] for row in rows)
+    if measured and before not in (None, model["digest"]):
+        raise ConfigError(
+            f"models.{name} has other weights than the model that the study has results of: give the study another "
+            "folder (study.folder), or the model of before"
+        )
 
 
 def _parser() -> ArgumentParser:
@@ -108,8 +160,32 @@ def _trainer(settings: Mapping[str, Any], **others: Any) -> Trainer:
     return trainer
 
 
+def _check_trainer(settings: Mapping[str, Any]) -> None:
+    """See that each training can have a trainer of its own by these settings.
+
+    Raises:
+        ConfigError: for objects, which trainings would share, and for what does not reach a study's evaluation.
+    """
+    for name, value in settings.items():
+        if (name == "callbacks" and value) or any(isinstance(v, Mapping) for v in _listed(value)):
+            raise ConfigError(
+                f"a study makes a trainer for each training and takes no trainer.{name}: leave it out; one training "
+                "with callbacks and plugins of your own is `sparsefit fit`"
+            )
+    for name in ("fast_dev_run", "limit_test_batches", "limit_predict_batches"):
+        if settings.get(name):
+            raise ConfigError(
+                f"a study evaluates by itself and takes no trainer.{name}: leave it out, and give the data fewer "
+                "images or windows (such as data.init_args.test_images) or the grid fewer points"
+            )
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
 def _check_names(models: Mapping[str, Any]) -> None:
-    wrong = [name for name in models if not _NAME.fullmatch(name)]
+    wrong = [name for name in models if not isinstance(name, str) or not _NAME.fullmatch(name)]
     if wrong or not models:
         raise ConfigError(
             f"models: {wrong[0]!r} is no name for a file: use letters, digits, '.', '-' and '_'"
@@ -118,11 +194,15 @@ def _check_names(models: Mapping[str, Any]) -> None:
         )
 
 
-def _account(settings: Namespace, config: str) -> dict[str, Any]:
+def _account(settings: Namespace, config: str, known: Mapping[str, Any]) -> dict[str, Any]:
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {
+        "status": "running",
+        "failure": "",
         "name": settings.study.name or Path(settings.study.folder).name,
         "command": shlex.join([sys.argv[0].rpartition("/")[2], *sys.argv[1:]]),
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": known.get("created") or now,
+        "continued": [*known.get("continued", []), now] if "created" in known else [],
         "finetuning": settings.finetuning.as_dict() if settings.finetuning.epochs else None,
         "versions": versions(),
         "machine": machine(),
@@ -132,12 +212,14 @@ def _account(settings: Namespace, config: str) -> dict[str, Any]:
 
 def _check_measures(name: str, module: LightningModule, about: dict[str, Any]) -> None:
     """See that a model can be measured, by what the study's other models are measured by."""
-    metrics = dict(getattr(module, "metrics", {}))
-    if not metrics or not callable(getattr(module, "evaluate", None)):
+    metrics = getattr(module, "metrics", None)
+    named = isinstance(metrics, Mapping) and metrics and set(metrics.values()) <= {"higher", "lower"}
+    if not named or not callable(getattr(module, "evaluate", None)):
         raise ConfigError(
-            f"models.{name}: {type(module).__name__} has no `metrics` and `evaluate(batches)`, by which a study "
-            "measures it; see CausalLMModule and ImageClassifierModule"
+            f"models.{name}: {type(module).__name__} has no `metrics` (name to 'higher' or 'lower') and "
+            "`evaluate(batches)`, by which a study measures it; see CausalLMModule and ImageClassifierModule"
         )
+    metrics = dict(metrics)
     if about.setdefault("metrics", metrics) != metrics:
         raise ConfigError(
             f"models.{name} measures {sorted(metrics)} and the study's other models {sorted(about['metrics'])}: "
@@ -157,7 +239,7 @@ def _describe(model: dict[str, Any], subject: Subject) -> None:
     """What a study has learned of a model; of a study that goes on, what was known before stays."""
     model["class"] = type(getattr(subject.module, "model", subject.module)).__name__
     model["parameters"] = sum(parameter.numel() for parameter in subject.module.parameters())
-    model["prunable"] = subject.prunable or model.get("prunable", 0)
+    model["prunable"] = subject.prunable or model.get("prunable")
     model["left_dense"] = subject.left_dense or model.get("left_dense", {})
     model["calibration"] = subject.calibration or model.get("calibration")
     model["notes"] = [*dict.fromkeys([*model.get("notes", []), *subject.notes])]

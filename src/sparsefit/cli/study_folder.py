@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from sparsefit.errors import ConfigError, RunFolderError
 from sparsefit.reporting.report import read_json, write_json, write_text
@@ -15,9 +17,17 @@ from sparsefit.reporting.study_page import render_study
 from sparsefit.study.results import Results, Row
 
 _TIMED = ("selection", "evaluation", "finetuning")
-# What may change where a study goes on: which points there are.
-_OPEN = ("study", "grid.", "trainer", "config", "finetuning.epochs", "finetuning.sparsities", "finetuning.scores")
-_OPEN += ("finetuning.granularities",)
+# What may change where a study goes on: which points there are, and what has no part in a figure.
+_OPEN = {
+    "grid": {"scores", "granularities", "sparsities", "patterns", "updates"},
+    "data": {"init_args.num_workers", "init_args.evaluation_batch_size", "init_args.calibration_batch_size"},
+    "finetuning": {"epochs", "sparsities", "scores", "granularities"},
+    "trainer": {
+        *("accelerator", "devices", "num_nodes", "strategy", "logger", "profiler", "default_root_dir", "benchmark"),
+        *("log_every_n_steps", "enable_progress_bar", "enable_model_summary", "enable_checkpointing", "barebones"),
+    },
+}
+_LOCK = ".lock"
 
 
 class StudyFolder:
@@ -32,6 +42,33 @@ class StudyFolder:
         self.table, self.json, self.page = path / "results.csv", path / "study.json", path / "study.html"
         self._before: dict[str, Any] = {}
         self._results: Results | None = None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """The folder for this study alone meanwhile.
+
+        Raises:
+            RunFolderError: If another study runs in it, it holds something else, or it cannot be made.
+        """
+        lock = FileLock(self.path / _LOCK)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            names = [entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")]
+            if names and not self.json.exists():
+                raise RunFolderError(
+                    f"{self.path} is not empty and holds no study: give the study a folder of its own (study.folder)"
+                )
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise RunFolderError(f"another study is running in {self.path}: wait for it, or give a folder") from error
+        except RunFolderError:
+            raise
+        except OSError as error:
+            raise RunFolderError(f"the study folder {self.path} cannot be used: {error}") from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def model_file(self, name: str) -> Path:
         """Where the dense weights of a model that was trained for the study are."""
@@ -49,23 +86,38 @@ class StudyFolder:
         return [] if self._results is None else self._results.rows
 
     def open(self, config: str) -> dict[str, Any]:
-        """What is known of the study so far; nothing where it is new.
+        """What is known of the study so far; nothing where it is new, or has come to nothing.
 
         Args:
             config: Its settings now, as YAML.
 
         Raises:
-            RunFolderError: If the folder holds something else.
-            ConfigError: If it holds a study of other models or data, before anything is changed.
+            RunFolderError: If what it holds is damaged.
+            ConfigError: If it holds a study of other data or trainings, before anything is changed.
         """
         if self.json.exists():
-            self._before = read_json(self.json)
-            _check_same(yaml.safe_load(str(self._before.get("config", ""))) or {}, yaml.safe_load(config), self.path)
-        elif self.path.exists() and any(self.path.iterdir()):
-            raise RunFolderError(
-                f"{self.path} is not empty and holds no study: give the study a folder of its own (study.folder)"
-            )
+            self._before = self._read()
+            if self.table.exists() or any(self.path.glob("models/*")):
+                self._check(yaml.safe_load(str(self._before.get("config", ""))) or {}, yaml.safe_load(config))
         return {"models": {}} | self._before
+
+    def _check(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        trains = [any(_epochs(config, part) for part in ("training", "finetuning")) for config in (before, now)]
+        tunes = [_epochs(config, "finetuning") for config in (before, now)]
+        compared = ["seed_everything", "data", "grid", "training"]
+        compared += ["finetuning"] * all(tunes) + ["trainer"] * all(trains)
+        check_same(_deciding(before, compared), _deciding(now, compared), "", self.path)
+        for name, model in (self._before.get("models") or {}).items():
+            if name in now["models"] and "settings" in model:  # they made what there is of it
+                check_same(model["settings"], now["models"][name], f"models.{name}", self.path)
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            return read_json(self.json)
+        except RunFolderError as error:
+            raise RunFolderError(
+                f"{self.json} is damaged: move {self.path} away, or give the study another folder (study.folder)"
+            ) from error
 
     def write(self, about: Mapping[str, Any], seconds: float) -> dict[str, Any]:
         """Write the report, with the seconds of now added to those of before; returns all that it tells of."""
@@ -84,17 +136,33 @@ class StudyFolder:
         return whole
 
 
-def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
-    was, is_now = dict(_leaves(before)), dict(_leaves(now))
-    models = {name for name in before.get("models") or {} if name in (now.get("models") or {})}
-    names = [name for name in {**was, **is_now} if was.get(name) != is_now.get(name) and not name.startswith(_OPEN)]
-    for name in names:
-        if name.startswith("models.") and not any(name.startswith(f"models.{model}.") for model in models):
-            continue  # a model more, or one less
-        raise ConfigError(
-            f"{path} holds a study with {name} {was.get(name)!r}, and now it is {is_now.get(name)!r}: results of both "
-            "must not be mixed. Give the study another folder (study.folder), or the setting of before"
-        )
+def check_same(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str, path: Path) -> None:
+    """See that settings are those of a study's earlier rows.
+
+    Raises:
+        ConfigError: naming the first one that is not, its values, and the way out.
+    """
+    was, is_now = dict(_leaves(before, prefix)), dict(_leaves(now, prefix))
+    for name in {**was, **is_now}:
+        if was.get(name) != is_now.get(name):
+            raise ConfigError(
+                f"{path} holds a study with {name} {was.get(name)!r}, and now it is {is_now.get(name)!r}: results of "
+                "both must not be mixed. Give the study another folder (study.folder), or the setting of before"
+            )
+
+
+def _epochs(config: Mapping[str, Any], part: str) -> int:
+    return (config.get(part) or {}).get("epochs", 0)
+
+
+def _deciding(config: Mapping[str, Any], sections: Iterable[str]) -> dict[str, Any]:
+    """The settings that rows rest on, by their whole names; those of each model apart."""
+    return {
+        name: value
+        for section in sections
+        for name, value in _leaves(config.get(section), section)
+        if name.removeprefix(f"{section}.") not in _OPEN.get(section, ())
+    }
 
 
 def _leaves(settings: Any, name: str = "") -> Iterator[tuple[str, Any]]:

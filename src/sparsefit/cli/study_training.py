@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 
 from sparsefit.callbacks import GPUHourBudget, WandaPruning
+from sparsefit.cli.quiet import interrupts
 from sparsefit.errors import ConfigError, RunFolderError
 from sparsefit.pruning import MaskSet
 from sparsefit.study import Point
@@ -60,6 +61,19 @@ class FinetuningSettings(TrainingSettings):
     scores: list[str] | None = None
     granularities: list[str] | None = None
 
+    def check(self, points: Iterable[Point]) -> None:
+        """See that what is to be fine-tuned is in the grid.
+
+        Raises:
+            ConfigError: if no point is.
+        """
+        if self.epochs and not any(map(self.takes, points)):
+            raise ConfigError(
+                f"finetuning takes no point of the grid (sparsities {self.sparsities}, scores {self.scores}, "
+                f"granularities {self.granularities}): give values of the grid, granularities by the names that the "
+                "results have, or leave them out"
+            )
+
     def takes(self, point: Point) -> bool:
         """Whether a point is fine-tuned."""
         wanted = {"sparsity": self.sparsities, "score": self.scores}
@@ -103,7 +117,9 @@ def trained_dense(
         try:
             load_model(module, file)
         except (SafetensorError, RuntimeError) as error:
-            raise RunFolderError(f"{file} is damaged ({error}): remove it, and the model is trained anew") from error
+            raise RunFolderError(
+                f"{file} is damaged ({error}): give the study another folder, or restore the file"
+            ) from error
         return None
     seconds = _fit(module, data, settings, new_trainer, seed, [])
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -143,5 +159,7 @@ def _fit(
     rate = [] if settings.learning_rate is None else [StartRate(settings.learning_rate)]
     budget = GPUHourBudget(_NO_LIMIT, settings.warmup_steps)
     module.train()
-    new_trainer(max_epochs=settings.epochs, callbacks=[*rate, *callbacks, budget]).fit(module, datamodule=data)
+    trainer = new_trainer(max_epochs=settings.epochs, callbacks=[*rate, *callbacks, budget])
+    with interrupts():
+        trainer.fit(module, datamodule=data)
     return time.perf_counter() - start

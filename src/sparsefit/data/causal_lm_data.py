@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from sparsefit.data.counts import check_counts
 from sparsefit.data.position import Settings, text_digest, vocabulary_digest
 from sparsefit.data.resumable import ResumableDataModule
 from sparsefit.data.text import Shard, shards_of
@@ -209,11 +210,6 @@ def _overlap(some: list[Shard], others: list[Shard]) -> bool:
 def _check(settings: dict[str, Any]) -> None:
     counts = ("sequence_length", "batch_size", "calibration_batch_size", "calibration_samples", "val_windows")
     optional = ("calibration_length", "evaluation_length", "test_windows")
-    for name in (*counts, *optional, "shuffle_buffer"):
-        value = settings[name]
-        if not (value is None and name in optional) and (not isinstance(value, int) or value < 1):
-            raise ConfigError(f"{name} is {value!r}: it must be a whole number of at least 1")
-    if settings["num_workers"] < 0:
-        raise ConfigError(f"num_workers is {settings['num_workers']}: it must be 0 or more")
+    check_counts(settings, (*counts, "shuffle_buffer"), optional)
     if settings["calibration"] not in ("crop", "pack"):
         raise ConfigError(f'calibration is {settings["calibration"]!r}: use "crop" or "pack"')

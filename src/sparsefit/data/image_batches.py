@@ -173,7 +173,7 @@ class ImageStream(IterableDataset[Part]):
         while found < count:
             chunk = list(islice(rows, min(self.batch_size, count - found)))
             if not chunk:
-                raise too_few(self.images.source, found, count)
+                raise too_few(self.images.source, f"{found}" + " that can be read" * self.skip_corrupt, count)
             part = self._part(chunk)
             found += len(part.labels)
             yield part
@@ -230,9 +230,10 @@ def _files_shuffled(table: HubStream, seed: int) -> HubStream:
     return table.shuffle(seed=seed, buffer_size=1, **({"max_buffer_input_shards": 1} if one else {}))
 
 
-def too_few(source: str, found: int, count: int) -> CalibrationError:
-    """The error for a source that has fewer images than calibration is to draw."""
+def too_few(source: str, found: str, count: int) -> CalibrationError:
+    """The error for a source that has fewer images than calibration is to draw; `found` says how many it has."""
     return CalibrationError(
-        f"{source} has {found} images that can be read, but calibration draws {count} without replacement: set "
-        f"calibration_samples to {found} or less, or add images"
+        f"calibration draws {count} images without replacement, as the data's calibration_samples says, but {source} "
+        f"has {found}: set data.init_args.calibration_samples to no more, or add images. Pruning's own "
+        "calibration_samples takes the first of those drawn, and does not help here"
     )

@@ -13,13 +13,14 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from sparsefit.data.image_batches import ImageStream, ImageTable, NeverEmpty, Part, too_few
 from sparsefit.data.image_loading import Batch, EpochSampler, Finish, ImageLoader
-from sparsefit.data.image_processing import ImageProcessing, load_image_processor, make_image_processor
+from sparsefit.data.image_processing import ImageProcessing, make_image_processor
 from sparsefit.data.image_settings import check_settings
 from sparsefit.data.images import Images, labels_of, open_images, overlap
 from sparsefit.data.position import Settings
 from sparsefit.data.resumable import ResumableDataModule
 from sparsefit.data.windows import generator_of
 from sparsefit.errors import ConfigError, DataError
+from sparsefit.modules.loading import load_image_processor
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor
@@ -54,8 +55,9 @@ class ImageDataModule(ResumableDataModule):
         calibration_augmented: augment the images of calibration, too.
         channels: "RGB", "L" (grey), or "auto" for as many as the processor has means; images are converted.
         skip_corrupt: leave out images that are damaged or missing, with a warning; else they are errors.
-        val_images: validation draws no more images than these; None uses all.
-        test_images: testing draws no more images than these; None uses all.
+        val_images: validation draws no more images than these from all of the source; of a stream, which may be in the
+            order of its classes, it takes the first. None uses all. Those that `skip_corrupt` leaves out count.
+        test_images: the same for testing.
         image_size: height and width without a processor, in pixels.
         mean: of each channel without a processor, of values in [0, 1].
         std: of each channel without a processor, of values in [0, 1].
@@ -104,10 +106,13 @@ class ImageDataModule(ResumableDataModule):
 
     @cached_property
     def image_processor(self) -> BaseImageProcessor:
-        """The processor of transformers, to be saved beside the model."""
+        """The processor of transformers; a run saves it beside a model that has none of its own."""
         settings = self.hparams
         if settings.processor is not None:
-            return load_image_processor(settings.processor)
+            try:
+                return load_image_processor(settings.processor)
+            except ConfigError as error:
+                raise ConfigError(f"{error} Or set image_size, mean and std, without a processor.") from error
         return make_image_processor(settings.image_size, settings.mean, settings.std)
 
     @property
@@ -128,13 +133,12 @@ class ImageDataModule(ResumableDataModule):
 
         Raises:
             DataError: for what cannot be read, and for sources whose classes differ.
-            CalibrationError: for fewer images than `calibration_samples`.
         """
         settings = self.hparams
         _ = self._processing
         if stage in ("fit", None) and settings.train_source is not None:
             train = self._images("train_source")
-            self._check_calibration()
+            self._images(self._calibration_source())
             for name in ("val_source", "test_source"):
                 if settings[name] is not None and overlap(train, self._images(name)):
                     rank_zero_warn(f"train_source and {name} share images: use SOURCE[start:stop] to part them")
@@ -183,7 +187,7 @@ class ImageDataModule(ResumableDataModule):
         """Exactly `calibration_samples` images: the same for the same seed, and on every rank.
 
         Raises:
-            CalibrationError: where the source has fewer.
+            CalibrationError: where the source has fewer; before any is read, unless some are left out or streamed.
         """
         settings, images = self.hparams, self._images(self._calibration_source())
         count, size = settings.calibration_samples, settings.calibration_batch_size
@@ -194,12 +198,13 @@ class ImageDataModule(ResumableDataModule):
             buffer, skip = settings.shuffle_buffer, settings.skip_corrupt
             stream = ImageStream(images, self._processing, skip, size, settings.seed, buffer, count=count)
             return self._loader(stream, images, finish, then=then, batch_size=None, num_workers=0)
-        self._check_calibration()
+        if len(images.table) < count:
+            raise too_few(images.source, f"{len(images.table)}", count)
         table = self._table(self._calibration_source())
         order = torch.randperm(len(table), generator=generator_of(settings.seed)).tolist()
         places = table.readable(iter(order), count)
         if len(places) < count:
-            raise too_few(images.source, len(places), count)
+            raise too_few(images.source, f"{len(places)} that can be read", count)
         return self._loader(Subset(table, places), images, finish, then=then, batch_size=size)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
@@ -276,11 +281,6 @@ class ImageDataModule(ResumableDataModule):
 
     def _calibration_source(self) -> str:
         return "train_source" if self.hparams.calibration_source is None else "calibration_source"
-
-    def _check_calibration(self) -> None:
-        images, count = self._images(self._calibration_source()), self.hparams.calibration_samples
-        if not images.streamed and len(images.table) < count:
-            raise too_few(images.source, len(images.table), count)
 
     def _check_classes(self) -> None:
         named = [self._images(name) for name in _EVALUATED if self.hparams[name] in self._opened]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from sparsefit.data.image_batches import Part
 from sparsefit.data.windows import generator_of
@@ -112,6 +112,8 @@ class ImageLoader(DataLoader):
                 rank_zero_warn(f"{_skipped(corrupt, self.source)}; they were skipped")
         if corrupt and not found:
             raise DataError(f"{_skipped(corrupt, self.source)}, and there is no other: fetch them again")
+        if not found and isinstance(self.dataset, IterableDataset):  # no other is opened without an image
+            raise DataError(f"{self.source} takes no image: it has too few for its slice, or for the devices, or none")
 
 
 def collate(part: Part, finish: Finish | None) -> tuple[Batch, list[str]]:

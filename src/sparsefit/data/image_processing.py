@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor
 
 from sparsefit.errors import ConfigError, DataError
-from sparsefit.modules.loading import hub_problem, nearest_path
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -21,40 +19,7 @@ if TYPE_CHECKING:
 Channels = Literal["auto", "RGB", "L"]
 
 _DECODED: dict[str, Any] = {"input_data_format": "channels_first", "do_convert_rgb": False}
-_FILE = "preprocessor_config.json"
 _AFFINE = 1e-4  # of rounding in float32, as a share of the range of the values
-
-
-def load_image_processor(name: str) -> BaseImageProcessor:
-    """The image processor of a model, on Pillow where torchvision is absent.
-
-    Args:
-        name: a folder with a preprocessor_config.json, or a hub name.
-
-    Raises:
-        ConfigError: where it cannot be found, fetched or read; says what to do without a network.
-    """
-    from transformers import AutoImageProcessor
-
-    folder = Path(name).expanduser()
-    if folder.is_dir() and not (folder / _FILE).is_file():
-        near = [str(file.parent) for file in sorted(folder.glob(f"*/{_FILE}"))[:3]]
-        hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise ConfigError(f"{folder} holds no {_FILE}.{hint} Else set image_size, mean and std, without a processor.")
-    if folder.is_dir():
-        name = str(folder)
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ConfigError(f"there is no folder {folder} to load the image processor from.{nearest_path(folder)}")
-    elif problem := hub_problem():
-        name = _cached(name, problem)
-    try:
-        return AutoImageProcessor.from_pretrained(name)
-    except Exception as error:  # OSError, ValueError, ImportError, KeyError and the hub's own, by cause
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(
-            f"cannot load the image processor {name!r}: {cause.rstrip('.')}. Check its {_FILE}; or set image_size, "
-            "mean and std, without a processor."
-        ) from error
 
 
 def make_image_processor(image_size: int, mean: Sequence[float], std: Sequence[float]) -> BaseImageProcessor:
@@ -75,13 +40,17 @@ def decode(content: bytes | str | None, channels: Literal["RGB", "L"]) -> np.nda
     Raises:
         Exception: whatever the decoder raises for an image that is damaged or missing.
     """
-    from PIL import ExifTags, ImageOps
+    from PIL import ExifTags, ImageOps, UnidentifiedImageError
     from PIL import Image as Pillow
     from transformers.image_transforms import convert_to_rgb
 
     if content is None:
         raise FileNotFoundError("the image is missing")
-    with Pillow.open(io.BytesIO(content) if isinstance(content, bytes) else content) as file:
+    try:
+        opened = Pillow.open(io.BytesIO(content) if isinstance(content, bytes) else content)
+    except UnidentifiedImageError as error:  # whose message names an object in memory
+        raise ValueError("it is empty, or no image of a kind that Pillow knows") from error
+    with opened as file:
         image = _of_8_bits(file)
         if file.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             image = ImageOps.exif_transpose(image)
@@ -215,19 +184,3 @@ def _of_8_bits(image: Image) -> Image:
     if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
         raise ValueError(f"its values (mode {image.mode}) are neither of 8 nor of 16 bits")
     return Pillow.fromarray((levels // 256).astype(np.uint8))
-
-
-def _cached(name: str, problem: str) -> str:
-    from huggingface_hub import try_to_load_from_cache
-
-    try:
-        file: Any = try_to_load_from_cache(name, _FILE)
-    except ValueError:  # no name that the hub could have
-        file = None
-    if isinstance(file, str):
-        return str(Path(file).parent)
-    raise ConfigError(
-        f"cannot load the image processor {name!r}: there is no such folder, it is not in the local cache, and the hub "
-        f"cannot be used ({problem}).{nearest_path(Path(name))} Without a network: on a connected machine run "
-        f"`hf download {name} --local-dir FOLDER`, copy FOLDER here and give its path; or set image_size, mean and std."
-    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sparsefit.data.counts import check_counts
 from sparsefit.errors import ConfigError
 
 
@@ -15,12 +16,7 @@ def check_settings(settings: dict[str, Any]) -> None:
     """
     counts = ("batch_size", "calibration_batch_size", "calibration_samples", "shuffle_buffer")
     optional = ("evaluation_batch_size", "val_images", "test_images")
-    for name in (*counts, *optional):
-        value = settings[name]
-        if not (value is None and name in optional) and (not isinstance(value, int) or value < 1):
-            raise ConfigError(f"{name} is {value!r}: it must be a whole number of at least 1")
-    if settings["num_workers"] < 0:
-        raise ConfigError(f"num_workers is {settings['num_workers']}: it must be 0 or more")
+    check_counts(settings, counts, optional)
     if settings["channels"] not in ("auto", "RGB", "L"):
         raise ConfigError(f'channels is {settings["channels"]!r}: use "auto", "RGB" or "L"')
     if settings["calibration_augmented"] and not settings["augmentation"]:

@@ -231,8 +231,10 @@ def _names(feature: Any) -> set[str]:
 
 def _check_labels(images: Images) -> None:
     column = images.table.select_columns(["label"]).with_format("arrow")[:].column("label")
-    labels = column.fill_null(-1).to_numpy()
-    if (wrong := (labels < 0).nonzero()[0]).size:
+    missing = column.is_null().to_numpy()
+    # Nulls are filled with a number that unsigned labels can hold, too.
+    labels = column.fill_null(0).to_numpy()
+    if (wrong := (missing | (labels < 0)).nonzero()[0]).size:
         names = ", ".join(row.name for row in images.rows(wrong[:_SHOWN].tolist()))
         raise DataError(f"{wrong.size} of {len(labels)} images have a label that is missing or negative: {names}{_WAY}")
 

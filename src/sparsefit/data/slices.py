@@ -7,6 +7,7 @@ import re
 from sparsefit.errors import ConfigError
 
 _SLICE = re.compile(r"\[(\d*):(\d*)\]$")
+_LIKE_A_SLICE = re.compile(r"\[[^\[\]]*:[^\[\]]*\]$")
 
 
 def split_slice(source: str, what: str) -> tuple[str, int, int | None]:
@@ -14,10 +15,15 @@ def split_slice(source: str, what: str) -> tuple[str, int, int | None]:
     (None: all to the end).
 
     Raises:
-        ConfigError: for a slice that takes nothing; `what` is what an item is called.
+        ConfigError: for a slice that takes nothing, or is none of these; `what` is what an item is called.
     """
     match = _SLICE.search(source)
     if match is None:
+        if _LIKE_A_SLICE.search(source):
+            raise ConfigError(
+                f"{source!r} ends in no slice that a source takes: SOURCE[start:stop] has whole numbers from 0 on, "
+                f"counts each {what} from the start, and may leave one of them out ([100:], [:100])"
+            )
         return source, 0, None
     start, stop = match.groups()
     if stop and int(stop) <= int(start or 0):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -102,12 +103,14 @@ def image_logits(model: nn.Module, images: Tensor) -> Tensor:
         images: (batch, channels, height, width), floating point.
 
     Raises:
-        DataError: where the model cannot take such images, as far as its configuration tells.
+        DataError: where the model cannot take such images, as its configuration tells, or as it fails on images of
+            another size than that.
         ConfigError: where it gives something else than logits.
     """
     check_images(images, getattr(model, "config", None))
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), images.dtype)
-    output = model(images.to(dtype))
+    with _fitting(model, images):
+        output = model(images.to(dtype))
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
@@ -146,6 +149,25 @@ def check_images(images: Tensor, config: Any = None) -> None:
             f"the images are {size[0]}x{size[1]} and the model takes {wanted_size[0]}x{wanted_size[1]}: resize them "
             "(the image processor's size), or give a model whose config has that image_size"
         )
+
+
+@contextmanager
+def _fitting(model: nn.Module, images: Tensor) -> Iterator[None]:
+    """Turns what a model raises for images of another size than its own into a DataError that names both."""
+    side = getattr(getattr(model, "config", None), "image_size", None)
+    try:
+        yield
+    except (SparsefitError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError) as error:
+        size = [side, side] if isinstance(side, int) else list(side or images.shape[2:])
+        if size == list(images.shape[2:]):
+            raise
+        raise DataError(
+            f"{type(model).__name__} fails on images {tuple(images.shape)}, and its config has image_size={side}: "
+            f"{' '.join(str(error).split()).rstrip('.')}. Resize the images (the image processor's size), or give a "
+            "model whose config has their size"
+        ) from error
 
 
 def checked_labels(labels: Tensor, logits: Tensor) -> Tensor:

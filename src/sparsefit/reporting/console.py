@@ -18,8 +18,9 @@ from rich.text import Text
 from sparsefit.reporting import formats as _formats
 from sparsefit.reporting import report as _report
 from sparsefit.reporting.study_findings import findings
+from sparsefit.reporting.study_progress import progress
 from sparsefit.reporting.study_table import Table as StudyTable
-from sparsefit.reporting.study_table import count_points, read_results, results_table, seconds_by_kind, unique
+from sparsefit.reporting.study_table import in_order, read_results, results_table, seconds_by_kind, unique
 
 console = Console()
 """The console that everything of a run prints to."""
@@ -158,12 +159,12 @@ def _merged(report: Mapping[str, Any], merged: Mapping[str, Any]) -> str:
 def study_summary(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Group:
     """The tables a study ends with: each model's metric by sparsity and way of pruning, right after pruning and tuned.
 
-    Below them what the rows say in sentences, how many points failed, the time and the folder.
+    Above them how much was measured and what ended the study, below them what the rows say in sentences, the time and
+    the folder.
     """
-    results = read_results(study, rows)
-    done, failed = count_points(results)
-    told = f"{done} of {done + failed} points" + (f", {failed} failed" if failed else "")
-    parts: list[RenderableType] = [Text.assemble((str(study.get("name") or "study"), "bold"), ": ", told)]
+    state = progress(study, read_results(study, rows))
+    parts: list[RenderableType] = [Text.assemble((str(study.get("name") or "study"), "bold"), ": ", state.told)]
+    parts += [Text(state.reason)] if state.reason else []
     for table in results_table(study, rows):
         for stage in unique(column.stage for column in table.columns):
             parts += _study_table(table, stage)
@@ -179,19 +180,24 @@ def _study_table(study: StudyTable, stage: str) -> list[RenderableType]:
     """One stage of a study's table below its title; the best of a row is bold."""
     shown = [index for index, column in enumerate(study.columns) if column.stage == stage]
     heads = [f"{study.columns[index].score}\n{study.columns[index].detail.replace(', ', chr(10))}" for index in shown]
-    table = _table("sparsity", *(escape(head.rstrip()) for head in heads))
+    table, marks = _table("sparsity", *(escape(head.rstrip()) for head in heads)), study.marks()
     for amount, cells in study.rows:
         texts = [
             Text("failed" if cell.failed else _MISSING)
             if cell.value is None
             else Text.assemble(
-                (_formats.metric(study.metric, cell.value), "bold" if cell.best else ""), (f" {cell.change}", "dim")
+                (_formats.metric(study.metric, cell.value) + marks.get(cell.used, ""), "bold" if cell.best else ""),
+                (f" {cell.change}", "dim"),
             )
             for cell in (cells[index] for index in shown)
         ]
         table.add_row(Text(amount), *texts)
     dense = f", dense {_formats.metric(study.metric, study.dense)}" if study.dense is not None else ""
-    return [Text(f"\n{study.model}: {study.metric.replace('_', ' ')}, {stage}{dense}", "bold"), table]
+    used = {cells[index].used for _, cells in study.rows for index in shown}
+    notes = [
+        Text(f"{mark} {in_order(order)}, not in the one asked for") for order, mark in marks.items() if order in used
+    ]
+    return [Text(f"\n{study.model}: {study.metric.replace('_', ' ')}, {stage}{dense}", "bold"), table, *notes]
 
 
 @contextmanager

@@ -148,8 +148,8 @@ def _lines(
     found: dict[tuple[str, str, str, str], list[tuple[float, float]]] = {}
     for point in points:
         value = point.values.get(metric, -math.inf)
-        order = (point.way.update or "none") if len(results.updates(point.way.score)) > 1 else ""
-        key = (point.way.score if by_score else per(point.way.granularity), point.stage, order, point.pattern)
+        name = point.way.score if by_score else per(point.way.granularity)
+        key = (name, point.stage, results.order(point), point.pattern)
         if value > -math.inf:
             found.setdefault(key, []).append((point.sparsity, value))
     ranks, stages = list(colours), results.stages()
@@ -274,7 +274,7 @@ def _draw_key(figure: Figure, lines: Sequence[Line], kinds: Kinds, columns: int)
 
     stages = kinds.stages if kinds.stages != [PRUNED] else []
     entries = [Line(*named, PRUNED, "", "", []) for named in unique((line.name, line.colour) for line in lines)]
-    entries += [Line(f"update {order}", INK, PRUNED, order, "", []) for order in kinds.orders if len(kinds.orders) > 1]
+    entries += [Line(f"update {order}", INK, PRUNED, order, "", []) for order in kinds.orders]
     entries += [Line(stage, INK, stage, "", "", []) for stage in stages]
     entries += [Line(pattern, INK, PRUNED, "", pattern, []) for pattern in kinds.patterns]
     handles = [Line2D([], [], **_style(line, kinds), label=line.name) for line in entries]

@@ -36,7 +36,8 @@ class Duel(NamedTuple):
 
 def findings(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
     """Topics and the sentences of each, for the first metric of each model; topics without a sentence are left out."""
-    results = read_results(study, rows)
+    asked = read_results(study, rows)
+    results = _as_used(asked)
     groups: dict[str, list[str]] = {}
     for model in results.models:
         groups.setdefault(results.metric_of(model), []).append(model)
@@ -59,8 +60,28 @@ def findings(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> lis
                 ("Fine-tuning", _recovery(results, model, metric, own)),
             ):
                 topics[topic] += [f"{model}: {text}" if len(results.models) > 1 else _sentence(text) for text in told]
-    topics["Counted"] = _counted(results)
+    topics["Counted"] = _counted(asked)
     return [(topic, told) for topic, told in topics.items() if told]
+
+
+def _as_used(results: Results) -> Results:
+    """The results with each point under the order that it was really pruned in, which is the one that it speaks of.
+
+    A point that fell back to an order is left out where that order was measured itself: it would say the same twice.
+    """
+
+    def key(point: Point) -> tuple[Any, ...]:
+        return point.model, point.stage, point.way, point.pattern, point.sparsity
+
+    measured, points = {key(point) for point in results.points if not point.used and not point.error}, []
+    for point in results.points:
+        if point.used:
+            point = point._replace(way=point.way._replace(update=point.used))
+            if key(point) in measured:
+                continue
+            measured.add(key(point))
+        points.append(point)
+    return results._replace(points=points)
 
 
 def headline(results: Results, model: str, score: str) -> Way | None:
@@ -99,7 +120,7 @@ def _comparisons(results: Results, metric: str, points: Sequence[Point]) -> Iter
             how = f"with {score}{order}"
             yield "Granularities", _duels(metric, better, alike, lambda p: per(p.way.granularity), how)
         for granularity in unique(p.way.granularity for p in own):
-            alike = [p for p in own if p.way.granularity == granularity]
+            alike = [p for p in own if p.way.granularity == granularity and not p.used]
             how = f"with {score} {per(granularity)}".rstrip()
             yield "Order", _duels(metric, better, alike, lambda p: f"update {p.way.update or 'none'}", how)
     for pattern in unique(p.pattern for p in points if p.pattern):
@@ -197,20 +218,24 @@ def _cheap(results: Results, model: str, metric: str, points: Sequence[Point]) -
 
 def _patterns(results: Results, metric: str, points: Sequence[Point]) -> list[str]:
     """What a pattern costs more than the same sparsity without one, right after pruning."""
-    better, found = results.metrics.get(metric, "higher"), {}
+    better = results.metrics.get(metric, "higher")
+    found: dict[tuple[str, str, str], list[tuple[str, float]]] = {}
     free = {(p.model, p.way, p.sparsity, p.stage): p for p in points if not p.pattern}
     for point in points:
         way = headline(results, point.model, point.way.score)
-        other = free.get((point.model, way, point.sparsity, point.stage)) if way and point.pattern else None
-        if other and point.stage == PRUNED:
-            lost = gain(metric, better, other.values[metric], point.values[metric])
-            found.setdefault((point.pattern, other.amount, results.name(other.way)), []).append(lost)
+        if way is None or not point.pattern or point.stage != PRUNED:
+            continue
+        other = free.get((point.model, way._replace(update=point.way.update), point.sparsity, point.stage))
+        lost = gain(metric, better, other.values[metric], point.values[metric]) if other else math.nan
+        if other and math.isfinite(lost):
+            key = (point.pattern, other.amount, results.name(other.way))
+            found.setdefault(key, []).append((point.model, lost))
     told: dict[tuple[str, str], list[str]] = {}
     for (pattern, amount, name), losses in found.items():
-        mean = _mean(losses)
-        if mean is not None:
-            over = f" (mean of {len(losses)} models)" if len(losses) > 1 else ""
-            told.setdefault((pattern, amount), []).append(f"{name} {difference(metric, -mean)}{over}")
+        models = unique(model for model, _ in losses)
+        over = f" (mean of {len(models)} models)" if len(models) > 1 else ""
+        mean = sum(lost for _, lost in losses) / len(losses)
+        told.setdefault((pattern, amount), []).append(f"{name} {difference(metric, -mean)}{over}")
     return [
         f"{pattern} against {amount} without a pattern: {'; '.join(names)}" for (pattern, amount), names in told.items()
     ]

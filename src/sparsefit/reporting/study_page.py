@@ -14,12 +14,13 @@ from sparsefit.reporting.figures import time_by_kind
 from sparsefit.reporting.markup import MISSING, as_facts, as_table, as_text, card, header, page, tile
 from sparsefit.reporting.study_figures import Panel, draw_panels, granularity_panels, score_panels
 from sparsefit.reporting.study_findings import findings
+from sparsefit.reporting.study_progress import count_points, progress
 from sparsefit.reporting.study_table import (
     PRUNED,
     Cell,
     Results,
     Table,
-    count_points,
+    in_order,
     per,
     read_results,
     results_table,
@@ -50,9 +51,11 @@ def render_study(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
 
     Args:
         study: The study: `name`, `created`, `command`, `folder`, `metrics` (name to "higher" or "lower"), `models`
-            (what is known of each), `finetuning`, `seconds` by kind of work, `versions`, `machine`, `config`.
+            (what is known of each), `finetuning`, `seconds` by kind of work, `versions`, `machine`, `config`;
+            `planned`, `status` and `failure` as in `progress`.
         rows: One row for each point and stage: `model`, `stage`, `score`, `granularity`, `update`, `pattern`,
-            `sparsity`, `counted`, `epochs`, the metrics, seconds and `error`.
+            `sparsity`, `epochs`, `used_update` (the order that was really used), `counted`, the metrics, seconds and
+            `error`.
 
     Returns:
         The whole page; write it as UTF-8. Whatever study and rows do not hold is left out of it.
@@ -75,21 +78,27 @@ def render_study(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
 
 def _header(study: Mapping[str, Any], results: Results) -> str:
     done, failed = count_points(results)
+    state = progress(study, results)
     if not results.points:
         badge, kind, notice = "no points", "interrupted", "No point of this study has been measured."
     elif not done:
-        badge, kind, notice = "failed", "failed", "No point of this study could be measured; the reasons are below."
+        badge, kind = "failed" if state.whole else state.told, "failed"
+        notice = "No point of this study could be measured; the reasons are below."
+    elif not state.whole:
+        badge, kind, notice = state.told, "interrupted", ""
     elif results.failures:
         badge, kind, notice = f"{failed or len(results.failures)} failed", "interrupted", ""
     else:
         badge, kind, notice = f"{done} point{'s' if done > 1 else ''}", "finished", ""
+    kind = "failed" if state.status == "failed" else kind
+    notice = " ".join(sentence for sentence in (notice, state.reason) if sentence)
     facts = (study.get("created"), study.get("folder"))
     return header(str(study.get("name") or "study"), badge, kind, facts, study.get("command"), notice)
 
 
 def _tiles(study: Mapping[str, Any], results: Results) -> list[str]:
     """What was run: how many of what, and their names."""
-    done, failed = count_points(results)
+    state = progress(study, results)
     points = sorted(results.points, key=lambda point: (point.pattern != "", point.sparsity, point.pattern))
     named = {
         "models": results.models if len(results.models) > 1 else [],
@@ -97,7 +106,8 @@ def _tiles(study: Mapping[str, Any], results: Results) -> list[str]:
         "granularities": unique(per(p.way.granularity) for p in results.points if p.way.granularity),
         "sparsities": unique(point.amount for point in points),
     }
-    tiles = [tile("points", f"{done} of {done + failed}", f"{failed} failed" if failed else "all of them measured")]
+    notes = state.notes or ["all of them measured"] if state.whole else ["measured", *state.notes]
+    tiles = [tile(state.unit, state.count, ", ".join(notes))]
     tiles += [tile(label, str(len(names)), ", ".join(names)) for label, names in named.items() if names]
     spent = seconds_by_kind(study)
     if spent:
@@ -152,16 +162,19 @@ def _tables(tables: Sequence[Table]) -> str:
 def _table(table: Table) -> str:
     stages = [(escape(stage), len(list(group))) for stage, group in groupby(column.stage for column in table.columns)]
     heads = [f"{escape(c.score)}<small>{escape(c.detail).replace(', ', '<br>')}</small>" for c in table.columns]
-    rows = [(escape(amount), *(_cell(table.metric, cell) for cell in cells)) for amount, cells in table.rows]
+    marks = table.marks()
+    rows = [(escape(amount), *(_cell(table.metric, cell, marks) for cell in cells)) for amount, cells in table.rows]
     groups = [("", 1), *stages] if [stage for stage, _ in stages] != [PRUNED] else []
     first = "sparsity" if any("%" in amount for amount, _ in table.rows) else "pattern"
-    return f'<div class="results">{as_table((first, *heads), rows, groups=groups)}</div>'
+    notes = "<br>".join(f"{mark} {escape(in_order(used))}, not in the one asked for" for used, mark in marks.items())
+    note = f'<p class="muted small">{notes}</p>' if notes else ""
+    return f'<div class="results">{as_table((first, *heads), rows, groups=groups)}{note}</div>'
 
 
-def _cell(metric: str, cell: Cell) -> str:
+def _cell(metric: str, cell: Cell, marks: Mapping[str, str]) -> str:
     if cell.value is None:
         return '<span class="bad">failed</span>' if cell.failed else MISSING
-    value = _formats.metric(metric, cell.value)
+    value = _formats.metric(metric, cell.value) + marks.get(cell.used, "")
     return f"{f'<b>{value}</b>' if cell.best else value}<small>{cell.change or '&nbsp;'}</small>"
 
 
@@ -224,9 +237,8 @@ def _model(name: str, model: Mapping[str, Any], results: Results) -> str:
     parameters, prunable = _report.number(model.get("parameters")), _report.number(model.get("prunable"))
     facts: list[tuple[str, Any]] = [("class", model["class"])] if model.get("class") else []
     facts += [("parameters", _formats.count(parameters))] if parameters is not None else []
-    if prunable is not None:
-        of_all = f" ({prunable / parameters:.1%})" if parameters else ""
-        facts.append(("prunable weights", f"{_formats.count(prunable)}{of_all}"))
+    of_all = f" ({prunable / parameters:.1%})" if prunable and parameters else ""
+    facts += [("prunable weights", f"{_formats.count(prunable or None)}{of_all}")] if model else []
     for metric, value in results.dense.get(name, {}).items():
         facts.append((f"dense {metric.replace('_', ' ')}", _formats.metric(metric, value)))
     for kind in ("calibration", "training"):

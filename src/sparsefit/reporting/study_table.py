@@ -39,6 +39,7 @@ class Point(NamedTuple):
     values: Mapping[str, float]
     seconds: Mapping[str, float]
     error: str
+    used: str  # the order that it was pruned in, where that is not the one asked for
 
     @property
     def amount(self) -> str:
@@ -68,6 +69,13 @@ class Results(NamedTuple):
         """The orders in which a score was used."""
         return unique(point.way.update for point in self.points if point.way.score == score)
 
+    def order(self, point: Point) -> str:
+        """The order of a point, where others of its score have another or one of them fell back to another."""
+        used = any(other.used for other in self.points if other.way.score == point.way.score)
+        if len(self.updates(point.way.score)) <= 1 and not used:
+            return ""
+        return ", ".join([point.way.update or "none", *([in_order(point.used)] if point.used else [])])
+
     def detail(self, way: Way) -> str:
         """What beside its score tells a way of pruning from others: its granularity, its order where that varies."""
         order = f"update {way.update or 'none'}" if len(self.updates(way.score)) > 1 else ""
@@ -93,6 +101,7 @@ class Cell(NamedTuple):
     change: str
     best: bool
     failed: bool
+    used: str  # the order that it was pruned in, where that is not the one asked for
 
 
 class Table(NamedTuple):
@@ -104,6 +113,11 @@ class Table(NamedTuple):
     dense: float | None
     columns: list[Column]
     rows: list[tuple[str, list[Cell]]]
+
+    def marks(self) -> dict[str, str]:
+        """The mark of each order that was used in the place of the one asked for."""
+        used = unique(cell.used for _, cells in self.rows for cell in cells if cell.used)
+        return {order: "*" * index for index, order in enumerate(used, 1)}
 
 
 def unique(values: Iterable[Any]) -> list[Any]:
@@ -122,6 +136,11 @@ def per(granularity: str) -> str:
     if group:
         return f"per {group[2]} {group[1]}s"
     return granularity if granularity in ("", "variant") else f"per {granularity}"
+
+
+def in_order(used: str) -> str:
+    """What marks a point that was not pruned in the order asked for."""
+    return f"pruned in the order {used}"
 
 
 def seconds_by_kind(study: Mapping[str, Any]) -> dict[str, float]:
@@ -158,6 +177,7 @@ def _point(study: Mapping[str, Any], row: Mapping[str, Any], metrics: Mapping[st
 
     seconds = {key: _report.number(row.get(f"{key}_seconds")) for key in ("selection", "evaluation", "finetuning")}
     values = {metric: _value(row.get(metric), better) for metric, better in metrics.items()}
+    used = text("used_update")
     return Point(
         text("model"),
         _stage(study, text("stage") or (PRUNED if text("score") else DENSE), row.get("epochs")),
@@ -168,6 +188,7 @@ def _point(study: Mapping[str, Any], row: Mapping[str, Any], metrics: Mapping[st
         {metric: value for metric, value in values.items() if value is not None},
         {key: value for key, value in seconds.items() if value is not None},
         text("error"),
+        used if used != (text("update") or "none") else "",
     )
 
 
@@ -183,13 +204,6 @@ def _value(value: Any, better: str) -> float | None:
     """The value as a float; an infinity only where it stands for the worst value there is."""
     worst = math.inf if better == "lower" else -math.inf
     return worst if isinstance(value, float) and value == worst else _report.number(value)
-
-
-def count_points(results: Results) -> tuple[int, int]:
-    """How many ways of pruning a model were measured, and how many failed at any stage."""
-    points = unique((point.model, point.way, point.amount) for point in results.points)
-    failed = unique((point.model, point.way, point.amount) for point in results.points if point.error)
-    return len(points) - len(failed), len(failed)
 
 
 def results_table(
@@ -243,7 +257,8 @@ def _table(results: Results, model: str, metric: str, points: Sequence[Point]) -
 
 def _cell(metric: str, point: Point | None, dense: float | None) -> Cell:
     value = point.values.get(metric) if point else None
-    return Cell(value, change(metric, value, dense), False, bool(point and point.error and value is None))
+    failed, used = bool(point and point.error and value is None), point.used if point and value is not None else ""
+    return Cell(value, change(metric, value, dense), False, failed, used)
 
 
 def _mark_best(cells: Sequence[Cell], stages: Sequence[str], better: str) -> list[Cell]:

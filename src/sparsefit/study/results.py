@@ -9,13 +9,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sparsefit.errors import RunFolderError
+from sparsefit.errors import ConfigError, RunFolderError
 from sparsefit.reporting.report import write_text
 from sparsefit.study.grid import AXES
 
 KEY = ("model", "stage", *AXES, "epochs")
 NUMBERS = ("sparsity", "counted", "selection_seconds", "evaluation_seconds", "finetuning_seconds")
-_FIRST, _LAST = (*KEY, "counted"), (*NUMBERS[2:], "digest", "error")
+_FIRST, _LAST = (*KEY, "used_update", "counted"), (*NUMBERS[2:], "digest", "error")
 Row = dict[str, Any]
 
 
@@ -27,11 +27,15 @@ class Results:
         metrics: Names of the columns of what is measured.
 
     Raises:
+        ConfigError: If a metric has the name of another column.
         RunFolderError: If the file is there and is no such table.
     """
 
     def __init__(self, file: Path, metrics: Iterable[str]) -> None:
         self.file, self.metrics = file, tuple(metrics)
+        taken = sorted({*self.metrics} & {*_FIRST, *_LAST})
+        if taken:
+            raise ConfigError(f"a metric is called {taken[0]!r}, as another column of the results is: rename it")
         self.columns = (*_FIRST, *self.metrics, *_LAST)
         self.rows: list[Row] = self._read() if file.exists() else []
 
@@ -41,11 +45,25 @@ class Results:
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Add a row, in the place of an earlier one of the same key, and write the file."""
-        full = dict.fromkeys(self.columns) | {"digest": "", "error": "", "epochs": 0} | dict(row)
+        full = dict.fromkeys(self.columns) | {"used_update": "", "digest": "", "error": "", "epochs": 0} | dict(row)
         key = {name: full[name] for name in KEY}
-        kept = [other for other in self.rows if not self._has(other, key)]
-        self._write([*kept, full])
-        self.rows = [*kept, full]
+        places = [place for place, other in enumerate(self.rows) if self._has(other, key)]
+        place = places[0] if places else len(self.rows)
+        rows = [*self.rows[:place], full, *self.rows[place + 1 :]]
+        self._write(rows)
+        self.rows = rows
+
+    def forget(self, model: str, keys: Iterable[Mapping[str, Any]]) -> None:
+        """Drop the rows of a model that failed and are not among these keys: they are no longer asked for."""
+        asked = list(keys)
+        rows = [
+            row
+            for row in self.rows
+            if row["model"] != model or not row["error"] or any(self._has(row, key) for key in asked)
+        ]
+        if len(rows) < len(self.rows):
+            self._write(rows)
+            self.rows = rows
 
     def _has(self, row: Mapping[str, Any], key: Mapping[str, Any]) -> bool:
         return all(row[name] == value for name, value in key.items())

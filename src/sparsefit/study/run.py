@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,21 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from sparsefit.errors import ConfigError, SparsefitError
-from sparsefit.pruning import DenseStatistics, MaskSet, PruningResult, calibrate, prune
-from sparsefit.pruning.calibration import to_device
-from sparsefit.pruning.weights import device_of
+from sparsefit.pruning import DenseStatistics, MaskSet, PruningConfig, PruningResult, calibrate, prune
+from sparsefit.pruning.blocks import find_block_lists
+from sparsefit.pruning.weights import device_of, find_weights
 from sparsefit.study.grid import Point
 from sparsefit.study.results import Results
 
 
 class Data(Protocol):
-    """What a study reads: a LightningDataModule that is set up."""
+    """What a study reads: batches that the module takes as they are, the same each time."""
 
     def calibration_dataloader(self) -> Iterable[Any]:
-        """Calibration batches, the same each time."""
+        """Calibration batches."""
 
     def test_dataloader(self) -> Iterable[Any]:
-        """What models are evaluated on, the same each time."""
+        """What models are evaluated on."""
 
 
 @dataclass
@@ -37,8 +37,8 @@ class Subject:
 
     Args:
         name: What the study calls it.
-        module: Has `evaluate(batches)`, which gives figures by name, and `predict_step(batch, 0)` or
-            `calibration_step(batch)`, as `WandaPruning` and `RunReport` use them.
+        module: Has `evaluate(batches)`, which gives figures by name.
+        forward: How a calibration batch goes through it.
         finetune: Trains a pruned module with its masks fixed; called with both.
         finetunes: Which points are fine-tuned.
         epochs: Of the fine-tuning, for the results.
@@ -47,11 +47,12 @@ class Subject:
         notes: What did not go as asked, and why.
         left_dense: Matrices that are not pruned, and why.
         calibration: The account of the calibration: samples and seconds.
-        prunable: Weights that are pruned from.
+        prunable: Weights that are pruned from; 0 as long as nothing was pruned.
     """
 
     name: str
     module: nn.Module
+    forward: Callable[[Any], Any]
     finetune: Callable[[nn.Module, MaskSet], None] | None = None
     finetunes: Callable[[Point], bool] = lambda point: True
     epochs: int = 0
@@ -94,6 +95,7 @@ def study(
     Raises:
         SparsefitError: If the dense model cannot be evaluated or calibrated on; the results so far are kept.
     """
+    results.forget(subject.name, [subject.key(p, stage) for p in points for stage in subject.stages(p)])
     missing = [p for p in points if any(results.find(**subject.key(p, stage)) is None for stage in subject.stages(p))]
 
     def add(row: Mapping[str, Any]) -> None:
@@ -106,7 +108,7 @@ def study(
     if not missing:
         return
     statistics = _calibrated(subject, data, missing)
-    dense = {name: tensor.detach().clone() for name, tensor in subject.module.state_dict().items()}
+    dense = {name: tensor.detach().clone() for name, tensor in _tensors(subject.module).items()}
     for point in missing:
         with _restored(subject.module, dense):
             for row in _measured(subject, data, point, statistics, results):
@@ -142,31 +144,34 @@ def _pruned(
     config, module = point.config, subject.module
     shared = statistics if config.update == "none" or not config.needs_inputs else None
     batches = data.calibration_dataloader() if config.needs_inputs and shared is None else None
-    result = prune(module, batches, config, statistics=shared, forward=_forward(module))
+    result = prune(module, batches, config, statistics=shared, forward=subject.forward)
     result.masks.verify(module)
     subject.left_dense |= result.left_dense
     subject.prunable = sum(weights for weights, _ in result.masks.counts().values())
     subject.notes += [f"{point}: {note}" for note in result.notes if f"{point}: {note}" not in subject.notes]
-    row = {"counted": _zeros(module, result.masks), "digest": result.masks.digest()}
+    row = {"counted": _zeros(module, result.masks), "digest": result.masks.digest(), "used_update": result.update}
     return result, row | {"selection_seconds": result.seconds}
 
 
 def _calibrated(subject: Subject, data: Data, points: Iterable[Point]) -> DenseStatistics | None:
     """The statistics of the dense network that some points need; None where none does."""
     configs = [point.config for point in points if point.config.update == "none" and point.config.needs_inputs]
+    # What does not fit the model fails as a point of its own.
+    configs = [config for config in configs if _fits(subject.module, config)]
     if not configs:
         return None
-    module = subject.module
-    statistics = calibrate(module, data.calibration_dataloader(), configs, forward=_forward(module))
+    statistics = calibrate(subject.module, data.calibration_dataloader(), configs, forward=subject.forward)
     subject.calibration = {"samples": statistics.samples, "seconds": statistics.seconds}
     subject.notes += [note for note in statistics.notes if note not in subject.notes]
     return statistics
 
 
-def _forward(module: nn.Module) -> Callable[[Any], Any]:
-    own, device = getattr(module, "calibration_step", None), device_of(module)
-    step = own if callable(own) else lambda batch: module.predict_step(batch, 0)
-    return lambda batch: step(to_device(batch, device))
+def _fits(module: nn.Module, config: PruningConfig) -> bool:
+    try:
+        find_weights(module, [block for blocks in find_block_lists(module) for block in blocks], config)
+    except ConfigError:
+        return False
+    return True
 
 
 def _evaluated(module: nn.Module, data: Data, metrics: Sequence[str]) -> tuple[dict[str, float], float]:
@@ -179,8 +184,9 @@ def _evaluated(module: nn.Module, data: Data, metrics: Sequence[str]) -> tuple[d
     figures = module.evaluate(data.test_dataloader())
     seconds = time.perf_counter() - start
     for name in metrics:
-        if name not in figures:
-            raise ConfigError(f"the module's evaluate gives no {name!r}, which its metrics name: {sorted(figures)}")
+        if not isinstance(figures, Mapping) or name not in figures:
+            given = sorted(figures) if isinstance(figures, Mapping) else type(figures).__name__
+            raise ConfigError(f"the module's evaluate gives no {name!r}, which its metrics name, but {given}")
         if math.isnan(figures[name]):
             raise SparsefitError(f"{name} is NaN: the model's outputs are not finite; look at its weights and its data")
     return {name: float(figures[name]) for name in metrics}, seconds
@@ -191,6 +197,11 @@ def _zeros(module: nn.Module, masks: MaskSet) -> float:
     matrices = [matrix for _, matrix in masks.matrices_in(module)]
     weights = sum(matrix.numel() for matrix in matrices)
     return 1 - sum(int(torch.count_nonzero(matrix)) for matrix in matrices) / max(1, weights)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, those too that a state dict leaves out."""
+    return dict(itertools.chain(module.named_parameters(), module.named_buffers()))
 
 
 @contextmanager
@@ -204,7 +215,9 @@ def _restored(module: nn.Module, dense: Mapping[str, Tensor]) -> Iterator[None]:
     finally:
         module.to(device)
         module.zero_grad(set_to_none=True)
-        module.load_state_dict(copy.copy(dense))
+        with torch.no_grad():
+            for name, tensor in _tensors(module).items():
+                tensor.copy_(dense[name])
         for name, part in module.named_modules():
             part.training = modes[name]
         for name, parameter in module.named_parameters():

@@ -1,0 +1,66 @@
+"""A datamodule as a study reads it: again and again, without a Trainer, and the same each time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, seed_everything
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from sparsefit.errors import ConfigError
+
+
+class StudyData:
+    """Batches on the device, as Lightning's transfer hooks of the datamodule or the module make them.
+
+    Args:
+        data: The datamodule, set up.
+        module: What the batches are for.
+        device: Where it is.
+        seed: Of whatever the loaders draw.
+    """
+
+    def __init__(self, data: LightningDataModule, module: LightningModule, device: torch.device, seed: int) -> None:
+        self._data, self._module, self._device, self._seed = data, module, device, seed
+
+    def check(self, trains: bool, calibrates: bool) -> None:
+        """See that there is what a study reads.
+
+        Raises:
+            ConfigError: if the datamodule has no test data, or no training or calibration data where they are needed.
+        """
+        kind = type(self._data).__name__
+        if trains and not is_overridden("train_dataloader", self._data):
+            raise ConfigError(f"{kind} has no train_dataloader(), and the study trains: add one, or set epochs to 0")
+        if not is_overridden("test_dataloader", self._data):
+            raise ConfigError(f"{kind} has no test_dataloader(), on which a study measures its models: add one")
+        if calibrates and not callable(getattr(self._data, "calibration_dataloader", None)):
+            raise ConfigError(
+                f"{kind} has no calibration_dataloader(): add one that gives some 128 to 4,096 training samples, "
+                "prepared as for evaluation, or study scores that need no data, such as magnitude"
+            )
+
+    def calibration_dataloader(self) -> Iterator[Any]:
+        """The calibration batches, the same each time."""
+        return self._batches(self._data.calibration_dataloader)
+
+    def test_dataloader(self) -> Iterator[Any]:
+        """The test batches, the same each time."""
+        return self._batches(self._data.test_dataloader)
+
+    def _batches(self, make: Callable[[], Any]) -> Iterator[Any]:
+        seed_everything(self._seed, verbose=False)
+        loaders = make()
+        for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
+            yield from map(self._transferred, loader)
+
+    def _transferred(self, batch: Any) -> Any:
+        batch = self._hook("on_before_batch_transfer")(batch, 0)
+        batch = self._hook("transfer_batch_to_device")(batch, self._device, 0)
+        return self._hook("on_after_batch_transfer")(batch, 0)
+
+    def _hook(self, name: str) -> Callable[..., Any]:
+        owner = self._data if is_overridden(name, self._data) else self._module
+        return getattr(owner, name)
