@@ -57,8 +57,8 @@ def test_by_default_they_are_resized_normalised_and_grey():
 def test_calibration_and_its_limits():
     images, _ = whole(DigitsDataModule().calibration_dataloader())
     assert len(images) == 512
-    with pytest.raises(CalibrationError, match="digits:train has 1347 images"):
-        DigitsDataModule(calibration_samples=1348).setup("fit")
+    with pytest.raises(CalibrationError, match="digits:train has 1347: set"):
+        DigitsDataModule(calibration_samples=1348).calibration_dataloader()
 
 
 def test_a_part_of_the_training_digits_can_validate():
