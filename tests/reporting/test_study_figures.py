@@ -179,3 +179,17 @@ def test_markup_in_names_is_escaped():
     rows = [row("<b>&", accuracy=0.8), row("<b>&", "pruned", score="<i>", sparsity=0.5, accuracy=0.7)]
     found = texts(study_figures({"metrics": {"accuracy": "higher"}}, rows)["scores"])
     assert {"<b>&", "<i>"} <= set(found)
+
+
+@pytest.mark.parametrize("letters", [4, 14, 40])
+def test_the_key_is_no_wider_than_its_figure(letters):
+    names = [f"{score:{letters}}".replace(" ", "e") for score in ("a", "b", "c", "d")]
+    svg = draw_panels(score_panels(ONE, [pruned(name, accuracy=0.5) for name in names]))
+    root = ElementTree.fromstring(svg)
+    width = float(root.get("viewBox").split()[2])
+    keys = [line for line in root.iter(f"{SVG}text") if "".join(line.itertext()) in names]
+    places = [float(line.get("x")) for line in keys]
+    assert len(places) == 4
+    assert min(places) > 15
+    assert max(places) + 4.2 * letters < width
+    assert (len(set(places)) > 1) == (letters < 40)

@@ -140,16 +140,14 @@ def test_a_study_that_was_stopped_shows_what_there_is():
 
 def head(html):
     """The badge, the notices and the first tile of a page."""
-    badge, notices = (
-        re.findall(r'<span class="badge (\w+)">(.*?)</span>', html),
-        re.findall(r'notice \w+">(.*?)<', html),
-    )
+    badge = re.findall(r'<span class="badge (\w+)">(.*?)</span>', html)
+    notices = re.findall(r'notice \w+">(.*?)<', html)
     tile = re.search(r'<div class="card tile">(.*?)</div></div>', html)[1]
     return [*badge, [unescape(notice) for notice in notices], re.sub(r"<[^>]*>", " ", tile).split()]
 
 
 def started(status="", failure="", planned=12, rows=()):
-    """A study of two models, stopped after the first one's; 6 rows for each of them, 3 points."""
+    """A study of two models, stopped in the first one: 5 rows, of 2 points and the dense model."""
     measured = [row("deit", accuracy=0.8), *rows]
     measured += [pruned(sparsity=s, accuracy=0.7) for s in (0.5, 0.6)]
     measured += [pruned(stage="finetuned", sparsity=s, accuracy=0.7, epochs=2) for s in (0.5, 0.6)]
@@ -170,7 +168,6 @@ FAILED_ROW = pruned(sparsity=0.7, accuracy=None, error="x")
             "failed",
             "ed with an error: a <b>",
         ),
-        (started("failed"), "5 of 12 rows measured, ended by an error", "failed", ""),
         (started("running"), "5 of 12 rows measured, not finished", "interrupted", ""),
         (started(), "5 of 12 rows measured", "interrupted", ""),
         (
@@ -179,7 +176,6 @@ FAILED_ROW = pruned(sparsity=0.7, accuracy=None, error="x")
             "interrupted",
             "goes on from there",
         ),
-        (started("interrupted", planned=None), "2 points measured, interrupted", "interrupted", "was interrupted"),
         # Rows of an earlier grid make up for those that are missing.
         (started("interrupted", planned=5), "2 points measured, interrupted", "interrupted", "was interrupted"),
     ],
@@ -204,7 +200,6 @@ def test_a_study_that_was_stopped_says_how_far_it_got(stopped, told, kind, notic
     [
         (started("finished", planned=5), "2 points", "points 2 of 2 all of them measured"),
         (started(planned=None), "2 points", "points 2 of 2 all of them measured"),
-        (started("finished", planned=4), "2 points", "points 2 of 2 all of them measured"),
         # A point that could not be pruned has no row of its fine-tuning.
         (started("finished", planned=7, rows=[FAILED_ROW]), "1 failed", "points 2 of 3 1 failed"),
     ],
@@ -213,6 +208,12 @@ def test_a_study_that_went_to_its_end_counts_its_points(study, badge, tile):
     (_, shown), notices, first = head(render_study(*study))
     assert (shown, notices, " ".join(first)) == (badge, [], tile)
     assert printed(*study)[0].startswith(f"{study[0]['name']}: {' '.join(tile.split()[1:4])} points")
+
+
+def test_the_end_of_a_study_is_told_where_its_error_or_its_size_is_not_known():
+    assert printed(*started("failed"))[0].endswith(": 5 of 12 rows measured, ended by an error")
+    assert printed(*started("interrupted", planned=None))[0].endswith(": 2 points measured, interrupted")
+    assert printed(*started("finished", planned=4))[0].endswith(": 2 of 2 points")
 
 
 def test_a_study_that_ended_before_its_first_point_says_why():

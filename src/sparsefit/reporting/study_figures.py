@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparsefit.reporting import formats as _formats
@@ -278,9 +279,20 @@ def _draw_key(figure: Figure, lines: Sequence[Line], kinds: Kinds, columns: int)
     entries += [Line(stage, INK, stage, "", "", []) for stage in stages]
     entries += [Line(pattern, INK, PRUNED, "", pattern, []) for pattern in kinds.patterns]
     handles = [Line2D([], [], **_style(line, kinds), label=line.name) for line in entries]
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=min(columns, len(handles)), frameon=False, fontsize=9
-    )
+    columns = _columns([line.name for line in entries], columns, figure.get_figwidth())
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+
+
+def _columns(names: Sequence[str], most: int, width: float) -> int:
+    """As many columns as a key of these names may have in so many inches; it is filled column by column."""
+
+    def needs(columns: int) -> float:
+        rows, longer = divmod(len(names), columns)
+        starts = [column * rows + min(column, longer) for column in range(columns + 1)]
+        widest = (max(map(len, names[start:end])) for start, end in pairwise(starts))
+        return sum(0.6 + 0.068 * count for count in widest)  # inches of a handle and of a letter
+
+    return next((count for count in range(min(most, len(names)), 1, -1) if needs(count) <= width), 1)
 
 
 def _told(panel: Panel) -> str:
