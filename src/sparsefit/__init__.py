@@ -5,8 +5,9 @@ from sparsefit.pruning import (
     MaskSet,
     PruningConfig,
     PruningResult,
-    calibrate,
+    collect_statistics,
     prune,
+    prune_from_statistics,
     register_score,
 )
 
@@ -15,8 +16,9 @@ __all__ = [
     "MaskSet",
     "PruningConfig",
     "PruningResult",
-    "calibrate",
+    "collect_statistics",
     "prune",
+    "prune_from_statistics",
     "register_score",
 ]
 __version__ = "0.1.0"

@@ -171,7 +171,7 @@ def block_sizes(masks) -> dict[int, tuple[int, int]]:
     return {block: (size, zeros) for block, (size, zeros) in sizes.items()}
 
 
-@pytest.mark.parametrize("update", ["block", "layer", "none"])
+@pytest.mark.parametrize("update", ["block", "none"])
 @pytest.mark.parametrize(
     ("score", "threshold", "spread"), [("wanda", 5.0, 0.08), ("magnitude", 3.0, 0.15), ("sparsegpt", 2.0, 0.05)]
 )

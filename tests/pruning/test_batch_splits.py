@@ -31,7 +31,6 @@ METHODS = {
     "least_squares": {"reconstruction": "least_squares", "pattern": "2:4"},
     "owl": {"allocation": "owl"},
 }
-METHODS |= {f"{name}, layer by layer": method | {"update": "layer"} for name, method in METHODS.items()}
 METHODS |= {name: METHODS[name.split(",")[0]] | {"update": "none"} for name in ("wanda, dense", "sparsegpt, dense")}
 
 
@@ -96,7 +95,7 @@ def test_where_blocks_are_computed_and_states_kept_changes_no_bit(method, place)
     assert all(torch.equal(a, b) for a, b in zip(weights, same, strict=True))
 
 
-@pytest.mark.parametrize("update", ["block", "layer", "none"])
+@pytest.mark.parametrize("update", ["block", "none"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3", "t5", "mixtral"])
 def test_device_and_states_of_transformers(tiny_model, architecture, update):
     generator = torch.Generator().manual_seed(1)

@@ -1,17 +1,40 @@
-"""An interrupt at any moment leaves a model dense or whole pruned."""
+"""An error or an interrupt at any moment leaves a model dense to the bit."""
 
 from __future__ import annotations
 
-import functools
+import errno
 import itertools
+import os
+import resource
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
+import torch
+from image_models import image_model, images
+from moe import FAMILIES, SIZES
 from states import same, sequences, state, weights
+from torch import nn
 
-from sparsefit import PruningConfig, prune
-from sparsefit.pruning.changes import Changes
+from sparsefit import PruningConfig, collect_statistics, prune, prune_from_statistics
+from sparsefit.pruning.layers import quantized
+from sparsefit.pruning.layers.base import PrunableWeight
+from sparsefit.pruning.undo import Removed, Undo
 
 TARGETS = ("q_proj", "o_proj", "down_proj")
+SMALL = {"num_hidden_layers": 2}  # with six weights of these names
+
+
+class OwnError(Exception):
+    pass
+
+
+def at_the_end(done: int, total: int) -> None:
+    """Fails when all weights are pruned."""
+    if done == total:
+        raise OwnError
 
 
 @pytest.mark.parametrize("reconstruction", [None, "sequential"])
@@ -19,10 +42,10 @@ TARGETS = ("q_proj", "o_proj", "down_proj")
 def test_an_interrupt_at_any_step_leaves_the_model_dense(tiny_model, update, reconstruction):
     config = PruningConfig(update=update, micro_batch_size=1, reconstruction=reconstruction)
     steps: list[tuple[int, int]] = []
-    prune(tiny_model("llama"), sequences(2), config, progress=lambda *step: steps.append(step))
+    prune(tiny_model("llama", **SMALL), sequences(2), config, progress=lambda *step: steps.append(step))
     assert [done for done, _ in steps] == sorted(done for done, _ in steps)
     assert [step for step in steps if step[0] >= step[1]] == [steps[-1]]
-    model = tiny_model("llama")
+    model = tiny_model("llama", **SMALL)
     dense, before = weights(model), state(model)
     for at in range(len(steps)):
         calls = itertools.count()
@@ -39,90 +62,318 @@ def test_an_interrupt_at_any_step_leaves_the_model_dense(tiny_model, update, rec
     result.masks.verify(model)
 
 
-@pytest.mark.parametrize("reconstruction", [None, "sequential"])
-@pytest.mark.parametrize("presses", [1, 3])
-@pytest.mark.parametrize("update", ["block", "layer"])
-def test_interrupts_while_weights_are_written_leave_the_model_dense_or_whole_pruned(
-    tiny_model, monkeypatch, update, presses, reconstruction
-):
-    """At every write: those for a while, and those at the end."""
-    config = PruningConfig(update=update, reconstruction=reconstruction, targets=TARGETS, micro_batch_size=1)
-    settings = {"num_hidden_layers": 2}
-    pruned, total = tiny_model("llama", **settings), itertools.count()
-    writes = {name: getattr(Changes, name) for name in ("make", "_changed")}
-    with monkeypatch.context() as patched:
-        for name, original in writes.items():
-            patched.setattr(Changes, name, lambda *args, original=original: (next(total), original(*args))[1])
-        prune(pruned, sequences(1), config)
-    dense, outcomes = weights(tiny_model("llama", **settings)), set()
-    for at in range(next(total)):
-        model, calls = tiny_model("llama", **settings), itertools.count()
-
-        def interrupted(*args, original, calls=calls, at=at):
-            number = next(calls)
-            if number % 2:  # after the write, too
-                original(*args)
-            if at <= number < at + presses:
-                raise KeyboardInterrupt
-            return original(*args)
-
-        with monkeypatch.context() as patched:
-            for name, original in writes.items():
-                patched.setattr(Changes, name, functools.partialmethod(interrupted, original=original))
-            with pytest.raises(KeyboardInterrupt):
-                prune(model, sequences(1), config)
-        is_dense, is_pruned = same(weights(model), dense), same(weights(model), weights(pruned))
-        assert is_dense or is_pruned, f"write {at}"
-        outcomes.add("pruned" if is_pruned else "dense")
-    assert outcomes == {"dense", "pruned"}
-
-
-@pytest.mark.parametrize("reconstruction", [None, "sequential"])
-@pytest.mark.parametrize("update", ["block", "layer"])
-def test_interrupts_while_weights_are_put_back_are_held_until_all_are(tiny_model, monkeypatch, update, reconstruction):
-    config = PruningConfig(update=update, reconstruction=reconstruction, targets=TARGETS, micro_batch_size=1)
-    settings = {"num_hidden_layers": 2}
-    dense, at = weights(tiny_model("llama", **settings)), 0
-    originals = {name: getattr(Changes, name) for name in ("_undo", "_change_on_call")}
-    while True:
-        model, calls = tiny_model("llama", **settings), itertools.count()
-
-        def interrupted(back, calls=calls, at=at):
-            if next(calls) == at:
-                raise KeyboardInterrupt
-            back()
-
-        def undo(changes, weight, original, interrupted=interrupted):
-            back = original(changes, weight)
-            if isinstance(back, list):
-                return [functools.partial(interrupted, one) for one in back]
-            return functools.partial(interrupted, back)
-
-        with monkeypatch.context() as patched:
-            for name, original in originals.items():
-                patched.setattr(Changes, name, functools.partialmethod(undo, original=original))
-            try:
-                prune(model, sequences(1), config)
-                break
-            except KeyboardInterrupt:
-                assert same(weights(model), dense), f"put back {at}"
-                assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-        at += 1
-    assert at >= 6
-
-
 @pytest.mark.parametrize("reconstruction", [None, "sequential", "iterative", "least_squares"])
-@pytest.mark.parametrize("update", ["block", "layer", "none"])
-def test_weights_change_at_the_end_and_all_at_once(tiny_model, update, reconstruction):
-    """In between they are changed while outputs are computed; at every step of progress that others see they may be."""
+@pytest.mark.parametrize("update", ["block", "none"])
+def test_all_weights_are_pruned_at_the_last_step_and_not_before(tiny_model, update, reconstruction):
     model = tiny_model("llama")
-    dense, seen = weights(model), []
+    dense, changed = weights(model), []
 
     def look(done: int, total: int) -> None:
-        if done == total:
-            seen.append(same(weights(model), dense))
+        now = weights(model)
+        changed.append((done == total, {name for name in now if not torch.equal(now[name], dense[name])}))
 
     result = prune(model, sequences(2), PruningConfig(update=update, reconstruction=reconstruction), progress=look)
-    assert seen == [True]
+    assert [names == set(result.masks) for _, names in changed] == [is_last for is_last, _ in changed]
+    assert changed[-1][0]
     result.masks.verify(model)
-    assert all((tensor != dense[name]).any() for name, tensor in weights(model).items() if name in result.masks)
+
+
+# While weights are written and put back
+
+
+class Presses:
+    """Interrupts: each call of what is patched has a moment for one before it and one after it.
+
+    Attributes:
+        moments: The numbers of the moments at which one comes.
+        armed: Whether moments are counted.
+        count: Moments so far.
+        came: Interrupts so far.
+    """
+
+    def __init__(self, moments: range = range(0), armed: bool = True) -> None:
+        self.moments, self.armed, self.count, self.came = moments, armed, 0, 0
+
+    def press(self) -> None:
+        if not self.armed:
+            return
+        self.count += 1
+        if self.count - 1 in self.moments:
+            self.came += 1
+            raise KeyboardInterrupt
+
+    def around(self, patched: pytest.MonkeyPatch, functions: list[tuple[type, str]]) -> None:
+        for owner, name in functions:
+            patched.setattr(owner, name, self._around(getattr(owner, name)))
+
+    def _around(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.press()
+            result = original(*args, **kwargs)
+            self.press()
+            return result
+
+        return call
+
+
+WRITES = [(Undo, "keep"), (Undo, "write"), (PrunableWeight, "keep")]
+RESTORES = [(Removed, "put_back"), (PrunableWeight, "write"), (PrunableWeight, "changed")]
+
+
+@pytest.mark.parametrize("reconstruction", [None, "sequential"])
+@pytest.mark.parametrize("presses", [1, 5])
+@pytest.mark.parametrize("update", ["block", "none"])
+def test_interrupts_while_weights_are_written_leave_the_model_dense(
+    tiny_model, monkeypatch, update, presses, reconstruction
+):
+    config = PruningConfig(update=update, reconstruction=reconstruction, targets=TARGETS, micro_batch_size=1)
+    with monkeypatch.context() as patched:
+        counting = Presses()
+        counting.around(patched, WRITES + RESTORES)
+        prune(tiny_model("llama", **SMALL), sequences(1), config)
+    assert counting.count >= 6 * 2 * 3  # by three functions, one in the other
+    model = tiny_model("llama", **SMALL)
+    dense, before = weights(model), state(model)
+    for at in range(counting.count):
+        with monkeypatch.context() as patched:
+            Presses(range(at, at + presses)).around(patched, WRITES + RESTORES)
+            with pytest.raises(KeyboardInterrupt):
+                prune(model, sequences(1), config)
+        assert same(weights(model), dense), f"moment {at}"
+        assert state(model) == before
+    prune(model, sequences(1), config).masks.verify(model)
+
+
+@pytest.mark.parametrize("reconstruction", [None, "sequential"])
+def test_a_weight_of_which_half_is_written_is_put_back(tiny_model, monkeypatch, reconstruction):
+    name = "write" if reconstruction else "keep"
+    original, calls = getattr(PrunableWeight, name), itertools.count()
+
+    def half(weight: PrunableWeight, given: torch.Tensor) -> None:
+        if next(calls) != 3:
+            original(weight, given)
+            return
+        given[::2] = True if given.dtype == torch.bool else weight.matrix()[::2]
+        original(weight, given)
+        raise KeyboardInterrupt
+
+    model = tiny_model("llama")
+    dense = weights(model)
+    monkeypatch.setattr(PrunableWeight, name, half)
+    with pytest.raises(KeyboardInterrupt):
+        prune(model, sequences(1), PruningConfig(reconstruction=reconstruction))
+    assert same(weights(model), dense)
+
+
+@pytest.mark.parametrize("reconstruction", [None, "sequential"])
+@pytest.mark.parametrize("presses", [1, 3])
+@pytest.mark.parametrize("update", ["block", "none"])
+def test_interrupts_while_weights_are_put_back_are_held_until_all_are(
+    tiny_model, monkeypatch, update, presses, reconstruction
+):
+    config = PruningConfig(update=update, reconstruction=reconstruction, targets=TARGETS, micro_batch_size=1)
+    model = tiny_model("llama", **SMALL)
+    dense, before = weights(model), state(model)
+    for at in itertools.count():
+        held = Presses(range(at, at + presses), armed=False)
+
+        def begin(done: int, total: int, held: Presses = held) -> None:
+            held.armed = done == total
+            at_the_end(done, total)
+
+        with monkeypatch.context() as patched:
+            held.around(patched, RESTORES)
+            with pytest.raises((OwnError, KeyboardInterrupt)):
+                prune(model, sequences(1), config, progress=begin)
+        assert same(weights(model), dense), f"moment {at}"
+        assert state(model) == before
+        if held.came < presses:
+            break
+    assert at >= 6 * 2
+
+
+def test_a_key_that_is_held_down_while_weights_are_put_back(tiny_model, monkeypatch):
+    """Real signals, one after the other."""
+    model, put_back, calls = tiny_model("llama"), Removed.put_back, itertools.count()
+
+    def pressed(*args: Any) -> None:
+        put_back(*args)
+        if next(calls) < 30:
+            signal.raise_signal(signal.SIGINT)
+
+    dense = weights(model)
+    monkeypatch.setattr(Removed, "put_back", pressed)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may ignore it
+    try:
+        with pytest.raises((OwnError, KeyboardInterrupt)):
+            prune(model, sequences(1), progress=at_the_end)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert next(calls) > 30
+    assert same(weights(model), dense)
+
+
+# What is put back, and from where
+
+
+def recurrent() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.LSTM(8, 12, num_layers=2, batch_first=True, bidirectional=True).eval()
+
+
+def convolutions() -> nn.Module:
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(8, 8, 3), nn.Conv2d(8, 12, 2, groups=4), nn.Conv1d(12, 4, 3), nn.Linear(4, 3))
+    return nn.Sequential(*layers[:2], nn.Flatten(2), layers[2], nn.AdaptiveAvgPool1d(1), nn.Flatten(), layers[3]).eval()
+
+
+def gpt_oss() -> nn.Module:
+    import transformers
+
+    return transformers.GptOssForCausalLM(transformers.GptOssConfig(**(SIZES | FAMILIES["GptOss"]))).eval()
+
+
+def attention() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 2).eval()
+
+
+IDS = torch.arange(3, 51).view(4, 12)
+MODELS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
+    "recurrent": (recurrent, torch.randn(2, 5, 8)),
+    "convolutions": (convolutions, torch.randn(2, 8, 7, 7)),
+    "experts stored (in, out)": (gpt_oss, {"input_ids": IDS}),
+    "attention": (attention, torch.randn(2, 5, 8)),
+    "convnext": (lambda: image_model("ConvNext"), images()),
+}
+
+
+@pytest.mark.parametrize(
+    ("reconstruction", "dtype"), [(None, torch.float32), ("sequential", torch.float32), (None, torch.bfloat16)], ids=str
+)
+@pytest.mark.parametrize("kind", [*MODELS, "gpt2", "mixtral"])
+def test_weights_of_every_kind_are_put_back_to_the_bit(tiny_model, kind, reconstruction, dtype):
+    make, batch = MODELS.get(kind) or (lambda: tiny_model(kind), {"input_ids": IDS})
+    model = make().to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():  # signs of zero are bits, too
+            parameter.flatten()[::7] = -0.0
+            parameter.flatten()[1::7] = 0.0
+    batch = batch if isinstance(batch, dict) else batch.to(dtype)
+    before = {name: value.view(torch.uint8).clone() for name, value in model.state_dict().items() if value.ndim}
+    with pytest.raises(OwnError):
+        prune(model, [batch], PruningConfig(reconstruction=reconstruction), progress=at_the_end)
+    for name, bits in before.items():
+        assert torch.equal(model.state_dict()[name].view(torch.uint8), bits), name
+
+
+@pytest.mark.parametrize("reconstruction", [None, "sequential"])
+def test_prunings_from_shared_statistics_are_undone_too(tiny_model, reconstruction):
+    model, config = tiny_model("llama"), PruningConfig(update="none", reconstruction=reconstruction)
+    statistics, dense = collect_statistics(model, sequences(2), [config]), weights(model)
+    with pytest.raises(OwnError):
+        prune_from_statistics(model, statistics, config, progress=at_the_end)
+    assert same(weights(model), dense)
+
+
+class Files:
+    """Stands in for tempfile.TemporaryFile: files that take so many bytes, each its own."""
+
+    def __init__(self, room: float) -> None:
+        self.room, self.made, self.original = room, [], tempfile.TemporaryFile
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        file = self.original(*args, **kwargs)
+        self.made.append(file)
+        write, files = file.write, self
+
+        class Limited:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(file, name)
+
+            def write(self, data: Any) -> int:
+                data = memoryview(data).cast("B")
+                if file.tell() + len(data) > files.room:
+                    write(data[: int(files.room) - file.tell()])  # what a full disk still takes
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                return write(data)
+
+        return Limited()
+
+
+@pytest.mark.parametrize("reconstruction", [None, "sequential"])
+@pytest.mark.parametrize("room", [float("inf"), 5000, 1])
+def test_dense_weights_lie_in_a_temporary_file_and_where_that_is_full_in_memory(
+    tiny_model, monkeypatch, room, reconstruction
+):
+    model, files = tiny_model("llama"), Files(room)
+    dense = weights(model)
+    monkeypatch.setattr(tempfile, "TemporaryFile", files)
+    with pytest.raises(OwnError):
+        prune(model, sequences(1), PruningConfig(reconstruction=reconstruction), progress=at_the_end)
+    assert same(weights(model), dense)
+    assert files.made
+    result = prune(model, sequences(1), PruningConfig(reconstruction=reconstruction))
+    if room == float("inf"):
+        size = files.made[-1].seek(0, os.SEEK_END)
+        pruned = sum(zeros for _, zeros in result.masks.counts().values())
+        every = sum(count for count, _ in result.masks.counts().values())
+        assert size == 4 * (every if reconstruction else pruned)
+
+
+@pytest.mark.parametrize("reconstruction", [None, "sequential"])
+def test_dense_weights_lie_in_memory_where_there_is_no_place_for_files(tiny_model, monkeypatch, reconstruction):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    model = tiny_model("llama")
+    dense, config = weights(model), PruningConfig(reconstruction=reconstruction)
+    expected = prune(tiny_model("llama"), sequences(1), config).masks.digest()
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(OwnError):
+        prune(model, sequences(1), config, progress=at_the_end)
+    assert same(weights(model), dense)
+    assert prune(model, sequences(1), config).masks.digest() == expected
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file of this process can grow beyond 20,000 bytes, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.usefixtures("small_files")
+@pytest.mark.parametrize("reconstruction", [None, "sequential"])
+def test_a_disk_that_is_full_in_truth(tiny_model, reconstruction):
+    model, config = tiny_model("llama"), PruningConfig(reconstruction=reconstruction)
+    dense = weights(model)
+    with pytest.raises(OwnError):
+        prune(model, sequences(1), config, progress=at_the_end)
+    assert same(weights(model), dense)
+    prune(model, sequences(1), config).masks.verify(model)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("presses", [0, 1, 3])
+@pytest.mark.parametrize("reconstruction", [None, "sequential"])
+def test_quantized_layers_are_put_back_code_by_code(monkeypatch, reconstruction, presses):
+    quantized_layers = pytest.importorskip("quantized_layers")
+    kinds = quantized_layers.KINDS
+    model = nn.Sequential(*(quantized_layers.make_layer(kind, (64, 64), seed=i) for i, kind in enumerate(kinds))).eval()
+    data = [torch.randn(40, 64)]
+    before, calls = [quantized_layers.held_bits(layer) for layer in model], itertools.count()
+
+    def pressed(*args: Any) -> None:
+        if next(calls) in range(2, 2 + presses):
+            raise KeyboardInterrupt
+        restore(*args)
+
+    restore = quantized.restore
+    monkeypatch.setattr(quantized, "restore", pressed)
+    with pytest.raises((OwnError, KeyboardInterrupt)):
+        prune(model, data, PruningConfig(reconstruction=reconstruction), progress=at_the_end)
+    assert [quantized_layers.held_bits(layer) for layer in model] == before
+    assert next(calls) >= len(kinds) + presses

@@ -1,4 +1,4 @@
-"""`prune` on layers of other kinds than nn.Linear: 1x1 convolutions, Conv1D, shared weights."""
+"""`prune` on layers of other kinds than nn.Linear: 1x1 convolutions, GPT-2's Conv1D, shared weights."""
 
 from __future__ import annotations
 
@@ -60,15 +60,26 @@ def test_pointwise_convolutions(kind, settings, dtype):
     result.masks.verify(model)
 
 
-def test_convolutions_that_mix_positions_or_groups_are_left_dense():
-    model = spread_weights(
-        nn.Sequential(
-            nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1, groups=2), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1, groups=8)
-        )
-    )
-    result = prune(model, images(), PruningConfig(**ONE_PASS))
-    assert list(result.masks) == ["0.weight"]
-    assert result.left_dense == {f"{i}.weight": "not a linear layer: Conv2d" for i in (1, 2, 3)}
+def test_layers_that_are_no_matrices_are_left_dense_for_a_reason():
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution, self.depthwise = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1, groups=8)
+            self.embedding, self.projecting = nn.Embedding(4, 8), nn.LSTM(8, 8, proj_size=4)
+            self.transposed, self.bilinear = nn.ConvTranspose2d(8, 8, 3), nn.Bilinear(8, 8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.depthwise(self.convolution(x))
+
+    result = prune(spread_weights(Model()), images(), PruningConfig(**ONE_PASS))
+    assert list(result.masks) == ["convolution.weight", "projecting.weight_ih_l0", "projecting.weight_hh_l0"]
+    assert result.left_dense == {
+        "depthwise.weight": "depthwise convolution",
+        "embedding.weight": "embedding",
+        "projecting.weight_hr_l0": "projection of an LSTM",
+        "transposed.weight": "not a layer that is pruned: ConvTranspose2d",
+        "bilinear.weight": "not a layer that is pruned: Bilinear",
+    }
 
 
 def test_images_without_a_batch_dimension():

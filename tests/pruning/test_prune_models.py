@@ -209,6 +209,22 @@ def test_peft_model_is_pruned_in_its_base_alone(tiny_model):
     torch.testing.assert_close(model.eval()(**samples[0]).logits, bare(**samples[0]).logits)
 
 
+@pytest.mark.parametrize("update", ORDERS)
+def test_adapters_are_part_of_what_layers_see(tiny_model, update):
+    from peft import LoraConfig, get_peft_model
+
+    config, samples = PruningConfig(update=update, micro_batch_size=1), samples_for("llama")
+    bare = prune(tiny_model("llama"), samples, config).masks
+    lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model = get_peft_model(tiny_model("llama"), lora)
+    adapters = {name: p.detach().clone() for name, p in model.named_parameters() if "lora" in name}
+    masks = prune(model, samples, config).masks
+    assert list(masks) == list(bare)
+    assert masks.digest() != bare.digest()
+    masks.verify(model)
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in adapters.items())
+
+
 @pytest.mark.parametrize("architecture", BLOCKS)
 def test_every_matrix_is_pruned_or_left_dense_for_a_reason(tiny_model, architecture):
     model = tiny_model(architecture)

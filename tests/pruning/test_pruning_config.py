@@ -26,7 +26,8 @@ BAD_CONFIGS = [
         ({"score": name}, "unknown score .*; the choices are wanda, magnitude")
         for name in ("wonda", "", None, ["wanda"])
     ),
-    *(({"update": name}, "unknown update .*; the choices are block, layer, none") for name in ("layers", None, "")),
+    *(({"update": name}, "unknown update .*; the choices are block, none") for name in ("layers", None, "")),
+    ({"update": "layer"}, "'layer' is no longer there.* take update 'block', or 'none'"),
     *(
         ({"granularity": form}, f"unknown granularity .*; the choices are {GRANULARITIES}")
         for form in (

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sparsefit.errors import MaskError
-from sparsefit.pruning.quantized import (
+from sparsefit.pruning.layers.quantized import (
     awaits_quantization,
     dequantized,
     forget_cached,

@@ -13,7 +13,7 @@ from quantized_layers import FOUR_BIT, held_bits, make_layer, random_mask
 from safetensors.torch import load_file
 from torch import nn
 
-from sparsefit.pruning.quantized import (
+from sparsefit.pruning.layers.quantized import (
     dequantized,
     is_quantized,
     matrix_shape,

@@ -11,6 +11,7 @@ from sparsefit.pruning.reconstruction import (
     inverse_factor,
     least_squares,
     prune_iteratively,
+    prune_n_of_m,
     reconstruction_error,
     update_sequentially,
 )
@@ -329,3 +330,87 @@ def test_a_factor_on_the_gram_matrix_changes_nothing(scale):
     assert torch.equal(chosen, chosen_scaled)
     for one, other in zip(found, expected, strict=True):
         assert_close(one, other.double().numpy(), 1e-5)
+
+
+# --- on a GPU: all rows together
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.01])
+@pytest.mark.parametrize(("power", "outliers"), [(1.0, 3), (1.5, 0), (2.0, 3)])
+def test_rows_solved_together_come_within_a_percent_of_the_exact_solution(power, outliers, damping, monkeypatch):
+    """Inputs as large language models have them: a spectrum of a power law, and features 30 times as large."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = 256
+    directions = torch.linalg.qr(torch.randn(inputs, inputs, generator=generator)).Q
+    spectrum = torch.arange(1.0, inputs + 1).pow(-power / 2)
+    tokens = (torch.randn(4 * inputs, inputs, generator=generator) * spectrum) @ directions.T
+    tokens[:, :outliers] *= 30
+    gram = tokens.T @ tokens
+    weight, mask = layer(24, inputs)
+    mask[0], mask[1] = True, False
+    monkeypatch.setattr(reconstruction, "ROWS_TOGETHER", 10)
+    monkeypatch.setattr(reconstruction, "STRONG_DIRECTIONS", 16)
+    exact, _ = least_squares(weight, mask, gram, damping)
+    found = reconstruction._least_squares_together(weight, mask, reconstruction._unit_gram(gram)[0], damping)
+    assert (found[~mask] == 0).all()
+    assert torch.equal(found[0], weight[0])
+    lowest, reached = (reconstruction_error(weight, values, gram) for values in (exact, found))
+    assert reached.sum() <= 1.01 * lowest.sum()
+    assert (reached <= 1.05 * lowest + 1e-6 * reconstruction_error(weight, 0 * weight, gram)).all()
+
+
+def test_rows_solved_together_keep_what_no_change_makes_better():
+    weight, mask = layer(4, 10)
+    assert torch.equal(
+        reconstruction._least_squares_together(weight, mask, torch.eye(10, dtype=torch.float64), 0.0), weight * mask
+    )
+    dead = gram_of(real_like_inputs(10))
+    dead[3], dead[:, 3] = 0, 0
+    solved = reconstruction._least_squares_together(weight, mask, reconstruction._unit_gram(dead)[0], 0.0)
+    assert solved.isfinite().all()
+    torch.testing.assert_close(solved[:, 3], weight[:, 3] * mask[:, 3])
+
+
+# --- N:M by its own score
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (3, 6)])
+def test_n_of_m_is_the_loop_with_sparsegpts_score(n, m):
+    weight, _ = layer(8, 48)
+    gram = gram_of(real_like_inputs(48))
+    mask, updated = prune_n_of_m(weight, inverse_factor(gram, DAMPING), n, m)
+
+    def choose(weights, _, diagonal):
+        scores = (np.asarray(weights) / np.asarray(diagonal)) ** 2
+        return scores >= np.sort(scores, axis=1)[:, m - n : m - n + 1]
+
+    expected_mask, expected = reference_sweep(weight.double().numpy(), damped(gram), choose, m)
+    assert np.array_equal(mask.numpy(), expected_mask)
+    assert_close(updated, expected)
+    with pytest.raises(ValueError, match="48 inputs cannot be cut into groups of 5"):
+        prune_n_of_m(weight, inverse_factor(gram), 2, 5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_comes_to_the_results_of_the_cpu(dtype, monkeypatch):
+    weight, mask = layer(40, 300, dtype)
+    gram = gram_of(real_like_inputs(300, tokens=900))
+    monkeypatch.setattr(reconstruction, "DIRECT_WORK", 0)  # all rows together
+    outcomes = []
+    for device in ("cpu", "cuda"):
+        weight, mask, gram = weight.to(device), mask.to(device), gram.to(device)
+        factor = inverse_factor(gram)
+        outcomes.append(
+            (
+                update_sequentially(weight, mask, factor, 200),
+                prune_n_of_m(weight, factor, 2, 4)[1],
+                prune_iteratively(weight, factor, lambda block, *_: block.abs() > 0.5)[1],
+            )
+        )
+    for expected, found in zip(*outcomes, strict=True):
+        assert_close(found.cpu(), expected.double().numpy(), 1e-3)
+    exact = least_squares(weight.cpu(), mask.cpu(), gram.cpu(), DAMPING)[0]
+    together = least_squares(weight, mask, gram, DAMPING)[0].cpu()
+    lowest, reached = (reconstruction_error(weight.cpu(), values, gram.cpu()).sum() for values in (exact, together))
+    assert reached <= 1.01 * lowest

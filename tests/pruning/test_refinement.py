@@ -162,3 +162,17 @@ def test_groups_must_divide_the_inputs():
     weight, mask, gram = make_layer(18)
     with pytest.raises(ValueError, match="18 inputs cannot be cut into groups of 4"):
         swap(weight, mask, gram, 1, (2, 4))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("pattern", [None, (2, 4)])
+@pytest.mark.parametrize("inputs", [40, 300])
+def test_a_gpu_makes_the_swaps_of_the_cpu(inputs, pattern):
+    weight, mask, gram = make_layer(inputs, outputs=20)
+    if pattern is not None:
+        mask = group_mask(weight, gram, pattern)
+    expected = swap(weight, mask, gram, 10, pattern)
+    found = swap(weight.cuda(), mask.cuda(), gram.cuda(), 10, pattern).cpu()
+    # Pairs that tie up to rounding may part: the errors say as much as the bits do.
+    assert (found != expected).any(dim=1).sum() <= 1
+    torch.testing.assert_close(errors(weight, found, gram), errors(weight, expected, gram), rtol=1e-3, atol=0)

@@ -14,6 +14,7 @@ from sparsefit import PruningConfig, prune
 from sparsefit.errors import ConfigError
 from sparsefit.pruning.selection import (
     Granularity,
+    Products,
     mask_of_smallest,
     select,
     select_count,
@@ -205,6 +206,51 @@ def test_a_count_is_met_and_spread_by_group_sizes(rows, columns, text, kind, sha
     expected = np.ones((rows, columns), dtype=bool)
     remove_smallest(expected, as_numpy(scores), groups, removed)
     np.testing.assert_array_equal(mask.numpy(), expected)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("text", [*GRANULARITIES, "variant"])
+def test_products_give_the_masks_of_their_scores(text, dtype, scaled):
+    granularity = Granularity.parse(text)
+    weight = make_scores("tied", (7, 24), dtype)
+    products = Products(weight, make_scores("random", (1, 24))[0] if scaled else None)
+    scores = products.scores()
+    assert torch.equal(scores, weight.float().abs() * (products.factor if scaled else 1))
+    assert products.largest() == scores.max()
+    assert torch.equal(select(products, granularity, Fraction(1, 2)), select(scores, granularity, Fraction(1, 2)))
+    assert torch.equal(select_n_of_m(products, 2, 4), select_n_of_m(scores, 2, 4))
+    if text != "variant":
+        assert torch.equal(select_count(products, granularity, 50), select_count(scores, granularity, 50))
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_the_largest_product_tells_of_scores_that_are_not_finite(value):
+    weight = torch.ones(3, 4, dtype=torch.bfloat16)
+    weight[1, 2] = value
+    assert not Products(weight, torch.ones(4)).largest().isfinite()
+    assert not Products(torch.full((2, 2), 1e30), torch.tensor([1e30, 1.0])).largest().isfinite()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(7, 300), (300, 1000), (1, 100_000), (70, 4096)])
+def test_a_gpu_gives_the_masks_of_the_cpu_to_the_bit(shape, kind, dtype):
+    scores = make_scores(kind, shape, dtype)
+    factor = make_scores("random", (1, shape[1]))[0]
+    for text in GRANULARITIES:
+        granularity = Granularity.parse(text)
+        for on_cpu, on_gpu in [
+            (scores, scores.cuda()),
+            (Products(scores), Products(scores.cuda())),
+            (Products(scores, factor), Products(scores.cuda(), factor.cuda())),
+        ]:
+            for count in (1, scores.numel() // 2):
+                expected = select_count(on_cpu, granularity, count)
+                assert torch.equal(select_count(on_gpu, granularity, count).cpu(), expected)
+            if shape[1] % 4 == 0:
+                assert torch.equal(select_n_of_m(on_gpu, 2, 4).cpu(), select_n_of_m(on_cpu, 2, 4))
 
 
 @pytest.mark.parametrize("count", [-1, 13])

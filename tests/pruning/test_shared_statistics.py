@@ -1,4 +1,4 @@
-"""`calibrate`: statistics taken once give the masks and weights that each pruning alone would give."""
+"""`collect_statistics`: statistics taken once give the masks and weights that each pruning alone would give."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from image_models import image_model, images
 from torch import nn
 
-from sparsefit import PruningConfig, calibrate, prune
+from sparsefit import PruningConfig, collect_statistics, prune, prune_from_statistics
 from sparsefit.errors import CalibrationError, ConfigError
 
 IDS = torch.arange(3, 51).view(4, 12)
@@ -42,12 +42,12 @@ def test_each_pruning_is_that_of_its_own_pass(tiny_model, architecture):
     model, data = models(tiny_model)[architecture]
     before = copy.deepcopy(model.state_dict())
     configs = [PruningConfig(update="none", **settings) for settings in CONFIGS]
-    statistics = calibrate(model, data, configs)
+    statistics = collect_statistics(model, data, configs)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     for config in configs:
         alone, shared = copy.deepcopy(model), copy.deepcopy(model)
         own = prune(alone, data, config)
-        result = prune(shared, config=config, statistics=statistics)
+        result = prune_from_statistics(shared, statistics, config)
         assert (result.masks.digest(), result.update) == (own.masks.digest(), "none"), config
         assert result.samples == own.samples
         assert result.layer_errors == pytest.approx(own.layer_errors, rel=1e-4)
@@ -58,9 +58,9 @@ def test_each_pruning_is_that_of_its_own_pass(tiny_model, architecture):
 def test_a_pass_runs_the_model_once_a_micro_batch_and_pruning_not_at_all():
     model, calls = image_model("DeiT"), []
     model.register_forward_hook(lambda *_: calls.append(1))
-    statistics = calibrate(model, images(10).split(4), [PruningConfig(update="none", micro_batch_size=5)])
+    statistics = collect_statistics(model, images(10).split(4), [PruningConfig(update="none", micro_batch_size=5)])
     assert len(calls) == 2
-    prune(model, config=PruningConfig(update="none"), statistics=statistics)
+    prune_from_statistics(model, statistics, PruningConfig(update="none"))
     assert len(calls) == 2
 
 
@@ -75,16 +75,16 @@ def test_a_pass_runs_the_model_once_a_micro_batch_and_pruning_not_at_all():
 def test_statistics_that_do_not_fit_change_nothing(config, words):
     model = image_model("DeiT")
     before = copy.deepcopy(model.state_dict())
-    statistics = calibrate(model, [images()], [PruningConfig(update="none")])
+    statistics = collect_statistics(model, [images()], [PruningConfig(update="none")])
     with pytest.raises(ConfigError, match=words):
-        prune(model, config=PruningConfig(**config), statistics=statistics)
+        prune_from_statistics(model, statistics, PruningConfig(**config))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_magnitude_in_any_order_needs_nothing_of_them():
     model = image_model("DeiT")
-    statistics = calibrate(model, [images()], [])
-    result = prune(model, config=PruningConfig(score="magnitude"), statistics=statistics)
+    statistics = collect_statistics(model, [images()], [])
+    result = prune_from_statistics(model, statistics, PruningConfig(score="magnitude"))
     assert result.masks.sparsity == pytest.approx(0.5, abs=0.01)
 
 
@@ -92,4 +92,4 @@ def test_nan_inputs_are_named():
     data = images()
     data[3] = torch.nan
     with pytest.raises(CalibrationError, match="NaN or infinite in calibration batch"):
-        calibrate(image_model("ConvNext"), [data], [PruningConfig(update="none")])
+        collect_statistics(image_model("ConvNext"), [data], [PruningConfig(update="none")])

@@ -1,14 +1,25 @@
-"""What is recorded while parameters are watched, and weights that all matter."""
+"""What is seen while weights are watched, and weights that all matter."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from sparsefit.pruning.fused import FusedInputs
+from sparsefit.pruning.layers import matrices_of
+from sparsefit.pruning.layers.base import PrunableWeight
+from sparsefit.pruning.watch import Seen, watching
+
+
+class Record(NamedTuple):
+    """A weight's name, which of its rows, the tensor of the product and what the matrix multiplies, (tokens, in)."""
+
+    name: str
+    rows: tuple[int, int] | None
+    inputs: Tensor
+    tokens: Tensor
 
 
 def spread(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -20,8 +31,17 @@ def spread(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def watch(parameters: list[nn.Parameter], run: Callable[[], Any]) -> tuple[Any, list[tuple[Any, ...]]]:
-    """What a run gives while the parameters are watched, and copies of what was recorded."""
+def weights_of(model: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], ...] = nn.Module) -> list:
+    """The weights of all modules of a kind, with their names in the model."""
+    return [w for name, m in model.named_modules() if isinstance(m, kind) for w in matrices_of(m, name)]
+
+
+def watch(weights: Iterable[PrunableWeight], run: Callable[[], Any]) -> tuple[Any, list[Record]]:
+    """What a run gives while weights are watched, and what was seen, as it was then."""
     records = []
-    with torch.no_grad(), FusedInputs(parameters, lambda p, i, rows, x: records.append((p, i, rows, x.clone()))):
+
+    def record(seen: Seen) -> None:
+        records.append(Record(seen.weight.name, seen.rows, seen.inputs.clone(), torch.cat(list(seen.tokens())).clone()))
+
+    with torch.no_grad(), watching(weights, record):
         return run(), records

@@ -182,9 +182,8 @@ def test_a_figure_that_is_nan_fails_the_point_and_the_dense_model(results):
         study(net, data, Grid(["wanda"], ["layer"], [0.5]).points(), results)
 
 
-@pytest.mark.parametrize("update", ["block", "layer"])
-def test_other_orders_take_passes_of_their_own(results, update):
-    grid = Grid(["wanda"], ["output"], [0.5, 0.7], ["2:4"], ["none", update])
+def test_another_order_takes_passes_of_its_own(results):
+    grid = Grid(["wanda"], ["output"], [0.5, 0.7], ["2:4"], ["none", "block"])
     net, data = subject()
     study(net, data, grid.points(), results)
     assert data.calibrations == 1 + 3

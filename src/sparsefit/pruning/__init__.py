@@ -2,7 +2,8 @@
 
 from sparsefit.pruning.config import Pattern, PruningConfig
 from sparsefit.pruning.masks import MaskSet
-from sparsefit.pruning.prune import DenseStatistics, PruningResult, calibrate, prune
+from sparsefit.pruning.prune import collect_statistics, prune, prune_from_statistics
+from sparsefit.pruning.results import DenseStatistics, PruningResult
 from sparsefit.pruning.scores import register_score
 
 __all__ = [
@@ -11,7 +12,8 @@ __all__ = [
     "Pattern",
     "PruningConfig",
     "PruningResult",
-    "calibrate",
+    "collect_statistics",
     "prune",
+    "prune_from_statistics",
     "register_score",
 ]

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from sparsefit.errors import ConfigError
 from sparsefit.pruning.config import PruningConfig
+from sparsefit.pruning.inputs import Part
+from sparsefit.pruning.layers.base import PrunableWeight
 from sparsefit.pruning.naming import layer_name, matches
-from sparsefit.pruning.recording import Part
 from sparsefit.pruning.scores import wanda_score
-from sparsefit.pruning.weights import PrunableWeight
 
 
 def allocate(
@@ -46,7 +46,7 @@ def allocate(
         members = [weight for weight in weights if groups[weight.name] == group]
         outliers[group] = outlier_share(
             [
-                wanda_score(weight.matrix()[part.rows or slice(None)], part.statistics["squared_norm"])
+                wanda_score(weight.matrix()[part.rows], part.statistics["squared_norm"])
                 for weight in members
                 for part in parts[weight.name]
             ],

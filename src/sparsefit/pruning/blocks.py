@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsefit.pruning.calibration import map_tensors, tensors_in
-from sparsefit.pruning.weights import matrices_of
+from sparsefit.pruning.layers import convolution, matrices_of
+from sparsefit.pruning.watch import version_of
 
 
 class NotSweepable(Exception):
@@ -19,32 +20,37 @@ class NotSweepable(Exception):
 
 
 def find_block_lists(model: nn.Module) -> list[list[nn.Module]]:
-    """The repeated blocks of a model: the outermost lists whose members all hold linear layers.
+    """The repeated blocks of a model: the outermost lists whose members all hold prunable layers.
 
     One list for most models; several where a model has an encoder and a decoder, two towers, or stages of blocks, as
     ConvNeXt and Swin have (what leads from one stage to the next is in no block).
     """
-    if isinstance(model, nn.ModuleList | nn.Sequential) and _is_block_list(model):
+    if _is_list(model) and _is_block_list(model):
         return _stages(model) or [list(model)]
     return [blocks for child in model.children() for blocks in find_block_lists(child)]
 
 
 def _stages(modules: nn.ModuleList | nn.Sequential) -> list[list[nn.Module]]:
-    """The blocks of each stage, where the members of a list are stages: each keeps its blocks in a list, and those of
-    one stage are wider than those of another. (Lists in blocks that are all alike are experts, or parallel heads.)"""
-    inner = [
-        [list(child) for child in member.children() if isinstance(child, nn.ModuleList | nn.Sequential)]
-        for member in modules
-    ]
-    stages = [[blocks for blocks in lists if _are_blocks(blocks)] for lists in inner]
-    if any(len(lists) != 1 for lists in stages):
-        return []
-    widths = {tuple(tuple(p.shape) for p in first.parameters()) for [[first, *_]] in stages}
-    return [blocks for [blocks] in stages] if len(widths) > 1 else []
+    """The blocks of each stage, where the members of a list are stages: lists of blocks, with what leads from one to
+    the next between them, or modules that each keep their blocks in one list. Those of one stage are wider than those
+    of another. (Lists in blocks that are all alike are experts, or parallel heads.)"""
+    stages = [list(member) for member in modules if isinstance(member, nn.Sequential) and _are_blocks(list(member))]
+    if not stages:
+        inner = [[list(child) for child in member.children() if _is_list(child)] for member in modules]
+        lists = [[blocks for blocks in found if _are_blocks(blocks)] for found in inner]
+        if any(len(found) != 1 for found in lists):
+            return []
+        stages = [blocks for [blocks] in lists]
+    widths = {tuple(tuple(p.shape) for p in first.parameters()) for first, *_ in stages}
+    return stages if len(widths) > 1 else []
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList | nn.Sequential)
 
 
 def _are_blocks(modules: list[nn.Module]) -> bool:
-    return len({type(module) for module in modules}) == 1 and all(map(_holds_linear, modules))
+    return len({type(module) for module in modules}) == 1 and all(map(_holds_matrices, modules))
 
 
 def _is_block_list(modules: nn.ModuleList | nn.Sequential) -> bool:
@@ -52,12 +58,16 @@ def _is_block_list(modules: nn.ModuleList | nn.Sequential) -> bool:
     alike = len({type(member) for member in members}) == 1 or isinstance(modules, nn.ModuleList)
     # Lists of lists are called by nobody: the inner ones hold the blocks.
     nested = any(isinstance(member, nn.ModuleList) for member in members)
-    return len(members) >= 2 and alike and not nested and all(_holds_linear(member) for member in members)
+    return len(members) >= 2 and alike and not nested and all(_holds_matrices(member) for member in members)
 
 
-def _holds_linear(module: nn.Module) -> bool:
-    # A bare linear layer is no block: a list of them is a plain network or a set of parallel heads.
-    return not matrices_of(module) and any(matrices_of(m) for m in module.modules())
+def _holds_matrices(module: nn.Module) -> bool:
+    # A bare layer is no block: a list of them is a plain network or a set of parallel heads. Nor is one convolution
+    # with its normalisation and activation.
+    if matrices_of(module):
+        return False
+    layers = [layer for layer in module.modules() if matrices_of(layer)]
+    return len(layers) > 1 or any(not convolution.matrices(layer) for layer in layers)
 
 
 @dataclass(frozen=True)
@@ -143,11 +153,6 @@ def _with_hidden(output: Any, hidden: Tensor) -> Any:
         first = next(iter(output))
         return type(output)(**{**output, first: hidden})
     return hidden
-
-
-def version_of(tensor: Tensor) -> int:
-    """A number that grows when a tensor is changed in place (0 for inference tensors, which keep none)."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 class Capture(NamedTuple):

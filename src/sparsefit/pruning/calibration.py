@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsefit.errors import CalibrationError
+from sparsefit.pruning.ranks import errors_on_all_ranks
+
+Forward = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
@@ -195,3 +198,52 @@ def with_names(model: nn.Module, batch: Any) -> Any:
     except TypeError:  # call_model says what is wrong
         return batch
     return named if "attention_mask" in named else batch
+
+
+def calibration_data(
+    model: nn.Module, batches: Iterable[Any] | None, size: int, forward: Forward | None, needed_by: str
+) -> list[MicroBatch]:
+    """The calibration samples of a model in micro-batches.
+
+    Args:
+        model: The model.
+        batches: As `prune` takes them.
+        size: Samples in a micro-batch.
+        forward: How a batch goes through the model, if not as its arguments.
+        needed_by: What needs them, for the error.
+
+    Raises:
+        CalibrationError: on every rank, if there are none on one.
+    """
+    with errors_on_all_ranks():
+        if batches is None:
+            raise CalibrationError(f"{needed_by} needs calibration data and there is none: give `batches`")
+        if isinstance(batches, Mapping | Tensor | str) or not isinstance(batches, Iterable):
+            raise CalibrationError(
+                f"`batches` is {type(batches).__name__}; it must be an iterable of batches: for a single one, give "
+                "[batch]"
+            )
+        if forward is None:
+            batches = (with_names(model, batch) for batch in batches)
+        data = list(regroup(batches, size, _is_encoder_decoder(model)))
+        if not data:
+            raise CalibrationError(
+                f"{needed_by} needs calibration data and there is none: the source yielded no batch (was an iterator "
+                "used up before?)"
+            )
+    return data
+
+
+def forward_of(model: nn.Module, forward: Forward | None) -> Forward:
+    """How a batch goes through a model: as it is said, or as its arguments, on its device."""
+    device = device_of(model)
+    return forward or (lambda batch: call_model(model, to_device(batch, device)))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a model's first parameter."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return any(getattr(getattr(m, "config", None), "is_encoder_decoder", False) is True for m in model.modules())

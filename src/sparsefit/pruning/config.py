@@ -15,7 +15,7 @@ from sparsefit.pruning.scores import SCORES
 from sparsefit.pruning.selection import Granularity
 from sparsefit.pruning.statistics import DERIVED
 
-UPDATES = ("block", "layer", "none")
+UPDATES = ("block", "none")
 ALLOCATIONS = ("uniform", "owl")
 RECONSTRUCTIONS = ("sequential", "iterative", "least_squares")
 
@@ -64,8 +64,7 @@ class PruningConfig:
             authors use: per output for Wanda, per layer for magnitude. A pattern compares within its groups of M
             whatever the granularity.
         update: The order. "block": blocks are pruned one after the other and each one's statistics come from
-            the outputs of the pruned blocks before it (the paper's order for language models). "layer": each
-            layer sees inputs already pruned before it within the block too, in a single pass of the data.
+            the outputs of the pruned blocks before it (the paper's order for language models).
             "none": all statistics come from the dense network (the paper's order for image classifiers).
         allocation: How the sparsity is shared out. None: every comparison group loses floor(size * sparsity), as in
             the paper. "uniform": every matrix loses the same share, rounded so that the total is exact to the weight.
@@ -80,8 +79,8 @@ class PruningConfig:
             each 128 columns from the weights already updated) or "least_squares" (the kept weights that bring the
             layer's outputs nearest to the dense ones, exactly). SparseGPT is score "sparsegpt" with "iterative".
         damping: Share of the Gram matrix's mean diagonal that is added to the diagonal before it is inverted.
-        targets: Names of the layers to prune ("q_proj", "mlp.down_proj", or whole names). None: every linear
-            layer inside the repeated blocks of the model.
+        targets: Names of the layers to prune ("q_proj", "mlp.down_proj", or whole names). None: every layer
+            of a known kind inside the repeated blocks of the model.
         exclude: Names of layers that stay dense.
         micro_batch_size: Calibration samples that go through the model at once. Samples are regrouped to this
             size, so that the result does not depend on how the calibration data was batched.
@@ -109,6 +108,11 @@ class PruningConfig:
 
     def __post_init__(self) -> None:
         _check_choice("score", self.score, SCORES)
+        if self.update == "layer":
+            raise ConfigError(
+                "update 'layer' is no longer there, as it won nothing over 'block' in any measurement: take update "
+                "'block', or 'none', which takes one pass of the data as 'layer' did"
+            )
         _check_choice("update", self.update, UPDATES)
         if self.reconstruction is not None:
             _check_choice("reconstruction", self.reconstruction, RECONSTRUCTIONS)
@@ -235,5 +239,5 @@ def _checked_names(field: str, names: object) -> tuple[str, ...] | None:
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names):
         raise ConfigError(f"{field} is {names!r}; it must be a list of layer names, such as ['q_proj', 'v_proj']")
     if field == "targets" and not names:
-        raise ConfigError("targets is empty: nothing would be pruned; leave it out to prune every linear layer")
+        raise ConfigError("targets is empty: nothing would be pruned; leave it out to prune every layer")
     return tuple(names)

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from sparsefit.pruning.fused import eager_experts
-from sparsefit.pruning.quantized import plain_layout
+from sparsefit.pruning.layers.experts import eager_experts
+from sparsefit.pruning.layers.quantized import plain_layout
 
 
 @contextmanager

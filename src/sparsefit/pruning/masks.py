@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsefit.errors import MaskError
-from sparsefit.pruning.quantized import zero_outside
+from sparsefit.pruning.layers.base import stored_view, zero_outside_mask
+from sparsefit.pruning.layers.quantized import zero_outside
 from sparsefit.pruning.stored import Stored, names_in, split_name, stored_in
-from sparsefit.pruning.weights import as_matrix, zero_outside_mask
 
 _FORMAT = "sparsefit-masks-1"
 _BITS = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
@@ -73,9 +73,15 @@ class MaskSet(Mapping[str, Tensor]):
         self._packed: dict[str, _Packed] = {}
         self._by_parameter: dict[str, list[str]] = {}
 
-    def add(self, name: str, mask: Tensor, transposed: bool = False) -> None:
-        """Take in the (out, in) bool mask of a parameter; `transposed` if that is stored (in, out)."""
-        self._put(name, _Packed(pack_bits(mask), (mask.shape[0], mask.shape[1]), transposed))
+    def add(self, name: str, mask: Tensor, transposed: bool = False) -> Tensor:
+        """Take in the (out, in) bool mask of a parameter; `transposed` if that is stored (in, out).
+
+        Returns:
+            Its packed bits, on the CPU.
+        """
+        bits = pack_bits(mask)
+        self._put(name, _Packed(bits, (mask.shape[0], mask.shape[1]), transposed))
+        return bits
 
     def _put(self, name: str, packed: _Packed) -> None:
         if name not in self._packed:
@@ -88,6 +94,9 @@ class MaskSet(Mapping[str, Tensor]):
     def mask(self, name: str, device: torch.device | str) -> Tensor:
         """The (out, in) mask of a weight on a device: its bits are sent there, not its bools."""
         return self._packed[name].mask(device)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._packed  # a Mapping's own would unpack the mask
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._packed)
@@ -105,7 +114,8 @@ class MaskSet(Mapping[str, Tensor]):
         stored = torch.ones(like.shape, dtype=torch.bool, device=like.device)
         for name in self.parameters[parameter]:
             packed = self._packed[name]
-            as_matrix(stored, packed.transposed, split_name(name)[1]).copy_(packed.mask(like.device))
+            view = stored_view(stored, packed.transposed, split_name(name)[1])
+            view.copy_(packed.mask(like.device).view(view.shape))
         return stored
 
     def counts(self) -> dict[str, tuple[int, int]]:
@@ -146,8 +156,8 @@ class MaskSet(Mapping[str, Tensor]):
                 if stored.quantized is not None:
                     zero_outside(stored.quantized, packed.mask())
                 else:
-                    matrix = stored.matrix(packed.transposed, split_name(name)[1])
-                    zero_outside_mask(matrix, packed.mask(matrix.device))
+                    view = stored_view(stored.tensor, packed.transposed, split_name(name)[1])
+                    zero_outside_mask(view, packed.mask(view.device))
 
     def verify(self, tensors: nn.Module | Mapping[str, Tensor]) -> None:
         """Check that every pruned weight is exactly zero.

@@ -9,12 +9,14 @@ matrix of the inputs and r = G d, the row's error is d G d^T. Bringing weight p 
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparsefit.pruning.reconstruction import precise_dtype
+from sparsefit.pruning.selection import kernels_for
 
 GRID = 16  # intervals in which the bound on a pruned weight's best partner is interpolated
 CANDIDATES = 16  # pruned weights of a row that are tried with every partner at once
@@ -49,7 +51,8 @@ def swap(weight: Tensor, mask: Tensor, gram: Tensor, max_swaps: int, pattern: tu
 
     Without a pattern, bounds on what a pruned weight can bring with any partner rule most of them out: a swap of a
     row costs about 50 in multiply-adds, where all pairs are in^2 / 4. With a pattern it costs M in. Ten swaps in
-    each row of a LLaMA-7B are some 3e12 multiply-adds, on data streamed from memory.
+    each row of a LLaMA-7B are some 3e12 multiply-adds, on data streamed from memory. On a GPU one kernel searches
+    each row, and stops at the candidate that settles it.
 
     Args:
         weight: (out, in), any floating dtype, dense.
@@ -63,6 +66,10 @@ def swap(weight: Tensor, mask: Tensor, gram: Tensor, max_swaps: int, pattern: tu
 
     Raises:
         ValueError: if M does not divide the number of inputs.
+
+    >>> gram = torch.tensor([[1.0, 0.9, 0.9], [0.9, 1.0, 0.9], [0.9, 0.9, 1.0]])  # errors of one sign add up
+    >>> swap(torch.tensor([[1.0, 1.1, -1.2]]), torch.tensor([[False, False, True]]), gram, 1)
+    tensor([[ True, False, False]])
     """
     inputs = weight.shape[1]
     if pattern is not None and inputs % pattern[1]:
@@ -74,7 +81,7 @@ def swap(weight: Tensor, mask: Tensor, gram: Tensor, max_swaps: int, pattern: tu
     gram = gram.float()
     precise_gram = gram.to(precise_dtype(gram.device))
     reach = _strongest_correlation(gram) if pattern is None else gram.new_empty(0)
-    for places in open_rows.split(_rows_at_once(inputs, pattern, gram.device)):
+    for places in open_rows.split(_rows_at_once(gram, pattern)):
         rows = _start(places, weight[places].to(precise_gram.dtype), mask[places], precise_gram)
         for _ in range(max_swaps):
             changes = _changes(rows)
@@ -89,9 +96,16 @@ def swap(weight: Tensor, mask: Tensor, gram: Tensor, max_swaps: int, pattern: tu
     return refined
 
 
-def _rows_at_once(inputs: int, pattern: tuple[int, int] | None, device: torch.device) -> int:
-    elements = CPU_ELEMENTS if device.type == "cpu" else GPU_ELEMENTS
-    return max(elements // (inputs * (pattern[1] if pattern else max(GRID + 1, CANDIDATES))), 1)
+def _rows_at_once(gram: Tensor, pattern: tuple[int, int] | None) -> int:
+    elements = CPU_ELEMENTS if gram.device.type == "cpu" else GPU_ELEMENTS
+    temporaries = pattern[1] if pattern else 1 if _searcher(gram) else max(GRID + 1, CANDIDATES)
+    return max(elements // (len(gram) * temporaries), 1)
+
+
+def _searcher(gram: Tensor) -> ModuleType | None:
+    """The kernels, where one of them can search the rows for the best pair."""
+    kernels = kernels_for(gram)
+    return kernels if kernels is not None and len(gram) <= kernels.WIDEST_SEARCH else None
 
 
 def _start(places: Tensor, weight: Tensor, kept: Tensor, gram: Tensor) -> _Rows:
@@ -123,6 +137,9 @@ def _best_pair(changes: _Changes, gram: Tensor, reach: Tensor) -> tuple[Tensor, 
     Pruned weights are tried with all partners in the order of their bounds, until no bound of those left is below
     the best change found (or below zero: the row has no swap to make then, and any pair may be returned).
     """
+    kernels = _searcher(gram)
+    if kernels is not None:
+        return kernels.best_pair(*changes, gram, reach, GRID)
     bound = _bound(changes, gram, reach)
     best = torch.full_like(bound[:, 0], torch.inf)
     added, removed = torch.zeros_like(best, dtype=torch.long), torch.zeros_like(best, dtype=torch.long)
@@ -180,8 +197,9 @@ def _make_swaps(rows: _Rows, added: Tensor, removed: Tensor, gram: Tensor) -> tu
     change = slope.sum(dim=1) + alone.sum(dim=1) + cross
     noise = 64 * torch.finfo(change.dtype).eps * (slope.abs().sum(dim=1) + alone.sum(dim=1) + cross.abs())
     lowers = change < -noise
-    rows = _Rows(*(part[lowers] for part in rows))
-    added, removed, weight = added[lowers], removed[lowers], weight[lowers]
+    if not lowers.all():
+        rows = _Rows(*(part[lowers] for part in rows))
+        added, removed, weight = added[lowers], removed[lowers], weight[lowers]
     rows.kept.scatter_(1, added[:, None], True).scatter_(1, removed[:, None], False)
     rows.gradient.addcmul_(gram[added].to(weight.dtype), weight[:, :1], value=-1)
     rows.gradient.addcmul_(gram[removed].to(weight.dtype), weight[:, 1:])

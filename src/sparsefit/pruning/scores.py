@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from sparsefit.errors import ConfigError
@@ -93,18 +94,21 @@ class Score(NamedTuple):
         granularity: What its authors compare by.
         needs: Statistics of the inputs: "squared_norm", "abs_sum", "abs_max" or "inverse_diagonal", (in,) each,
             or "gram", (in, in).
+        factor: Of a score |W_ij| * f_j what makes f, (in,) or None for ones, of the needs: such scores need not be
+            computed to be compared (`selection.Products`). None for other scores.
     """
 
     function: Callable[..., Tensor]
     granularity: str
     needs: tuple[str, ...]
+    factor: Callable[..., Tensor | None] | None = None
 
 
 SCORES: dict[str, Score] = {
-    "wanda": Score(wanda_score, "output", ("squared_norm",)),
-    "magnitude": Score(magnitude_score, "layer", ()),
-    "wanda_l1": Score(wanda_l1_score, "output", ("abs_sum",)),
-    "wanda_linf": Score(wanda_linf_score, "output", ("abs_max",)),
+    "wanda": Score(wanda_score, "output", ("squared_norm",), torch.sqrt),
+    "magnitude": Score(magnitude_score, "layer", (), lambda: None),
+    "wanda_l1": Score(wanda_l1_score, "output", ("abs_sum",), lambda abs_sum: abs_sum),
+    "wanda_linf": Score(wanda_linf_score, "output", ("abs_max",), lambda abs_max: abs_max),
     "sparsegpt": Score(sparsegpt_score, "(input, 128)", ("inverse_diagonal",)),
     "ria": Score(ria_score, "output", ("squared_norm",)),
 }

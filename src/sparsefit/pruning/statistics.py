@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 
 import torch
@@ -27,6 +28,11 @@ class InputStatistics:
 
     Attributes:
         tokens: How many tokens (rows of the input matrix) were seen.
+
+    >>> statistics = InputStatistics(2, torch.device("cpu"))
+    >>> statistics.add(torch.tensor([[3.0, 1.0], [4.0, 1.0]]))
+    >>> statistics["squared_norm"]
+    tensor([25.,  2.])
     """
 
     def __init__(self, features: int, device: torch.device, kinds: Iterable[str] = ("squared_norm",)) -> None:
@@ -38,35 +44,36 @@ class InputStatistics:
         """A statistic by its name in `KINDS`, float32."""
         return self._sums[kind]
 
-    def add(self, inputs: Tensor) -> Tensor:
-        """Add (tokens, in) further inputs of any floating dtype.
-
-        Returns:
-            (in,) their squared norms alone: finite if and only if no input is NaN or too large.
-        """
-        norms = squared_norms(inputs)
+    def add(self, inputs: Tensor) -> None:
+        """Add (tokens, in) further inputs of any floating dtype."""
         device = self._sums["squared_norm"].device
-        self._sums["squared_norm"] += norms.to(device)
+        self._sums["squared_norm"] += squared_norms(inputs).to(device)
         if "abs_sum" in self._sums:
             self._sums["abs_sum"] += torch.linalg.vector_norm(inputs, 1, dim=0, dtype=torch.float32).to(device)
         if "abs_max" in self._sums and len(inputs):
             largest = inputs.abs().amax(dim=0).float().to(device)
             torch.maximum(self._sums["abs_max"], largest, out=self._sums["abs_max"])
         if "gram" in self._sums:
-            values = inputs.float().to(device)
-            self._sums["gram"].addmm_(values.t(), values)
+            add_gram(self._sums["gram"], inputs.to(device))
         self.tokens += len(inputs)
-        return norms
 
-    def merge(self, other: InputStatistics) -> None:
-        """Add what other statistics of the same kinds have seen."""
-        for kind, values in other._sums.items():
-            mine = self._sums[kind]
-            if kind == "abs_max":
-                torch.maximum(mine, values.to(mine.device), out=mine)
-            else:
-                mine += values.to(mine.device)
-        self.tokens += other.tokens
+    def is_finite(self) -> Tensor:
+        """Bool scalar on the device, so that nothing waits for it: False if an input was NaN or too large."""
+        return self._sums["squared_norm"].isfinite().all()
+
+    def clone(self) -> InputStatistics:
+        """The same statistics apart from these."""
+        other = copy.copy(self)
+        other._sums = {kind: values.clone() for kind, values in self._sums.items()}
+        return other
+
+    def columns(self, order: Tensor) -> InputStatistics:
+        """The statistics of the same inputs in another order of the features."""
+        other = copy.copy(self)
+        other._sums = {
+            kind: values[order][:, order] if kind == "gram" else values[order] for kind, values in self._sums.items()
+        }
+        return other
 
     def reduce_over_ranks(self) -> None:
         """Add up what every rank of a distributed run has seen; does nothing in a single process."""
@@ -75,11 +82,41 @@ class InputStatistics:
         self.tokens = sum(from_all(self.tokens))
 
 
+def added_up(several: Iterable[InputStatistics]) -> InputStatistics:
+    """The statistics of all the inputs that several of the same kinds have seen."""
+    first, *others = several
+    total = first.clone()
+    for other in others:
+        for kind, values in other._sums.items():
+            mine = total._sums[kind]
+            torch.maximum(mine, values, out=mine) if kind == "abs_max" else mine.add_(values)
+        total.tokens += other.tokens
+    return total
+
+
 def squared_norms(inputs: Tensor) -> Tensor:
-    """Sum over tokens of the squares of (tokens, in) inputs, in float32: (in,)."""
-    total = torch.zeros(inputs.shape[1], device=inputs.device)
-    # A CPU keeps the squares of so many inputs in its cache; a GPU takes them at once.
-    rows = max(1, 2**18 // inputs.shape[1]) if inputs.device.type == "cpu" else max(1, len(inputs))
+    """Sum over tokens of the squares of (tokens, in) inputs, in float32: (in,).
+
+    >>> squared_norms(torch.tensor([[3.0, 1.0], [4.0, 1.0]]))
+    tensor([25.,  2.])
+    """
+    if inputs.device.type != "cpu":  # one kernel, and no copy in float32
+        return torch.linalg.vector_norm(inputs, 2, dim=0, dtype=torch.float32).square_()
+    total = torch.zeros(inputs.shape[1])
+    rows = max(1, 2**18 // inputs.shape[1])  # the squares of so many inputs stay in the cache
     for some in inputs.split(rows):
         total += some.float().square().sum(dim=0)
     return total
+
+
+def add_gram(gram: Tensor, inputs: Tensor) -> None:
+    """Add X^T X of (tokens, in) inputs to a float32 (in, in) matrix.
+
+    On a GPU half-precision inputs are multiplied as they are: their products are exact in float32, in which they are
+    summed, at the speed of half precision and without a copy in float32.
+    """
+    if inputs.device.type == "cuda" and inputs.dtype in (torch.float16, torch.bfloat16):
+        torch.addmm(gram, inputs.t(), inputs, out_dtype=torch.float32, out=gram)
+    else:
+        values = inputs.float()
+        gram.addmm_(values.t(), values)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from sparsefit.pruning.layers.base import as_matrix
+from sparsefit.pruning.layers.quantized import dequantized, is_quantized, matrix_shape, stored_matrix
 from sparsefit.pruning.naming import canonical_name
-from sparsefit.pruning.quantized import dequantized, is_quantized, matrix_shape, stored_matrix
-from sparsefit.pruning.weights import as_matrix
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,9 @@ class Stored:
             if len(shape) != 3 or index >= shape[0]:
                 return None
             shape = shape[1:]
-        if len(shape) != 2 and not (len(shape) == 4 and shape[2:] == (1, 1)):
+        if len(shape) < 2:
             return None
+        shape = (shape[0], math.prod(shape[1:]))
         return (shape[1], shape[0]) if transposed else (shape[0], shape[1])
 
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Literal
 from torch import nn
 
 from sparsefit.errors import ConfigError
-from sparsefit.pruning.fused import find_stacks
+from sparsefit.pruning.layers.experts import find_stacks
 from sparsefit.pruning.naming import canonical_name
-from sparsefit.pruning.weights import HEAD_NAMES
+from sparsefit.pruning.targets import HEAD_NAMES
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsefit.errors import ConfigError
-from sparsefit.pruning.masks import pack_bits, unpack_bits
-from sparsefit.pruning.weights import zero_outside_mask
+from sparsefit.pruning.undo import Removed
 
 
 @dataclass
@@ -63,13 +62,13 @@ class DenseTeacher:
 
     def __init__(self, model: nn.Module) -> None:
         self._dense = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
-        self._removed: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # parameter, its values, packed bits: kept
+        self._removed: list[tuple[nn.Parameter, Removed]] = []
         self._copies: list[tuple[nn.Parameter, Tensor]] = []
 
     @property
     def bytes(self) -> int:
         """What it holds beside the model."""
-        removed = sum(values.nbytes + bits.nbytes for _, values, bits in self._removed)
+        removed = sum(removed.bytes for _, removed in self._removed)
         return removed + sum(copy.nbytes for _, copy in self._copies) + sum(t.nbytes for t in self._dense.values())
 
     @torch.no_grad()
@@ -97,8 +96,7 @@ class DenseTeacher:
                 if bool(gone.any()):  # not merely masked
                     self._copies.append((parameter, dense))
                 else:
-                    bits = pack_bits(kept).to(parameter.device)
-                    self._removed.append((parameter, dense.masked_select(~kept), bits))
+                    self._removed.append((parameter, Removed.from_dense(dense, kept)))
         self._dense.clear()
 
     @contextmanager
@@ -119,17 +117,16 @@ class DenseTeacher:
                 # The copies in half precision that autocast keeps are the student's, and would be the teacher's.
                 torch.set_autocast_cache_enabled(False)
                 model.eval()
-                for parameter, values, bits in self._removed:
-                    gone = ~unpack_bits(bits, tuple(parameter.shape), parameter.device)
-                    parameter.data.masked_scatter_(gone, values)
+                for parameter, removed in self._removed:
+                    removed.put_back(parameter.data)
                 for parameter, dense in self._copies:
                     parameter.data = dense
                 yield
             finally:
                 for (parameter, _), student in zip(self._copies, students, strict=True):
                     parameter.data = student
-                for parameter, _, bits in self._removed:
-                    zero_outside_mask(parameter.data, unpack_bits(bits, tuple(parameter.shape), parameter.device))
+                for parameter, removed in self._removed:
+                    removed.take_out(parameter.data)
                 for module in training:
                     module.training = True
                 torch.set_autocast_cache_enabled(copies_of_autocast)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from sparsefit.errors import MaskError, RunFolderError
 from sparsefit.pruning import MaskSet
-from sparsefit.pruning.quantized import stored_matrix
+from sparsefit.pruning.layers.quantized import stored_matrix
 
 MASKS_FILE = "masks.safetensors"
 BASE_FOLDER = "base"

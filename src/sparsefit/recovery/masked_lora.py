@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from sparsefit.errors import ConfigError, MaskError
+from sparsefit.pruning.layers.base import as_matrix, zero_outside_mask
+from sparsefit.pruning.layers.quantized import dequantized, is_quantized
 from sparsefit.pruning.masks import pack_bits, unpack_bits
-from sparsefit.pruning.quantized import dequantized, is_quantized
-from sparsefit.pruning.weights import as_matrix, zero_outside_mask
 
 
 def masked_sum(base: Tensor | None, a: Tensor, b: Tensor, scale: float, bits: Tensor) -> Tensor:

@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from sparsefit.errors import CalibrationError, ConfigError
 from sparsefit.pruning import MaskSet
 from sparsefit.pruning.blocks import find_block_lists, hidden_of
-from sparsefit.pruning.calibration import call_model, regroup, to_device, with_names
+from sparsefit.pruning.calibration import call_model, device_of, regroup, to_device, with_names
 from sparsefit.pruning.evaluating import evaluating
 from sparsefit.pruning.naming import base_modules, canonical_name
 from sparsefit.pruning.ranks import of_first_rank
-from sparsefit.pruning.weights import device_of
 from sparsefit.recovery.block_runs import BlockRun, adapters_off, in_float32, sweep, sweepable_lists
 from sparsefit.recovery.guard import MaskGuard
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsefit.pruning import MaskSet
+from sparsefit.pruning.layers.quantized import is_quantized
 from sparsefit.pruning.naming import base_modules
-from sparsefit.pruning.quantized import is_quantized
 from sparsefit.pruning.stored import split_name
 
 HALF = (torch.float16, torch.bfloat16)

@@ -14,9 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from sparsefit.errors import ConfigError, SparsefitError
-from sparsefit.pruning import DenseStatistics, MaskSet, PruningConfig, PruningResult, calibrate, prune
+from sparsefit.pruning import (
+    DenseStatistics,
+    MaskSet,
+    PruningConfig,
+    PruningResult,
+    collect_statistics,
+    prune,
+    prune_from_statistics,
+)
 from sparsefit.pruning.blocks import find_block_lists
-from sparsefit.pruning.weights import device_of, find_weights
+from sparsefit.pruning.calibration import device_of, find_weights
 from sparsefit.study.grid import Point
 from sparsefit.study.results import Results
 
@@ -142,9 +150,11 @@ def _pruned(
 ) -> tuple[PruningResult, dict[str, Any]]:
     """Prune the model, and what its row says of that."""
     config, module = point.config, subject.module
-    shared = statistics if config.update == "none" or not config.needs_inputs else None
-    batches = data.calibration_dataloader() if config.needs_inputs and shared is None else None
-    result = prune(module, batches, config, statistics=shared, forward=subject.forward)
+    if config.update == "none" and statistics is not None:
+        result = prune_from_statistics(module, statistics, config)
+    else:
+        batches = data.calibration_dataloader() if config.needs_inputs else None
+        result = prune(module, batches, config, forward=subject.forward)
     result.masks.verify(module)
     subject.left_dense |= result.left_dense
     subject.prunable = sum(weights for weights, _ in result.masks.counts().values())
@@ -160,7 +170,7 @@ def _calibrated(subject: Subject, data: Data, points: Iterable[Point]) -> DenseS
     configs = [config for config in configs if _fits(subject.module, config)]
     if not configs:
         return None
-    statistics = calibrate(subject.module, data.calibration_dataloader(), configs, forward=subject.forward)
+    statistics = collect_statistics(subject.module, data.calibration_dataloader(), configs, forward=subject.forward)
     subject.calibration = {"samples": statistics.samples, "seconds": statistics.seconds}
     subject.notes += [note for note in statistics.notes if note not in subject.notes]
     return statistics

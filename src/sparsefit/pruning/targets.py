@@ -1,133 +1,29 @@
-"""The prunable matrices of a model, each seen as one (out, in) matrix, and what is left dense and why."""
+"""Which matrices of a model are pruned; for every other one the reason why it stays dense."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from sparsefit.errors import ConfigError
 from sparsefit.pruning.config import Pattern, PruningConfig
-from sparsefit.pruning.fused import find_attention_weights, find_stacks
+from sparsefit.pruning.layers import matrices_of, reason_left_dense
+from sparsefit.pruning.layers.base import PrunableWeight
+from sparsefit.pruning.layers.quantized import awaits_quantization
 from sparsefit.pruning.naming import base_modules, copied_modules, layer_name, matches
-from sparsefit.pruning.quantized import awaits_quantization, dequantized, is_quantized, matrix_shape
 
 EXCLUDED = "excluded by the configuration"
 HEAD_NAMES = frozenset({"lm_head", "head", "classifier", "score", "embed_out", "output_projection", "qa_outputs"})
 
 
-@dataclass(frozen=True, eq=False)
-class PrunableWeight:
-    """One weight matrix and the layers that use it.
-
-    Attributes:
-        name: Name of the parameter in the bare model: wrappers (PEFT, torch.compile) leave no trace in it. One matrix
-            of a stack of experts carries its number: "model.layers.0.mlp.experts.down_proj[3]".
-        parameter: The parameter itself.
-        layers: Every layer that multiplies its input by this parameter (more than one where it is shared).
-        transposed: Whether the parameter is stored (in, out), as GPT-2's Conv1D does.
-        index: Which matrix of the parameter, where that is a stack (experts, out, in); else None.
-        fused: Whether a fused function uses it, so that no layer of its own is called.
-    """
-
-    name: str
-    parameter: nn.Parameter
-    layers: tuple[nn.Module, ...]
-    transposed: bool = False
-    index: int | None = None
-    fused: bool = False
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        stored = matrix_shape(self.layers[0]) if self.is_quantized else self.parameter.shape
-        if self.index is not None:
-            stored = stored[1:]
-        return (stored[1], stored[0]) if self.transposed else (stored[0], stored[1])
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are now."""
-        return (self.layers[0].weight if self.is_quantized else self.parameter).device
-
-    @property
-    def is_quantized(self) -> bool:
-        """Whether bitsandbytes holds it in 8 or 4 bits."""
-        return is_quantized(self.layers[0])
-
-    def matrix(self) -> Tensor:
-        """The weights as (out, in): a view that shares memory with the parameter, or a copy if that is quantized."""
-        if self.is_quantized:
-            return dequantized(self.layers[0])
-        return as_matrix(self.parameter.detach(), self.transposed, self.index)
-
-
-def as_matrix(tensor: Tensor, transposed: bool = False, index: int | None = None) -> Tensor:
-    """The (out, in) view of a stored weight: (out, in), (in, out), a stack of these, or a 1x1 convolution's
-    (out, in, 1, 1)."""
-    matrix = tensor if index is None else tensor[index]
-    if matrix.ndim == 4:
-        matrix = matrix.flatten(1)
-    return matrix.t() if transposed else matrix
-
-
-def zero_outside_mask(matrix: Tensor, mask: Tensor) -> None:
-    """Set the weights of an (out, in) matrix outside a mask on its device to exactly +0, in place."""
-    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[matrix.element_size()]
-    matrix.view(bits).mul_(mask)  # as integers: NaN times 0 is NaN; and several times as fast as masked_fill_
-
-
 def all_finite(values: Tensor) -> bool:
     """Whether no element is NaN or infinite; without a temporary of their size."""
     return not values.numel() or bool(torch.stack(values.aminmax()).isfinite().all())
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a layer that multiplies its input by one matrix: nn.Linear (one that bitsandbytes has
-    quantized, too), the Conv1D of GPT-2, or a 1x1 convolution."""
-    weight = getattr(module, "weight", None)
-    # A weight that a parametrization computes anew in each pass is no parameter: zeros written to it would be lost.
-    # The output projection of nn.MultiheadAttention lends its weight to a fused function and is never called.
-    if not isinstance(weight, nn.Parameter) or type(module).__name__ == "NonDynamicallyQuantizableLinear":
-        return False
-    if isinstance(module, nn.Conv2d):
-        return module.kernel_size == (1, 1) and module.groups == 1
-    if is_quantized(module):
-        return True
-    dense = weight.ndim == 2 and weight.is_floating_point() and weight.element_size() > 1  # 8-bit floats have scales
-    return dense and (isinstance(module, nn.Linear) or _is_conv1d(module))
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    # transformers' Conv1D (GPT-2): y = x W + b with W (in, out). Known by its name, as this needs torch alone.
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
-def matrices_of(module: nn.Module, name: str = "") -> list[PrunableWeight]:
-    """The weights that a module itself (not its children) multiplies its inputs by, each as one matrix: of a linear
-    layer, of nn.MultiheadAttention, or of a stack of experts.
-
-    Args:
-        module: Any module.
-        name: Its name in the bare model.
-    """
-    prefix = f"{name}." if name else ""
-    found = []
-    if is_linear(module):
-        found.append(PrunableWeight(f"{prefix}weight", module.weight, (module,), _is_conv1d(module)))
-    for attribute, parameter in find_attention_weights(module):
-        found.append(PrunableWeight(prefix + attribute, parameter, (module,), fused=True))
-    stacks = find_stacks(module)
-    # Expert by expert, as they are computed.
-    found += [
-        PrunableWeight(f"{prefix}{attribute}[{index}]", stack, (module,), transposed, index, fused=True)
-        for index in range(max((len(stack) for _, stack, _ in stacks), default=0))
-        for attribute, stack, transposed in stacks
-    ]
-    return found
 
 
 def find_weights(
@@ -149,6 +45,9 @@ def find_weights(
             are NaN or infinite.
     """
     candidates = [w for name, module in base_modules(model).items() for w in matrices_of(module, name)]
+    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise ConfigError(f"{lazy[0]} has no shape yet: run the model on one batch first, which gives it one")
     waiting = [name for name, module in base_modules(model).items() if awaits_quantization(module)]
     if waiting:
         raise ConfigError(
@@ -177,7 +76,7 @@ def find_weights(
     weights = [weight for weight in found.values() if reasons.get(id(weight.parameter)) != EXCLUDED]
     if not weights:
         raise ConfigError(
-            f"{type(model).__name__} has no prunable weights: no linear layer is left to prune"
+            f"{type(model).__name__} has no prunable weights: no layer is left to prune"
             + (f" after targets={config.targets}, exclude={config.exclude}" if config.targets or config.exclude else "")
         )
     _check_at_hand(weights)
@@ -232,7 +131,7 @@ def _check_names_exist(patterns: Iterable[str], names: list[str]) -> None:
             nearest = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4)
             kinds = sorted({name.rpartition(".")[2] for name in names})
             raise ConfigError(
-                f"no linear layer is named '{pattern}'; "
+                f"no prunable layer is named '{pattern}'; "
                 + (f"the nearest names are {', '.join(nearest)}" if nearest else f"the layers are {', '.join(kinds)}")
             )
 
@@ -261,7 +160,8 @@ def _check_at_hand(weights: list[PrunableWeight]) -> None:
 def _check_widths(weights: list[PrunableWeight], pattern: Pattern | None) -> None:
     if pattern is None:
         return
-    misfits = [f"{w.name} ({w.shape[1]} inputs)" for w in weights if w.shape[1] % pattern.m]
+    channels = {w.name: w.shape[1] // w.positions for w in weights}
+    misfits = [f"{name} ({width} inputs)" for name, width in channels.items() if width % pattern.m]
     if misfits:
         raise ConfigError(
             f"pattern '{pattern.n}:{pattern.m}' needs widths that {pattern.m} divides; it does not fit "
@@ -284,9 +184,7 @@ def _left_dense(model: nn.Module, pruned: set[int], reasons: dict[int, str]) -> 
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim < 2 or id(parameter) in pruned:
                 continue
-            default = (
-                "embedding" if isinstance(module, nn.Embedding) else f"not a linear layer: {type(module).__name__}"
-            )
+            default = reason_left_dense(module)
             if not parameter.is_floating_point() or parameter.element_size() == 1:
                 default = f"quantized: {type(module).__name__}"
             left[f"{module_name}.{name}".lstrip(".")] = reasons.get(id(parameter), default)
@@ -295,8 +193,3 @@ def _left_dense(model: nn.Module, pruned: set[int], reasons: dict[int, str]) -> 
             if buffer.ndim == 2 and min(buffer.shape) > 1 and buffer.dtype != torch.bool:
                 left[f"{module_name}.{name}".lstrip(".")] = f"a buffer of {type(module).__name__}, not a parameter"
     return left
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """The device of a model's first parameter."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -26,9 +26,64 @@ import torch
 from torch import Tensor, nn
 
 from sparsefit.errors import MaskError
+from sparsefit.pruning.layers.base import PrunableWeight, is_dense, prefixed
 
 _INT8_MAX = 127  # a row's scale (SCB) is its largest magnitude, and that is code 127
 _CPU_ROWS = 32  # rows that the CPU layout of bitsandbytes interleaves
+
+
+class QuantizedWeight(PrunableWeight):
+    """The weight of a layer that is quantized already: its matrix is a copy, and it is written as codes."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return matrix_shape(self.layers[0])
+
+    @property
+    def positions(self) -> int:
+        """One column for each input."""
+        return 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are now: a layer can put another parameter in the place of the one it had."""
+        return self.layers[0].weight.device
+
+    def matrix(self) -> Tensor:
+        """A fresh (out, in) tensor of what the codes stand for."""
+        return dequantized(self.layers[0])
+
+    def keep(self, mask: Tensor) -> None:
+        """Write the code of zero outside an (out, in) mask."""
+        zero_outside(self.layers[0], mask)
+
+    def write(self, matrix: Tensor) -> None:
+        """Quantize new values, (out, in)."""
+        write_quantized(self.layers[0], matrix)
+
+    def snapshot(self) -> Callable[[], None]:
+        """Remember codes and scales; what is returned puts them back, to the bit."""
+        before = snapshot(self.layers[0])
+        return lambda: restore(self.layers[0], before)
+
+
+class CachedWeight(PrunableWeight):
+    """The float weight of a Linear8bitLt (`has_fp16_weights`), which computes with a quantized copy of it."""
+
+    def changed(self) -> None:
+        """Make the layer forget its copy."""
+        for layer in self.layers:
+            forget_cached(layer)
+
+
+def matrices(module: nn.Module, name: str = "") -> list[PrunableWeight]:
+    """The weight of a Linear4bit or Linear8bitLt, quantized or in floats."""
+    if is_quantized(module):
+        return [QuantizedWeight(prefixed(name, "weight"), module.weight, (module,), called=True)]
+    if is_bitsandbytes(module) and is_dense(module.weight) and module.weight.ndim == 2:
+        return [CachedWeight(prefixed(name, "weight"), module.weight, (module,), called=True)]
+    return []
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,6 +236,11 @@ def stored_matrix(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     if data.dtype == torch.int8 and scales is not None:
         return scales.unsqueeze(1) / _INT8_MAX * data
     return data
+
+
+def is_bitsandbytes(layer: nn.Module) -> bool:
+    """Whether a layer is bitsandbytes' own, whatever it holds at the moment."""
+    return _is_4bit(layer) or _is_8bit(layer)
 
 
 def _is_4bit(layer: nn.Module) -> bool:

@@ -1,16 +1,15 @@
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from watched import spread, watch
+from watched import spread, watch, weights_of
 
-from sparsefit.pruning.fused import FusedInputs, find_attention_weights
+from sparsefit.pruning.layers import attention, matrices_of
+from sparsefit.pruning.watch import watching
 
 
 @pytest.fixture(autouse=True)
@@ -77,35 +76,35 @@ def test_attention_inputs(kind: str, batch_first: bool, padded: bool):
     def run() -> tuple[Tensor, Tensor]:
         return module(*given, key_padding_mask=padding if padded else None)
 
-    names = find_attention_weights(module)
     with torch.no_grad():
         plain = run()
-        (outputs, weights), records = watch([p for _, p in names], run)
+        (outputs, weights), records = watch(matrices_of(module), run)
         reference = attended(module, query, key, value, padding if padded else None)
     assert outputs.equal(plain[0])
     assert weights.equal(plain[1])
-    ids = {id(p): name for name, p in names}
-    found = [(ids[id(p)], index, rows) for p, index, rows, _ in records]
+    found = [(record.name, record.rows) for record in records]
     inputs = [query] if kind == "self" else [query, key, value]
     if kind == "self":
-        expected = [("in_proj_weight", None, None)]
+        expected = [("in_proj_weight", None)]
     elif kind == "kdim and vdim":
-        expected = [(f"{x}_proj_weight", None, None) for x in "qkv"]
+        expected = [(f"{x}_proj_weight", None) for x in "qkv"]
     else:
-        expected = [("in_proj_weight", None, slice(8 * i, 8 * i + 8)) for i in range(3)]
-    assert found == [*expected, ("out_proj.weight", None, None)]
-    for (*_, seen), tensor in zip(records[:-1], inputs, strict=True):
-        assert seen.equal(tensor)
-    torch.testing.assert_close(records[-1][3], reference)
+        expected = [("in_proj_weight", (8 * i, 8 * i + 8)) for i in range(3)]
+    assert found == [*expected, ("out_proj.weight", None)]
+    for record, tensor in zip(records[:-1], inputs, strict=True):
+        assert record.tokens.equal(tensor.flatten(0, 1))
+    torch.testing.assert_close(records[-1].tokens, reference.flatten(0, 1))
 
 
-def test_one_tensor_of_the_model_is_recorded_as_one():
-    module, query, key = mha(), torch.randn(5, 3, 8), torch.randn(7, 3, 8)
+@pytest.mark.usefixtures("slow_attention")
+@pytest.mark.parametrize("settings", [{}, {"kdim": 8, "vdim": 8, "batch_first": True}], ids=["packed", "separate"])
+def test_one_tensor_of_the_model_is_one_input(settings: dict[str, Any]):
+    module, query, key = mha(**settings), torch.randn(5, 3, 8), torch.randn(5, 3, 8)
     seen = []
-    with torch.no_grad(), FusedInputs([module.in_proj_weight], lambda p, i, rows, x: seen.append(x)):
+    with torch.no_grad(), watching(matrices_of(module), seen.append):
         module(query, key, key)
-    assert seen[1] is seen[2]
-    assert seen[0] is not seen[1]
+    assert seen[1].same_input(seen[2])
+    assert not seen[0].same_input(seen[1])
 
 
 @pytest.mark.usefixtures("slow_attention")
@@ -128,28 +127,13 @@ def test_attention_gives_what_it_gives_unwatched(
     x = torch.randn(*((5, 3) if batched else (5,)), 8, dtype=dtype)
     with torch.no_grad():
         plain = module(x, x, x, **call)
-        watched, records = watch([p for _, p in find_attention_weights(module)], lambda: module(x, x, x, **call))
+        watched, records = watch(matrices_of(module), lambda: module(x, x, x, **call))
     assert watched[0].equal(plain[0])
     assert watched[1] is plain[1] is None or watched[1].equal(plain[1])
-    assert [inputs.shape for *_, inputs in records] == [(3, 5, 8) if batched else (5, 8)] * 2
-    assert watch([module.out_proj.weight], lambda: module(x, x, x))[1][0][3].dtype == dtype
-
-
-@pytest.mark.usefixtures("slow_attention")
-def test_attention_is_recorded_before_it_is_used():
-    module = mha()
-    zeroed = copy.deepcopy(module)
-    x = torch.randn(5, 3, 8)
-
-    def prune(parameter: nn.Parameter, index: None, rows: None, inputs: Tensor) -> None:
-        parameter.data[::2] = 0
-
-    with torch.no_grad():
-        with FusedInputs([p for _, p in find_attention_weights(module)], prune):
-            outputs = module(x, x, x)[0]
-        for _, parameter in find_attention_weights(zeroed):
-            parameter[::2] = 0
-        assert outputs.equal(zeroed(x, x, x)[0])
+    assert [record.inputs.shape for record in records] == [(3, 5, 8) if batched else (5, 8)] * 2
+    assert [record.tokens.dtype for record in records] == [dtype] * 2
+    (alone,) = [weight for weight in matrices_of(module) if weight.name == "out_proj.weight"]
+    assert [record.name for record in watch([alone], lambda: module(x, x, x))[1]] == ["out_proj.weight"]
 
 
 @pytest.mark.usefixtures("slow_attention")
@@ -163,13 +147,11 @@ def test_transformer_of_torch(batch_first: bool):
     def run() -> Tensor:
         return model(*given, src_key_padding_mask=padding, memory_key_padding_mask=padding)
 
-    modules = {name: m for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
-    names = {id(p): f"{name}.{own}" for name, m in modules.items() for own, p in find_attention_weights(m)}
     with torch.no_grad():
         plain = run()
-        outputs, records = watch([p for m in modules.values() for _, p in find_attention_weights(m)], run)
+        outputs, records = watch(weights_of(model, nn.MultiheadAttention), run)
     assert outputs.equal(plain)
-    found = [(names[id(p)], x.shape[1]) for p, _, _, x in records]
+    found = [(record.name, record.inputs.shape[1]) for record in records]
     expected = []
     for layer in range(2):
         name = f"encoder.layers.{layer}.self_attn"
@@ -186,18 +168,18 @@ def test_the_fast_path_is_not_taken_while_watching():
     layer = spread(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
     x = torch.randn(2, 4, 8)
     assert torch.backends.mha.get_fastpath_enabled()
-    _, records = watch([p for _, p in find_attention_weights(layer.self_attn)], lambda: layer(x))
-    assert [inputs.shape for *_, inputs in records] == [(2, 4, 8)] * 2
+    _, records = watch(matrices_of(layer.self_attn), lambda: layer(x))
+    assert [record.inputs.shape for record in records] == [(2, 4, 8)] * 2
 
 
 def test_weights_that_are_computed_anew_are_not_offered():
-    assert find_attention_weights(nn.Linear(8, 8)) == []
+    assert attention.matrices(nn.Linear(8, 8)) == []
     for owner, name in ((mha(), "in_proj_weight"), (mha(kdim=4), "k_proj_weight")):
         nn.utils.parametrizations.weight_norm(owner, name)
-        assert find_attention_weights(owner) == []
+        assert attention.matrices(owner) == []
     module = mha()
     nn.utils.parametrizations.weight_norm(module.out_proj)
-    assert find_attention_weights(module) == []
+    assert attention.matrices(module) == []
 
 
 def test_attention_that_peft_adapts_is_not_offered():
@@ -205,7 +187,7 @@ def test_attention_that_peft_adapts_is_not_offered():
 
     model = get_peft_model(nn.Sequential(mha()), LoraConfig(target_modules=["0"]))
     assert any(isinstance(module, nn.MultiheadAttention) for module in model.modules())
-    assert not any(find_attention_weights(module) for module in model.modules())
+    assert not any(attention.matrices(module) for module in model.modules())
 
 
 # Coming and going
@@ -213,18 +195,14 @@ def test_attention_that_peft_adapts_is_not_offered():
 
 def test_nothing_stays_after_an_error():
     module, x = mha(), torch.randn(5, 3, 8)
-    stack = nn.Parameter(torch.randn(2, 4, 8))
     calls = []
 
-    def fail(*seen: Any) -> None:
+    def fail(seen: object) -> None:
         calls.append(seen)
         raise ValueError("not finite")
 
-    watching = FusedInputs([stack, *(p for _, p in find_attention_weights(module))], fail)
-    for run in (lambda: module(x, x, x), lambda: F.linear(x, stack[1])):
-        calls.clear()
-        with pytest.raises(ValueError, match="not finite"), watching:
-            run()
-        assert len(calls) == 1
-        run()
-        assert len(calls) == 1
+    with pytest.raises(ValueError, match="not finite"), watching(matrices_of(module), fail):
+        module(x, x, x)
+    assert len(calls) == 1
+    module(x, x, x)
+    assert len(calls) == 1

@@ -1,0 +1,356 @@
+"""Input groups: weights that see the same inputs share one statistic, one Gram matrix, one factor."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sparsefit.errors import CalibrationError
+from sparsefit.pruning.calibration import MicroBatch
+from sparsefit.pruning.layers.base import PrunableWeight
+from sparsefit.pruning.ranks import errors_on_all_ranks, from_all, is_distributed
+from sparsefit.pruning.statistics import InputStatistics, added_up
+from sparsefit.pruning.watch import Rows, Seen, version_of, watching
+
+Key = tuple[str, Rows]  # a weight and which of its rows
+
+
+class Part(NamedTuple):
+    """Rows of a weight and the statistics of what they see."""
+
+    rows: slice
+    statistics: InputStatistics
+
+
+Parts = dict[str, list[Part]]  # by weight, in the order of its rows
+
+
+@dataclass
+class InputGroup:
+    """Weights that see the same inputs: q, k and v of an attention, gate and up of a gated feed-forward.
+
+    Most groups have one statistic. Rows of a weight can see other inputs than the rest of it (query and key of
+    cross-attention packed in one matrix; the groups of a convolution); then there are several.
+
+    Attributes:
+        weights: In the order of the model.
+        parts: For each weight its rows and their statistics.
+    """
+
+    weights: list[PrunableWeight]
+    parts: Parts
+
+    @property
+    def seen(self) -> bool:
+        """Whether any token reached its weights."""
+        return any(part.statistics.tokens for weight in self.weights for part in self.parts[weight.name])
+
+    def by_statistics(self) -> list[tuple[InputStatistics, list[tuple[PrunableWeight, slice]]]]:
+        """Each statistic with the rows that it is of."""
+        found: dict[int, tuple[InputStatistics, list[tuple[PrunableWeight, slice]]]] = {}
+        for weight in self.weights:
+            for part in self.parts[weight.name]:
+                found.setdefault(id(part.statistics), (part.statistics, []))[1].append((weight, part.rows))
+        return list(found.values())
+
+    def with_columns(self, order: Tensor) -> InputGroup:
+        """The same group with the inputs in another order."""
+        moved = {id(statistics): statistics.columns(order) for statistics, _ in self.by_statistics()}
+        parts = {name: [Part(rows, moved[id(own)]) for rows, own in found] for name, found in self.parts.items()}
+        return InputGroup(self.weights, parts)
+
+
+def input_groups(weights: Sequence[PrunableWeight], parts: Mapping[str, list[Part]]) -> list[InputGroup]:
+    """Weights put together where they share a statistic.
+
+    Args:
+        weights: In the order of the model.
+        parts: Their statistics; a weight without any is a group of its own.
+    """
+    groups: list[InputGroup] = []
+    for weight in weights:
+        own = parts.get(weight.name, [])
+        statistics = {id(part.statistics) for part in own}
+        for group in groups:
+            if statistics & {id(part.statistics) for found in group.parts.values() for part in found}:
+                group.weights.append(weight)
+                group.parts[weight.name] = own
+                break
+        else:
+            groups.append(InputGroup([weight], {weight.name: own}))
+    return groups
+
+
+def collect(
+    weights: Sequence[PrunableWeight],
+    kinds: Iterable[str],
+    data: Sequence[MicroBatch],
+    run: Callable[[int], object],
+    note: Callable[[str], None],
+    until: Mapping[Key, int] | None = None,
+) -> Parts:
+    """The statistics of what some weights see while a model, or one of its blocks, runs over the calibration data.
+
+    Args:
+        weights: The weights.
+        kinds: What to take: names from `statistics.KINDS`.
+        data: The micro-batches.
+        run: Runs the one of that number. What it would still compute once all weights have got their input is of no
+            use to anybody if `until` is given.
+        note: Takes sentences for the report.
+        until: How often a pass has been seen to use each weight: where that is once each, a pass ends as soon as
+            all have been.
+
+    Raises:
+        CalibrationError: if an input is not finite; names the layer and the calibration batch.
+    """
+    with errors_on_all_ranks():
+        collector = InputCollector(weights, kinds, until)
+        _run_all(collector, data, run)
+        if not collector.all_finite():
+            checking = InputCollector(weights, ("squared_norm",), until, check=True)
+            _run_all(checking, data, run)
+            raise CalibrationError(_TOO_LARGE)
+    for sentence in sorted(collector.notes):
+        note(sentence)
+    return collector.parts()
+
+
+def _run_all(collector: InputCollector, data: Sequence[MicroBatch], run: Callable[[int], object]) -> None:
+    with watching(collector.weights, collector.record):
+        for number, batch in enumerate(data):
+            collector.next_batch(batch)
+            try:
+                run(number)
+            except AllSeen:
+                continue
+
+
+class AllSeen(Exception):
+    """Every watched weight has got its input: what the block still computes is of no use."""
+
+
+@dataclass
+class _Shared:
+    """What some rows of weights have all seen: the members, and those to which the next input has come already."""
+
+    members: list[Key]
+    statistics: InputStatistics
+    inputs: int = 0
+    pending: Seen | None = None
+    arrived: list[Key] = field(default_factory=list)
+
+
+class InputCollector:
+    """Collects statistics while weights are watched, once for each distinct input.
+
+    Weights whose first input is the same tensor share. From then on an input is added once it has come to all of
+    them. If it comes to some and not to others they part: what they had seen until then was the same for all.
+
+    Args:
+        weights: The weights that are watched.
+        kinds: The statistics to take.
+        until: See `collect`.
+        check: Look at each input as it comes, to name the one that is not finite.
+
+    Attributes:
+        notes: What could not be told, for the report.
+    """
+
+    def __init__(
+        self,
+        weights: Iterable[PrunableWeight],
+        kinds: Iterable[str],
+        until: Mapping[Key, int] | None = None,
+        check: bool = False,
+    ) -> None:
+        self.weights, self.kinds, self._check = {weight.name: weight for weight in weights}.values(), kinds, check
+        self.notes: set[str] = set()
+        self._batch: MicroBatch | None = None
+        self._padding: Tensor | None = None
+        self._shared: dict[Key, _Shared] = {}
+        self._last: tuple[Seen, _Shared] | None = None
+        once = until is not None and all(count == 1 for count in until.values())
+        self._until = set(until) if once and {name for name, _ in until} == {w.name for w in self.weights} else None
+        self._waiting: set[Key] | None = None
+
+    def next_batch(self, batch: MicroBatch) -> None:
+        """Say which micro-batch runs next."""
+        self._settle()
+        self._batch, self._padding, self._last = batch, batch.padding_mask, None
+        self._waiting = None if self._until is None else set(self._until)
+
+    def record(self, seen: Seen) -> None:
+        """Take in the input of one weight.
+
+        Raises:
+            AllSeen: if it was the last one and no more is needed.
+            CalibrationError: if it is not finite and is to be checked.
+        """
+        key = (seen.weight.name, seen.rows)
+        shared = self._shared.get(key)
+        if shared is None:
+            self._begin(key, seen)
+        else:
+            self._go_on(shared, key, seen)
+        if self._waiting is not None:
+            self._waiting.discard(key)
+            if not self._waiting:
+                raise AllSeen
+
+    def _begin(self, key: Key, seen: Seen) -> None:
+        """The first input of a weight: it shares with those before it that have seen this one and no other."""
+        if self._last is not None and seen.same_input(self._last[0]) and self._last[1].inputs == 1:
+            shared = self._last[1]
+            shared.members.append(key)
+        else:
+            shared = _Shared([key], InputStatistics(seen.weight.shape[1], seen.weight.device, self.kinds))
+            self._add(shared, seen)
+        self._shared[key] = shared
+
+    def _go_on(self, shared: _Shared, key: Key, seen: Seen) -> None:
+        if shared.pending is not None and (key in shared.arrived or not seen.same_input(shared.pending)):
+            self._divide(shared)
+            shared = self._shared[key]
+        shared.pending = seen
+        shared.arrived.append(key)
+        if len(shared.arrived) == len(shared.members):
+            self._complete(shared)
+
+    def _complete(self, shared: _Shared) -> None:
+        seen, shared.pending, shared.arrived = shared.pending, None, []
+        self._add(shared, seen)
+
+    def _divide(self, shared: _Shared) -> None:
+        """Part those to which the pending input has come from those to which it has not."""
+        rest = [key for key in shared.members if key not in shared.arrived]
+        if rest:
+            apart = _Shared(rest, shared.statistics.clone(), shared.inputs)
+            self._shared.update(dict.fromkeys(rest, apart))
+            shared.members = list(shared.arrived)
+        self._complete(shared)
+
+    def _settle(self) -> None:
+        """The end of a pass: an input that has not come to all by now does not."""
+        for shared in {id(shared): shared for shared in self._shared.values()}.values():
+            if shared.pending is not None:
+                self._divide(shared)
+        self._last = None
+
+    def _add(self, shared: _Shared, seen: Seen) -> None:
+        if version_of(seen.inputs) != seen.version:
+            raise CalibrationError(
+                f"the input of {seen.weight.name} was changed in place before all weights that share it had got it: "
+                "exclude one of them, or have the model change a copy"
+            )
+        for tokens in self._real_tokens(seen):
+            if self._check:
+                check_finite(tokens, seen, self._batch)
+            shared.statistics.add(tokens)
+        shared.inputs += 1
+        self._last = (seen, shared)
+
+    def _real_tokens(self, seen: Seen) -> Iterable[Tensor]:
+        """(tokens, in) inputs without the positions that are padding; a note if these could not be told."""
+        if self._padding is None:
+            return seen.tokens()
+        pieces = list(seen.tokens())
+        # An expert's tokens come in an order of their own, even where it gets all of them.
+        if len(pieces) > 1 or len(pieces[0]) != self._padding.numel() or seen.weight.index is not None:
+            self.notes.add(
+                f"{seen.weight.name}: padding could not be told from tokens in inputs of shape "
+                f"{tuple(seen.inputs.shape)}"
+            )
+            return pieces
+        return [pieces[0][self._padding.flatten().to(pieces[0].device)]]
+
+    def all_finite(self) -> bool:
+        """Whether all inputs were: looked at once, so that no pass waits for it."""
+        self._settle()
+        finite = [shared.statistics.is_finite() for shared in self._shared.values()]
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for flag in finite:
+            by_device.setdefault(flag.device, []).append(flag)
+        return all(bool(torch.stack(flags).all()) for flags in by_device.values())
+
+    def parts(self) -> Parts:
+        """The statistics of every weight, added up over all ranks of a distributed run."""
+        self._settle()
+        shared = self._agreed() if is_distributed() else {key: own.statistics for key, own in self._shared.items()}
+        rows: dict[str, list[Rows]] = {weight.name: [] for weight in self.weights}
+        for name, own in shared:
+            rows[name].append(own)
+        return {weight.name: _parts_of(weight, rows[weight.name], shared, self.kinds) for weight in self.weights}
+
+    def _agreed(self) -> dict[Key, InputStatistics]:
+        """What shares on every rank shares; ranks add up."""
+        numbers = {id(own): number for number, own in enumerate(self._shared.values())}
+        of_ranks = from_all({key: numbers[id(own)] for key, own in self._shared.items()})
+        weights = {weight.name: weight for weight in self.weights}
+        together: dict[tuple[int | None, ...], InputStatistics] = {}
+        found = {}
+        for key in sorted(set().union(*of_ranks), key=str):
+            signature = tuple(own.get(key) for own in of_ranks)
+            if signature not in together:
+                weight = weights[key[0]]
+                here = self._shared.get(key)
+                empty = InputStatistics(weight.shape[1], weight.device, self.kinds)
+                together[signature] = here.statistics.clone() if here else empty
+                together[signature].reduce_over_ranks()
+            found[key] = together[signature]
+        return found
+
+
+def _parts_of(
+    weight: PrunableWeight, rows: list[Rows], statistics: Mapping[Key, InputStatistics], kinds: Iterable[str]
+) -> list[Part]:
+    """The parts of one weight; a single one of no tokens where not all of its rows were seen."""
+    size = weight.shape[0]
+    ranges = {own or (0, size): statistics[weight.name, own] for own in rows}
+    cuts = sorted({0, size}.union(*ranges))
+    parts = []
+    for start, stop in itertools.pairwise(cuts):
+        covering = [found for (first, last), found in ranges.items() if first <= start and stop <= last]
+        if not covering:
+            return [Part(slice(0, size), InputStatistics(weight.shape[1], weight.device, kinds))]
+        parts.append(Part(slice(start, stop), covering[0] if len(covering) == 1 else added_up(covering)))
+    return parts
+
+
+def _finite_samples(seen: Seen, count: int) -> list[bool] | None:
+    """Of each sample whether all its tokens are finite; None where the samples do not come one after the other."""
+    # The tokens of packed sequences come step by step, and those of an expert in an order of their own.
+    if seen.weight.index is not None or (seen.inputs.ndim == 2 and isinstance(seen.weight.layers[0], nn.RNNBase)):
+        return None
+    finite = torch.cat([tokens.float().square().isfinite().all(dim=1) for tokens in seen.tokens()])
+    return finite.reshape(count, -1).all(dim=1).tolist() if count and len(finite) % count == 0 else None
+
+
+def check_finite(tokens: Tensor, seen: Seen, batch: MicroBatch | None) -> None:
+    """Check the (tokens, in) inputs of one weight.
+
+    Raises:
+        CalibrationError: naming the layer and the calibration batch.
+    """
+    if bool(tokens.float().square().isfinite().all()):
+        return
+    origin = batch.origin if batch is not None else ()
+    samples = _finite_samples(seen, len(origin))
+    if samples is not None:
+        origin = tuple(number for number, fine in zip(origin, samples, strict=True) if not fine)[:1] or origin
+    batches = " or ".join(map(str, dict.fromkeys(origin))) or "?"
+    raise CalibrationError(
+        f"the inputs of {seen.weight.name} are NaN or infinite in calibration batch {batches}. The model was left as "
+        "it was; look at that batch, or run the model in float32 or bfloat16 if it overflows in float16"
+    )
+
+
+_TOO_LARGE = (
+    "the inputs of the model's layers are finite one by one, but their squares add up to more than float32 holds. The "
+    "model was left as it was; look at the calibration data, or scale it down"
+)

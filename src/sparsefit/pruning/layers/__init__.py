@@ -1,0 +1,43 @@
+"""Every kind of layer that is pruned, one file each: its weights as matrices, and where their inputs are seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from sparsefit.pruning.layers import attention, convolution, experts, linear, quantized, recurrent
+from sparsefit.pruning.layers.base import Handler, PrunableWeight
+
+KINDS = (linear, quantized, convolution, recurrent, attention, experts)
+
+PRODUCTS: dict[Callable[..., Any], Handler] = {
+    function: handler for kind in KINDS for function, handler in getattr(kind, "PRODUCTS", {}).items()
+}
+"""What computes with weights: for each torch function the handler that sees their inputs."""
+
+
+def matrices_of(module: nn.Module, name: str = "") -> list[PrunableWeight]:
+    """The weights that a module itself (not its children) multiplies its inputs by, each as one matrix.
+
+    Args:
+        module: Any module.
+        name: Its name in the bare model.
+
+    >>> [(weight.name, weight.shape) for weight in matrices_of(nn.Linear(3, 5), "fc")]
+    [('fc.weight', (5, 3))]
+    """
+    return [weight for kind in KINDS for weight in kind.matrices(module, name)]
+
+
+def reason_left_dense(module: nn.Module) -> str:
+    """Why the weights of a module are no matrices that could be pruned.
+
+    >>> reason_left_dense(nn.Conv2d(8, 8, 3, groups=8))
+    'depthwise convolution'
+    """
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    reason = convolution.reason_left_dense(module) or recurrent.reason_left_dense(module)
+    return reason or f"not a layer that is pruned: {type(module).__name__}"

@@ -1,0 +1,69 @@
+"""nn.MultiheadAttention: its weights go into one function, whoever calls that."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsefit.pruning.layers.base import Handler, PrunableWeight, See, is_dense, prefixed
+
+_SIGNATURE = inspect.signature(F.multi_head_attention_forward)
+_SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+def matrices(module: nn.Module, name: str = "") -> list[PrunableWeight]:
+    """`in_proj_weight`, (3E, E) with the rows of query, key and value one after the other, or else `q_proj_weight`,
+    `k_proj_weight` and `v_proj_weight`; and `out_proj.weight`."""
+    # PEFT puts a layer of its own in the place of out_proj, and computes all weights anew in each pass.
+    if not isinstance(module, nn.MultiheadAttention) or not isinstance(module.out_proj, nn.Linear):
+        return []
+    parameters = dict(module.named_parameters())
+    names = (*(_SEPARATE if _SEPARATE[0] in parameters else ("in_proj_weight",)), "out_proj.weight")
+    # A parametrization, too, computes a weight anew: the name then is no parameter.
+    if not all(is_dense(parameters.get(own)) for own in names):
+        return []
+    return [PrunableWeight(prefixed(name, own), parameters[own], (module,)) for own in names]
+
+
+def _attend(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], see: See) -> Any:
+    call = _SIGNATURE.bind(*args, **kwargs)
+    given = call.arguments
+    _see_projections(given, see)
+    weight, bias = given["out_proj_weight"], given["out_proj_bias"]
+    if not see.holds(weight):
+        return function(*args, **kwargs)
+    # The identity in the weight's place gives the input of the weight.
+    given["out_proj_weight"] = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+    given["out_proj_bias"] = None
+    inputs, attention = function(*call.args, **call.kwargs)
+    see(weight, _batch_first(inputs))
+    outputs = F.linear(inputs.flatten(0, -2), weight, bias)  # flat as in the function itself
+    return outputs.unflatten(0, inputs.shape[:-1]), attention
+
+
+def _see_projections(given: Mapping[str, Any], see: See) -> None:
+    tensors = [given[name] for name in ("query", "key", "value")]
+    inputs = {id(tensor): _batch_first(tensor) for tensor in tensors}
+    packed = given["in_proj_weight"]
+    if given.get("use_separate_proj_weight"):
+        for name, tensor in zip(_SEPARATE, tensors, strict=True):
+            see(given[name], inputs[id(tensor)])
+    elif len(inputs) == 1:
+        see(packed, inputs[id(tensors[0])])
+    else:
+        size = len(packed) // 3
+        for part, tensor in enumerate(tensors):
+            see(packed, inputs[id(tensor)], out_rows=slice(part * size, (part + 1) * size))
+
+
+def _batch_first(inputs: Tensor) -> Tensor:
+    """(tokens, batch, in) as (batch, tokens, in); (tokens, in) as it is."""
+    return inputs.transpose(0, 1) if inputs.ndim == 3 else inputs
+
+
+PRODUCTS: dict[Callable[..., Any], Handler] = {F.multi_head_attention_forward: _attend}

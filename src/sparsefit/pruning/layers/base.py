@@ -1,0 +1,162 @@
+"""What all kinds of layer have in common: a weight as an (out, in) matrix, and how a product tells what it multiplies.
+
+A kind of layer is one file beside this one. It has
+
+- `matrices(module, name)`: the weights that a module itself (not its children) multiplies its inputs by, as
+  `PrunableWeight`s; nothing for a module of another kind;
+- `PRODUCTS`: for each torch function that computes with such weights a handler
+  `handler(function, args, kwargs, see) -> what the function returns`, which calls `see` (a `See`) for each weight with
+  its inputs. A weight is thus seen where it is multiplied, whoever calls the function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+
+@dataclass(frozen=True, eq=False)
+class PrunableWeight:
+    """One weight matrix and the layers that use it.
+
+    Attributes:
+        name: Name of the parameter in the bare model: wrappers (PEFT, torch.compile) leave no trace in it. One matrix
+            of a stack of experts carries its number: "model.layers.0.mlp.experts.down_proj[3]".
+        parameter: The parameter itself.
+        layers: Every layer that holds this parameter (more than one where it is shared).
+        transposed: Whether the parameter is stored (in, out), as GPT-2's Conv1D does.
+        index: Which matrix of the parameter, where that is a stack (experts, out, in); else None.
+        called: Whether its layers are called with what the matrix multiplies, so that a call tells as much as the
+            product where that cannot be seen.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    layers: tuple[nn.Module, ...]
+    transposed: bool = False
+    index: int | None = None
+    called: bool = False
+
+    @property
+    def view(self) -> Tensor:
+        """The weights where they are stored, (out, in) or, of a convolution, (out, in, positions...)."""
+        return stored_view(self.parameter.detach(), self.transposed, self.index)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        view = self.view
+        return view.shape[0], view[0].numel() if len(view) else 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are now."""
+        return self.parameter.device
+
+    @property
+    def positions(self) -> int:
+        """How many columns of the matrix each input channel has: more than one in a convolution."""
+        return self.view[0, 0].numel() if self.view.ndim > 2 else 1
+
+    def matrix(self) -> Tensor:
+        """The weights as (out, in); shares memory with the parameter wherever a view can be one matrix."""
+        return as_matrix(self.parameter.detach(), self.transposed, self.index)
+
+    def keep(self, mask: Tensor) -> None:
+        """Set the weights outside an (out, in) mask to exactly zero, in place."""
+        view = self.view
+        zero_outside_mask(view, mask.to(view.device))
+        self.changed()
+
+    def write(self, matrix: Tensor) -> None:
+        """Put new values, (out, in), in the place of the weights."""
+        view = self.view
+        view.copy_(matrix.view(view.shape))
+        self.changed()
+
+    def changed(self) -> None:
+        """Called after each change of the weights, for layers that compute with a copy of them."""
+
+
+class See(Protocol):
+    """Takes in what a weight is about to be multiplied by."""
+
+    def __call__(
+        self,
+        weight: Tensor,
+        inputs: Tensor,
+        out_rows: slice | None = None,
+        tokens: Callable[[], Iterator[Tensor]] | None = None,
+        key: Hashable = None,
+    ) -> None:
+        """Take it in.
+
+        Args:
+            weight: The parameter, or a view of it; other tensors are ignored.
+            inputs: The tensor that is multiplied. Weights that are given the same one (the same object, unchanged)
+                share their statistics.
+            out_rows: Which rows of the (out, in) matrix see these inputs; None is all of them.
+            tokens: Gives the rows that the matrix multiplies, (tokens, in) each, in as many pieces as memory asks
+                for; by default `inputs`, (..., in), flattened.
+            key: Tells apart what is taken from one tensor in different ways (the strides of a convolution).
+        """
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a watched parameter or a view of one."""
+
+
+def prefixed(name: str, own: str) -> str:
+    """The name of what a module of some name calls `own`."""
+    return f"{name}.{own}" if name else own
+
+
+Handler = Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any], See], Any]
+
+
+def stored_view(tensor: Tensor, transposed: bool = False, index: int | None = None) -> Tensor:
+    """The (out, in, ...) view of a stored weight: (out, in), (in, out), a stack of these, or a convolution's kernels
+    (out, in, positions...)."""
+    view = tensor if index is None else tensor[index]
+    return view.t() if transposed else view
+
+
+def as_matrix(tensor: Tensor, transposed: bool = False, index: int | None = None) -> Tensor:
+    """The same as one (out, in) matrix: of a convolution (out, in * positions). A view wherever there can be one."""
+    view = stored_view(tensor, transposed, index)
+    return view.flatten(1) if view.ndim > 2 else view
+
+
+def is_dense(parameter: object) -> bool:
+    """Whether this is a parameter of plain floats (8-bit floats have scales). What a parametrization computes anew in
+    each pass is no parameter: zeros written to it would be lost."""
+    if not isinstance(parameter, nn.Parameter) or is_lazy(parameter):
+        return False
+    return parameter.is_floating_point() and parameter.element_size() > 1
+
+
+CHUNK = 2**18  # elements that are worked on at once on a CPU: they stay in its cache, and so do temporaries
+
+
+def zero_outside_mask(view: Tensor, mask: Tensor) -> None:
+    """Set the weights of a view outside an (out, in) mask on its device to exactly +0, in place.
+
+    >>> weight = torch.tensor([[1.0, 2.0]])
+    >>> zero_outside_mask(weight, torch.tensor([[True, False]])); weight
+    tensor([[1., 0.]])
+    """
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[view.element_size()]
+    # As integers: NaN times 0 is NaN; and several times as fast as masked_fill_.
+    for values, kept in in_chunks(view.view(bits), mask.view(view.shape)):
+        values.mul_(kept)
+
+
+def in_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Corresponding rows of tensors of one shape, so many at a time as a CPU works on best; on a GPU all."""
+    first = tensors[0]
+    rows = len(first) if first.device.type != "cpu" else max(1, CHUNK * len(first) // max(1, first.numel()))
+    return zip(*(tensor.split(max(1, rows)) for tensor in tensors), strict=True)

@@ -1,0 +1,201 @@
+"""Convolutions as matrices: each output position multiplies a patch of the input by the kernels, laid out flat.
+
+The matrix of a weight (out, channels, positions...) is `weight.flatten(1)`, (out, channels * positions): its columns go
+channel by channel and, within one, kernel position by kernel position. With groups the rows of each group see the
+patches of their own input channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsefit.pruning.layers.base import Handler, PrunableWeight, See, is_dense, prefixed
+
+PIECE = 2**22
+"""About how many elements of patches are copied at a time."""
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+
+
+def matrices(module: nn.Module, name: str = "") -> list[PrunableWeight]:
+    """The weight of one convolution; nothing for a depthwise, transposed or uninitialized one, or any other module.
+
+    Args:
+        module: Any module.
+        name: Its name in the bare model.
+
+    >>> [weight.name for weight in matrices(nn.Conv2d(3, 8, kernel_size=3), "stem")]
+    ['stem.weight']
+    """
+    if not isinstance(module, _CONVOLUTIONS) or reason_left_dense(module):
+        return []
+    if not is_dense(module.weight):
+        return []
+    return [PrunableWeight(prefixed(name, "weight"), module.weight, (module,))]
+
+
+def reason_left_dense(module: nn.Module) -> str | None:
+    """Why the weight of a convolution is not pruned, if its shape is the reason.
+
+    >>> reason_left_dense(nn.Conv2d(8, 8, kernel_size=3, groups=8))
+    'depthwise convolution'
+    """
+    if not isinstance(module, _CONVOLUTIONS):
+        return None
+    # An output of these has no more weights than the kernel has positions.
+    depthwise = module.groups > 1 and module.in_channels == module.groups
+    return "depthwise convolution" if depthwise else None
+
+
+def channels_side_by_side(weight: Tensor) -> Tensor | None:
+    """The order of a matrix's columns that puts the input channels of one kernel position side by side.
+
+    Args:
+        weight: (out, channels, positions...), a convolution's.
+
+    Returns:
+        (channels * positions,) numbers of columns, position by position; None where there is one position only, so
+        that the channels stand side by side as it is.
+
+    >>> channels_side_by_side(torch.zeros(8, 3, 2)).tolist()
+    [0, 2, 4, 1, 3, 5]
+    """
+    channels, positions = weight.shape[1], math.prod(weight.shape[2:])
+    if positions == 1:
+        return None
+    return torch.arange(channels * positions, device=weight.device).view(channels, positions).t().flatten()
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How the kernels of a convolution go over its input; one number, or pair of numbers, for each dimension in space.
+
+    Attributes:
+        kernel: Positions of the kernel.
+        stride: Steps from one output to the next.
+        padding: Zeros before and after the input.
+        dilation: Steps from one position of the kernel to the next.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+
+    @property
+    def spans(self) -> tuple[int, ...]:
+        """How much of the padded input the kernel reaches over."""
+        return tuple(d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilation, strict=True))
+
+    def outputs(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """How many outputs there are of an input of these sizes in space."""
+        dimensions = zip(sizes, self.padding, self.spans, self.stride, strict=True)
+        return tuple((size + sum(zeros) - span) // step + 1 for size, zeros, span, step in dimensions)
+
+
+def geometry_of(
+    kernel: tuple[int, ...],
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] | str = 0,
+    dilation: int | tuple[int, ...] = 1,
+) -> Geometry:
+    """The geometry that the arguments of F.conv1d, F.conv2d and F.conv3d say.
+
+    >>> geometry_of((4,), padding="same").padding
+    ((1, 2),)
+    """
+    dilations = _for_each(dilation, kernel)
+    if padding == "same":  # an odd zero goes to the end
+        totals = [d * (k - 1) for k, d in zip(kernel, dilations, strict=True)]
+        pairs = tuple((total // 2, total - total // 2) for total in totals)
+    else:
+        pairs = tuple((zeros, zeros) for zeros in _for_each(0 if isinstance(padding, str) else padding, kernel))
+    return Geometry(kernel, _for_each(stride, kernel), pairs, dilations)
+
+
+def _for_each(value: int | tuple[int, ...], kernel: tuple[int, ...]) -> tuple[int, ...]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * len(kernel) if len(values) == 1 else values
+
+
+def patches(inputs: Tensor, geometry: Geometry, limit: int = PIECE) -> Iterator[Tensor]:
+    """What a convolution's matrix multiplies, padding included: one row for each output, in the outputs' order.
+
+    The patches of one sample are many times as large as the sample, so they are made some at a time.
+
+    Args:
+        inputs: (samples, channels, sizes...) or (channels, sizes...).
+        geometry: How the kernels go over it.
+        limit: How many elements a piece should have at most; it has one row of outputs at least.
+
+    Returns:
+        Pieces (outputs, channels * positions): whole samples, or rows of one that is larger than the limit.
+
+    >>> [piece.tolist() for piece in patches(torch.tensor([[1.0, 2.0, 3.0]]), geometry_of((2,)))]
+    [[[1.0, 2.0], [2.0, 3.0]]]
+    """
+    dims = len(geometry.kernel)
+    batch = inputs if inputs.ndim == dims + 2 else inputs[None]
+    features = batch.shape[1] * math.prod(geometry.kernel)
+    rows, *rest = geometry.outputs(tuple(batch.shape[2:]))
+    row = max(1, math.prod(rest) * features)
+    for samples in batch.split(max(1, limit // max(1, rows * row))):
+        windows = _windows(samples, geometry)
+        for some in windows.split(max(1, min(rows, limit // row)), dim=2):
+            # Feature by feature: what lies side by side in the input is then copied in one go, which is several
+            # times as fast as patch by patch.
+            order = (1, *range(2 + dims, 2 + 2 * dims), 0, *range(2, 2 + dims))
+            yield some.permute(order).reshape(features, -1).t()
+
+
+def _windows(samples: Tensor, geometry: Geometry) -> Tensor:
+    """(samples, channels, outputs..., positions...): a view of the padded samples."""
+    if any(map(any, geometry.padding)):
+        samples = F.pad(samples, [zeros for pair in reversed(geometry.padding) for zeros in pair])
+    for i, (span, step, dilation) in enumerate(zip(geometry.spans, geometry.stride, geometry.dilation, strict=True)):
+        samples = samples.unfold(2 + i, span, step)[..., ::dilation]
+    return samples
+
+
+def positions_looked_at(inputs: Tensor, geometry: Geometry) -> Iterator[Tensor]:
+    """What the matrix of a 1x1 convolution multiplies, in one piece: (positions, channels).
+
+    It steps over the padded image; what it multiplies in the padding is zero, counts for nothing and is left out.
+
+    >>> [piece.tolist() for piece in positions_looked_at(torch.tensor([[1.0, 2.0, 3.0]]), geometry_of((1,), stride=2))]
+    [[[1.0], [3.0]]]
+    """
+    steps = zip(geometry.padding, geometry.stride, strict=True)
+    looked_at = inputs[(..., *(slice(-zeros % step, None, step) for (zeros, _), step in steps))]
+    yield looked_at.movedim(-len(geometry.kernel) - 1, -1).reshape(-1, inputs.shape[-len(geometry.kernel) - 1])
+
+
+def _convolve(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], see: See) -> Any:
+    call = {**_DEFAULTS, **dict(zip(_NAMES, args, strict=False)), **kwargs}
+    inputs, weight, groups = call["input"], call["weight"], call["groups"]
+    geometry = geometry_of(tuple(weight.shape[2:]), call["stride"], call["padding"], call["dilation"])
+    outputs, channels = weight.shape[0] // groups, weight.shape[1]
+    for group in range(groups if see.holds(weight) else 0):
+        rows = slice(group * outputs, (group + 1) * outputs) if groups > 1 else None
+        own = slice(group * channels, (group + 1) * channels)
+        see(weight, inputs, rows, partial(_tokens, inputs, own, geometry), key=(geometry, group, groups))
+    return function(*args, **kwargs)
+
+
+def _tokens(inputs: Tensor, channels: slice, geometry: Geometry) -> Iterator[Tensor]:
+    own = inputs.detach()[(..., channels, *(slice(None) for _ in geometry.kernel))]
+    return positions_looked_at(own, geometry) if math.prod(geometry.kernel) == 1 else patches(own, geometry)
+
+
+PRODUCTS: dict[Callable[..., Any], Handler] = {F.conv1d: _convolve, F.conv2d: _convolve, F.conv3d: _convolve}
+"""What nn.Conv1d and so on call, and torch.conv1d and so on are."""

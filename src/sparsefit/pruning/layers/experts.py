@@ -1,0 +1,78 @@
+"""Experts of transformers 5: matrices in a stack, (experts, out, in), each multiplied by the tokens routed to it.
+
+Each matrix of a stack is seen where it is multiplied, like any other weight (`linear`); `eager_experts` has the model
+compute one expert after the other, so that there is such a product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import nn
+
+from sparsefit.pruning.layers.base import PrunableWeight, is_dense, prefixed
+
+
+def matrices(module: nn.Module, name: str = "") -> list[PrunableWeight]:
+    """The matrices of a module's stacks, expert by expert, as they are computed: "down_proj[3]"."""
+    stacks = find_stacks(module)
+    return [
+        PrunableWeight(prefixed(name, f"{attribute}[{index}]"), stack, (module,), transposed, index)
+        for index in range(max((len(stack) for _, stack, _ in stacks), default=0))
+        for attribute, stack, transposed in stacks
+    ]
+
+
+def find_stacks(module: nn.Module) -> list[tuple[str, nn.Parameter, bool]]:
+    """The stacked expert weights of one module, not of the modules in it.
+
+    Returns:
+        The name in the module, the parameter and whether it is stored (experts, in, out) instead of
+        (experts, out, in), for each; nothing if this is no module of experts whose layout is known.
+    """
+    stacks = {
+        name: parameter
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and is_dense(parameter)
+    }
+    transposed = _stored_transposed(module, stacks) if stacks else None
+    return [] if transposed is None else [(name, parameter, transposed) for name, parameter in stacks.items()]
+
+
+def _stored_transposed(module: nn.Module, stacks: Mapping[str, nn.Parameter]) -> bool | None:
+    # What transformers' decorator for modules of experts (use_experts_implementation) sets on each of them.
+    declared = getattr(module, "is_transposed", None)
+    if isinstance(declared, bool) and hasattr(module, "has_gate") and "down_proj" in stacks:
+        return declared
+    # Experts without the decorator (Llama 4, LongCat, Step 3): gate and up are twice as wide as what down takes,
+    # so the shapes fit one of the layouts only.
+    if {"gate_up_proj", "down_proj"} <= stacks.keys():
+        _, first, second = stacks["down_proj"].shape
+        layouts = {(2 * second, first): False, (second, 2 * first): True}
+        return layouts.get(tuple(stacks["gate_up_proj"].shape[1:]))
+    # One stack by itself, as in JetMoe and others after ScatterMoE, which say what its dimensions are.
+    sizes = tuple(getattr(module, name, None) for name in ("num_experts", "output_size", "input_size"))
+    return False if "weight" in stacks and tuple(stacks["weight"].shape) == sizes else None
+
+
+@contextmanager
+def eager_experts(model: nn.Module) -> Iterator[None]:
+    """Have the transformers models in a module compute their experts one after the other, by their own switch.
+
+    Models without such a switch are left alone. Everything is as before afterwards, whatever happens.
+    """
+    switchable = [
+        module
+        for module in model.modules()
+        if callable(getattr(module, "get_experts_implementation", None))
+        and callable(getattr(module, "set_experts_implementation", None))
+    ]
+    before = [(module, module.get_experts_implementation()) for module in switchable]
+    try:
+        for module in switchable:
+            module.set_experts_implementation("eager")
+        yield
+    finally:
+        for module, implementations in before:  # from the outside in: each sets the models in it, too
+            module.set_experts_implementation(implementations)

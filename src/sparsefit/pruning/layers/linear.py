@@ -1,0 +1,85 @@
+"""Linear layers: nn.Linear and its subclasses, GPT-2's Conv1D, and whatever else multiplies by their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsefit.pruning.layers.base import Handler, PrunableWeight, See, is_dense, prefixed
+from sparsefit.pruning.layers.quantized import is_bitsandbytes
+
+
+def matrices(module: nn.Module, name: str = "") -> list[PrunableWeight]:
+    """The weight of nn.Linear, (out, in), or of transformers' Conv1D (GPT-2), stored (in, out)."""
+    weight = getattr(module, "weight", None)
+    # The output projection of nn.MultiheadAttention lends its weight to a fused function and is never called.
+    if not is_dense(weight) or weight.ndim != 2 or type(module).__name__ == "NonDynamicallyQuantizableLinear":
+        return []
+    if isinstance(module, nn.Linear) and not is_bitsandbytes(module):
+        return [PrunableWeight(prefixed(name, "weight"), weight, (module,), called=True)]
+    # y = x W + b with W (in, out). Known by its name, as this needs torch alone.
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return [PrunableWeight(prefixed(name, "weight"), weight, (module,), transposed=True, called=True)]
+    return []
+
+
+def _linear(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], see: See) -> Any:
+    given = dict(zip(("input", "weight"), args, strict=False)) | dict(kwargs)
+    see(given["weight"], given["input"])
+    return function(*args, **kwargs)
+
+
+def _product(*names: str) -> Handler:
+    """The handler of a matrix product whose tensors have these names; the last two of them are multiplied."""
+
+    def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], see: See) -> Any:
+        given = dict(zip(names, args, strict=False)) | dict(kwargs)
+        _see_factors(given.get(names[-2]), given.get(names[-1]), see)
+        return function(*args, **kwargs)
+
+    return handler
+
+
+def _see_factors(left: Any, right: Any, see: See) -> None:
+    if not isinstance(left, Tensor) or not isinstance(right, Tensor):
+        return
+    first, second = _one_matrix(left), _one_matrix(right)
+    if second.ndim == 2 and see.holds(second):  # x W^T
+        see(second.mT, left)
+    elif first.ndim == 2 and see.holds(first):  # W x^T, or W times one vector
+        columns = right.mT if right.ndim > 1 else right
+        see(first, right, tokens=lambda: iter([columns.detach().reshape(-1, first.shape[1])]))
+    elif right.ndim == 3 and left.ndim in (2, 3) and see.holds(right):  # a stack of experts, each with its own tokens
+        for tokens, expert in zip(left.expand(len(right), -1, -1), right.mT, strict=True):
+            # Tokens that are routed elsewhere come as zeros (Llama 4).
+            see(expert, tokens, tokens=lambda tokens=tokens: iter([tokens[tokens.any(dim=-1)]]))
+
+
+def _one_matrix(tensor: Tensor) -> Tensor:
+    """The matrix of a batch of one; other tensors as they are."""
+    while tensor.ndim > 2 and len(tensor) == 1:
+        tensor = tensor[0]
+    return tensor
+
+
+PRODUCTS: dict[Callable[..., Any], Handler] = {
+    F.linear: _linear,
+    torch.matmul: _product("input", "other"),
+    torch.linalg.matmul: _product("input", "other"),
+    Tensor.matmul: _product("input", "other"),
+    Tensor.__matmul__: _product("input", "other"),
+    torch.mm: _product("input", "mat2"),
+    Tensor.mm: _product("input", "mat2"),
+    torch.mv: _product("input", "vec"),
+    Tensor.mv: _product("input", "vec"),
+    torch.bmm: _product("input", "mat2"),
+    Tensor.bmm: _product("input", "mat2"),
+    torch.addmm: _product("input", "mat1", "mat2"),
+    Tensor.addmm: _product("input", "mat1", "mat2"),
+    torch.baddbmm: _product("input", "batch1", "batch2"),
+    Tensor.baddbmm: _product("input", "batch1", "batch2"),
+}

@@ -1,0 +1,154 @@
+"""What pruning takes from a model, kept so that the dense model can be put back to the bit."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import IO, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsefit.pruning.layers.base import PrunableWeight, in_chunks, zero_outside_mask
+from sparsefit.pruning.layers.quantized import QuantizedWeight
+from sparsefit.pruning.masks import pack_bits, unpack_bits
+
+BUFFER = 2**26  # bytes
+
+
+class Removed(NamedTuple):
+    """The values that a mask takes from a weight: only these, and one bit a weight to say where they belong.
+
+    It is what an undo of the pruning keeps, and all that a dense teacher needs beside its pruned student.
+
+    Attributes:
+        bits: The packed mask, True = kept, in the order of the weight's elements.
+        values: Gives the removed values in that order.
+    """
+
+    bits: Tensor
+    values: Callable[[], Tensor]
+
+    @classmethod
+    def from_dense(cls, dense: Tensor, kept: Tensor) -> Removed:
+        """What a mask takes from a dense weight, held on its device."""
+        values = dense.masked_select(~kept)
+        return cls(pack_bits(kept).to(dense.device), lambda: values)
+
+    @property
+    def bytes(self) -> int:
+        """What it holds."""
+        return self.bits.nbytes + self.values().nbytes
+
+    def put_back(self, view: Tensor) -> None:
+        """Write the removed values to their places in a weight, of any strides."""
+        view.masked_scatter_(~unpack_bits(self.bits, tuple(view.shape), view.device), self.values().to(view.device))
+
+    def take_out(self, view: Tensor) -> None:
+        """Set these weights to exactly zero again."""
+        zero_outside_mask(view, unpack_bits(self.bits, tuple(view.shape), view.device))
+
+
+class Undo:
+    """Prunes weights in place and remembers what they were.
+
+    What is remembered lies where memory is less scarce than where the model is: of a GPU's weights in CPU memory, of a
+    CPU's in a temporary file (in memory where none can be written).
+
+    >>> layer = torch.nn.Linear(2, 1, bias=False).requires_grad_(False)
+    >>> weight, dense, undo = PrunableWeight("weight", layer.weight, (layer,)), layer.weight.clone(), Undo()
+    >>> undo.keep(weight, torch.tensor([[True, False]]), bits=torch.tensor([128], dtype=torch.uint8))
+    >>> undo.restore()
+    >>> torch.equal(layer.weight, dense)
+    True
+    """
+
+    def __init__(self) -> None:
+        self._back: list[Callable[[], object]] = []
+        self._shelf = _Shelf()
+
+    def keep(self, weight: PrunableWeight, mask: Tensor, bits: Tensor) -> None:
+        """Set the weights outside an (out, in) mask to zero; `bits` is the same mask, packed."""
+        if isinstance(weight, QuantizedWeight):
+            self._back.append(weight.snapshot())
+        else:
+            view = weight.view
+            gone = (v.flatten()[~kept.flatten()] for v, kept in in_chunks(view, mask.view(view.shape)))
+            removed = Removed(bits, self._shelf.put(gone))
+            self._back.append(lambda: (removed.put_back(weight.view), weight.changed()))
+        weight.keep(mask)
+
+    def write(self, weight: PrunableWeight, values: Tensor) -> None:
+        """Put new (out, in) values in the place of the weights."""
+        if isinstance(weight, QuantizedWeight):
+            self._back.append(weight.snapshot())
+        else:
+            dense = self._shelf.put([weight.matrix()])
+            self._back.append(lambda: weight.write(dense().view(weight.shape)))
+        weight.write(values)
+
+    def restore(self) -> None:
+        """Make the model dense again, to the bit. An interrupt while this goes on is held back until it is done."""
+        while not _done(self._back):
+            continue
+        self._back = []
+
+
+class _Shelf:
+    """Values put away until they are needed again, if ever."""
+
+    def __init__(self) -> None:
+        self._file: IO[bytes] | None = None
+        self._buffer: Tensor | None = None
+
+    def put(self, pieces: Iterable[Tensor]) -> Callable[[], Tensor]:
+        """Put a copy of values away, piece by piece; what is returned gives all of them back, flat."""
+        there = [self._put_one(piece) for piece in pieces]
+        return lambda: torch.cat([give().flatten() for give in there])
+
+    def _put_one(self, values: Tensor) -> Callable[[], Tensor]:
+        if values.device.type != "cpu":
+            on_cpu = self._on_cpu(values.flatten())
+            return lambda: on_cpu
+        with suppress(OSError):  # no folder for temporary files, or a full disk
+            return self._put_into_file(values.contiguous())
+        copy = values.clone()
+        return lambda: copy
+
+    def _on_cpu(self, values: Tensor) -> Tensor:
+        """A copy in CPU memory, by way of a small buffer that a GPU writes to directly: ten times as fast as `.cpu()`,
+        which fills fresh memory with one thread."""
+        if values.device.type != "cuda":
+            return values.to("cpu")
+        if self._buffer is None:
+            self._buffer = torch.empty(BUFFER, dtype=torch.uint8, pin_memory=True)
+        there, source = torch.empty(values.nbytes, dtype=torch.uint8), values.view(torch.uint8)
+        for part, target in zip(source.split(BUFFER), there.split(BUFFER), strict=True):
+            target.copy_(self._buffer[: len(part)].copy_(part))
+        return there.view(values.dtype)
+
+    def _put_into_file(self, values: Tensor) -> Callable[[], Tensor]:
+        self._file = self._file or tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the shelf is)
+        file, position = self._file, self._file.seek(0, os.SEEK_END)
+        file.write(values.flatten().view(torch.uint8).numpy())
+        file.flush()
+        size, dtype = values.nbytes, values.dtype
+
+        def read() -> Tensor:
+            file.seek(position)
+            found = bytearray(file.read(size))
+            return torch.frombuffer(found, dtype=dtype) if found else torch.empty(0, dtype=dtype)
+
+        return read
+
+
+def _done(acts: Iterable[Callable[[], object]]) -> bool:
+    """Do all of it, the last first; False if an interrupt came, after which it is to be done from the start."""
+    try:
+        for act in reversed(list(acts)):
+            act()
+    except KeyboardInterrupt:
+        return False
+    return True
