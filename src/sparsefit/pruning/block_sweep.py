@@ -50,6 +50,13 @@ def sweepable(
 
     Raises:
         NotSweepable: if the blocks cannot be run one by one; the message says why.
+
+    >>> import torch
+    >>> from sparsefit.pruning.layers import matrices_of
+    >>> block = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    >>> model = nn.Sequential(block, nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+    >>> sweepable(list(model), matrices_of(block[0], "0.0"), lambda: model(torch.ones(1, 2))).uses
+    Counter({('0.0.weight', None): 1})
     """
     by_block = _weights_by_block(blocks, weights)
     if not by_block:

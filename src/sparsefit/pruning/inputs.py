@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsefit.errors import CalibrationError
 from sparsefit.pruning.calibration import MicroBatch
+from sparsefit.pruning.finite import check_finite
 from sparsefit.pruning.layers.base import PrunableWeight
 from sparsefit.pruning.ranks import errors_on_all_ranks, from_all, is_distributed
 from sparsefit.pruning.statistics import InputStatistics, added_up
@@ -71,6 +71,13 @@ def input_groups(weights: Sequence[PrunableWeight], parts: Mapping[str, list[Par
     Args:
         weights: In the order of the model.
         parts: Their statistics; a weight without any is a group of its own.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> query, key = (PrunableWeight(name, nn.Parameter(torch.ones(2, 3)), ()) for name in ("query", "key"))
+    >>> shared = Part(slice(0, 2), InputStatistics(3, torch.device("cpu")))
+    >>> [group.weights == [query, key] for group in input_groups([query, key], {"query": [shared], "key": [shared]})]
+    [True]
     """
     groups: list[InputGroup] = []
     for weight in weights:
@@ -108,6 +115,13 @@ def collect(
 
     Raises:
         CalibrationError: if an input is not finite; names the layer and the calibration batch.
+
+    >>> import torch
+    >>> from sparsefit.pruning.layers import matrices_of
+    >>> layer, data = torch.nn.Linear(2, 3), [MicroBatch(torch.tensor([[3.0, 4.0]]), origin=(0,))]
+    >>> parts = collect(matrices_of(layer), (), data, lambda number: layer(data[number].data), note=print)
+    >>> parts["weight"][0].statistics["squared_norm"]
+    tensor([ 9., 16.])
     """
     with errors_on_all_ranks():
         collector = InputCollector(weights, kinds, until)
@@ -115,7 +129,10 @@ def collect(
         if not collector.all_finite():
             checking = InputCollector(weights, ("squared_norm",), until, check=True)
             _run_all(checking, data, run)
-            raise CalibrationError(_TOO_LARGE)
+            raise CalibrationError(
+                "the inputs of the model's layers are finite one by one, but their squares add up to more than float32 "
+                "holds. The model was left as it was; look at the calibration data, or scale it down"
+            )
     for sentence in sorted(collector.notes):
         note(sentence)
     return collector.parts()
@@ -272,11 +289,7 @@ class InputCollector:
     def all_finite(self) -> bool:
         """Whether all inputs were: looked at once, so that no pass waits for it."""
         self._settle()
-        finite = [shared.statistics.is_finite() for shared in self._shared.values()]
-        by_device: dict[torch.device, list[Tensor]] = {}
-        for flag in finite:
-            by_device.setdefault(flag.device, []).append(flag)
-        return all(bool(torch.stack(flags).all()) for flags in by_device.values())
+        return all(bool(shared.statistics.is_finite()) for shared in self._shared.values())
 
     def parts(self) -> Parts:
         """The statistics of every weight, added up over all ranks of a distributed run."""
@@ -320,37 +333,3 @@ def _parts_of(
             return [Part(slice(0, size), InputStatistics(weight.shape[1], weight.device, kinds))]
         parts.append(Part(slice(start, stop), covering[0] if len(covering) == 1 else added_up(covering)))
     return parts
-
-
-def _finite_samples(seen: Seen, count: int) -> list[bool] | None:
-    """Of each sample whether all its tokens are finite; None where the samples do not come one after the other."""
-    # The tokens of packed sequences come step by step, and those of an expert in an order of their own.
-    if seen.weight.index is not None or (seen.inputs.ndim == 2 and isinstance(seen.weight.layers[0], nn.RNNBase)):
-        return None
-    finite = torch.cat([tokens.float().square().isfinite().all(dim=1) for tokens in seen.tokens()])
-    return finite.reshape(count, -1).all(dim=1).tolist() if count and len(finite) % count == 0 else None
-
-
-def check_finite(tokens: Tensor, seen: Seen, batch: MicroBatch | None) -> None:
-    """Check the (tokens, in) inputs of one weight.
-
-    Raises:
-        CalibrationError: naming the layer and the calibration batch.
-    """
-    if bool(tokens.float().square().isfinite().all()):
-        return
-    origin = batch.origin if batch is not None else ()
-    samples = _finite_samples(seen, len(origin))
-    if samples is not None:
-        origin = tuple(number for number, fine in zip(origin, samples, strict=True) if not fine)[:1] or origin
-    batches = " or ".join(map(str, dict.fromkeys(origin))) or "?"
-    raise CalibrationError(
-        f"the inputs of {seen.weight.name} are NaN or infinite in calibration batch {batches}. The model was left as "
-        "it was; look at that batch, or run the model in float32 or bfloat16 if it overflows in float16"
-    )
-
-
-_TOO_LARGE = (
-    "the inputs of the model's layers are finite one by one, but their squares add up to more than float32 holds. The "
-    "model was left as it was; look at the calibration data, or scale it down"
-)

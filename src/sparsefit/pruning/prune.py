@@ -57,26 +57,26 @@ def prune(
     with torch.no_grad(), evaluating(model), run.undone_by_errors():
         data = run.calibration_data(batches, forward)
         if run.takes_one_pass:
-            prune_in_one_pass(run, data, forward_of(model, forward))
+            _in_one_pass(run, data, forward_of(model, forward))
         else:
-            prune_block_by_block(run, data, forward_of(model, forward))
+            _block_by_block(run, data, forward_of(model, forward))
     return run.result
 
 
-def prune_in_one_pass(run: PruningRun, data: Sequence[MicroBatch], forward: Forward) -> None:
+def _in_one_pass(run: PruningRun, data: Sequence[MicroBatch], forward: Forward) -> None:
     """All weights, from statistics of the dense network (the paper's order for image classifiers)."""
     parts = run.collect_whole(run.weights, run.config.statistics, data, forward) if run.config.needs_inputs else {}
-    prune_all(run, parts)
+    _prune_all(run, parts)
 
 
-def prune_all(run: PruningRun, parts: Parts) -> None:
+def _prune_all(run: PruningRun, parts: Parts) -> None:
     """All weights, from statistics that were taken before."""
     run.allocate(parts)
     for group in input_groups(run.weights, parts):
-        prune_group(run, group)
+        _prune_group(run, group)
 
 
-def prune_block_by_block(run: PruningRun, data: Sequence[MicroBatch], forward: Forward) -> None:
+def _block_by_block(run: PruningRun, data: Sequence[MicroBatch], forward: Forward) -> None:
     """One block after the other, each from what the pruned blocks before it give (the paper's order for language
     models); what is in no block comes last.
 
@@ -94,15 +94,15 @@ def prune_block_by_block(run: PruningRun, data: Sequence[MicroBatch], forward: F
         for block in sweep.turns():
             parts = run.collect(block.weights, data, block.run_dense if dense else block.run, block.ends_after)
             for group in input_groups(block.weights, parts):
-                prune_group(run, group)
+                _prune_group(run, group)
             block.advance()
     if not dense:
         rest = run.collect_whole(run.outside(), run.config.statistics, data, forward)
     for group in input_groups(run.outside(), rest):
-        prune_group(run, group)
+        _prune_group(run, group)
 
 
-def prune_group(run: PruningRun, group: InputGroup) -> None:
+def _prune_group(run: PruningRun, group: InputGroup) -> None:
     """Score, mask, (refine,) (update,) and apply: the weights that see the same inputs."""
     config, values = run.config, None
     steps = Steps(group, config, run.counts, run.result.note)
@@ -178,6 +178,6 @@ def prune_from_statistics(
     run = PruningRun(model, config, progress)
     statistics.check(run.weights, config)
     with torch.no_grad(), run.undone_by_errors():
-        prune_all(run, {weight.name: statistics.parts.get(weight.name, []) for weight in run.weights})
+        _prune_all(run, {weight.name: statistics.parts.get(weight.name, []) for weight in run.weights})
     run.result.samples = statistics.samples if config.needs_inputs else 0
     return run.result

@@ -94,7 +94,7 @@ class PruningRun:
         passes = 1
         if not self.takes_one_pass:
             of_blocks = 1 if self.config.update == "none" else 2
-            passes = of_blocks * sum(map(len, self._block_lists)) + len(self._block_lists)
+            passes = of_blocks * sum(map(len, self._block_lists)) + len(self._block_lists) or 1
             passes += self.config.allocation == "owl"
         self._steps_in_all = passes * len(data) + 1  # the last step is that all is done
         return data

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparsefit.errors import CalibrationError, ConfigError
 from sparsefit.pruning.config import PruningConfig
+from sparsefit.pruning.finite import all_finite
 from sparsefit.pruning.inputs import InputGroup
 from sparsefit.pruning.layers.base import PrunableWeight
 from sparsefit.pruning.layers.convolution import channels_side_by_side
@@ -27,7 +28,6 @@ from sparsefit.pruning.refinement import swap
 from sparsefit.pruning.scores import SCORES, Score, sparsegpt_score
 from sparsefit.pruning.selection import Granularity, Products, Scores, select, select_count, select_n_of_m
 from sparsefit.pruning.statistics import InputStatistics
-from sparsefit.pruning.targets import all_finite
 
 ByWeight = dict[str, Tensor]  # (out, in) tensors by the name of the weight
 
@@ -246,7 +246,11 @@ def _share_of_rows(count: int | None, matrix: Tensor, rows: slice) -> int | None
 
 
 def describe_unseen(names: list[str]) -> list[str]:
-    """A sentence for the report on each parameter whose weights, or some experts of which, saw no token."""
+    """A sentence for the report on each parameter whose weights, or some experts of which, saw no token.
+
+    >>> describe_unseen(["experts.down_proj[1]", "experts.down_proj[3]"])[0][:48]
+    'experts.down_proj of the experts 1, 3 saw no cal'
+    """
     experts: dict[str, list[str]] = {}
     for name in names:
         parameter, _, number = name.removesuffix("]").partition("[")
@@ -254,5 +258,5 @@ def describe_unseen(names: list[str]) -> list[str]:
     described = []
     for parameter, numbers in experts.items():
         which = f"{parameter} of the experts {', '.join(numbers)}" if numbers else parameter
-        described.append(f"{which} saw no calibration token (its layer was called with none); pruned by magnitude")
+        described.append(f"{which} saw no calibration token (no product with it was seen); pruned by magnitude")
     return described

@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from sparsefit.errors import ConfigError
 from sparsefit.pruning.config import Pattern, PruningConfig
+from sparsefit.pruning.finite import all_finite
 from sparsefit.pruning.layers import matrices_of, reason_left_dense
 from sparsefit.pruning.layers.base import PrunableWeight
 from sparsefit.pruning.layers.quantized import awaits_quantization
@@ -19,11 +20,6 @@ from sparsefit.pruning.naming import base_modules, copied_modules, layer_name, m
 
 EXCLUDED = "excluded by the configuration"
 HEAD_NAMES = frozenset({"lm_head", "head", "classifier", "score", "embed_out", "output_projection", "qa_outputs"})
-
-
-def all_finite(values: Tensor) -> bool:
-    """Whether no element is NaN or infinite; without a temporary of their size."""
-    return not values.numel() or bool(torch.stack(values.aminmax()).isfinite().all())
 
 
 def find_weights(
@@ -43,6 +39,11 @@ def find_weights(
     Raises:
         ConfigError: if nothing would be pruned, a target does not exist, N:M does not divide a width, or weights
             are NaN or infinite.
+
+    >>> model = nn.ModuleDict({"body": nn.Linear(4, 8), "head": nn.Linear(8, 2)})
+    >>> weights, left_dense = find_weights(model, [], PruningConfig())
+    >>> [weight.name for weight in weights], left_dense
+    (['body.weight'], {'head.weight': 'output layer'})
     """
     candidates = [w for name, module in base_modules(model).items() for w in matrices_of(module, name)]
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]

@@ -98,6 +98,12 @@ def watching(weights: Iterable[PrunableWeight], record: Callable[[Seen], None]) 
 
     A layer that is called and whose product is not seen, as bitsandbytes computes it in kernels of its own, counts
     with what it was called with. All hooks are gone afterwards, whatever happens.
+
+    >>> layer, seen = nn.Linear(2, 3), []
+    >>> with watching([PrunableWeight("weight", layer.weight, (layer,))], seen.append):
+    ...     _ = layer(torch.ones(5, 2))
+    >>> [(what.weight.name, what.inputs.shape) for what in seen]
+    [('weight', torch.Size([5, 2]))]
     """
     weights = list(weights)
     called: dict[int, Tensor] = {}  # by layer, the input of the call under way, until its product is seen
@@ -132,7 +138,11 @@ def watching(weights: Iterable[PrunableWeight], record: Callable[[Seen], None]) 
 
 
 def version_of(tensor: Tensor) -> int:
-    """A number that grows when a tensor is changed in place (0 for inference tensors, which keep none)."""
+    """A number that grows when a tensor is changed in place (0 for inference tensors, which keep none).
+
+    >>> version_of(torch.ones(2).add_(1).add_(1))
+    2
+    """
     return 0 if tensor.is_inference() else tensor._version
 
 
