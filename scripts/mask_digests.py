@@ -15,6 +15,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ METHODS: list[dict[str, Any]] = [
     {"reconstruction": "iterative", "allocation": "owl"},
 ]
 Subject = tuple[Callable[[], nn.Module], list[Any]]
+load = transformers.AutoModelForCausalLM.from_pretrained
 
 
 def subjects(data: Path | None) -> Iterator[tuple[str, Subject]]:
@@ -72,15 +74,15 @@ def subjects(data: Path | None) -> Iterator[tuple[str, Subject]]:
         yield name, (make, [{"input_ids": ids}])
     for name in MODELS:
         yield name, (lambda name=name: image_model(name), [images()])
-    plain = lambda: spread_weights(nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 2))  # noqa: E731
-    yield "nn.TransformerEncoder", (plain, [torch.randn(6, 5, 16, generator=torch.Generator().manual_seed(3))])
-    folders = [ROOT / "src/sparsefit/assets/tiny_llama", *([data / "tinystories656K"] if data and (data / "tinystories656K").is_dir() else [])]
-    text = "\n".join(sorted(p.read_text() for p in (ROOT / "src/sparsefit/data").glob("*.py")))
-    for folder in folders:
+    plain = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    tokens = torch.randn(6, 5, 16, generator=torch.Generator().manual_seed(3))
+    yield "nn.TransformerEncoder", (lambda: spread_weights(nn.TransformerEncoder(plain, 2)), [tokens])
+    folders = [ROOT / "src/sparsefit/assets/tiny_llama", *([data / "tinystories656K"] if data else [])]
+    text = "\n".join(sorted(path.read_text() for path in (ROOT / "src/sparsefit/data").glob("*.py")))
+    for folder in filter(Path.is_dir, folders):
         tokens = torch.tensor(load_tokenizer(str(folder))(text, verbose=False)["input_ids"][: 8 * 64]).view(8, 64)
-        load = transformers.AutoModelForCausalLM.from_pretrained
         for dtype in (torch.float32, torch.bfloat16):
-            yield f"{folder.name} {dtype}", (lambda f=folder, d=dtype: load(f, dtype=d), [{"input_ids": tokens}])
+            yield f"{folder.name} {dtype}", (partial(load, folder, dtype=dtype), [{"input_ids": tokens}])
 
 
 def digests(data: Path | None, only: str) -> dict[str, dict[str, str]]:

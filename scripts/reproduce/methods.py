@@ -68,8 +68,6 @@ METHODS: dict[str, Settings] = {
     "Wanda, least squares": {"reconstruction": "least_squares"},
     "Wanda, 10 swaps, least squares": {"swaps": 10, "reconstruction": "least_squares"},
     "Wanda, OWL, 10 swaps, least squares": {"allocation": "owl", "swaps": 10, "reconstruction": "least_squares"},
-    "SparseGPT, layer order": SPARSEGPT | {"update": "layer"},
-    "Wanda, 10 swaps, least squares, layer order": {"swaps": 10, "reconstruction": "least_squares", "update": "layer"},
 }
 SCORES = {"magnitude": "magnitude", "SparseGPT's score": "sparsegpt", "Wanda": "wanda"}
 GROUPS = ["layer", "input", "(input, 128)", "output", "(output, 128)"]
@@ -111,7 +109,7 @@ TABLES: dict[str, Table] = {
             ("SparseGPT", SPARSEGPT),
             ("Wanda, 10 swaps, least squares", METHODS["Wanda, 10 swaps, least squares"]),
         )
-        for order in ("none", "block", "layer")
+        for order in ("none", "block")
     },
     "allocation": {
         name: {f"{share:.0%}": {"allocation": how, "sparsity": share} for share in (0.5, 0.6, 0.7, 0.8)}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sparsefit.pruning import reconstruction, refinement
-from sparsefit.pruning.reconstruction import inverse_factor, prune_iteratively, update_sequentially
+from sparsefit.pruning.reconstruction import inverse_factor, prune_iteratively, prune_n_of_m, update_sequentially
 from sparsefit.pruning.selection import Products, select_n_of_m
 
 pytest.importorskip("triton", reason="Triton is not installed; the tensor operations are tested without it")
@@ -24,7 +24,8 @@ runs_kernels = pytest.mark.skipif(
 )
 
 if DEVICE == "cuda" or INTERPRETED:
-    from sparsefit.pruning import kernels
+    from sparsefit.pruning import selection_kernels as kernels
+    from sparsefit.pruning import update_kernels
 
 
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernels run in this process")
@@ -71,10 +72,15 @@ def test_rows_lose_their_smallest_scores(shape, kind, dtype):
     weight, factor = matrix(kind, shape, dtype), factor_of(kind, shape[1])
     for count in (1, shape[1] // 2, shape[1] - 1):
         for products in (Products(weight), Products(weight, factor)):
-            found = kernels.mask_of_smallest(*on_device(*products), count, magnitude=True)
+            found = kernels.mask_of_smallest(*operands(products), count)
             assert torch.equal(found.cpu(), mask_of_stable_sort(products.scores(), count))
-        found = kernels.mask_of_smallest(*on_device(weight, None), count, magnitude=False)
+        found = kernels.mask_of_smallest(*on_device(weight, None), count)
         assert torch.equal(found.cpu(), mask_of_stable_sort(weight.float(), count))
+
+
+def operands(products: Products) -> list[torch.Tensor]:
+    """The values and the factor of their magnitudes, of which a single one is repeated."""
+    return on_device(products.weight, torch.ones(1) if products.factor is None else products.factor)
 
 
 def on_device(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
@@ -84,7 +90,7 @@ def on_device(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
 @runs_kernels
 def test_groups_of_rows_repeat_the_factor():
     weight, factor = matrix("tied", (6, 40), torch.bfloat16), factor_of("tied", 40)
-    found = kernels.mask_of_smallest(*on_device(weight.view(2, 120), factor), 50, magnitude=True)
+    found = kernels.mask_of_smallest(*on_device(weight.view(2, 120), factor), 50)
     assert torch.equal(found.cpu(), mask_of_stable_sort(Products(weight, factor).scores().view(2, 120), 50))
     assert torch.equal(Products(weight.view(2, 120), factor).scores(), Products(weight, factor).scores().view(2, 120))
 
@@ -101,9 +107,9 @@ def test_long_rows_lose_their_smallest_scores(monkeypatch, shape, kind, dtype):
         weight = matrix("random", shape, torch.float32).mul(30).round().to(dtype)
     for count in (1, shape[1] // 2):
         for products in (Products(weight), Products(weight, factor)):
-            found = kernels.mask_of_smallest(*on_device(*products), count, magnitude=True)
+            found = kernels.mask_of_smallest(*operands(products), count)
             assert torch.equal(found.cpu(), mask_of_stable_sort(products.scores(), count))
-        found = kernels.mask_of_smallest(*on_device(weight, None), count, magnitude=False)
+        found = kernels.mask_of_smallest(*on_device(weight, None), count)
         assert torch.equal(found.cpu(), mask_of_stable_sort(weight.float(), count))
 
 
@@ -117,7 +123,7 @@ def test_long_rows_of_equal_or_far_scores(monkeypatch, kind):
     elif kind == "wide":  # the range of the sample is nearly all there is
         values = values.sign() * 10.0 ** (values * 20)
     for count in (1, 9_000, 10_100):
-        found = kernels.mask_of_smallest(values.to(DEVICE), None, count, magnitude=False)
+        found = kernels.mask_of_smallest(values.to(DEVICE), None, count)
         assert torch.equal(found.cpu(), mask_of_stable_sort(values, count))
 
 
@@ -127,12 +133,9 @@ def test_a_sample_may_mislead(monkeypatch, sign):
     monkeypatch.setattr(kernels, "WIDEST_ROW", 1000)
     monkeypatch.setattr(kernels, "SAMPLE", 256)
     values = torch.arange(39_936.0)[None]
-    step = 156
-    while step % 2 == 0 or step % 3 == 0 or step % 13 == 0:  # the sample's is the next that fits the row's length
-        step += 1
-    values[:, ::step] += sign * 1e6
-    for count in (5_000, 20_000, 35_000):
-        found = kernels.mask_of_smallest(values.to(DEVICE), None, count, magnitude=False)
+    values[:, :: 39_936 // 256 | 1] += sign * 1e6
+    for count in (1, 5_000, 20_000, 35_000, 39_936):
+        found = kernels.mask_of_smallest(values.to(DEVICE), None, count)
         assert torch.equal(found.cpu(), mask_of_stable_sort(values, count))
 
 
@@ -144,22 +147,20 @@ def test_groups_lose_their_smallest_scores(pattern, kind, dtype):
     n, m = map(int, pattern.split(":"))
     weight, factor = matrix(kind, (5, 6 * m), dtype), factor_of(kind, 6 * m)
     for products in (Products(weight), Products(weight, factor)):
-        found = kernels.n_of_m(*on_device(*products), n, m, magnitude=True)
+        found = kernels.n_of_m(*operands(products), n, m)
         assert torch.equal(found.cpu(), select_n_of_m(products.scores(), n, m))
-    found = kernels.n_of_m(*on_device(weight, None), n, m, magnitude=False)
+    found = kernels.n_of_m(*on_device(weight, None), n, m)
     assert torch.equal(found.cpu(), select_n_of_m(weight, n, m))
 
 
 @runs_kernels
 def test_matrices_need_not_be_contiguous_and_may_be_empty():
     weight = matrix("tied", (64, 12), torch.float32).t()
-    found = kernels.mask_of_smallest(weight.to(DEVICE), None, 20, magnitude=True)
-    assert torch.equal(found.cpu(), mask_of_stable_sort(weight.abs(), 20))
-    assert torch.equal(
-        kernels.n_of_m(weight.to(DEVICE), None, 2, 4, magnitude=True).cpu(), select_n_of_m(weight.abs(), 2, 4)
-    )
-    assert kernels.n_of_m(torch.ones(0, 8, device=DEVICE), None, 2, 4, magnitude=True).shape == (0, 8)
-    assert kernels.mask_of_smallest(torch.ones(0, 8, device=DEVICE), None, 2, magnitude=True).shape == (0, 8)
+    found = kernels.mask_of_smallest(weight.to(DEVICE), None, 20)
+    assert torch.equal(found.cpu(), mask_of_stable_sort(weight, 20))
+    assert torch.equal(kernels.n_of_m(weight.to(DEVICE), None, 2, 4).cpu(), select_n_of_m(weight, 2, 4))
+    assert kernels.n_of_m(torch.ones(0, 8, device=DEVICE), None, 2, 4).shape == (0, 8)
+    assert kernels.mask_of_smallest(torch.ones(0, 8, device=DEVICE), None, 2).shape == (0, 8)
 
 
 def layer(outputs: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -172,24 +173,25 @@ def layer(outputs: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor, torch.
     return weight, scores > scores.median(), tokens.T @ tokens
 
 
+def factor_on_device(factor: reconstruction.Factor) -> reconstruction.Factor:
+    return factor._replace(upper=factor.upper.to(DEVICE), dead=factor.dead.to(DEVICE))
+
+
 @runs_kernels
 @pytest.mark.parametrize(("outputs", "inputs", "block_size"), [(20, 50, 16), (3, 40, 1), (17, 72, 128)])
-def test_the_sweep_is_the_loop_over_columns(outputs, inputs, block_size):
+def test_the_sweep_is_the_loop_over_columns(monkeypatch, outputs, inputs, block_size):
     weight, mask, gram = layer(outputs, inputs)
     factor = inverse_factor(gram)
     expected = update_sequentially(weight, mask, factor, block_size)
-    weight, mask, upper = on_device(weight, mask, factor.upper)
-    kept, found = reconstruction._sweep_by_kernel(
-        kernels, weight, upper, block_size, choose=lambda _, columns, __: mask[:, columns]
-    )
+    monkeypatch.setattr(reconstruction, "triton_works", lambda device: True)
+    found = update_sequentially(*on_device(weight, mask), factor_on_device(factor), block_size)
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-5)
-    assert torch.equal(kept, mask)
-    assert (found[~mask] == 0).all()
+    assert (found.cpu()[~mask] == 0).all()
 
 
 @runs_kernels
 @pytest.mark.parametrize(("n", "m", "block_size"), [(2, 4, 16), (4, 8, 32), (2, 5, 10), (1, 2, 2)])
-def test_the_sweep_chooses_groups_as_they_come(n, m, block_size):
+def test_the_sweep_chooses_groups_as_they_come(monkeypatch, n, m, block_size):
     weight, _, gram = layer(19, 40)
     factor = inverse_factor(gram)
 
@@ -197,8 +199,8 @@ def test_the_sweep_chooses_groups_as_they_come(n, m, block_size):
         return select_n_of_m(weights.square() / diagonal.square(), n, m)
 
     mask, expected = prune_iteratively(weight, factor, choose, block_size, m)
-    weight, upper = on_device(weight, factor.upper)
-    kept, found = reconstruction._sweep_by_kernel(kernels, weight, upper, block_size, pattern=(n, m))
+    monkeypatch.setattr(reconstruction, "triton_works", lambda device: True)
+    kept, found = prune_n_of_m(weight.to(DEVICE), factor_on_device(factor), n, m, block_size)
     assert torch.equal(kept.cpu(), mask)
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-5)
 
@@ -210,7 +212,7 @@ def test_the_best_pair_is_found(inputs):
     rows = refinement._start(torch.arange(9), weight.double(), mask, gram.double())
     changes = refinement._changes(rows)
     reach = refinement._strongest_correlation(gram)
-    added, removed = kernels.best_pair(*on_device(*changes, gram, reach), refinement.GRID)
+    added, removed = update_kernels.best_pair(*on_device(*changes, gram, reach), refinement.GRID)
     gain, loss, value = changes
     change = gain[:, :, None] + loss[:, None, :] - 2 * value[:, :, None] * value[:, None, :] * gram
     best, place = change.flatten(1).min(dim=1)

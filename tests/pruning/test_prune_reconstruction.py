@@ -22,7 +22,8 @@ from reference import (
 from torch import Tensor, nn
 
 from sparsefit import PruningConfig, prune
-from sparsefit.pruning.reconstruction import inverse_factor, least_squares, update_sequentially
+from sparsefit.pruning.least_squares import least_squares
+from sparsefit.pruning.reconstruction import inverse_factor, update_sequentially
 from sparsefit.pruning.refinement import swap
 
 METHODS = ["sequential", "iterative", "least_squares"]

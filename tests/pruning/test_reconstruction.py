@@ -5,14 +5,14 @@ import pytest
 import torch
 
 from sparsefit.errors import CalibrationError
-from sparsefit.pruning import reconstruction
+from sparsefit.pruning import least_squares as least_squares_module
+from sparsefit.pruning.gram import reconstruction_error, unit_gram
+from sparsefit.pruning.least_squares import _solve_together, least_squares
 from sparsefit.pruning.reconstruction import (
     inverse_diagonal,
     inverse_factor,
-    least_squares,
     prune_iteratively,
     prune_n_of_m,
-    reconstruction_error,
     update_sequentially,
 )
 
@@ -287,7 +287,7 @@ def test_memory_for_temporaries_does_not_change_the_solution(monkeypatch):
     gram = gram_of(real_like_inputs(40))
     whole, _ = least_squares(weight, mask, gram)
     for limit in (1, 100_000):
-        monkeypatch.setattr(reconstruction, "TEMPORARY_BYTES", limit)
+        monkeypatch.setattr(least_squares_module, "TEMPORARY_BYTES", limit)
         assert_close(least_squares(weight, mask, gram)[0], whole.double().numpy(), 1e-5)
 
 
@@ -348,10 +348,10 @@ def test_rows_solved_together_come_within_a_percent_of_the_exact_solution(power,
     gram = tokens.T @ tokens
     weight, mask = layer(24, inputs)
     mask[0], mask[1] = True, False
-    monkeypatch.setattr(reconstruction, "ROWS_TOGETHER", 10)
-    monkeypatch.setattr(reconstruction, "STRONG_DIRECTIONS", 16)
+    monkeypatch.setattr(least_squares_module, "ROWS_TOGETHER", 10)
+    monkeypatch.setattr(least_squares_module, "STRONG_DIRECTIONS", 16)
     exact, _ = least_squares(weight, mask, gram, damping)
-    found = reconstruction._least_squares_together(weight, mask, reconstruction._unit_gram(gram)[0], damping)
+    found = _solve_together(weight, mask, unit_gram(gram)[0], damping)
     assert (found[~mask] == 0).all()
     assert torch.equal(found[0], weight[0])
     lowest, reached = (reconstruction_error(weight, values, gram) for values in (exact, found))
@@ -361,12 +361,10 @@ def test_rows_solved_together_come_within_a_percent_of_the_exact_solution(power,
 
 def test_rows_solved_together_keep_what_no_change_makes_better():
     weight, mask = layer(4, 10)
-    assert torch.equal(
-        reconstruction._least_squares_together(weight, mask, torch.eye(10, dtype=torch.float64), 0.0), weight * mask
-    )
+    assert torch.equal(_solve_together(weight, mask, torch.eye(10, dtype=torch.float64), 0.0), weight * mask)
     dead = gram_of(real_like_inputs(10))
     dead[3], dead[:, 3] = 0, 0
-    solved = reconstruction._least_squares_together(weight, mask, reconstruction._unit_gram(dead)[0], 0.0)
+    solved = _solve_together(weight, mask, unit_gram(dead)[0], 0.0)
     assert solved.isfinite().all()
     torch.testing.assert_close(solved[:, 3], weight[:, 3] * mask[:, 3])
 
@@ -396,7 +394,7 @@ def test_n_of_m_is_the_loop_with_sparsegpts_score(n, m):
 def test_a_gpu_comes_to_the_results_of_the_cpu(dtype, monkeypatch):
     weight, mask = layer(40, 300, dtype)
     gram = gram_of(real_like_inputs(300, tokens=900))
-    monkeypatch.setattr(reconstruction, "DIRECT_WORK", 0)  # all rows together
+    monkeypatch.setattr(least_squares_module, "DIRECT_WORK", 0)  # all rows together
     outcomes = []
     for device in ("cpu", "cuda"):
         weight, mask, gram = weight.to(device), mask.to(device), gram.to(device)

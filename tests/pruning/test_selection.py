@@ -12,8 +12,8 @@ from torch import nn
 
 from sparsefit import PruningConfig, prune
 from sparsefit.errors import ConfigError
+from sparsefit.pruning.granularity import Granularity
 from sparsefit.pruning.selection import (
-    Granularity,
     Products,
     mask_of_smallest,
     select,

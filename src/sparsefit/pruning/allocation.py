@@ -27,16 +27,19 @@ def allocate(
 
     Args:
         weights: The dense weights.
-        config: Its `allocation`, `sparsity`, `owl_threshold` and `owl_spread` are used.
+        config: What the allocation is.
         groups: For OWL, the block of each weight.
         parts: For OWL, the statistics of the inputs of each weight in the dense network.
 
     Raises:
         ConfigError: if a mapping does not fit the weights or the total.
+
+    >>> allocate([PrunableWeight("fc", Tensor(4, 5), ())], PruningConfig(sparsity=0.25, allocation="uniform"))
+    {'fc': 5}
     """
-    sizes = {weight.name: weight.shape[0] * weight.shape[1] for weight in weights}
     if config.allocation is None:
         return {}
+    sizes = {weight.name: weight.shape[0] * weight.shape[1] for weight in weights}
     if config.allocation == "uniform":
         return uniform(sizes, config.exact_sparsity)
     if config.allocation != "owl":
@@ -44,27 +47,23 @@ def allocate(
     outliers = {}
     for group in dict.fromkeys(groups.values()):
         members = [weight for weight in weights if groups[weight.name] == group]
-        outliers[group] = outlier_share(
-            [
-                wanda_score(weight.matrix()[part.rows], part.statistics["squared_norm"])
-                for weight in members
-                for part in parts[weight.name]
-            ],
-            config.owl_threshold,
-        )
+        scores = [
+            wanda_score(weight.matrix()[part.rows], part.statistics["squared_norm"])
+            for weight in members
+            for part in parts[weight.name]
+        ]
+        outliers[group] = outlier_share(scores, config.owl_threshold)
     return owl(sizes, groups, outliers, config.exact_sparsity, config.owl_spread)
 
 
 def uniform(sizes: Mapping[str, int], sparsity: Fraction) -> dict[str, int]:
-    """The same share of every matrix, rounded so that floor(sparsity * all weights) go in all.
+    """The same share of every matrix, by their sizes, rounded so that floor(sparsity * all weights) go in all.
 
-    Args:
-        sizes: Number of weights of each matrix.
-        sparsity: Share of all weights to remove.
+    >>> uniform({"a": 3, "b": 5}, Fraction(1, 2))
+    {'a': 2, 'b': 2}
     """
-    return _rounded(
-        {name: size * sparsity for name, size in sizes.items()}, sizes, floor(sum(sizes.values()) * sparsity)
-    )
+    shares = {name: size * sparsity for name, size in sizes.items()}
+    return _rounded(shares, sizes, floor(sum(sizes.values()) * sparsity))
 
 
 def by_mapping(sizes: Mapping[str, int], sparsity: Fraction, given: Mapping[str, float]) -> dict[str, int]:
@@ -77,6 +76,9 @@ def by_mapping(sizes: Mapping[str, int], sparsity: Fraction, given: Mapping[str,
 
     Raises:
         ConfigError: if a name fits no layer, or the others cannot make up the total.
+
+    >>> by_mapping({"0.fc.weight": 10, "0.out.weight": 10}, Fraction(1, 2), {"fc": 0.3})
+    {'0.fc.weight': 3, '0.out.weight': 7}
     """
     shares: dict[str, Fraction] = {}
     layers = {name: layer_name(name) for name in sizes}
@@ -86,11 +88,11 @@ def by_mapping(sizes: Mapping[str, int], sparsity: Fraction, given: Mapping[str,
             raise ConfigError(f"allocation names '{pattern}', and no layer that is pruned is called that")
         shares |= {name: Fraction(str(given[pattern])) for name in fitting}
     fixed = {name: sizes[name] * share for name, share in shares.items()}
+    counts = _rounded(fixed, sizes, floor(sum(fixed.values())))
     rest = {name: size for name, size in sizes.items() if name not in shares}
     if not rest:
-        return _rounded(fixed, sizes, floor(sum(fixed.values())))
+        return counts
     total = floor(sum(sizes.values()) * sparsity)
-    counts = _rounded(fixed, sizes, floor(sum(fixed.values())))
     left = Fraction(total - sum(counts.values()), sum(rest.values()))
     if not 0 <= left < 1:
         raise ConfigError(
@@ -120,6 +122,9 @@ def owl(
         outliers: Share of outliers of each block: see `outlier_share`.
         sparsity: Share of all weights to remove.
         spread: Lambda.
+
+    >>> owl({"a": 10, "b": 10}, {"a": 0, "b": 1}, {0: 1.0, 1: 3.0}, Fraction(1, 2), spread=0.2)
+    {'a': 7, 'b': 3}
     """
     lowest, highest = min(outliers.values()), max(outliers.values())
     width = highest - lowest
@@ -144,11 +149,10 @@ def owl(
 
 
 def outlier_share(scores: list[Tensor], threshold: float = 5.0) -> float:
-    """Percentage of the scores of a block that are above `threshold` times their mean (OWL, Equation 2).
+    """Percentage of the scores of a block's matrices that are above `threshold` (M) times their mean (OWL, Equation 2).
 
-    Args:
-        scores: The scores of the block's matrices, of any shape.
-        threshold: M.
+    >>> outlier_share([Tensor([1.0, 1.0, 1.0, 9.0])], threshold=2.0)
+    25.0
     """
     count = sum(score.numel() for score in scores)
     mean = sum(float(score.double().sum()) for score in scores) / count

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsefit.pruning.calibration import map_tensors, tensors_in
-from sparsefit.pruning.layers import convolution, matrices_of
+from sparsefit.pruning.layers import matrices_of
 from sparsefit.pruning.watch import version_of
+
+_LISTS = (nn.ModuleList, nn.Sequential)
 
 
 class NotSweepable(Exception):
@@ -24,8 +26,12 @@ def find_block_lists(model: nn.Module) -> list[list[nn.Module]]:
 
     One list for most models; several where a model has an encoder and a decoder, two towers, or stages of blocks, as
     ConvNeXt and Swin have (what leads from one stage to the next is in no block).
+
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.ModuleList(nn.TransformerEncoderLayer(4, 1) for _ in range(3)))
+    >>> [[type(block).__name__ for block in blocks] for blocks in find_block_lists(model)]
+    [['TransformerEncoderLayer', 'TransformerEncoderLayer', 'TransformerEncoderLayer']]
     """
-    if _is_list(model) and _is_block_list(model):
+    if isinstance(model, _LISTS) and _is_block_list(model):
         return _stages(model) or [list(model)]
     return [blocks for child in model.children() for blocks in find_block_lists(child)]
 
@@ -34,40 +40,34 @@ def _stages(modules: nn.ModuleList | nn.Sequential) -> list[list[nn.Module]]:
     """The blocks of each stage, where the members of a list are stages: lists of blocks, with what leads from one to
     the next between them, or modules that each keep their blocks in one list. Those of one stage are wider than those
     of another. (Lists in blocks that are all alike are experts, or parallel heads.)"""
-    stages = [list(member) for member in modules if isinstance(member, nn.Sequential) and _are_blocks(list(member))]
+    stages = [list(member) for member in modules if isinstance(member, nn.Sequential) and _are_blocks(member)]
     if not stages:
-        inner = [[list(child) for child in member.children() if _is_list(child)] for member in modules]
-        lists = [[blocks for blocks in found if _are_blocks(blocks)] for found in inner]
-        if any(len(found) != 1 for found in lists):
+        inner = [[list(c) for c in member.children() if isinstance(c, _LISTS) and _are_blocks(c)] for member in modules]
+        if any(len(found) != 1 for found in inner):
             return []
-        stages = [blocks for [blocks] in lists]
+        stages = [blocks for [blocks] in inner]
     widths = {tuple(tuple(p.shape) for p in first.parameters()) for first, *_ in stages}
     return stages if len(widths) > 1 else []
 
 
-def _is_list(module: nn.Module) -> bool:
-    return isinstance(module, nn.ModuleList | nn.Sequential)
-
-
-def _are_blocks(modules: list[nn.Module]) -> bool:
+def _are_blocks(modules: nn.ModuleList | nn.Sequential) -> bool:
     return len({type(module) for module in modules}) == 1 and all(map(_holds_matrices, modules))
 
 
 def _is_block_list(modules: nn.ModuleList | nn.Sequential) -> bool:
-    members = list(modules)
-    alike = len({type(member) for member in members}) == 1 or isinstance(modules, nn.ModuleList)
+    alike = len({type(member) for member in modules}) == 1 or isinstance(modules, nn.ModuleList)
     # Lists of lists are called by nobody: the inner ones hold the blocks.
-    nested = any(isinstance(member, nn.ModuleList) for member in members)
-    return len(members) >= 2 and alike and not nested and all(_holds_matrices(member) for member in members)
+    nested = any(isinstance(member, nn.ModuleList) for member in modules)
+    return len(modules) >= 2 and alike and not nested and all(map(_holds_matrices, modules))
 
 
 def _holds_matrices(module: nn.Module) -> bool:
     # A bare layer is no block: a list of them is a plain network or a set of parallel heads. Nor is one convolution
-    # with its normalisation and activation.
+    # of more than a position, with its normalisation and activation.
     if matrices_of(module):
         return False
-    layers = [layer for layer in module.modules() if matrices_of(layer)]
-    return len(layers) > 1 or any(not convolution.matrices(layer) for layer in layers)
+    weights = [weight for layer in module.modules() for weight in matrices_of(layer)]
+    return len(weights) > 1 or any(weight.positions == 1 for weight in weights)
 
 
 @dataclass(frozen=True)
@@ -87,19 +87,21 @@ class BlockCall:
             raise NotSweepable("a block is called without a tensor")
         return "hidden_states" if "hidden_states" in names else names[0]
 
-    def without_hidden(self) -> BlockCall:
-        """The same call, which no longer keeps its hidden state alive; only to be `run` with another."""
-        key = self._key
-        placeholder = self.hidden.new_empty(0)
-        if key == 0:
-            return BlockCall((placeholder, *self.args[1:]), self.kwargs)
-        return BlockCall(self.args, {**self.kwargs, key: placeholder})
-
     @property
     def hidden(self) -> Tensor:
         """The hidden state that goes into the block."""
         key = self._key
         return self.args[0] if key == 0 else self.kwargs[key]
+
+    def without_hidden(self) -> BlockCall:
+        """The same call, which no longer keeps its hidden state alive; only to be `run` with another."""
+        return self._with_hidden(self.hidden.new_empty(0))
+
+    def _with_hidden(self, hidden: Tensor) -> BlockCall:
+        key = self._key
+        if key == 0:
+            return BlockCall((hidden, *self.args[1:]), self.kwargs)
+        return BlockCall(self.args, {**self.kwargs, key: hidden})
 
     def moved(self, device: torch.device | str, memo: dict[int, Tensor]) -> BlockCall:
         """The same call with its tensors on a device; one tensor in several places stays one.
@@ -126,14 +128,16 @@ class BlockCall:
     def run(self, block: Callable[..., Any], hidden: Tensor) -> Any:
         """Call the block with the very same arguments but another hidden state; returns all that it does. The block
         may change the hidden state in place."""
-        key = self._key
-        if key == 0:
-            return block(hidden, *self.args[1:], **self.kwargs)
-        return block(*self.args, **{**self.kwargs, key: hidden})
+        call = self._with_hidden(hidden)
+        return block(*call.args, **call.kwargs)
 
 
 def hidden_of(output: Any) -> Tensor:
-    """The hidden state in a block's output, which is a tensor, a tuple or a mapping, by version and model."""
+    """The hidden state in a block's output, which is a tensor, a tuple or a mapping, by version and model.
+
+    >>> hidden_of((torch.tensor(1.0), "attention"))
+    tensor(1.)
+    """
     if isinstance(output, Mapping):
         output = next(iter(output.values()))
     elif isinstance(output, tuple | list):
@@ -150,8 +154,7 @@ def _with_hidden(output: Any, hidden: Tensor) -> Any:
     if isinstance(output, tuple | list):
         return type(output)([hidden, *output[1:]])
     if isinstance(output, Mapping):
-        first = next(iter(output))
-        return type(output)(**{**output, first: hidden})
+        return type(output)(**{**output, next(iter(output)): hidden})
     return hidden
 
 
@@ -189,40 +192,43 @@ def capture_calls(
     Raises:
         NotSweepable: if a block is called twice or after the last one, what goes into a block is not what came out of
             the one before, or (to the end) blocks change its shape or hand on more than it.
+
+    >>> model = nn.Sequential(nn.ReLU(), nn.Flatten())
+    >>> captured = capture_calls(model, lambda: model(torch.zeros(1, 2)))
+    >>> [(index, call.hidden) for index, call in captured.calls]
+    [(0, tensor([[0., 0.]])), (1, tensor([[0., 0.]]))]
     """
     if len({id(block) for block in blocks}) < len(blocks):
         raise NotSweepable("a block stands more than once in the list of blocks")
     calls: list[tuple[int, BlockCall]] = []
-    first_output: list[Any] = []
-    last_output: list[Any] = []
-    handed_on: list[tuple[Tensor, int]] = []
+    outputs: list[Any] = []  # the first and the last of those computed
+    handed_on: tuple[Tensor, int] | None = None  # with its version
     last = len(blocks) - 1
 
     def enter(index: int, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nonlocal handed_on
         call = BlockCall(args, kwargs)
         if any(earlier in (index, last) for earlier, _ in calls):
             raise NotSweepable(f"block {index} is called more than once in a pass, or after the last block")
-        if calls and (call.hidden is not handed_on[-1][0] or version_of(call.hidden) != handed_on[-1][1]):
+        if calls and (call.hidden is not handed_on[0] or version_of(call.hidden) != handed_on[1]):
             raise NotSweepable(f"the model computes something between blocks {calls[-1][0]} and {index}")
         # To the end every block has a hidden state of its own, and none is needed later.
         calls.append((index, call.without_hidden() if to_the_end else call))
         if index == last and not to_the_end:
             raise _LastBlockReached
-        if to_the_end or not (simple or first_output):
+        if to_the_end or not (simple or outputs):
             output = call.run(original, call.hidden.clone())
             if to_the_end:
-                _check_replayable(call, [*first_output, *last_output], output, index == last)
-                last_output[:] = [output]
-            if not first_output:
-                first_output.append(output)
+                _check_replayable(call, outputs, output, index == last)
+            outputs[1:] = [output]
         else:
-            output = call.hidden if simple else _with_hidden(first_output[0], call.hidden)
-        handed_on[:] = [(hidden_of(output), version_of(hidden_of(output)))]
+            output = call.hidden if simple else _with_hidden(outputs[0], call.hidden)
+        handed_on = hidden_of(output), version_of(hidden_of(output))
         return output
 
     with _replaced_forwards(blocks, enter), suppress(_LastBlockReached):
         forward()
-    return Capture(calls, bool(first_output) and isinstance(first_output[0], Tensor))
+    return Capture(calls, bool(outputs) and isinstance(outputs[0], Tensor))
 
 
 def _check_replayable(call: BlockCall, before: list[Any], output: Any, is_last: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby, islice
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ class MicroBatch:
 
     def first_sample(self) -> Any:
         """A batch of its first sample alone, or all of it if it cannot be taken apart."""
-        samples = split_samples(self.data)
+        samples = _split_samples(self.data)
         return samples[0] if samples else self.data
 
     @property
@@ -48,28 +49,33 @@ def regroup(batches: Iterable[Any], size: int, encoder_decoder: bool = False) ->
     Samples lose their padding; consecutive ones of equal shape go together. So the same samples go through
     the model in the same company, and give the same masks to the bit, whatever the loader's batch size.
     A batch whose structure does not show its samples goes through whole.
+
+    >>> [batch.origin for batch in regroup([torch.zeros(2, 5), torch.zeros(3, 5)], size=4)]
+    [(0, 0, 1, 1), (1,)]
     """
-    group: list[Any] = []
-    origin: list[int] = []
+    for shapes, alike in groupby(_samples(batches, encoder_decoder), key=lambda found: found[0]):
+        while group := list(islice(alike, 1 if shapes is None else size)):
+            samples = [sample for _, sample, _ in group]
+            data = samples[0] if shapes is None else map_tensors(lambda *parts: torch.cat(parts), *samples)
+            yield MicroBatch(data, tuple(index for _, _, index in group))
+
+
+def _samples(batches: Iterable[Any], encoder_decoder: bool) -> Iterator[tuple[list[torch.Size] | None, Any, int]]:
+    """The shapes of each sample, the sample without padding and the index of its batch; shapes None for a batch that
+    goes through whole. Samples of padding alone are left out."""
     for index, batch in enumerate(batches):
-        samples = split_samples(batch)
+        samples = _split_samples(batch)
         if samples is None:
-            if group:
-                yield MicroBatch(_join(group), tuple(origin))
-            yield MicroBatch(batch, (index,))
-            group, origin = [], []
+            yield None, batch, index
             continue
-        for sample in filter(_has_tokens, (without_padding(sample, encoder_decoder) for sample in samples)):
-            if group and (len(group) == size or _shapes(sample) != _shapes(group[0])):
-                yield MicroBatch(_join(group), tuple(origin))
-                group, origin = [], []
-            group.append(sample)
-            origin.append(index)
-    if group:
-        yield MicroBatch(_join(group), tuple(origin))
+        for padded in samples:
+            sample = _without_padding(padded, encoder_decoder)
+            mask = sample.get("attention_mask") if isinstance(sample, Mapping) else None
+            if not isinstance(mask, Tensor) or mask.numel():
+                yield [tensor.shape for tensor in tensors_in(sample)], sample, index
 
 
-def split_samples(batch: Any) -> list[Any] | None:
+def _split_samples(batch: Any) -> list[Any] | None:
     """A batch as a list of batches of one sample, or None if its tensors do not agree on their first dimension, or
     it holds something else for each sample (a list of texts)."""
     tensors = list(tensors_in(batch))
@@ -80,7 +86,7 @@ def split_samples(batch: Any) -> list[Any] | None:
     return [map_tensors(lambda t, i=i: t[i : i + 1], batch) for i in range(len(tensors[0]))]
 
 
-def without_padding(sample: Any, encoder_decoder: bool = False) -> Any:
+def _without_padding(sample: Any, encoder_decoder: bool) -> Any:
     """A sample of one sequence without the padding at its ends; other samples as they are.
 
     The labels of an encoder-decoder model are the decoder's, and padded with -100.
@@ -106,59 +112,55 @@ def without_padding(sample: Any, encoder_decoder: bool = False) -> Any:
     return trimmed
 
 
-def _has_tokens(sample: Any) -> bool:
-    mask = sample.get("attention_mask") if isinstance(sample, Mapping) else None
-    return not isinstance(mask, Tensor) or mask.numel() > 0
-
-
 def tensors_in(batch: Any) -> Iterator[Tensor]:
-    """The tensors of a batch, however its mappings, lists and tuples are nested."""
+    """The tensors of a batch, however its mappings, lists and tuples are nested.
+
+    >>> list(tensors_in({"text": "hello", "ids": [torch.tensor(1), (torch.tensor(2),)]}))
+    [tensor(1), tensor(2)]
+    """
     if isinstance(batch, Tensor):
         yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from tensors_in(value)
-    elif isinstance(batch, list | tuple):
-        for value in batch:
-            yield from tensors_in(value)
+    for value in _members(batch):
+        yield from tensors_in(value)
 
 
 def _lists_without_tensors(batch: Any) -> Iterator[list[Any] | tuple[Any, ...]]:
+    if isinstance(batch, list | tuple) and not any(True for _ in tensors_in(batch)):
+        yield batch
+    else:
+        for value in _members(batch):
+            yield from _lists_without_tensors(value)
+
+
+def _members(batch: Any) -> Iterable[Any]:
     if isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _lists_without_tensors(value)
-    elif isinstance(batch, list | tuple):
-        if not any(True for _ in tensors_in(batch)):
-            yield batch
-            return
-        for value in batch:
-            yield from _lists_without_tensors(value)
+        return batch.values()
+    return batch if isinstance(batch, list | tuple) else ()
 
 
 def map_tensors(function: Callable[..., Tensor], *batches: Any) -> Any:
-    """Apply a function to the corresponding tensors of batches of one structure; the rest is taken from the first."""
+    """Apply a function to the corresponding tensors of batches of one structure; the rest is taken from the first.
+
+    >>> map_tensors(torch.add, {"ids": torch.tensor(1), "text": "a"}, {"ids": torch.tensor(2), "text": "b"})
+    {'ids': tensor(3), 'text': 'a'}
+    """
     first = batches[0]
     if isinstance(first, Tensor):
         return function(*batches)
     if isinstance(first, Mapping):
         return {key: map_tensors(function, *(batch[key] for batch in batches)) for key in first}
-    if isinstance(first, tuple) and hasattr(first, "_fields"):
-        return type(first)(*(map_tensors(function, *values) for values in zip(*batches, strict=True)))
     if isinstance(first, list | tuple):
-        return type(first)(map_tensors(function, *values) for values in zip(*batches, strict=True))
+        values = [map_tensors(function, *values) for values in zip(*batches, strict=True)]
+        return type(first)(*values) if hasattr(first, "_fields") else type(first)(values)
     return first
 
 
-def _join(samples: list[Any]) -> Any:
-    return map_tensors(lambda *parts: torch.cat(parts), *samples)
-
-
-def _shapes(sample: Any) -> list[torch.Size]:
-    return [tensor.shape for tensor in tensors_in(sample)]
-
-
 def to_device(batch: Any, device: torch.device) -> Any:
-    """A batch with its tensors on a device."""
+    """A batch with its tensors on a device.
+
+    >>> to_device([torch.zeros(2), "text"], torch.device("meta"))
+    [tensor(..., device='meta', size=(2,)), 'text']
+    """
     return map_tensors(lambda t: t.to(device), batch)
 
 
@@ -167,17 +169,17 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 
     Raises:
         CalibrationError: if the model cannot take such a batch. What the model itself raises is passed on.
+
+    >>> call_model(nn.Flatten(), {"input": torch.zeros(2, 3, 4)}).shape
+    torch.Size([2, 12])
     """
-    if isinstance(batch, Mapping):
-        args, kwargs = (), dict(batch)
-    elif isinstance(batch, list | tuple):
-        args, kwargs = tuple(batch), {}
-    elif isinstance(batch, Tensor):
-        args, kwargs = (batch,), {}
-    else:
+    if not isinstance(batch, Mapping | list | tuple | Tensor):
         raise CalibrationError(
             f"a calibration batch is {type(batch).__name__}; it must be a mapping, a tuple or a tensor"
         )
+    if isinstance(batch, Tensor):
+        batch = (batch,)
+    args, kwargs = ((), batch) if isinstance(batch, Mapping) else (batch, {})
     try:
         inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as error:
@@ -190,7 +192,11 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 
 
 def with_names(model: nn.Module, batch: Any) -> Any:
-    """A batch of positional arguments as a mapping if an attention mask is among them, so that padding is seen."""
+    """A batch of positional arguments as a mapping if an attention mask is among them, so that padding is seen.
+
+    >>> with_names(nn.Flatten(), (1,))
+    (1,)
+    """
     if not isinstance(batch, list | tuple):
         return batch
     try:
@@ -214,6 +220,9 @@ def calibration_data(
 
     Raises:
         CalibrationError: on every rank, if there are none on one.
+
+    >>> calibration_data(nn.Flatten(), [torch.zeros(3, 5)], size=2, forward=None, needed_by="wanda")[1].data.shape
+    torch.Size([1, 5])
     """
     with errors_on_all_ranks():
         if batches is None:
@@ -225,7 +234,9 @@ def calibration_data(
             )
         if forward is None:
             batches = (with_names(model, batch) for batch in batches)
-        data = list(regroup(batches, size, _is_encoder_decoder(model)))
+        configs = (getattr(module, "config", None) for module in model.modules())
+        encoder_decoder = any(getattr(config, "is_encoder_decoder", False) is True for config in configs)
+        data = list(regroup(batches, size, encoder_decoder))
         if not data:
             raise CalibrationError(
                 f"{needed_by} needs calibration data and there is none: the source yielded no batch (was an iterator "
@@ -235,15 +246,19 @@ def calibration_data(
 
 
 def forward_of(model: nn.Module, forward: Forward | None) -> Forward:
-    """How a batch goes through a model: as it is said, or as its arguments, on its device."""
+    """How a batch goes through a model: as it is said, or as its arguments, on its device.
+
+    >>> forward_of(nn.Flatten(), None)(torch.zeros(2, 3, 4)).shape
+    torch.Size([2, 12])
+    """
     device = device_of(model)
     return forward or (lambda batch: call_model(model, to_device(batch, device)))
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device of a model's first parameter."""
+    """The device of a model's first parameter.
+
+    >>> device_of(nn.Linear(3, 5))
+    device(type='cpu')
+    """
     return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-def _is_encoder_decoder(model: nn.Module) -> bool:
-    return any(getattr(getattr(m, "config", None), "is_encoder_decoder", False) is True for m in model.modules())

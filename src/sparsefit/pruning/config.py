@@ -11,8 +11,8 @@ from fractions import Fraction
 import torch
 
 from sparsefit.errors import ConfigError
+from sparsefit.pruning.granularity import Granularity
 from sparsefit.pruning.scores import SCORES
-from sparsefit.pruning.selection import Granularity
 from sparsefit.pruning.statistics import DERIVED
 
 UPDATES = ("block", "none")
@@ -61,31 +61,29 @@ class PruningConfig:
         granularity: Which weights compete: "output" (each row of a matrix), "layer" (the whole matrix), "input" (each
             column), "(output, 128)" or "(input, 128)" (so many rows or columns together), or "variant" (each row loses
             weights up to a share of its score, the same for all rows: the Wanda variant). None is what the score's
-            authors use: per output for Wanda, per layer for magnitude. A pattern compares within its groups of M
-            whatever the granularity.
-        update: The order. "block": blocks are pruned one after the other and each one's statistics come from
-            the outputs of the pruned blocks before it (the paper's order for language models).
-            "none": all statistics come from the dense network (the paper's order for image classifiers).
+            authors use. A pattern compares within its groups of M whatever the granularity.
+        update: "block": blocks are pruned one after the other, and each one's statistics come from the outputs of the
+            pruned blocks before it (the paper's order for language models). "none": all statistics come from the dense
+            network (the paper's order for image classifiers).
         allocation: How the sparsity is shared out. None: every comparison group loses floor(size * sparsity), as in
             the paper. "uniform": every matrix loses the same share, rounded so that the total is exact to the weight.
             "owl": blocks with more outliers lose less. A mapping from layer names (as in `targets`) to sparsities:
-            those layers lose that share, the others what is left of the total (where there are others).
+            those layers lose that share, the others what is left of the total.
         owl_threshold: M of OWL: how many times the mean score makes an outlier.
         owl_spread: Lambda of OWL: how far a block's density may lie from the mean.
         swaps: Refine each mask by at most so many swaps a row of a kept and a pruned weight, each of which lowers
             the layer's error (SparseSwaps). Weights keep their values. Rows keep their number of zeros, columns do not.
         reconstruction: None (kept weights keep their values), "sequential" (the mask first, then the OBS update of the
-            kept weights, column by column), "iterative" (SparseGPT's loop: masks are chosen as the update goes on,
-            each 128 columns from the weights already updated) or "least_squares" (the kept weights that bring the
-            layer's outputs nearest to the dense ones, exactly). SparseGPT is score "sparsegpt" with "iterative".
+            kept weights, column by column), "iterative" (SparseGPT's loop: masks are chosen as the update goes on, 128
+            columns at a time; SparseGPT takes score "sparsegpt", too) or "least_squares" (the kept weights that bring
+            the layer's outputs nearest to the dense ones, exactly).
         damping: Share of the Gram matrix's mean diagonal that is added to the diagonal before it is inverted.
         targets: Names of the layers to prune ("q_proj", "mlp.down_proj", or whole names). None: every layer
             of a known kind inside the repeated blocks of the model.
         exclude: Names of layers that stay dense.
         micro_batch_size: Calibration samples that go through the model at once. Samples are regrouped to this
             size, so that the result does not depend on how the calibration data was batched.
-        device: Where blocks are computed, one at a time, if that is not where the model is: so a model too large for
-            the GPU is pruned on it from CPU memory ("cuda").
+        device: Where blocks are computed, one at a time, if that is not where the model is ("cuda").
         states_on_cpu: Keep the calibration samples' hidden states in CPU memory between blocks.
     """
 
@@ -123,11 +121,10 @@ class PruningConfig:
         object.__setattr__(self, "allocation", _checked_allocation(self.allocation))
         for names in ("targets", "exclude"):
             object.__setattr__(self, names, _checked_names(names, getattr(self, names)))
-        _check_whole("micro_batch_size", self.micro_batch_size, 1)
-        _check_whole("swaps", self.swaps, 0)
-        _check_number("damping", self.damping)
-        _check_number("owl_threshold", self.owl_threshold)
-        _check_number("owl_spread", self.owl_spread)
+        for name, least in (("micro_batch_size", 1), ("swaps", 0)):
+            _check_whole(name, getattr(self, name), least)
+        for name in ("damping", "owl_threshold", "owl_spread"):
+            _check_number(name, getattr(self, name))
         _check_device(self.device)
         self._check_combinations(granularity)
 
@@ -169,14 +166,13 @@ class PruningConfig:
     @property
     def exact_sparsity(self) -> Fraction:
         """The sparsity as the exact fraction that was asked for."""
-        structure = self.structure
-        return Fraction(str(self.sparsity)) if structure is None else structure.sparsity
+        return Fraction(str(self.sparsity)) if self.pattern is None else self.structure.sparsity
 
     @property
     def statistics(self) -> frozenset[str]:
         """The statistics of the inputs that choosing the masks and new values takes: names from `KINDS`."""
         needs = {DERIVED.get(need, need) for need in SCORES[self.score].needs}
-        return frozenset(needs | ({"gram"} if self.swaps or self.reconstruction else set()))
+        return frozenset(needs | {"gram"} if self.swaps or self.reconstruction else needs)
 
     @property
     def needs_inputs(self) -> bool:
@@ -220,15 +216,15 @@ def _check_device(device: object) -> None:
 def _checked_allocation(allocation: object) -> str | dict[str, float] | None:
     if allocation is None or allocation in ALLOCATIONS:
         return allocation
-    if isinstance(allocation, Mapping) and allocation:
-        wrong = {name: share for name, share in allocation.items() if not isinstance(name, str) or not _is_share(share)}
-        if not wrong:
-            return {name: float(share) for name, share in allocation.items()}
+    if not isinstance(allocation, Mapping) or not allocation:
+        raise ConfigError(
+            f"unknown allocation {allocation!r}; the choices are {', '.join(ALLOCATIONS)}, a mapping such as "
+            "{'down_proj': 0.4}, or None"
+        )
+    wrong = {name: share for name, share in allocation.items() if not isinstance(name, str) or not _is_share(share)}
+    if wrong:
         raise ConfigError(f"allocation gives {wrong}; every layer name needs a sparsity in [0, 1)")
-    raise ConfigError(
-        f"unknown allocation {allocation!r}; the choices are {', '.join(ALLOCATIONS)}, a mapping such as "
-        "{'down_proj': 0.4}, or None"
-    )
+    return {name: float(share) for name, share in allocation.items()}
 
 
 def _checked_names(field: str, names: object) -> tuple[str, ...] | None:

@@ -125,9 +125,14 @@ def collect(
     """
     with errors_on_all_ranks():
         collector = InputCollector(weights, kinds, until)
-        _run_all(collector, data, run)
+        try:
+            _run_all(collector, data, run)
+        except _ChangedInPlace as changed:
+            note(f"{changed}; the statistics were taken again, for each weight by itself")
+            collector = InputCollector(weights, kinds, until, share=False)
+            _run_all(collector, data, run)
         if not collector.all_finite():
-            checking = InputCollector(weights, ("squared_norm",), until, check=True)
+            checking = InputCollector(weights, ("squared_norm",), until, share=False, check=True)
             _run_all(checking, data, run)
             raise CalibrationError(
                 "the inputs of the model's layers are finite one by one, but their squares add up to more than float32 "
@@ -146,6 +151,11 @@ def _run_all(collector: InputCollector, data: Sequence[MicroBatch], run: Callabl
                 run(number)
             except AllSeen:
                 continue
+        collector.settle()
+
+
+class _ChangedInPlace(Exception):
+    """An input that is shared is no longer what it was; the message says whose."""
 
 
 class AllSeen(Exception):
@@ -173,6 +183,7 @@ class InputCollector:
         weights: The weights that are watched.
         kinds: The statistics to take.
         until: See `collect`.
+        share: Whether weights share at all.
         check: Look at each input as it comes, to name the one that is not finite.
 
     Attributes:
@@ -184,9 +195,11 @@ class InputCollector:
         weights: Iterable[PrunableWeight],
         kinds: Iterable[str],
         until: Mapping[Key, int] | None = None,
+        share: bool = True,
         check: bool = False,
     ) -> None:
-        self.weights, self.kinds, self._check = {weight.name: weight for weight in weights}.values(), kinds, check
+        self.weights, self.kinds = list(weights), kinds
+        self._share, self._check = share, check
         self.notes: set[str] = set()
         self._batch: MicroBatch | None = None
         self._padding: Tensor | None = None
@@ -198,7 +211,7 @@ class InputCollector:
 
     def next_batch(self, batch: MicroBatch) -> None:
         """Say which micro-batch runs next."""
-        self._settle()
+        self.settle()
         self._batch, self._padding, self._last = batch, batch.padding_mask, None
         self._waiting = None if self._until is None else set(self._until)
 
@@ -222,7 +235,7 @@ class InputCollector:
 
     def _begin(self, key: Key, seen: Seen) -> None:
         """The first input of a weight: it shares with those before it that have seen this one and no other."""
-        if self._last is not None and seen.same_input(self._last[0]) and self._last[1].inputs == 1:
+        if self._share and self._last and seen.same_input(self._last[0]) and self._last[1].inputs == 1:
             shared = self._last[1]
             shared.members.append(key)
         else:
@@ -252,7 +265,7 @@ class InputCollector:
             shared.members = list(shared.arrived)
         self._complete(shared)
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """The end of a pass: an input that has not come to all by now does not."""
         for shared in {id(shared): shared for shared in self._shared.values()}.values():
             if shared.pending is not None:
@@ -261,9 +274,8 @@ class InputCollector:
 
     def _add(self, shared: _Shared, seen: Seen) -> None:
         if version_of(seen.inputs) != seen.version:
-            raise CalibrationError(
-                f"the input of {seen.weight.name} was changed in place before all weights that share it had got it: "
-                "exclude one of them, or have the model change a copy"
+            raise _ChangedInPlace(
+                f"the input of {seen.weight.name} was changed in place before all weights that share it had got it"
             )
         for tokens in self._real_tokens(seen):
             if self._check:
@@ -288,12 +300,10 @@ class InputCollector:
 
     def all_finite(self) -> bool:
         """Whether all inputs were: looked at once, so that no pass waits for it."""
-        self._settle()
         return all(bool(shared.statistics.is_finite()) for shared in self._shared.values())
 
     def parts(self) -> Parts:
         """The statistics of every weight, added up over all ranks of a distributed run."""
-        self._settle()
         shared = self._agreed() if is_distributed() else {key: own.statistics for key, own in self._shared.items()}
         rows: dict[str, list[Rows]] = {weight.name: [] for weight in self.weights}
         for name, own in shared:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,16 @@ from sparsefit.pruning.stored import Stored, names_in, split_name, stored_in
 _FORMAT = "sparsefit-masks-1"
 _BITS = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
 _GATHER = 0x8040201008040201 - (1 << 64)  # as a signed integer
-_BOOLS = (
-    torch.arange(256, dtype=torch.uint8).unsqueeze(1).bitwise_and(_BITS) != 0
-)  # (256, 8): what each byte stands for
+# (256, 8): what each byte stands for
+_BOOLS = torch.arange(256, dtype=torch.uint8).unsqueeze(1).bitwise_and(_BITS) != 0
 
 
 def pack_bits(mask: Tensor) -> Tensor:
-    """A bool tensor of any shape as ceil(numel / 8) bytes on the CPU; the first weight is the highest bit."""
+    """A bool tensor of any shape as ceil(numel / 8) bytes on the CPU; the first weight is the highest bit.
+
+    >>> pack_bits(torch.tensor([[True, False], [True, True]]))
+    tensor([176], dtype=torch.uint8)
+    """
     flat = mask.flatten()
     eights = nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
     if sys.byteorder == "big" or eights.storage_offset() % 8:
@@ -41,7 +44,11 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
-    """The bool tensor of a shape from its packed bytes."""
+    """The bool tensor of a shape from its packed bytes.
+
+    >>> unpack_bits(torch.tensor([176], dtype=torch.uint8), (2, 2)).tolist()
+    [[True, False], [True, True]]
+    """
     # Rows of eight bools as one integer each: a table of integers is looked up much faster than one of rows.
     words = _BOOLS.to(device).view(torch.int64).squeeze(1).index_select(0, packed.to(device).int())
     return words.view(torch.bool)[: torch.Size(shape).numel()].view(shape)
@@ -55,10 +62,6 @@ class _Packed:
 
     def mask(self, device: torch.device | str = "cpu") -> Tensor:
         return unpack_bits(self.bits, self.shape, device)
-
-    @property
-    def kept(self) -> int:
-        return int(self.mask().sum())
 
 
 class MaskSet(Mapping[str, Tensor]):
@@ -74,11 +77,8 @@ class MaskSet(Mapping[str, Tensor]):
         self._by_parameter: dict[str, list[str]] = {}
 
     def add(self, name: str, mask: Tensor, transposed: bool = False) -> Tensor:
-        """Take in the (out, in) bool mask of a parameter; `transposed` if that is stored (in, out).
-
-        Returns:
-            Its packed bits, on the CPU.
-        """
+        """Take in the (out, in) bool mask of a parameter; `transposed` if that is stored (in, out). Returns its packed
+        bits, on the CPU."""
         bits = pack_bits(mask)
         self._put(name, _Packed(bits, (mask.shape[0], mask.shape[1]), transposed))
         return bits
@@ -120,8 +120,8 @@ class MaskSet(Mapping[str, Tensor]):
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """(weights, zeros) of each mask."""
-        sizes = {name: packed.shape[0] * packed.shape[1] for name, packed in self._packed.items()}
-        return {name: (size, size - self._packed[name].kept) for name, size in sizes.items()}
+        masks = ((name, packed.mask()) for name, packed in self._packed.items())
+        return {name: (mask.numel(), mask.numel() - int(mask.sum())) for name, mask in masks}
 
     @property
     def sparsity(self) -> float:
@@ -145,10 +145,10 @@ class MaskSet(Mapping[str, Tensor]):
         return masks
 
     def apply(self, model: nn.Module) -> None:
-        """Set every pruned weight of a model to zero. Checks first that all masks fit.
+        """Set every pruned weight of a model to zero.
 
         Raises:
-            MaskError: if a mask has no parameter in the model, or one of another shape.
+            MaskError: before anything is changed, if a mask has no parameter in the model, or one of another shape.
         """
         with torch.no_grad():
             for name, stored in self._found_in(model).items():
@@ -160,10 +160,7 @@ class MaskSet(Mapping[str, Tensor]):
                     zero_outside_mask(view, packed.mask(view.device))
 
     def verify(self, tensors: nn.Module | Mapping[str, Tensor]) -> None:
-        """Check that every pruned weight is exactly zero.
-
-        Args:
-            tensors: A model, or tensors by name (a state dict, the tensors of a file).
+        """Check that every pruned weight of a model, or of tensors by name (a state dict, a file), is exactly zero.
 
         Raises:
             MaskError: naming the parameters in which weights came back, and how many; or if masks do not fit.
@@ -188,8 +185,7 @@ class MaskSet(Mapping[str, Tensor]):
         return masks
 
     def matrices_in(self, tensors: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """The name of each mask and the (out, in) matrix that it belongs to, one after the other; a copy where that
-        is quantized, else a view.
+        """The name of each mask and its (out, in) matrix, one after the other; a copy where quantized, else a view.
 
         Raises:
             MaskError: if one is missing (with the nearest names) or has another shape.
@@ -203,10 +199,9 @@ class MaskSet(Mapping[str, Tensor]):
         for name, packed in self._packed.items():
             parameter, index = split_name(name)
             if parameter not in available:
-                nearest = difflib.get_close_matches(parameter, names_in(tensors), n=2, cutoff=0)
+                nearest = ", ".join(difflib.get_close_matches(parameter, names_in(tensors), n=2, cutoff=0))
                 raise MaskError(
-                    f"the masks do not fit the model: it has no parameter {parameter}; the nearest are "
-                    f"{', '.join(nearest)}"
+                    f"the masks do not fit the model: it has no parameter {parameter}; the nearest are {nearest}"
                 )
             found[name] = available[parameter]
             if found[name].matrix_shape(packed.transposed, index) != packed.shape:
@@ -267,11 +262,9 @@ class MaskSet(Mapping[str, Tensor]):
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 header = json.loads(metadata.get("masks", "{}"))
-                names: Iterable[str] = file.keys()
                 state = {
-                    name: dict(zip(("shape", "transposed"), (header[name][:2], header[name][2]), strict=True))
-                    | {"bits": file.get_tensor(name)}
-                    for name in names
+                    name: {"bits": file.get_tensor(name), "shape": header[name][:2], "transposed": header[name][2]}
+                    for name in file.keys()  # noqa: SIM118 (it cannot be iterated over)
                 }
         except (SafetensorError, OSError, KeyError, IndexError, TypeError, ValueError) as error:
             raise MaskError(f"{path} is damaged or no mask file: {error}") from error

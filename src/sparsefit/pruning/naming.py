@@ -13,24 +13,36 @@ _WRAPPERS = re.compile(r"(?<![^.])(?:base_model\.model\.|_orig_mod\.)|(?<=\.)(?:
 def canonical_name(name: str) -> str:
     """A parameter's or layer's name without the parts that PEFT and torch.compile put into it.
 
-    "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight" is
-    "model.layers.0.self_attn.q_proj.weight".
+    >>> canonical_name("base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight")
+    'model.layers.0.self_attn.q_proj.weight'
     """
     return _WRAPPERS.sub("", name + ".").removesuffix(".")
 
 
 def layer_name(weight_name: str) -> str:
-    """The name by which a configuration speaks of a weight: without ".weight" and without an expert's number."""
+    """The name by which a configuration speaks of a weight: without ".weight" and without an expert's number.
+
+    >>> layer_name("0.fc.weight"), layer_name("0.experts.down_proj[3]")
+    ('0.fc', '0.experts.down_proj')
+    """
     return re.sub(r"\[\d+\]$", "", weight_name).removesuffix(".weight")
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a layer's name is one of the patterns or ends in one at a dot, as PEFT matches target modules."""
+    """Whether a layer's name is one of the patterns or ends in one at a dot, as PEFT matches target modules.
+
+    >>> matches("model.layers.0.q_proj", ["q_proj"]), matches("model.layers.0.q_proj", ["proj"])
+    (True, False)
+    """
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules of the bare model by canonical name: what adapters added is left out."""
+    """All modules of the bare model by canonical name: what adapters added is left out.
+
+    >>> base_modules(nn.Sequential(nn.ReLU()))["0"]
+    ReLU()
+    """
     wrapped = {id(module): base for module in model.modules() if (base := _wrapped_by(module)) is not None}
     adapters: set[int] = set()
     for module in model.modules():
@@ -45,7 +57,11 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def copied_modules(model: nn.Module) -> set[int]:
-    """Ids of the modules of which PEFT trains a copy (modules_to_save), which takes their place in the model."""
+    """Ids of the modules of which PEFT trains a copy (modules_to_save), which takes their place in the model.
+
+    >>> copied_modules(nn.Linear(3, 5))
+    set()
+    """
     wrappers = (module for module in model.modules() if isinstance(getattr(module, "original_module", None), nn.Module))
     return {id(module) for wrapper in wrappers for module in wrapper.original_module.modules()}
 

@@ -54,7 +54,7 @@ def prune(
     0.5
     """
     run = PruningRun(model, config or PruningConfig(), progress)
-    with torch.no_grad(), evaluating(model), run.undone_by_errors():
+    with run.undone_by_errors(), torch.no_grad(), evaluating(model):
         data = run.calibration_data(batches, forward)
         if run.takes_one_pass:
             _in_one_pass(run, data, forward_of(model, forward))
@@ -177,7 +177,7 @@ def prune_from_statistics(
     """
     run = PruningRun(model, config, progress)
     statistics.check(run.weights, config)
-    with torch.no_grad(), run.undone_by_errors():
+    with run.undone_by_errors(), torch.no_grad():
         _prune_all(run, {weight.name: statistics.parts.get(weight.name, []) for weight in run.weights})
     run.result.samples = statistics.samples if config.needs_inputs else 0
     return run.result

@@ -16,12 +16,20 @@ Value = TypeVar("Value")
 
 
 def is_distributed() -> bool:
-    """Whether there are other ranks to agree with."""
+    """Whether there are other ranks to agree with.
+
+    >>> is_distributed()
+    False
+    """
     return dist.is_available() and dist.is_initialized()
 
 
 def from_all(value: Value) -> list[Value]:
-    """The value of every rank, in their order."""
+    """The value of every rank, in their order.
+
+    >>> from_all(3)
+    [3]
+    """
     if not is_distributed():
         return [value]
     values: list[Value] = [value] * dist.get_world_size()
@@ -35,6 +43,10 @@ def errors_on_all_ranks() -> Iterator[None]:
 
     Raises:
         CalibrationError: this rank's, or the first one of another, with its rank.
+
+    >>> with errors_on_all_ranks(): raise CalibrationError("no data")
+    Traceback (most recent call last):
+    sparsefit.errors.CalibrationError: no data
     """
     error = None
     try:
@@ -50,13 +62,21 @@ def errors_on_all_ranks() -> Iterator[None]:
 
 
 def add_up(values: Tensor, largest: bool = False) -> None:
-    """The sum (or the largest) over all ranks, in place."""
+    """The sum (or the largest) over all ranks, in place.
+
+    >>> add_up(values := torch.ones(2)); values
+    tensor([1., 1.])
+    """
     if is_distributed():
         dist.all_reduce(values, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
 
 
 def of_first_rank(values: Tensor) -> Tensor:
-    """The tensor of rank 0."""
+    """The tensor of rank 0.
+
+    >>> of_first_rank(torch.tensor([True]))
+    tensor([True])
+    """
     if not is_distributed():
         return values
     # Not every backend sends bool.

@@ -9,14 +9,12 @@ matrix of the inputs and r = G d, the row's error is d G d^T. Bringing weight p 
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparsefit.pruning.reconstruction import precise_dtype
-from sparsefit.pruning.selection import kernels_for
+from sparsefit.pruning.devices import precise_dtype, triton_works
 
 GRID = 16  # intervals in which the bound on a pruned weight's best partner is interpolated
 CANDIDATES = 16  # pruned weights of a row that are tried with every partner at once
@@ -98,14 +96,8 @@ def swap(weight: Tensor, mask: Tensor, gram: Tensor, max_swaps: int, pattern: tu
 
 def _rows_at_once(gram: Tensor, pattern: tuple[int, int] | None) -> int:
     elements = CPU_ELEMENTS if gram.device.type == "cpu" else GPU_ELEMENTS
-    temporaries = pattern[1] if pattern else 1 if _searcher(gram) else max(GRID + 1, CANDIDATES)
+    temporaries = pattern[1] if pattern else 1 if triton_works(gram.device) else max(GRID + 1, CANDIDATES)
     return max(elements // (len(gram) * temporaries), 1)
-
-
-def _searcher(gram: Tensor) -> ModuleType | None:
-    """The kernels, where one of them can search the rows for the best pair."""
-    kernels = kernels_for(gram)
-    return kernels if kernels is not None and len(gram) <= kernels.WIDEST_SEARCH else None
 
 
 def _start(places: Tensor, weight: Tensor, kept: Tensor, gram: Tensor) -> _Rows:
@@ -137,9 +129,10 @@ def _best_pair(changes: _Changes, gram: Tensor, reach: Tensor) -> tuple[Tensor, 
     Pruned weights are tried with all partners in the order of their bounds, until no bound of those left is below
     the best change found (or below zero: the row has no swap to make then, and any pair may be returned).
     """
-    kernels = _searcher(gram)
-    if kernels is not None:
-        return kernels.best_pair(*changes, gram, reach, GRID)
+    if triton_works(gram.device):
+        from sparsefit.pruning.update_kernels import best_pair
+
+        return best_pair(*changes, gram, reach, GRID)
     bound = _bound(changes, gram, reach)
     best = torch.full_like(bound[:, 0], torch.inf)
     added, removed = torch.zeros_like(best, dtype=torch.long), torch.zeros_like(best, dtype=torch.long)

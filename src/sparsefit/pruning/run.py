@@ -73,7 +73,8 @@ class PruningRun:
             yield
             self.finish()
         except BaseException:
-            self._undo.restore()
+            with torch.no_grad():
+                self._undo.restore()
             raise
 
     def finish(self) -> None:
@@ -166,8 +167,9 @@ class PruningRun:
                 f"the model cannot be pruned block by block on '{self.config.device}': {reasons[0]}. Put the whole "
                 "model on one device and leave out `device`"
             )
-        asked, self.result.update = self.config.update, self.config.update if found else "none"
-        for reason in reasons if asked != "none" else ():
+        if reasons and not found:
+            self.result.update = "none"
+        for reason in reasons if self.config.update != "none" else ():
             if found:
                 self.result.note(f"{reason}; these blocks are pruned after the others, from one pass of the data")
             else:

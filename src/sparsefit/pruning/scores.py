@@ -1,4 +1,8 @@
-"""How important each weight is. One short function for each score; a larger score is kept first."""
+"""How important each weight is. One short function for each score; a larger score is kept first.
+
+Each takes an (out, in) weight of any floating dtype and the statistics of the inputs that it needs, and returns
+(out, in) in float32.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +17,8 @@ from sparsefit.errors import ConfigError
 from sparsefit.pruning.statistics import DERIVED, KINDS
 
 
-def magnitude_score(weight: Tensor) -> Tensor:
-    """|W|: the magnitude of each weight (Han et al. 2015, arXiv 1506.02626).
-
-    Args:
-        weight: (out, in), any floating dtype.
-
-    Returns:
-        (out, in) in float32.
-    """
+def _magnitude_score(weight: Tensor) -> Tensor:
+    """|W|: the magnitude of each weight (Han et al. 2015, arXiv 1506.02626)."""
     return weight.float().abs()
 
 
@@ -29,33 +26,23 @@ def wanda_score(weight: Tensor, squared_norm: Tensor) -> Tensor:
     """|W_ij| * ||X_j||_2 (Sun et al. 2023, arXiv 2306.11695, Equation 1).
 
     Args:
-        weight: (out, in), any floating dtype; the score is computed in float32.
-        squared_norm: (in,) squared l2 norm of each input feature over all calibration tokens, float32.
-            A constant factor changes no mask.
+        weight: (out, in).
+        squared_norm: (in,) squared l2 norm of each input feature over all calibration tokens. A constant factor changes
+            no mask.
 
-    Returns:
-        (out, in) in float32.
+    >>> wanda_score(torch.tensor([[1.0, -2.0]]), torch.tensor([9.0, 4.0]))
+    tensor([[3., 4.]])
     """
     return weight.float().abs().mul_(squared_norm.sqrt())
 
 
-def wanda_l1_score(weight: Tensor, abs_sum: Tensor) -> Tensor:
-    """|W_ij| * ||X_j||_1: the l1 norm in place of Wanda's l2 (arXiv 2306.11695, its ablation of norms).
-
-    Args:
-        weight: (out, in).
-        abs_sum: (in,) sum of the absolute inputs of each feature over all calibration tokens.
-    """
+def _wanda_l1_score(weight: Tensor, abs_sum: Tensor) -> Tensor:
+    """|W_ij| * ||X_j||_1: the l1 norm in place of Wanda's l2 (arXiv 2306.11695, its ablation of norms)."""
     return weight.float().abs().mul_(abs_sum)
 
 
-def wanda_linf_score(weight: Tensor, abs_max: Tensor) -> Tensor:
-    """|W_ij| * ||X_j||_inf: the largest absolute input in place of Wanda's l2 norm (arXiv 2306.11695, ablation).
-
-    Args:
-        weight: (out, in).
-        abs_max: (in,) largest absolute input of each feature over all calibration tokens.
-    """
+def _wanda_linf_score(weight: Tensor, abs_max: Tensor) -> Tensor:
+    """|W_ij| * ||X_j||_inf: the largest absolute input in place of Wanda's l2 norm (arXiv 2306.11695, ablation)."""
     return weight.float().abs().mul_(abs_max)
 
 
@@ -66,19 +53,18 @@ def sparsegpt_score(weight: Tensor, inverse_diagonal: Tensor) -> Tensor:
     Args:
         weight: (out, in).
         inverse_diagonal: (in,) diagonal of the inverse of the damped Gram matrix.
+
+    >>> sparsegpt_score(torch.tensor([[1.0, -2.0]]), torch.tensor([0.5, 1.0]))
+    tensor([[2., 4.]])
     """
     return weight.float().square().div_(inverse_diagonal)
 
 
-def ria_score(weight: Tensor, squared_norm: Tensor, exponent: float = 0.5) -> Tensor:
+def _ria_score(weight: Tensor, squared_norm: Tensor, exponent: float = 0.5) -> Tensor:
     """(|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) * ||X_j||_2^a: relative importance and activations
     (Zhang et al. 2024, "Plug-and-Play: an efficient post-training pruning method for LLMs", Equation 4).
 
-    Args:
-        weight: (out, in).
-        squared_norm: (in,) squared l2 norm of each input feature.
-        exponent: a; 0.5 in the paper.
-    """
+    The exponent a is 0.5 in the paper."""
     magnitude = weight.float().abs()
     # A row or column of zeros has no relative importance: 0, not NaN.
     by_column = magnitude / magnitude.sum(dim=0, keepdim=True).clamp_min(1e-38)
@@ -106,11 +92,11 @@ class Score(NamedTuple):
 
 SCORES: dict[str, Score] = {
     "wanda": Score(wanda_score, "output", ("squared_norm",), torch.sqrt),
-    "magnitude": Score(magnitude_score, "layer", (), lambda: None),
-    "wanda_l1": Score(wanda_l1_score, "output", ("abs_sum",), lambda abs_sum: abs_sum),
-    "wanda_linf": Score(wanda_linf_score, "output", ("abs_max",), lambda abs_max: abs_max),
+    "magnitude": Score(_magnitude_score, "layer", (), lambda: None),
+    "wanda_l1": Score(_wanda_l1_score, "output", ("abs_sum",), lambda abs_sum: abs_sum),
+    "wanda_linf": Score(_wanda_linf_score, "output", ("abs_max",), lambda abs_max: abs_max),
     "sparsegpt": Score(sparsegpt_score, "(input, 128)", ("inverse_diagonal",)),
-    "ria": Score(ria_score, "output", ("squared_norm",)),
+    "ria": Score(_ria_score, "output", ("squared_norm",)),
 }
 
 
@@ -128,6 +114,10 @@ def register_score(
 
     Raises:
         ConfigError: if the name is taken by another function or a statistic does not exist.
+
+    >>> register_score("wanda", torch.mul)
+    Traceback (most recent call last):
+    sparsefit.errors.ConfigError: there is a score 'wanda' already; give yours another name
     """
     needs = (needs,) if isinstance(needs, str) else tuple(needs)
     unknown = [need for need in needs if need not in (*KINDS, *DERIVED)]

@@ -54,7 +54,7 @@ class InputStatistics:
             largest = inputs.abs().amax(dim=0).float().to(device)
             torch.maximum(self._sums["abs_max"], largest, out=self._sums["abs_max"])
         if "gram" in self._sums:
-            add_gram(self._sums["gram"], inputs.to(device))
+            _add_gram(self._sums["gram"], inputs.to(device))
         self.tokens += len(inputs)
 
     def is_finite(self) -> Tensor:
@@ -63,9 +63,7 @@ class InputStatistics:
 
     def clone(self) -> InputStatistics:
         """The same statistics apart from these."""
-        other = copy.copy(self)
-        other._sums = {kind: values.clone() for kind, values in self._sums.items()}
-        return other
+        return copy.deepcopy(self)
 
     def columns(self, order: Tensor) -> InputStatistics:
         """The statistics of the same inputs in another order of the features."""
@@ -83,7 +81,13 @@ class InputStatistics:
 
 
 def added_up(several: Iterable[InputStatistics]) -> InputStatistics:
-    """The statistics of all the inputs that several of the same kinds have seen."""
+    """The statistics of all the inputs that several of the same kinds have seen.
+
+    >>> one = InputStatistics(2, torch.device("cpu"))
+    >>> one.add(torch.tensor([[3.0, 1.0]]))
+    >>> added_up([one, one])["squared_norm"]
+    tensor([18.,  2.])
+    """
     first, *others = several
     total = first.clone()
     for other in others:
@@ -109,7 +113,7 @@ def squared_norms(inputs: Tensor) -> Tensor:
     return total
 
 
-def add_gram(gram: Tensor, inputs: Tensor) -> None:
+def _add_gram(gram: Tensor, inputs: Tensor) -> None:
     """Add X^T X of (tokens, in) inputs to a float32 (in, in) matrix.
 
     On a GPU half-precision inputs are multiplied as they are: their products are exact in float32, in which they are

@@ -11,22 +11,23 @@ from torch import Tensor
 from sparsefit.errors import CalibrationError, ConfigError
 from sparsefit.pruning.config import PruningConfig
 from sparsefit.pruning.finite import all_finite
+from sparsefit.pruning.gram import reconstruction_error
+from sparsefit.pruning.granularity import Granularity
 from sparsefit.pruning.inputs import InputGroup
 from sparsefit.pruning.layers.base import PrunableWeight
 from sparsefit.pruning.layers.convolution import channels_side_by_side
+from sparsefit.pruning.least_squares import least_squares
 from sparsefit.pruning.reconstruction import (
     Factor,
     inverse_diagonal,
     inverse_factor,
-    least_squares,
     prune_iteratively,
     prune_n_of_m,
-    reconstruction_error,
     update_sequentially,
 )
 from sparsefit.pruning.refinement import swap
 from sparsefit.pruning.scores import SCORES, Score, sparsegpt_score
-from sparsefit.pruning.selection import Granularity, Products, Scores, select, select_count, select_n_of_m
+from sparsefit.pruning.selection import Products, Scores, select, select_count, select_n_of_m
 from sparsefit.pruning.statistics import InputStatistics
 
 ByWeight = dict[str, Tensor]  # (out, in) tensors by the name of the weight

@@ -45,30 +45,36 @@ class Stored:
             shape = shape[1:]
         if len(shape) < 2:
             return None
-        shape = (shape[0], math.prod(shape[1:]))
-        return (shape[1], shape[0]) if transposed else (shape[0], shape[1])
+        rows, columns = shape[0], math.prod(shape[1:])
+        return (columns, rows) if transposed else (rows, columns)
 
 
 def split_name(name: str) -> tuple[str, int | None]:
-    """The parameter that a mask's name speaks of, and which matrix of a stack."""
+    """The parameter that a mask's name speaks of, and which matrix of a stack.
+
+    >>> split_name("experts.down_proj[3]"), split_name("fc.weight")
+    (('experts.down_proj', 3), ('fc.weight', None))
+    """
     match = re.fullmatch(r"(.+)\[(\d+)\]", name)
     return (match[1], int(match[2])) if match else (name, None)
 
 
 def names_in(tensors: nn.Module | Mapping[str, Tensor]) -> list[str]:
-    """The names that the parameters have in the bare model."""
-    named = (
-        (n for n, _ in tensors.named_parameters(remove_duplicate=False)) if isinstance(tensors, nn.Module) else tensors
-    )
-    return [canonical_name(name) for name in named]
+    """The names that the parameters have in the bare model.
+
+    >>> names_in(nn.Linear(3, 5))
+    ['weight', 'bias']
+    """
+    if isinstance(tensors, nn.Module):
+        tensors = dict(tensors.named_parameters(remove_duplicate=False))
+    return [canonical_name(name) for name in tensors]
 
 
 def stored_in(tensors: nn.Module | Mapping[str, Tensor], wanted: Container[str]) -> dict[str, Stored]:
-    """The wanted parameters by the name that they have in the bare model.
+    """The wanted parameters of a model, a state dict or a file, by the name that they have in the bare model.
 
-    Args:
-        tensors: A model, or tensors by name (a state dict, the tensors of a file).
-        wanted: Names in the bare model.
+    >>> stored_in(nn.Linear(3, 5), wanted=["weight"])["weight"].shape
+    (5, 3)
     """
     if not isinstance(tensors, nn.Module):
         bare = {canonical_name(name): tensor for name, tensor in tensors.items()}

@@ -130,16 +130,21 @@ class _Shelf:
         return there.view(values.dtype)
 
     def _put_into_file(self, values: Tensor) -> Callable[[], Tensor]:
-        self._file = self._file or tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the shelf is)
+        # Unbuffered: what a full disk did not take must not be tried again when the file is read.
+        self._file = self._file or tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (open as long as the shelf is)
         file, position = self._file, self._file.seek(0, os.SEEK_END)
-        file.write(values.flatten().view(torch.uint8).numpy())
-        file.flush()
+        left = memoryview(values.flatten().view(torch.uint8).numpy())
+        while left:
+            left = left[file.write(left) :]
         size, dtype = values.nbytes, values.dtype
 
         def read() -> Tensor:
+            found = bytearray(size)
             file.seek(position)
-            found = bytearray(file.read(size))
-            return torch.frombuffer(found, dtype=dtype) if found else torch.empty(0, dtype=dtype)
+            left = memoryview(found)
+            while left:
+                left = left[file.readinto(left) :]
+            return torch.frombuffer(found, dtype=dtype) if size else torch.empty(0, dtype=dtype)
 
         return read
 

@@ -50,7 +50,7 @@ class Grid:
         granularities: Which weights compete: "output", "layer", "input", ...; "own" is what each score's authors use.
         sparsities: Shares of the weights to remove.
         patterns: N:M patterns beside them, such as "2:4".
-        updates: Orders: "none" (statistics of the dense network, taken once for all of the grid), "block", "layer".
+        updates: Orders: "none" (statistics of the dense network, taken once for all of the grid), "block".
         settings: Other fields of `PruningConfig`, the same for all points.
     """
 

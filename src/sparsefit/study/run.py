@@ -24,7 +24,8 @@ from sparsefit.pruning import (
     prune_from_statistics,
 )
 from sparsefit.pruning.blocks import find_block_lists
-from sparsefit.pruning.calibration import device_of, find_weights
+from sparsefit.pruning.calibration import device_of
+from sparsefit.pruning.targets import find_weights
 from sparsefit.study.grid import Point
 from sparsefit.study.results import Results
 

@@ -21,10 +21,6 @@ PRODUCTS: dict[Callable[..., Any], Handler] = {
 def matrices_of(module: nn.Module, name: str = "") -> list[PrunableWeight]:
     """The weights that a module itself (not its children) multiplies its inputs by, each as one matrix.
 
-    Args:
-        module: Any module.
-        name: Its name in the bare model.
-
     >>> [(weight.name, weight.shape) for weight in matrices_of(nn.Linear(3, 5), "fc")]
     [('fc.weight', (5, 3))]
     """

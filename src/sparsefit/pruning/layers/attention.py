@@ -18,7 +18,11 @@ _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 def matrices(module: nn.Module, name: str = "") -> list[PrunableWeight]:
     """`in_proj_weight`, (3E, E) with the rows of query, key and value one after the other, or else `q_proj_weight`,
-    `k_proj_weight` and `v_proj_weight`; and `out_proj.weight`."""
+    `k_proj_weight` and `v_proj_weight`; and `out_proj.weight`.
+
+    >>> [(weight.name, weight.shape) for weight in matrices(nn.MultiheadAttention(8, 2), "attention")]
+    [('attention.in_proj_weight', (24, 8)), ('attention.out_proj.weight', (8, 8))]
+    """
     # PEFT puts a layer of its own in the place of out_proj, and computes all weights anew in each pass.
     if not isinstance(module, nn.MultiheadAttention) or not isinstance(module.out_proj, nn.Linear):
         return []

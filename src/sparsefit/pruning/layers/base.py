@@ -2,8 +2,8 @@
 
 A kind of layer is one file beside this one. It has
 
-- `matrices(module, name)`: the weights that a module itself (not its children) multiplies its inputs by, as
-  `PrunableWeight`s; nothing for a module of another kind;
+- `matrices(module, name)`: the weights that a module of that name in the bare model multiplies its inputs by itself
+  (not its children), as `PrunableWeight`s; nothing for a module of another kind;
 - `PRODUCTS`: for each torch function that computes with such weights a handler
   `handler(function, args, kwargs, see) -> what the function returns`, which calls `see` (a `See`) for each weight with
   its inputs. A weight is thus seen where it is multiplied, whoever calls the function.
@@ -69,8 +69,7 @@ class PrunableWeight:
 
     def keep(self, mask: Tensor) -> None:
         """Set the weights outside an (out, in) mask to exactly zero, in place."""
-        view = self.view
-        zero_outside_mask(view, mask.to(view.device))
+        zero_outside_mask(self.view, mask.to(self.device))
         self.changed()
 
     def write(self, matrix: Tensor) -> None:
@@ -111,7 +110,11 @@ class See(Protocol):
 
 
 def prefixed(name: str, own: str) -> str:
-    """The name of what a module of some name calls `own`."""
+    """The name of what a module of some name calls `own`.
+
+    >>> prefixed("model.fc", "weight"), prefixed("", "weight")
+    ('model.fc.weight', 'weight')
+    """
     return f"{name}.{own}" if name else own
 
 
@@ -120,20 +123,32 @@ Handler = Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any], See]
 
 def stored_view(tensor: Tensor, transposed: bool = False, index: int | None = None) -> Tensor:
     """The (out, in, ...) view of a stored weight: (out, in), (in, out), a stack of these, or a convolution's kernels
-    (out, in, positions...)."""
+    (out, in, positions...).
+
+    >>> stored_view(torch.zeros(4, 3, 5), transposed=True, index=2).shape
+    torch.Size([5, 3])
+    """
     view = tensor if index is None else tensor[index]
     return view.t() if transposed else view
 
 
 def as_matrix(tensor: Tensor, transposed: bool = False, index: int | None = None) -> Tensor:
-    """The same as one (out, in) matrix: of a convolution (out, in * positions). A view wherever there can be one."""
+    """The same as one (out, in) matrix: of a convolution (out, in * positions). A view wherever there can be one.
+
+    >>> as_matrix(torch.zeros(8, 3, 2, 2)).shape
+    torch.Size([8, 12])
+    """
     view = stored_view(tensor, transposed, index)
     return view.flatten(1) if view.ndim > 2 else view
 
 
 def is_dense(parameter: object) -> bool:
     """Whether this is a parameter of plain floats (8-bit floats have scales). What a parametrization computes anew in
-    each pass is no parameter: zeros written to it would be lost."""
+    each pass is no parameter: zeros written to it would be lost.
+
+    >>> is_dense(nn.Parameter(torch.zeros(2))), is_dense(torch.zeros(2))
+    (True, False)
+    """
     if not isinstance(parameter, nn.Parameter) or is_lazy(parameter):
         return False
     return parameter.is_floating_point() and parameter.element_size() > 1
@@ -156,7 +171,11 @@ def zero_outside_mask(view: Tensor, mask: Tensor) -> None:
 
 
 def in_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Corresponding rows of tensors of one shape, so many at a time as a CPU works on best; on a GPU all."""
+    """Corresponding rows of tensors of one shape, so many at a time as a CPU works on best; on a GPU all.
+
+    >>> [tuple(chunk.shape) for (chunk,) in in_chunks(torch.zeros(3, CHUNK // 2))]
+    [(2, 131072), (1, 131072)]
+    """
     first = tensors[0]
     rows = len(first) if first.device.type != "cpu" else max(1, CHUNK * len(first) // max(1, first.numel()))
     return zip(*(tensor.split(max(1, rows)) for tensor in tensors), strict=True)

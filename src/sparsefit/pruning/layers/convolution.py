@@ -28,18 +28,12 @@ _DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 
 
 def matrices(module: nn.Module, name: str = "") -> list[PrunableWeight]:
-    """The weight of one convolution; nothing for a depthwise, transposed or uninitialized one, or any other module.
+    """The weight of one convolution, if that is not depthwise, transposed or uninitialized.
 
-    Args:
-        module: Any module.
-        name: Its name in the bare model.
-
-    >>> [weight.name for weight in matrices(nn.Conv2d(3, 8, kernel_size=3), "stem")]
-    ['stem.weight']
+    >>> [(weight.name, weight.shape) for weight in matrices(nn.Conv2d(3, 8, kernel_size=3), "stem")]
+    [('stem.weight', (8, 27))]
     """
-    if not isinstance(module, _CONVOLUTIONS) or reason_left_dense(module):
-        return []
-    if not is_dense(module.weight):
+    if not isinstance(module, _CONVOLUTIONS) or reason_left_dense(module) or not is_dense(module.weight):
         return []
     return [PrunableWeight(prefixed(name, "weight"), module.weight, (module,))]
 
@@ -50,10 +44,8 @@ def reason_left_dense(module: nn.Module) -> str | None:
     >>> reason_left_dense(nn.Conv2d(8, 8, kernel_size=3, groups=8))
     'depthwise convolution'
     """
-    if not isinstance(module, _CONVOLUTIONS):
-        return None
     # An output of these has no more weights than the kernel has positions.
-    depthwise = module.groups > 1 and module.in_channels == module.groups
+    depthwise = isinstance(module, _CONVOLUTIONS) and 1 < module.groups == module.in_channels
     return "depthwise convolution" if depthwise else None
 
 
@@ -64,8 +56,7 @@ def channels_side_by_side(weight: Tensor) -> Tensor | None:
         weight: (out, channels, positions...), a convolution's.
 
     Returns:
-        (channels * positions,) numbers of columns, position by position; None where there is one position only, so
-        that the channels stand side by side as it is.
+        (channels * positions,) numbers of columns, position by position; None where there is one position only.
 
     >>> channels_side_by_side(torch.zeros(8, 3, 2)).tolist()
     [0, 2, 4, 1, 3, 5]
@@ -91,16 +82,6 @@ class Geometry:
     stride: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]
     dilation: tuple[int, ...]
-
-    @property
-    def spans(self) -> tuple[int, ...]:
-        """How much of the padded input the kernel reaches over."""
-        return tuple(d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilation, strict=True))
-
-    def outputs(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
-        """How many outputs there are of an input of these sizes in space."""
-        dimensions = zip(sizes, self.padding, self.spans, self.stride, strict=True)
-        return tuple((size + sum(zeros) - span) // step + 1 for size, zeros, span, step in dimensions)
 
 
 def geometry_of(
@@ -145,13 +126,12 @@ def patches(inputs: Tensor, geometry: Geometry, limit: int = PIECE) -> Iterator[
     [[[1.0, 2.0], [2.0, 3.0]]]
     """
     dims = len(geometry.kernel)
-    batch = inputs if inputs.ndim == dims + 2 else inputs[None]
-    features = batch.shape[1] * math.prod(geometry.kernel)
-    rows, *rest = geometry.outputs(tuple(batch.shape[2:]))
+    windows = _windows(inputs if inputs.ndim == dims + 2 else inputs[None], geometry)
+    features = windows.shape[1] * math.prod(geometry.kernel)
+    rows, *rest = windows.shape[2 : 2 + dims]
     row = max(1, math.prod(rest) * features)
-    for samples in batch.split(max(1, limit // max(1, rows * row))):
-        windows = _windows(samples, geometry)
-        for some in windows.split(max(1, min(rows, limit // row)), dim=2):
+    for samples in windows.split(max(1, limit // max(1, rows * row))):
+        for some in samples.split(max(1, min(rows, limit // row)), dim=2):
             # Feature by feature: what lies side by side in the input is then copied in one go, which is several
             # times as fast as patch by patch.
             order = (1, *range(2 + dims, 2 + 2 * dims), 0, *range(2, 2 + dims))
@@ -162,22 +142,21 @@ def _windows(samples: Tensor, geometry: Geometry) -> Tensor:
     """(samples, channels, outputs..., positions...): a view of the padded samples."""
     if any(map(any, geometry.padding)):
         samples = F.pad(samples, [zeros for pair in reversed(geometry.padding) for zeros in pair])
-    for i, (span, step, dilation) in enumerate(zip(geometry.spans, geometry.stride, geometry.dilation, strict=True)):
-        samples = samples.unfold(2 + i, span, step)[..., ::dilation]
+    dimensions = zip(geometry.kernel, geometry.stride, geometry.dilation, strict=True)
+    for i, (positions, step, dilation) in enumerate(dimensions):
+        samples = samples.unfold(2 + i, dilation * (positions - 1) + 1, step)[..., ::dilation]
     return samples
 
 
-def positions_looked_at(inputs: Tensor, geometry: Geometry) -> Iterator[Tensor]:
-    """What the matrix of a 1x1 convolution multiplies, in one piece: (positions, channels).
+def _positions_looked_at(inputs: Tensor, geometry: Geometry) -> Tensor:
+    """What the matrix of a 1x1 convolution multiplies: (positions, channels).
 
     It steps over the padded image; what it multiplies in the padding is zero, counts for nothing and is left out.
-
-    >>> [piece.tolist() for piece in positions_looked_at(torch.tensor([[1.0, 2.0, 3.0]]), geometry_of((1,), stride=2))]
-    [[[1.0], [3.0]]]
     """
     steps = zip(geometry.padding, geometry.stride, strict=True)
     looked_at = inputs[(..., *(slice(-zeros % step, None, step) for (zeros, _), step in steps))]
-    yield looked_at.movedim(-len(geometry.kernel) - 1, -1).reshape(-1, inputs.shape[-len(geometry.kernel) - 1])
+    channels = -len(geometry.kernel) - 1
+    return looked_at.movedim(channels, -1).reshape(-1, inputs.shape[channels])
 
 
 def _convolve(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], see: See) -> Any:
@@ -194,7 +173,9 @@ def _convolve(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappi
 
 def _tokens(inputs: Tensor, channels: slice, geometry: Geometry) -> Iterator[Tensor]:
     own = inputs.detach()[(..., channels, *(slice(None) for _ in geometry.kernel))]
-    return positions_looked_at(own, geometry) if math.prod(geometry.kernel) == 1 else patches(own, geometry)
+    if math.prod(geometry.kernel) == 1:
+        return iter([_positions_looked_at(own, geometry)])
+    return patches(own, geometry)
 
 
 PRODUCTS: dict[Callable[..., Any], Handler] = {F.conv1d: _convolve, F.conv2d: _convolve, F.conv3d: _convolve}

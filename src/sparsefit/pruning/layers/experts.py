@@ -15,7 +15,13 @@ from sparsefit.pruning.layers.base import PrunableWeight, is_dense, prefixed
 
 
 def matrices(module: nn.Module, name: str = "") -> list[PrunableWeight]:
-    """The matrices of a module's stacks, expert by expert, as they are computed: "down_proj[3]"."""
+    """The matrices of a module's stacks, expert by expert, as they are computed.
+
+    >>> import torch
+    >>> experts = nn.ParameterDict({"down_proj": torch.zeros(2, 4, 3), "gate_up_proj": torch.zeros(2, 6, 4)})
+    >>> [weight.name for weight in matrices(experts)]
+    ['down_proj[0]', 'gate_up_proj[0]', 'down_proj[1]', 'gate_up_proj[1]']
+    """
     stacks = find_stacks(module)
     return [
         PrunableWeight(prefixed(name, f"{attribute}[{index}]"), stack, (module,), transposed, index)
@@ -30,6 +36,11 @@ def find_stacks(module: nn.Module) -> list[tuple[str, nn.Parameter, bool]]:
     Returns:
         The name in the module, the parameter and whether it is stored (experts, in, out) instead of
         (experts, out, in), for each; nothing if this is no module of experts whose layout is known.
+
+    >>> import torch
+    >>> experts = nn.ParameterDict({"down_proj": torch.zeros(2, 4, 3), "gate_up_proj": torch.zeros(2, 6, 4)})
+    >>> [(name, transposed) for name, _, transposed in find_stacks(experts)]
+    [('down_proj', False), ('gate_up_proj', False)]
     """
     stacks = {
         name: parameter
@@ -61,13 +72,12 @@ def eager_experts(model: nn.Module) -> Iterator[None]:
     """Have the transformers models in a module compute their experts one after the other, by their own switch.
 
     Models without such a switch are left alone. Everything is as before afterwards, whatever happens.
+
+    >>> with eager_experts(nn.Linear(3, 5)) as held: print(held)
+    None
     """
-    switchable = [
-        module
-        for module in model.modules()
-        if callable(getattr(module, "get_experts_implementation", None))
-        and callable(getattr(module, "set_experts_implementation", None))
-    ]
+    switch = ("get_experts_implementation", "set_experts_implementation")
+    switchable = [module for module in model.modules() if all(callable(getattr(module, name, None)) for name in switch)]
     before = [(module, module.get_experts_implementation()) for module in switchable]
     try:
         for module in switchable:

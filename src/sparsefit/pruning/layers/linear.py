@@ -14,17 +14,20 @@ from sparsefit.pruning.layers.quantized import is_bitsandbytes
 
 
 def matrices(module: nn.Module, name: str = "") -> list[PrunableWeight]:
-    """The weight of nn.Linear, (out, in), or of transformers' Conv1D (GPT-2), stored (in, out)."""
+    """The weight of nn.Linear, (out, in), or of transformers' Conv1D (GPT-2), stored (in, out).
+
+    >>> [(weight.name, weight.shape) for weight in matrices(nn.Linear(3, 5), "fc")]
+    [('fc.weight', (5, 3))]
+    """
     weight = getattr(module, "weight", None)
     # The output projection of nn.MultiheadAttention lends its weight to a fused function and is never called.
     if not is_dense(weight) or weight.ndim != 2 or type(module).__name__ == "NonDynamicallyQuantizableLinear":
         return []
-    if isinstance(module, nn.Linear) and not is_bitsandbytes(module):
-        return [PrunableWeight(prefixed(name, "weight"), weight, (module,), called=True)]
     # y = x W + b with W (in, out). Known by its name, as this needs torch alone.
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        return [PrunableWeight(prefixed(name, "weight"), weight, (module,), transposed=True, called=True)]
-    return []
+    transposed = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    if not transposed and (not isinstance(module, nn.Linear) or is_bitsandbytes(module)):
+        return []
+    return [PrunableWeight(prefixed(name, "weight"), weight, (module,), transposed, called=True)]
 
 
 def _linear(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], see: See) -> Any:
@@ -68,18 +71,9 @@ def _one_matrix(tensor: Tensor) -> Tensor:
 
 PRODUCTS: dict[Callable[..., Any], Handler] = {
     F.linear: _linear,
-    torch.matmul: _product("input", "other"),
-    torch.linalg.matmul: _product("input", "other"),
-    Tensor.matmul: _product("input", "other"),
-    Tensor.__matmul__: _product("input", "other"),
-    torch.mm: _product("input", "mat2"),
-    Tensor.mm: _product("input", "mat2"),
-    torch.mv: _product("input", "vec"),
-    Tensor.mv: _product("input", "vec"),
-    torch.bmm: _product("input", "mat2"),
-    Tensor.bmm: _product("input", "mat2"),
-    torch.addmm: _product("input", "mat1", "mat2"),
-    Tensor.addmm: _product("input", "mat1", "mat2"),
-    torch.baddbmm: _product("input", "batch1", "batch2"),
-    Tensor.baddbmm: _product("input", "batch1", "batch2"),
+    **dict.fromkeys((torch.matmul, torch.linalg.matmul, Tensor.matmul, Tensor.__matmul__), _product("input", "other")),
+    **dict.fromkeys((torch.mm, Tensor.mm, torch.bmm, Tensor.bmm), _product("input", "mat2")),
+    **dict.fromkeys((torch.mv, Tensor.mv), _product("input", "vec")),
+    **dict.fromkeys((torch.addmm, Tensor.addmm), _product("input", "mat1", "mat2")),
+    **dict.fromkeys((torch.baddbmm, Tensor.baddbmm), _product("input", "batch1", "batch2")),
 }

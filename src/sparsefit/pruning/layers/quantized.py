@@ -1,8 +1,8 @@
 """Weights that bitsandbytes holds in 4 or 8 bits: read as an (out, in) matrix, pruned, written, put back.
 
 A zero of such a weight is a code, not a small number: NF4 and FP4 have a code for 0, and so has int8. To prune is
-therefore to write that code (`zero_outside`): the scales and the codes of the kept weights stay as they are, to
-the bit. Only weights that a reconstruction changed have to be quantized again (`write_quantized`).
+to write that code (`zero_outside`): the scales and the codes of the kept weights stay as they are, to the bit. Only
+weights that a reconstruction changed have to be quantized again (`write_quantized`).
 
 All functions take the layer, not its parameter: the scales of an 8-bit layer move from the parameter to
 `layer.state` in the first forward pass, and what is cached there must change together with the weights.
@@ -18,7 +18,6 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,15 +34,12 @@ _CPU_ROWS = 32  # rows that the CPU layout of bitsandbytes interleaves
 class QuantizedWeight(PrunableWeight):
     """The weight of a layer that is quantized already: its matrix is a copy, and it is written as codes."""
 
+    positions = 1
+
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
         return matrix_shape(self.layers[0])
-
-    @property
-    def positions(self) -> int:
-        """One column for each input."""
-        return 1
 
     @property
     def device(self) -> torch.device:
@@ -78,7 +74,11 @@ class CachedWeight(PrunableWeight):
 
 
 def matrices(module: nn.Module, name: str = "") -> list[PrunableWeight]:
-    """The weight of a Linear4bit or Linear8bitLt, quantized or in floats."""
+    """The weight of a Linear4bit or Linear8bitLt, quantized or in floats.
+
+    >>> matrices(nn.Linear(3, 5), "fc")
+    []
+    """
     if is_quantized(module):
         return [QuantizedWeight(prefixed(name, "weight"), module.weight, (module,), called=True)]
     if is_bitsandbytes(module) and is_dense(module.weight) and module.weight.ndim == 2:
@@ -86,17 +86,22 @@ def matrices(module: nn.Module, name: str = "") -> list[PrunableWeight]:
     return []
 
 
-@dataclass(frozen=True, eq=False)
-class QuantizedSnapshot:
-    """What a layer held when `snapshot` was called."""
+def is_bitsandbytes(layer: nn.Module, kinds: tuple[str, ...] = ("Linear4bit", "Linear8bitLt")) -> bool:
+    """Whether a layer is bitsandbytes' own, of one of these kinds, whatever it holds at the moment.
 
-    data: Tensor
-    scales: Any  # 4-bit: the fields of the QuantState; 8-bit: SCB, (out,) float32
-    cpu_layout: bool  # whether bitsandbytes may change the layer to its CPU layout
+    >>> is_bitsandbytes(nn.Linear(3, 5))
+    False
+    """
+    # The layers of PEFT have the same names: they wrap these, and are not meant.
+    return any(c.__name__ in kinds and c.__module__.startswith("bitsandbytes") for c in type(layer).__mro__)
 
 
 def is_quantized(layer: nn.Module) -> bool:
-    """Whether a layer is a Linear4bit or Linear8bitLt of bitsandbytes and its weight is quantized already."""
+    """Whether a layer is a Linear4bit or Linear8bitLt of bitsandbytes and its weight is quantized already.
+
+    >>> is_quantized(nn.Linear(3, 5))
+    False
+    """
     if _is_4bit(layer):
         return _state(layer) is not None
     return _is_8bit(layer) and layer.weight.dtype == torch.int8 and _row_scales(layer) is not None
@@ -104,23 +109,32 @@ def is_quantized(layer: nn.Module) -> bool:
 
 def awaits_quantization(layer: nn.Module) -> bool:
     """Whether a bitsandbytes layer still holds floats that it quantizes later: when it is moved to a device
-    (`model.to("cpu")` does it, too) or, with 8 bits, in its first forward pass."""
-    if _is_8bit(layer) and layer.state.has_fp16_weights:
-        return False
-    return (_is_4bit(layer) or _is_8bit(layer)) and not is_quantized(layer)
+    (`model.to("cpu")` does it, too) or, with 8 bits, in its first forward pass.
+
+    >>> awaits_quantization(nn.Linear(3, 5))
+    False
+    """
+    keeps_floats = _is_8bit(layer) and layer.state.has_fp16_weights
+    return is_bitsandbytes(layer) and not is_quantized(layer) and not keeps_floats
 
 
 def forget_cached(layer: nn.Module) -> None:
     """Make a Linear8bitLt that keeps float weights (`has_fp16_weights`) see a change of them.
 
-    In evaluation mode it quantizes them once and computes with that copy ever after. No effect on other layers.
+    In evaluation mode it quantizes them once and computes with that copy ever after. No effect on other layers:
+
+    >>> forget_cached(nn.Linear(3, 5))
     """
     if _is_8bit(layer) and layer.state.has_fp16_weights:
         layer.state.reset_grads()
 
 
 def matrix_shape(layer: nn.Module) -> tuple[int, int]:
-    """(out, in) of a quantized layer's weight."""
+    """(out, in) of a quantized layer's weight, however it is stored.
+
+    >>> matrix_shape(nn.Linear(3, 5))
+    (5, 3)
+    """
     rows, columns = _state(layer).shape if _is_4bit(layer) else layer.weight.shape
     return int(rows), int(columns)
 
@@ -130,6 +144,11 @@ def dequantized(layer: nn.Module) -> Tensor:
 
     With 4 bits the dtype is that of the weights before they were quantized; with 8 bits it is float32, in which
     the scales are held and the products are scaled.
+
+    >>> layer = nn.Linear(2, 1).requires_grad_(False)  # with what a Linear8bitLt holds
+    >>> layer.weight.data, layer.weight.SCB = torch.tensor([[127, -64]], dtype=torch.int8), torch.tensor([2.0])
+    >>> dequantized(layer)
+    tensor([[ 2.0000, -1.0079]])
     """
     if _is_4bit(layer):
         return _values(layer.weight.data, _state(layer))
@@ -141,6 +160,11 @@ def zero_outside(layer: nn.Module, mask: Tensor) -> None:
 
     Raises:
         MaskError: if the mask has another shape than the weights.
+
+    >>> layer = nn.Linear(2, 1)  # with what a Linear8bitLt holds
+    >>> layer.weight.SCB, layer.state = torch.ones(1), SimpleNamespace(reset_grads=lambda: None)
+    >>> zero_outside(layer, torch.tensor([[True, False]])); layer.weight != 0
+    tensor([[ True, False]])
     """
     _check_shape(layer, mask)
     mask = mask.to(layer.weight.device)
@@ -155,12 +179,13 @@ def write_quantized(layer: nn.Module, matrix: Tensor) -> None:
 
     Zeros of the matrix are exact zeros afterwards; the other weights get the rounding error of the format.
 
-    Raises:
-        MaskError: if the matrix has another shape than the weights.
+    >>> write_quantized(nn.Linear(3, 5), torch.zeros(3, 5))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    sparsefit.errors.MaskError: a mask or matrix of shape (3, 5) does not fit ...
     """
+    _check_shape(layer, matrix)
     from bitsandbytes import functional
 
-    _check_shape(layer, matrix)
     weight, kept = layer.weight, (matrix != 0).to(layer.weight.device)
     if _is_8bit(layer):
         codes, scales, _ = functional.int8_vectorwise_quant(matrix.to(weight.device, torch.float16).contiguous())
@@ -184,21 +209,34 @@ def write_quantized(layer: nn.Module, matrix: Tensor) -> None:
     _write_codes(layer, packed)
 
 
-def snapshot(layer: nn.Module) -> QuantizedSnapshot:
-    """A copy of the weights and scales of a quantized layer, for `restore`."""
+def snapshot(layer: nn.Module) -> tuple[Tensor, Any, bool]:
+    """A copy of the weights and scales of a quantized layer (with 4 bits the fields of its QuantState, with 8 bits SCB,
+    (out,) float32), and whether bitsandbytes may change it to its CPU layout: for `restore`.
+
+    >>> layer = nn.Linear(2, 1)  # with what a Linear8bitLt holds
+    >>> layer.weight.SCB = torch.tensor([2.0])
+    >>> snapshot(layer)[1:]
+    (tensor([2.]), False)
+    """
     scales = copy.deepcopy(vars(_state(layer))) if _is_4bit(layer) else _row_scales(layer).clone()
-    cpu_layout = getattr(layer, "support_avx512bf16_for_cpu", False)
-    return QuantizedSnapshot(layer.weight.data.clone(), scales, cpu_layout)
+    return layer.weight.data.clone(), scales, getattr(layer, "support_avx512bf16_for_cpu", False)
 
 
-def restore(layer: nn.Module, taken: QuantizedSnapshot) -> None:
-    """Put the weights and scales of a snapshot back, to the bit."""
-    if _is_8bit(layer):
-        _put_int8(layer, taken.data, taken.scales)
-        return
-    _state(layer).__dict__ = dict(taken.scales)
-    layer.weight.data = taken.data
-    layer.support_avx512bf16_for_cpu = taken.cpu_layout
+def restore(layer: nn.Module, taken: tuple[Tensor, Any, bool]) -> None:
+    """Put the weights and scales of a snapshot back, to the bit.
+
+    >>> layer = nn.Linear(2, 1)  # with what a Linear8bitLt holds
+    >>> layer.weight.SCB, layer.state = torch.ones(1), SimpleNamespace(reset_grads=lambda: None)
+    >>> taken = snapshot(layer); layer.weight.data = torch.zeros(1, 2); restore(layer, taken); (layer.weight != 0).all()
+    tensor(True)
+    """
+    data, scales, cpu_layout = taken
+    if _is_4bit(layer):
+        _state(layer).__dict__ = dict(scales)
+        layer.weight.data = data
+        layer.support_avx512bf16_for_cpu = cpu_layout
+    else:
+        _put_int8(layer, data, scales)
 
 
 @contextmanager
@@ -209,6 +247,9 @@ def plain_layout(model: nn.Module) -> Iterator[None]:
     That layout rounds the scales, does not exist for all shapes, and (bitsandbytes 0.50) is saved with the scales
     in the wrong order and does not survive `model.to(device)`. So layers stay plain after this, too; only an error
     gives them back their freedom.
+
+    >>> with plain_layout(nn.Linear(3, 5)) as held: print(held)
+    None
     """
     switched = [m for m in model.modules() if _is_4bit(m) and getattr(m, "support_avx512bf16_for_cpu", False)]
     for layer in switched:
@@ -222,11 +263,11 @@ def plain_layout(model: nn.Module) -> Iterator[None]:
 
 
 def stored_matrix(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """A weight out of a state dict or a file as an (out, in) matrix, dequantized if it was saved in 4 or 8 bits.
+    """The weight of a name out of all tensors of a state dict or a file, (out, in); dequantized if it was saved in 4 or
+    8 bits. Its scales are found by their names.
 
-    Args:
-        tensors: All of its tensors by name; the scales of a weight are found by their names.
-        name: Name of the weight.
+    >>> stored_matrix({"weight": torch.tensor([[127, -64]], dtype=torch.int8), "SCB": torch.tensor([2.0])}, "weight")
+    tensor([[ 2.0000, -1.0079]])
     """
     data = tensors[name]
     if f"{name}.absmax" in tensors:
@@ -238,22 +279,12 @@ def stored_matrix(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     return data
 
 
-def is_bitsandbytes(layer: nn.Module) -> bool:
-    """Whether a layer is bitsandbytes' own, whatever it holds at the moment."""
-    return _is_4bit(layer) or _is_8bit(layer)
-
-
 def _is_4bit(layer: nn.Module) -> bool:
-    return _is_bitsandbytes(layer, "Linear4bit")
+    return is_bitsandbytes(layer, ("Linear4bit",))
 
 
 def _is_8bit(layer: nn.Module) -> bool:
-    return _is_bitsandbytes(layer, "Linear8bitLt")
-
-
-def _is_bitsandbytes(layer: nn.Module, name: str) -> bool:
-    # The layers of PEFT have the same names: they wrap these, and are not meant.
-    return any(c.__name__ == name and c.__module__.startswith("bitsandbytes") for c in type(layer).__mro__)
+    return is_bitsandbytes(layer, ("Linear8bitLt",))
 
 
 def _state(layer: nn.Module) -> Any:

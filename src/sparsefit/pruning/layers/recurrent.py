@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,11 +28,7 @@ _SEEN = re.compile(r"weight_(ih|hh)(_l\d+(_reverse)?)?")
 
 
 def matrices(module: nn.Module, name: str = "") -> list[PrunableWeight]:
-    """The weights of one nn.LSTM, nn.GRU, nn.RNN or one of their cells; nothing for any other module.
-
-    Args:
-        module: Any module.
-        name: Its name in the bare model.
+    """The weights of one nn.LSTM, nn.GRU, nn.RNN or one of their cells.
 
     >>> [weight.name for weight in matrices(nn.GRU(3, 4), "encoder")]
     ['encoder.weight_ih_l0', 'encoder.weight_hh_l0']
@@ -63,25 +59,21 @@ class _Call:
 
     Attributes:
         function: What was called.
-        inputs: (steps, batch, in), (batch, steps, in) or packed: the steps of all sequences, (all steps, in).
         batch_sizes: Of packed inputs: how many sequences have each step, on the CPU; else None.
         states: The first states, (layers * directions, batch, hidden) each: h, and c of an LSTM.
         weights: Those of each layer and direction: weight_ih, weight_hh and so on.
         has_biases: Whether biases are among them.
         directions: 1 or 2.
-        time: Which dimension the steps are, where the inputs are not packed.
-        handed_on: The inputs of the first layer, the second and so on, as far as known.
+        inputs: Of each layer, as far as known: (steps, batch, in), or packed the steps of all sequences, (all, in).
     """
 
     function: Callable[..., Any]
-    inputs: Tensor
     batch_sizes: Tensor | None
     states: tuple[Tensor, ...]
     weights: list[list[Tensor]]
     has_biases: bool
     directions: int
-    time: int
-    handed_on: list[Tensor] = field(default_factory=list)
+    inputs: list[Tensor]
 
     @torch.no_grad()
     def tokens(self, layer: int) -> Iterator[Tensor]:
@@ -91,58 +83,50 @@ class _Call:
     @torch.no_grad()
     def hidden_tokens(self, layer: int, direction: int) -> Iterator[Tensor]:
         """The states that weight_hh of a layer multiplies, each in the place of the input of the same step."""
-        turned = self._turned if direction else lambda steps: steps
-        outputs = self._outputs(layer, direction, turned(self._inputs_of(layer)))
+        outputs = self._outputs(layer, direction)
         first = self.states[0][layer * self.directions + direction].to(outputs.dtype)
         if self.batch_sizes is None:
-            earlier = [first.unsqueeze(self.time), outputs.narrow(self.time, 0, outputs.shape[self.time] - 1)]
-            return self._flat(turned(torch.cat(earlier, dim=self.time)))
-        sizes = self.batch_sizes.tolist()
-        # The longest sequences stand first, so those that go on are the first ones of the step before.
-        earlier = [step[:size] for step, size in zip(outputs.split(sizes), sizes[1:], strict=False)]
-        return self._flat(turned(torch.cat([first, *earlier])))
+            before = torch.cat([first[None], outputs[:-1]])
+        else:
+            sizes = self.batch_sizes.tolist()
+            # The longest sequences stand first, so those that go on are the first ones of the step before.
+            going_on = [step[:size] for step, size in zip(outputs.split(sizes), sizes[1:], strict=False)]
+            before = torch.cat([first, *going_on])
+        return self._flat(self._turned(before, direction))
 
     def _inputs_of(self, layer: int) -> Tensor:
-        while len(self.handed_on) <= layer:
-            self.handed_on.append(self._handed_on_by(len(self.handed_on) - 1) if self.handed_on else self.inputs)
-        return self.handed_on[layer]
+        while len(self.inputs) <= layer:
+            below, directions = len(self.inputs) - 1, range(self.directions)
+            self.inputs.append(torch.cat([self._turned(self._outputs(below, d), d) for d in directions], dim=-1))
+        return self.inputs[layer]
 
-    def _handed_on_by(self, layer: int) -> Tensor:
-        inputs = self.handed_on[layer]
-        outputs = [self._outputs(layer, 0, inputs)]
-        if self.directions == 2:
-            outputs.append(self._turned(self._outputs(layer, 1, self._turned(inputs))))
-        return torch.cat(outputs, dim=-1)
-
-    def _outputs(self, layer: int, direction: int, inputs: Tensor) -> Tensor:
-        """The outputs of a layer in one direction. Its inputs and outputs are in the order in which that goes."""
+    def _outputs(self, layer: int, direction: int) -> Tensor:
+        """The outputs of a layer in one direction, in the order in which that goes."""
         place = layer * self.directions + direction
         states = tuple(state[place : place + 1].contiguous() for state in self.states)
-        sequences = (inputs,) if self.batch_sizes is None else (inputs, self.batch_sizes)
+        steps = self._turned(self._inputs_of(layer), direction)
+        sequences = (steps,) if self.batch_sizes is None else (steps, self.batch_sizes)
         settings = (self.has_biases, 1, 0.0, False, False)  # one layer, no dropout, no training, one direction
-        batch_first = (self.time == 1,) if self.batch_sizes is None else ()
+        batch_first = (False,) if self.batch_sizes is None else ()
         hx = states if len(states) > 1 else states[0]
         return self.function(*sequences, hx, self.weights[place], *settings, *batch_first)[0]
 
-    def _turned(self, steps: Tensor) -> Tensor:
-        """Each sequence from its end to its start, or back again."""
-        if self.batch_sizes is None:
-            return steps.flip(self.time)
-        return steps[turned_places(self.batch_sizes).to(steps.device)]
+    def _turned(self, steps: Tensor, direction: int) -> Tensor:
+        """Each sequence from its end to its start, or back again, for direction 1."""
+        if direction == 0:
+            return steps
+        return steps.flip(0) if self.batch_sizes is None else steps[_turned_places(self.batch_sizes).to(steps.device)]
 
     def _flat(self, steps: Tensor) -> Iterator[Tensor]:
         # Sequence by sequence, as the samples and what is padding in them come.
-        by_sequence = steps.transpose(0, 1) if self.batch_sizes is None and self.time == 0 else steps
+        by_sequence = steps.transpose(0, 1) if self.batch_sizes is None else steps
         return iter([by_sequence.detach().reshape(-1, steps.shape[-1])])
 
 
-def turned_places(batch_sizes: Tensor) -> Tensor:
+def _turned_places(batch_sizes: Tensor) -> Tensor:
     """Where the steps of packed sequences stand once each sequence is turned round: (all steps,) numbers of rows.
 
-    Args:
-        batch_sizes: (steps,) of a PackedSequence: how many sequences have a first step, a second one, and so on.
-
-    >>> turned_places(torch.tensor([2, 1, 1])).tolist()
+    >>> _turned_places(torch.tensor([2, 1, 1])).tolist()  # two sequences have a first step, one goes on
     [3, 1, 2, 0]
     """
     sequences = torch.arange(int(batch_sizes[0]))
@@ -152,52 +136,43 @@ def turned_places(batch_sizes: Tensor) -> Tensor:
     return starts[lengths[sequence] - 1 - step] + sequence
 
 
-def _bound(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Call:
+def _recur(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], see: See) -> Any:
     second = args[1] if len(args) > 1 else kwargs.get("batch_sizes")
     packed = isinstance(second, Tensor) and not second.is_floating_point()
-    call = {**dict(zip(_NAMES_PACKED if packed else _NAMES, args, strict=False)), **kwargs}
-    directions = 2 if call["bidirectional"] else 1
-    params, states = list(call["params"]), call["hx"]
-    each = len(params) // (call["num_layers"] * directions)
-    return _Call(
+    given = {**dict(zip(_NAMES_PACKED if packed else _NAMES, args, strict=False)), **kwargs}
+    inputs, states, params = given["data" if packed else "input"], given["hx"], list(given["params"])
+    by_step = not packed and not given.get("batch_first")
+    directions = 2 if given["bidirectional"] else 1
+    each = len(params) // (given["num_layers"] * directions)
+    call = _Call(
         function,
-        inputs=call["data" if packed else "input"],
         batch_sizes=second if packed else None,
         states=(states,) if isinstance(states, Tensor) else tuple(states),
         weights=[params[start : start + each] for start in range(0, len(params), each)],
-        has_biases=call["has_biases"],
+        has_biases=given["has_biases"],
         directions=directions,
-        time=1 if call.get("batch_first") else 0,
+        inputs=[inputs if packed or by_step else inputs.transpose(0, 1)],
     )
-
-
-def _recur(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], see: See) -> Any:
-    call = _bound(function, args, kwargs)
     this = object()  # the same inputs give other states with other weights or first states
-    for layer in range(len(call.weights) // call.directions):
-        own = list(enumerate(call.weights[layer * call.directions : (layer + 1) * call.directions]))
-        for _, (weight_ih, *_) in own:
-            if layer:
-                see(weight_ih, call.inputs, tokens=partial(call.tokens, layer), key=(this, layer))
-            elif call.batch_sizes is None and call.time == 0:
-                see(weight_ih, call.inputs, tokens=partial(call.tokens, 0), key="by sequence")
+    for layer in range(given["num_layers"]):
+        own = call.weights[layer * directions : (layer + 1) * directions]
+        for weight_ih, *_ in own:
+            if layer or by_step:
+                key = (this, layer) if layer else "by sequence"
+                see(weight_ih, inputs, tokens=partial(call.tokens, layer), key=key)
             else:
-                see(weight_ih, call.inputs)
-        for direction, (_, weight_hh, *_) in own:
-            see(
-                weight_hh,
-                call.inputs,
-                tokens=partial(call.hidden_tokens, layer, direction),
-                key=(this, layer, direction),
-            )
+                see(weight_ih, inputs)
+        for direction, (_, weight_hh, *_) in enumerate(own):
+            tokens = partial(call.hidden_tokens, layer, direction)
+            see(weight_hh, inputs, tokens=tokens, key=(this, layer, direction))
     return function(*args, **kwargs)
 
 
 def _recur_once(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], see: See) -> Any:
-    call = {**dict(zip(_NAMES_CELL, args, strict=False)), **kwargs}
-    hx = call["hx"]
-    see(call["w_ih"], call["input"])
-    see(call["w_hh"], hx if isinstance(hx, Tensor) else hx[0])  # h and c of an LSTM
+    given = {**dict(zip(_NAMES_CELL, args, strict=False)), **kwargs}
+    hx = given["hx"]
+    see(given["w_ih"], given["input"])
+    see(given["w_hh"], hx if isinstance(hx, Tensor) else hx[0])  # h and c of an LSTM
     return function(*args, **kwargs)
 
 

@@ -1,0 +1,81 @@
+"""The Gram matrix G = X X^T of a layer's inputs: its scale, its factors and the errors that it tells.
+
+G is accumulated in float32. Where less than a `RESOLUTION` of an input's power is independent of the other inputs,
+what is left is rounding noise, and dividing by it makes weights that fit nothing but the noise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsefit.errors import CalibrationError
+from sparsefit.pruning.devices import precise_dtype
+
+RESOLUTION = torch.finfo(torch.float32).eps
+
+
+def unit_gram(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """G in `precise_dtype` with a mean diagonal of one, and ones for dead inputs.
+
+    Returns:
+        That, (in, in); the scale that was taken out, (); which inputs are dead, zero in every token, (in,) bool.
+
+    Raises:
+        CalibrationError: if the Gram matrix is not finite.
+
+    >>> unit_gram(torch.diag(torch.tensor([4.0, 0.0])))[0].tolist()
+    [[2.0, 0.0], [0.0, 1.0]]
+    """
+    diagonal = gram.diagonal()
+    dead = diagonal == 0
+    scale = diagonal.to(precise_dtype(gram.device)).mean()
+    scale = torch.where(scale > 0, scale, 1)
+    unit = gram.to(scale.dtype) / scale
+    if not unit.sum().isfinite():
+        raise CalibrationError(
+            "the Gram matrix of the inputs is not finite: some activations are infinite or NaN; "
+            "load the model in bfloat16 or float32 instead of float16, and check the calibration data"
+        )
+    unit.diagonal()[dead] = 1
+    return unit, scale, dead
+
+
+def cholesky(systems: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower factors of (..., n, n) systems, and whether each can be relied on: (...).
+
+    >>> cholesky(torch.ones(2, 2))[1]
+    tensor(False)
+    """
+    lower, info = torch.linalg.cholesky_ex(systems)
+    left = lower.diagonal(dim1=-2, dim2=-1).square()  # of each input's power, what the inputs before do not explain
+    power = systems.diagonal(dim1=-2, dim2=-1)
+    return lower, (info == 0) & (left > RESOLUTION * power).all(dim=-1)  # not so for NaN
+
+
+def next_damping(damping: float) -> float:
+    """What to add to the diagonal, as a share of its mean, where so much was too little.
+
+    >>> next_damping(0.0), next_damping(0.01)
+    (1e-06, 0.1)
+    """
+    return max(damping * 10, 1e-6)
+
+
+def reconstruction_error(weight: Tensor, changed: Tensor, gram: Tensor) -> Tensor:
+    """Squared error of each output over the calibration tokens: (w' - w) G (w' - w)^T, in `precise_dtype`.
+
+    Args:
+        weight: (out, in), the dense weights.
+        changed: (out, in), what they became.
+        gram: (in, in).
+
+    Returns:
+        (out,), not negative.
+
+    >>> reconstruction_error(torch.ones(1, 2), torch.zeros(1, 2), torch.eye(2))
+    tensor([2.], dtype=torch.float64)
+    """
+    dtype = precise_dtype(gram.device)
+    difference = changed.to(dtype) - weight.to(dtype)
+    return ((difference @ gram.to(dtype)) * difference).sum(dim=1).clamp_min_(0)

@@ -1,0 +1,183 @@
+"""The kept weights that minimise each output's error, from the Gram matrix G of the inputs (see `reconstruction`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sparsefit.pruning.devices import precise_dtype
+from sparsefit.pruning.gram import cholesky, next_damping, reconstruction_error, unit_gram
+
+TEMPORARY_BYTES = 256 * 2**20
+DIRECT_WORK = 5e11  # multiply-adds of a GPU's factorisations, a second or so; above it all rows are solved together
+ROWS_TOGETHER = 4096
+STRONG_DIRECTIONS = 64  # of a Gram matrix, that the approximate inverse of its kept parts takes as they are
+ITERATIONS = 50
+ENOUGH = 2e-3  # the share of its error that an iteration must take from some row for another one to follow
+
+
+def least_squares(weight: Tensor, mask: Tensor, gram: Tensor, damping: float = 0.0) -> tuple[Tensor, float]:
+    """The kept weights of each row that minimise its error, exactly: G_KK w'_K = (G w)_K for the kept set K.
+
+    Solved for the change u = w'_K - w_K: (G_KK + damping I) u = (G d)_K, where d holds the row's pruned weights.
+    Damping so pulls towards the original weights, and weights of dead inputs stay as they are. A row that rounding
+    left worse than its masked original keeps the original.
+
+    Costs kept^3 / 6 multiply-adds for each row, which needs a factorisation of its own: at half the weights, 0.3 ms
+    a row of 192 inputs and 0.25 s a row of 4,096 on one CPU core. The 4,096 rows of such a layer are 6e12
+    multiply-adds in `precise_dtype`, 90 times those of `update_sequentially`. A GPU solves layers of so many all
+    rows together, by conjugate gradients: about ten matrix products of the weights' and the Gram matrix's shapes
+    leave the error within 1% of the lowest.
+
+    Args:
+        weight: (out, in), any floating dtype, dense.
+        mask: (out, in) bool, True = kept; rows may keep different numbers of weights.
+        gram: (in, in).
+        damping: share of the mean of diag(G). Rows where it does not work take ten times as much, and so on.
+
+    Returns:
+        (out, in) float32, exactly zero outside the mask, and the largest damping that a row took.
+
+    Raises:
+        CalibrationError: if the Gram matrix is not finite.
+
+    >>> gram = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+    >>> least_squares(torch.ones(1, 2), torch.tensor([[False, True]]), gram)
+    (tensor([[0.0000, 1.5000]]), 0.0)
+    """
+    system, _, _ = unit_gram(gram)
+    counts = mask.sum(dim=1)
+    if gram.device.type == "cuda" and float(counts.double().pow(3).sum()) / 6 > DIRECT_WORK:
+        return _solve_together(weight, mask, system, damping), damping
+    changed, largest = torch.where(mask, weight.float(), 0), damping
+    widest = int(counts.max()) if len(counts) else 0
+    at_once = max(TEMPORARY_BYTES // (3 * system.element_size() * max(widest, 1) ** 2), 1)
+    for rows in torch.arange(len(weight), device=weight.device).split(at_once):
+        original, kept = weight[rows].to(system.dtype), mask[rows]
+        places, valid = _kept_places(kept)  # (rows, kept)
+        gradient = (original.masked_fill(kept, 0) @ system).gather(1, places).masked_fill_(~valid, 0)
+        change, used = _solve(_kept_systems(system, places, valid), gradient, damping)
+        _take_better(changed, rows, original, original.scatter_add(1, places, change).masked_fill_(~kept, 0), system)
+        largest = max(largest, used)
+    return changed, largest
+
+
+def _take_better(changed: Tensor, rows: Tensor, original: Tensor, candidate: Tensor, system: Tensor) -> None:
+    """Puts candidates into the rows whose error they lower; not so for NaN."""
+    candidate = candidate.float()
+    before, after = (reconstruction_error(original, new, system) for new in (changed[rows], candidate))
+    changed[rows] = torch.where((after < before)[:, None], candidate, changed[rows])
+
+
+def _kept_places(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns of the kept weights of each row, (rows, most kept), and which of them are no padding."""
+    places = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : int(mask.sum(dim=1).max())]
+    return places, mask.gather(1, places)
+
+
+def _kept_systems(gram: Tensor, places: Tensor, valid: Tensor) -> Tensor:
+    """G_KK of each row, (rows, kept, kept); identity at the padding."""
+    systems = gram[places[:, :, None], places[:, None, :]]
+    systems.masked_fill_(~(valid[:, :, None] & valid[:, None, :]), 0)
+    systems.diagonal(dim1=1, dim2=2).masked_fill_(~valid, 1)
+    return systems
+
+
+def _solve(systems: Tensor, right: Tensor, damping: float) -> tuple[Tensor, float]:
+    """Solves (rows, n, n) damped systems for (rows, n) right sides; the largest damping that a row took."""
+    solution = torch.empty_like(right)
+    pending = torch.arange(len(right), device=right.device)
+    diagonal = systems.diagonal(dim1=1, dim2=2).clone()
+    while True:
+        systems.diagonal(dim1=1, dim2=2).copy_(diagonal + damping)
+        lower, works = cholesky(systems)
+        # Two substitutions are many times faster than `torch.cholesky_solve` on a CPU.
+        half = torch.linalg.solve_triangular(lower[works], right[works][..., None], upper=False)
+        solution[pending[works]] = torch.linalg.solve_triangular(lower[works].mT, half, upper=True).squeeze(-1)
+        if works.all():
+            return solution, damping
+        systems, right, diagonal, pending = (part[~works] for part in (systems, right, diagonal, pending))
+        damping = next_damping(damping)
+
+
+def _solve_together(weight: Tensor, mask: Tensor, system: Tensor, damping: float) -> Tensor:
+    """`least_squares` of all rows at once, by preconditioned conjugate gradients.
+
+    With inputs scaled to a diagonal of one, a Gram matrix is close to F F^T + D, with a diagonal D and a factor F of
+    few columns for its strongest directions: that holds for the kept part of each row, too, and is inverted with
+    matrices of the size of F's columns (Woodbury's identity). What is left to the iterations is conditioned so well
+    that about ten of them do, in float32; `precise_dtype` has the right sides and decides in the end.
+    """
+    scale = (system.diagonal() + damping).sqrt()
+    matrix = system / scale / scale[:, None]
+    matrix.diagonal().fill_(1)
+    matrix = matrix.float()
+    strong = _strong_directions(matrix)
+    changed = torch.where(mask, weight.float(), 0)
+    for rows in torch.arange(len(weight), device=weight.device).split(ROWS_TOGETHER):
+        original, kept = weight[rows].to(system.dtype), mask[rows]
+        pruned = original.masked_fill(kept, 0)
+        gradient = pruned @ system
+        error = (gradient * pruned).sum(dim=1)
+        change = _conjugate_gradients(matrix, strong, kept.float(), (gradient / scale).float(), error.float())
+        _take_better(changed, rows, original, (original + change / scale).masked_fill_(~kept, 0), system)
+    return changed
+
+
+def _conjugate_gradients(matrix: Tensor, strong: Tensor, kept: Tensor, right: Tensor, error: Tensor) -> Tensor:
+    """Solves matrix_KK u = right_K for each of (rows, in), until no row's (rows,) error falls by much any more."""
+    approximate_inverse = _approximate_inverse(strong, kept)
+    solution, residual, left = torch.zeros_like(right), right * kept, error.clone()
+    preconditioned = approximate_inverse(residual)
+    direction, product = preconditioned, (residual * preconditioned).sum(dim=1, keepdim=True)
+    for _ in range(ITERATIONS):
+        moved = (direction @ matrix).mul_(kept)
+        step = _share(product, (direction * moved).sum(dim=1, keepdim=True))
+        solution.addcmul_(step, direction)
+        change = step * moved
+        residual = residual - change
+        gained = (step * product).squeeze(1)
+        left = left - gained
+        if bool((gained <= ENOUGH * left.clamp_min(1e-6 * error)).all()):
+            break
+        preconditioned = approximate_inverse(residual)
+        # Polak and Ribiere's form: rounding in the approximate inverse does not turn the directions into wrong ones.
+        turned = -(change * preconditioned).sum(dim=1, keepdim=True)
+        direction = preconditioned.addcmul(_share(turned, product), direction)
+        product = (residual * preconditioned).sum(dim=1, keepdim=True)
+    return solution
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    """part / whole, and nothing of nothing: rows that are solved stand still."""
+    return torch.where(whole > 0, part / whole, 0)
+
+
+def _strong_directions(matrix: Tensor) -> Tensor:
+    """F, (in, few), so that matrix is about F F^T plus a diagonal: a subspace iteration, the same in each run."""
+    generator = torch.Generator(matrix.device).manual_seed(0)
+    shape = (len(matrix), min(STRONG_DIRECTIONS, len(matrix)))
+    basis = torch.randn(shape, generator=generator, device=matrix.device)
+    for _ in range(4):
+        basis = torch.linalg.qr(matrix @ basis).Q
+    values, vectors = torch.linalg.eigh(basis.T @ matrix @ basis)
+    return basis @ vectors * values.clamp_min(0).sqrt()
+
+
+def _approximate_inverse(strong: Tensor, kept: Tensor) -> Callable[[Tensor], Tensor]:
+    """The product of (rows, in) with the inverses of each row's kept part of F F^T + D, whose diagonal is one."""
+    few = strong.shape[1]
+    weights = kept / (1 - strong.square().sum(dim=1)).clamp_min_(1e-3)  # (rows, in)
+    inner = weights @ (strong[:, :, None] * strong[:, None, :]).flatten(1)
+    inner = inner.view(-1, few, few).to(precise_dtype(kept.device))
+    inner.diagonal(dim1=1, dim2=2).add_(1)
+    inverses = torch.linalg.inv(inner).float()
+
+    def apply(rows: Tensor) -> Tensor:
+        weighted = rows * weights
+        common = torch.bmm(inverses, (weighted @ strong)[:, :, None]).squeeze(2)
+        return weighted.addcmul_(common @ strong.T, weights, value=-1)
+
+    return apply

@@ -1,0 +1,217 @@
+"""The selections of `selection` on a GPU, in Triton. The module can be imported without Triton.
+
+Scores are compared as whole numbers: the bits of a float32, with all but the sign of negative ones turned over, have
+the order of the floats. With the column in the lower half of 64 bits no two scores are equal, and the lowest column
+of equal scores comes first.
+"""
+# ruff: noqa: ANN001, ANN202 (Triton's language has no annotation but tl.constexpr)
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from math import isqrt
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    from triton import language as tl
+except ImportError:  # the CPU builds of torch come without it
+    triton = None
+
+WIDEST_ROW = 2**16  # scores of a row that the registers of one program hold
+SAMPLE = 2**15  # scores of a long row that show where its threshold lies
+BITS = 11  # of a score's distance from the sample's range, that the first count tells apart
+LEAST, MOST = -(2**31), 2**31 - 1
+
+
+def jit(function: Callable) -> Callable:
+    """Triton's compilation; numbers that differ from call to call do not cause another one. As it is without Triton.
+
+    >>> jit(len) is len if triton is None else True
+    True
+    """
+    varied = ["count", "number", "step", "low", "high", "shift", "removed"]
+    return triton.jit(function, do_not_specialize=varied) if triton else function
+
+
+@jit
+def _ordered(values, factor, places, columns, inside, factors, width):
+    """Whole numbers in the order of the scores: |value| * factor, or without a factor the values."""
+    scores = tl.load(values + places, mask=inside, other=0).to(tl.float32)
+    if factor is not None:
+        if factors < width:
+            columns = columns % factors
+        scores = tl.abs(scores) * tl.load(factor + columns, mask=inside, other=0)
+    bits = tl.where(scores == 0, 0, scores.to(tl.int32, bitcast=True))  # -0.0 equals 0.0
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@jit
+def _rows_kernel(values, factor, kept, count, factors, width, BLOCK: tl.constexpr):
+    """The mask of one row: its threshold, found by bisection; of the scores at it, the last stay if too many would go.
+
+    The threshold found may lie below the count-th smallest score, if as many scores are at and below it.
+    """
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    place = tl.program_id(0).to(tl.int64) * width + column
+    scores = _ordered(values, factor, place, column, inside, factors, width)
+    low = tl.min(tl.where(inside, scores, 0x7FFFFFFF))
+    high = tl.max(tl.where(inside, scores, low))
+    scores = tl.where(inside, scores, 0x7FFFFFFF)  # behind all of them
+    while low < high:
+        middle = (low & high) + ((low ^ high) >> 1)  # their mean, rounded down, without overflow
+        reached = tl.sum((scores <= middle).to(tl.int32))
+        low = tl.where(reached < count, middle + 1, tl.where(reached == count, middle, low))
+        high = tl.where(reached < count, high, middle)
+    stays = scores > high
+    surplus = tl.sum((scores <= high).to(tl.int32)) - count
+    if surplus > 0:
+        tied = scores == high
+        rank = tl.cumsum(tied.to(tl.int32), 0)
+        stays = stays | (tied & (rank > tl.sum(tied.to(tl.int32)) - surplus))
+    tl.store(kept + place, stays, mask=inside)
+
+
+def mask_of_smallest(values: Tensor, factor: Tensor | None, count: int) -> Tensor:
+    """As `selection.mask_of_smallest`, for rows of fewer than 2^31 - 2^14 scores, and 0 < count.
+
+    Rows of up to `WIDEST_ROW` scores are each read once, by a program of its own. Longer ones are read twice, one
+    row after the other: to count, and to write the mask.
+
+    The scores are |value| * factor, with a float32 factor that is repeated along a row, or without one the values, of
+    any floating dtype; they are compared in float32.
+
+    >>> if torch.cuda.is_available():
+    ...     values = torch.tensor([[3.0, 1.0, 2.0]], device="cuda")
+    ...     assert mask_of_smallest(values, None, 1).tolist() == [[True, False, True]]
+    """
+    values = values.contiguous()
+    kept = torch.empty(values.shape, dtype=torch.bool, device=values.device)
+    rows, width = values.shape
+    factors = width if factor is None else len(factor)
+    with torch.cuda.device_of(values):
+        if width > WIDEST_ROW:
+            for row, out in zip(values, kept, strict=True):
+                _mask_long_row(row, factor, out, count, factors)
+        else:
+            block = max(triton.next_power_of_2(width), 16)
+            warps = min(max(block // 1024, 1), 32)
+            _rows_kernel[(rows,)](values, factor, kept, count, factors, width, BLOCK=block, num_warps=warps)
+    return kept
+
+
+@jit
+def _sample_kernel(values, factor, sample, number, step, factors, width, BLOCK: tl.constexpr):
+    """Every so-manieth score of a long row."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside, place = index < number, index * step
+    tl.store(sample + index, _ordered(values, factor, place, place, inside, factors, width), mask=inside)
+
+
+@jit
+def _count_kernel(values, factor, counts, low, high, shift, factors, width, BLOCK: tl.constexpr):
+    """Counts a long row's scores below low, and behind that those from low to below high, in bins of 2^shift.
+
+    Additions are relaxed: only what comes after the kernel reads the counts.
+    """
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < width
+    scores = _ordered(values, factor, place, place, inside, factors, width)
+    tl.atomic_add(counts, tl.sum((inside & (scores < low)).to(tl.int32)), sem="relaxed")
+    # A score that many weights share is the lower end, as a rule: those are added up before.
+    tl.atomic_add(counts + 1, tl.sum((inside & (scores == low)).to(tl.int32)), sem="relaxed")
+    within = inside & (scores > low) & (scores < high)
+    tl.atomic_add(counts + 1 + ((scores.to(tl.int64) - low) >> shift), 1, mask=within, sem="relaxed")
+
+
+@jit
+def _split_kernel(values, factor, kept, keys, found, low, high, factors, width, BLOCK: tl.constexpr):
+    """The mask of a long row, with the scores from low to high in it; they are listed, with their places, as keys."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < width
+    scores = _ordered(values, factor, place, place, inside, factors, width)
+    tl.store(kept + place, scores >= low, mask=inside)
+    listed = inside & (scores >= low) & (scores <= high)
+    number = tl.sum(listed.to(tl.int32))
+    if number > 0:
+        index = tl.atomic_add(found, number, sem="relaxed") + tl.cumsum(listed.to(tl.int32), 0) - 1
+        tl.store(keys + index, (scores.to(tl.int64) << 32) | place, mask=listed)
+
+
+def _mask_long_row(values: Tensor, factor: Tensor | None, kept: Tensor, count: int, factors: int) -> None:
+    """A sample gives a range that holds the threshold, as a rule; counts tell in which of its bins, or outside, it is
+    in fact. The scores of that bin, a thousand of 30 million, are sorted, and the smallest of them go."""
+    width, device = len(values), values.device
+    step = width // SAMPLE | 1  # odd: it meets all columns in turn
+    number = triton.cdiv(width, step)
+    sample = torch.empty(number, dtype=torch.int32, device=device)
+    _sample_kernel[(triton.cdiv(number, 1024),)](values, factor, sample, number, step, factors, width, BLOCK=1024)
+    sample = sample.sort().values
+    # The rank of the threshold in a random sample of n has a standard deviation of at most sqrt(n) / 2: four of them.
+    middle, margin = count * number // width, 2 * isqrt(number) + 2
+    low, high = int(sample[max(middle - margin, 0)]), int(sample[min(middle + margin, number - 1)])
+    high = max(high, low + 1)
+    shift = max((high - low).bit_length() - BITS, 0)
+
+    counts = torch.zeros(2**BITS + 1, dtype=torch.int32, device=device)
+    sizes = {"BLOCK": 8192, "num_warps": 8}
+    grid = (triton.cdiv(width, sizes["BLOCK"]),)
+    _count_kernel[grid](values, factor, counts, low, high, shift, factors, width, **sizes)
+    ends = [0, *counts.cpu().numpy().cumsum().tolist(), width]  # 0, the scores below low, and so on
+    place = bisect_left(ends, count)
+    if place == 1:
+        low, high = LEAST, low - 1
+    elif place == len(ends) - 1:
+        low, high = high, MOST
+    else:
+        low += place - 2 << shift
+        high = min(low + (1 << shift), high) - 1
+
+    below = ends[place - 1]
+    keys = torch.empty(ends[place] - below, dtype=torch.int64, device=device)
+    found = torch.zeros(1, dtype=torch.int32, device=device)
+    _split_kernel[grid](values, factor, kept, keys, found, low, high, factors, width, **sizes)
+    going = keys.sort().values[: count - below] & 0xFFFFFFFF
+    kept.index_fill_(0, going, False)
+
+
+@jit
+def _groups_kernel(
+    values, factor, kept, removed, factors, inputs, M: tl.constexpr, PADDED: tl.constexpr, GROUPS: tl.constexpr
+):
+    """Some groups of M inputs of one row: a weight stays if at least `removed` of its group go before it."""
+    first = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)) * M
+    member = tl.arange(0, PADDED)[None, :]
+    column = first[:, None] + member
+    inside = (member < M) & (column < inputs)
+    place = tl.program_id(0).to(tl.int64) * inputs + column
+    scores = _ordered(values, factor, place, column, inside, factors, inputs)
+    rank = tl.zeros([GROUPS, PADDED], tl.int32)
+    for other in tl.static_range(M):
+        one = tl.sum(tl.where(member == other, scores, 0), axis=1)[:, None]
+        rank += ((one < scores) | ((one == scores) & (member > other))).to(tl.int32)
+    tl.store(kept + place, rank >= removed, mask=inside)
+
+
+def n_of_m(values: Tensor, factor: Tensor | None, n: int, m: int) -> Tensor:
+    """As `selection.select_n_of_m`, for m <= 64 and the scores of `mask_of_smallest`.
+
+    >>> if torch.cuda.is_available():
+    ...     values = torch.tensor([[3.0, 1.0, 2.0, 0.0]], device="cuda")
+    ...     assert n_of_m(values, None, 2, 4).tolist() == [[True, False, True, False]]
+    """
+    values = values.contiguous()
+    kept = torch.empty(values.shape, dtype=torch.bool, device=values.device)
+    rows, inputs = values.shape
+    factors = inputs if factor is None else len(factor)
+    padded = triton.next_power_of_2(m)
+    groups = max(min(triton.next_power_of_2(inputs // m), 2048 // padded), 1)
+    sizes = {"M": m, "PADDED": padded, "GROUPS": groups, "num_warps": max(groups * padded // 1024, 1)}
+    with torch.cuda.device_of(values):
+        grid = (rows, triton.cdiv(inputs // m, groups))
+        _groups_kernel[grid](values, factor, kept, m - n, factors, inputs, **sizes)
+    return kept

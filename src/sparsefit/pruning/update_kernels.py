@@ -1,0 +1,151 @@
+"""SparseGPT's sweep and the search for swaps on a GPU, in Triton. The module can be imported without Triton."""
+# ruff: noqa: ANN001, ANN202, SIM102, SIM108 (Triton's language: no annotation but tl.constexpr, plain branches on one)
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsefit.pruning.selection_kernels import jit, tl, triton
+
+
+@jit
+def _sweep_kernel(
+    work,
+    kept,
+    errors,
+    upper,
+    rows,
+    inputs,
+    width,
+    removed,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The columns of some rows, one after the other; with a GROUP their masks, too, as they come."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (column < width)
+    place = row.to(tl.int64) * width + column
+    weight = tl.load(work + place, mask=inside, other=0)
+    error = tl.zeros([ROWS, BLOCK], tl.float32)
+    if GROUP == 0:
+        goes = tl.load(kept + place, mask=inside, other=1) == 0
+    else:
+        goes = tl.zeros([ROWS, BLOCK], tl.int32) > 0
+    diagonal = tl.load(upper + column * (inputs + 1), mask=column < width, other=1)
+    for j in range(width):
+        if GROUP > 0:
+            if j % GROUP == 0:
+                score = tl.div_rn(weight * weight, diagonal * diagonal + tl.zeros([ROWS, BLOCK], tl.float32))
+                rank = tl.zeros([ROWS, BLOCK], tl.int32)
+                for other in tl.static_range(GROUP):
+                    one = tl.sum(tl.where(column == j + other, score, 0), axis=1)[:, None]
+                    rank += ((one < score) | ((one == score) & (column > j + other))).to(tl.int32)
+                goes = goes | ((column >= j) & (column < j + GROUP) & (rank < removed))
+        unit = tl.load(upper + j * inputs + column, mask=(column >= j) & (column < width), other=0)
+        pivot = tl.sum(tl.where(column == j, unit, 0), axis=1)
+        lost = tl.sum(tl.where((column == j) & goes, weight, 0), axis=1)
+        lost = tl.div_rn(lost, pivot + tl.zeros([ROWS], tl.float32))[:, None]
+        error = tl.where(column == j, lost, error)
+        weight -= lost * tl.where(column > j, unit, 0)
+    tl.store(work + place, tl.where(goes, 0, weight), mask=inside)
+    tl.store(errors + place, error, mask=inside)
+    tl.store(kept + place, goes == 0, mask=inside)
+
+
+def sweep_block(weights: Tensor, kept: Tensor, upper: Tensor, pattern: tuple[int, int] | None) -> Tensor:
+    """Prune some columns one after the other; those behind, among these, make up for each. In place.
+
+    Args:
+        weights: (columns, out) float32; those that are pruned become exactly zero.
+        kept: (columns, out) bool, the mask; with a pattern it is filled in.
+        upper: (columns, columns) float32, of `reconstruction.Factor`; its rows are contiguous.
+        pattern: (N, M): of every M <= 64 columns the N with the largest SparseGPT score stay, chosen as they come.
+
+    Returns:
+        (columns, out) float32: what each pruned weight asks of the columns behind, a multiple of a row of `upper`.
+
+    >>> if torch.cuda.is_available():
+    ...     one = torch.ones(1, 1, device="cuda")
+    ...     assert sweep_block(one, one > 1, 2 * one, None).tolist() == [[0.5]]
+    """
+    work, mask = weights.t().contiguous(), kept.t().contiguous()
+    rows, width = work.shape
+    errors = torch.empty_like(work)
+    n, m = pattern or (0, 0)
+    sizes = {"GROUP": m, "BLOCK": max(triton.next_power_of_2(width), 16), "ROWS": 16, "num_warps": 8}
+    with torch.cuda.device_of(work):
+        grid = (triton.cdiv(rows, 16),)
+        _sweep_kernel[grid](work, mask, errors, upper, rows, upper.stride(0), width, m - n, **sizes)
+    weights.copy_(work.t())
+    kept.copy_(mask.t())
+    return errors.t()
+
+
+@jit
+def _pair_kernel(
+    gain, loss, weight, length, reach, gram, added, removed, inputs, GRID: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The best swap of one row. See `refinement._best_pair` and `refinement._bound`."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < inputs
+    back = tl.load(gain + row * inputs + column, mask=inside, other=float("inf"))
+    away = tl.load(loss + row * inputs + column, mask=inside, other=float("inf"))
+    value = tl.load(weight + row * inputs + column, mask=inside, other=0)
+    size = tl.abs(value) * tl.load(length + column, mask=inside, other=0)
+    pull = tl.where(back == float("inf"), 0, size * tl.load(reach + column, mask=inside, other=0))
+    step = tl.maximum(tl.max(pull) / GRID, 1.1754944e-38)
+    position = pull / step
+    bound = back
+    lower = tl.min(away)
+    for point in range(GRID):
+        upper = tl.min(away - 2 * step * (point + 1) * size)
+        share = position - point
+        here = (share >= 0) & ((share < 1) | (point == GRID - 1))
+        bound = tl.where(here, back + lower + share * (upper - lower), bound)
+        lower = upper
+    least, first = tl.min(bound, 0, return_indices=True)
+    best, best_added, best_removed = tl.full([], float("inf"), tl.float32), first * 0, first * 0
+    while least < tl.minimum(best, 0.0):
+        pull_back = -2 * tl.load(weight + row * inputs + first)
+        products = tl.load(gram + first.to(tl.int64) * inputs + column, mask=inside, other=0) * value
+        change, partner = tl.min(products * pull_back + away, 0, return_indices=True)
+        change += tl.load(gain + row * inputs + first)
+        better = change < best
+        best_added, best_removed = tl.where(better, first, best_added), tl.where(better, partner, best_removed)
+        best = tl.where(better, change, best)
+        bound = tl.where(column == first, float("inf"), bound)
+        least, first = tl.min(bound, 0, return_indices=True)
+    tl.store(added + row, best_added)
+    tl.store(removed + row, best_removed)
+
+
+def best_pair(
+    gain: Tensor, loss: Tensor, weight: Tensor, gram: Tensor, reach: Tensor, grid: int
+) -> tuple[Tensor, Tensor]:
+    """The pruned and the kept weight of each row whose swap changes the error most favourably: the arguments of
+    `refinement._best_pair`.
+
+    A program has a row to itself and tries one pruned weight at a time with all partners, in the order of their
+    bounds, until no bound of those left is below the best change found, or below zero. What takes the time is reading
+    a row of the Gram matrix for each: the more the inputs are correlated, the more are read.
+
+    Returns:
+        (rows,) indices each; any pair where no swap lowers the error.
+
+    >>> if torch.cuda.is_available():
+    ...     gain, loss = torch.tensor([[-3.0, torch.inf], [torch.inf, 1.0]], device="cuda")[:, None]
+    ...     pair = best_pair(gain, loss, loss, torch.eye(2, device="cuda"), gain[0], 16)
+    ...     assert [place.item() for place in pair] == [0, 1]
+    """
+    rows, inputs = gain.shape
+    added, removed = torch.zeros(2, rows, dtype=torch.long, device=gain.device).unbind()
+    block = max(triton.next_power_of_2(inputs), 16)
+    sizes = {"GRID": grid, "BLOCK": block, "num_warps": min(max(block // 512, 1), 32)}
+    with torch.cuda.device_of(gain):
+        columns = (gram.diagonal().sqrt(), reach)
+        _pair_kernel[(rows,)](gain, loss, weight, *columns, gram, added, removed, inputs, **sizes)
+    return added, removed
