@@ -116,7 +116,7 @@ class Presses:
         return call
 
 
-WRITES = [(Undo, "keep"), (Undo, "write"), (PrunableWeight, "keep")]
+WRITES = [(Undo, "apply_mask"), (Undo, "set_values"), (PrunableWeight, "apply_mask")]
 RESTORES = [(Removed, "put_back"), (PrunableWeight, "write"), (PrunableWeight, "changed")]
 
 
@@ -146,7 +146,7 @@ def test_interrupts_while_weights_are_written_leave_the_model_dense(
 
 @pytest.mark.parametrize("reconstruction", [None, "sequential"])
 def test_a_weight_of_which_half_is_written_is_put_back(tiny_model, monkeypatch, reconstruction):
-    name = "write" if reconstruction else "keep"
+    name = "set_values" if reconstruction else "apply_mask"
     original, calls = getattr(PrunableWeight, name), itertools.count()
 
     def half(weight: PrunableWeight, given: torch.Tensor) -> None:

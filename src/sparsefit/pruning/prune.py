@@ -174,6 +174,11 @@ def prune_from_statistics(
 
     Raises:
         ConfigError: if the statistics do not fit the configuration.
+
+    >>> model, config = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)), PruningConfig(update="none", pattern="2:4")
+    >>> statistics = collect_statistics(model, [torch.randn(16, 4)], [config])
+    >>> prune_from_statistics(model, statistics, config).masks["0.weight"].sum(dim=1).tolist()
+    [2, 2, 2, 2, 2, 2, 2, 2]
     """
     run = PruningRun(model, config, progress)
     statistics.check(run.weights, config)

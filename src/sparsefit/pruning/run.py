@@ -197,9 +197,9 @@ class PruningRun:
             mask = of_first_rank(masks[weight.name])
             bits = self.result.masks.add(weight.name, mask, weight.transposed)
             if values is None:
-                self._undo.keep(weight, mask, bits)
+                self._undo.apply_mask(weight, mask, bits)
             else:
-                self._undo.write(weight, of_first_rank(values[weight.name]))
+                self._undo.set_values(weight, of_first_rank(values[weight.name]))
 
 
 def _check_device_is_here(device: str | None) -> None:

@@ -153,7 +153,8 @@ def _mask_long_row(values: Tensor, factor: Tensor | None, kept: Tensor, count: i
     sample = sample.sort().values
     # The rank of the threshold in a random sample of n has a standard deviation of at most sqrt(n) / 2: four of them.
     middle, margin = count * number // width, 2 * isqrt(number) + 2
-    low, high = int(sample[max(middle - margin, 0)]), int(sample[min(middle + margin, number - 1)])
+    bracket = sample[max(middle - margin, 0)], sample[min(middle + margin, number - 1)]
+    low, high = torch.stack(bracket).tolist()  # one wait for the GPU
     high = max(high, low + 1)
     shift = max((high - low).bit_length() - BITS, 0)
 

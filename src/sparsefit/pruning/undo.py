@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import IO, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from sparsefit.pruning.layers.base import PrunableWeight, in_chunks, zero_outside_mask
+from sparsefit.pruning.layers.base import INTEGERS, PrunableWeight, in_chunks, zero_outside_mask
 from sparsefit.pruning.layers.quantized import QuantizedWeight
 from sparsefit.pruning.masks import pack_bits, unpack_bits
 
@@ -59,7 +60,7 @@ class Undo:
 
     >>> layer = torch.nn.Linear(2, 1, bias=False).requires_grad_(False)
     >>> weight, dense, undo = PrunableWeight("weight", layer.weight, (layer,)), layer.weight.clone(), Undo()
-    >>> undo.keep(weight, torch.tensor([[True, False]]), bits=torch.tensor([128], dtype=torch.uint8))
+    >>> undo.apply_mask(weight, torch.tensor([[True, False]]), bits=torch.tensor([128], dtype=torch.uint8))
     >>> undo.restore()
     >>> torch.equal(layer.weight, dense)
     True
@@ -69,31 +70,41 @@ class Undo:
         self._back: list[Callable[[], object]] = []
         self._shelf = _Shelf()
 
-    def keep(self, weight: PrunableWeight, mask: Tensor, bits: Tensor) -> None:
+    def apply_mask(self, weight: PrunableWeight, mask: Tensor, bits: Tensor) -> None:
         """Set the weights outside an (out, in) mask to zero; `bits` is the same mask, packed."""
         if isinstance(weight, QuantizedWeight):
             self._back.append(weight.snapshot())
         else:
             view = weight.view
-            gone = (v.flatten()[~kept.flatten()] for v, kept in in_chunks(view, mask.view(view.shape)))
+            gone = (_outside(values, kept) for values, kept in in_chunks(view, mask.view(view.shape)))
             removed = Removed(bits, self._shelf.put(gone))
             self._back.append(lambda: (removed.put_back(weight.view), weight.changed()))
-        weight.keep(mask)
+        weight.apply_mask(mask)
 
-    def write(self, weight: PrunableWeight, values: Tensor) -> None:
+    def set_values(self, weight: PrunableWeight, values: Tensor) -> None:
         """Put new (out, in) values in the place of the weights."""
         if isinstance(weight, QuantizedWeight):
             self._back.append(weight.snapshot())
         else:
             dense = self._shelf.put([weight.matrix()])
-            self._back.append(lambda: weight.write(dense().view(weight.shape)))
-        weight.write(values)
+            self._back.append(lambda: weight.set_values(dense().view(weight.shape)))
+        weight.set_values(values)
 
     def restore(self) -> None:
         """Make the model dense again, to the bit. An interrupt while this goes on is held back until it is done."""
         while not _done(self._back):
             continue
         self._back = []
+
+
+def _outside(values: Tensor, kept: Tensor) -> Tensor:
+    """The values that a mask of the same shape does not keep, flat."""
+    values, gone = values.flatten(), ~kept.flatten()
+    if values.device.type != "cpu":
+        return values[gone]
+    # NumPy's takes an eighth of the time of torch's.
+    integers = values.view(INTEGERS[values.element_size()]).numpy()
+    return torch.from_numpy(np.compress(gone.numpy(), integers)).view(values.dtype)
 
 
 class _Shelf:

@@ -67,15 +67,15 @@ class PrunableWeight:
         """The weights as (out, in); shares memory with the parameter wherever a view can be one matrix."""
         return as_matrix(self.parameter.detach(), self.transposed, self.index)
 
-    def keep(self, mask: Tensor) -> None:
+    def apply_mask(self, mask: Tensor) -> None:
         """Set the weights outside an (out, in) mask to exactly zero, in place."""
         zero_outside_mask(self.view, mask.to(self.device))
         self.changed()
 
-    def write(self, matrix: Tensor) -> None:
+    def set_values(self, matrix: Tensor) -> None:
         """Put new values, (out, in), in the place of the weights."""
         view = self.view
-        view.copy_(matrix.view(view.shape))
+        view.copy_(matrix.reshape(view.shape))
         self.changed()
 
     def changed(self) -> None:
@@ -154,6 +154,7 @@ def is_dense(parameter: object) -> bool:
     return parameter.is_floating_point() and parameter.element_size() > 1
 
 
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # as wide as a number of so many bytes
 CHUNK = 2**18  # elements that are worked on at once on a CPU: they stay in its cache, and so do temporaries
 
 
@@ -164,9 +165,8 @@ def zero_outside_mask(view: Tensor, mask: Tensor) -> None:
     >>> zero_outside_mask(weight, torch.tensor([[True, False]])); weight
     tensor([[1., 0.]])
     """
-    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[view.element_size()]
     # As integers: NaN times 0 is NaN; and several times as fast as masked_fill_.
-    for values, kept in in_chunks(view.view(bits), mask.view(view.shape)):
+    for values, kept in in_chunks(view.view(INTEGERS[view.element_size()]), mask.view(view.shape)):
         values.mul_(kept)
 
 

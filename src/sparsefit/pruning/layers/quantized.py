@@ -50,11 +50,11 @@ class QuantizedWeight(PrunableWeight):
         """A fresh (out, in) tensor of what the codes stand for."""
         return dequantized(self.layers[0])
 
-    def keep(self, mask: Tensor) -> None:
+    def apply_mask(self, mask: Tensor) -> None:
         """Write the code of zero outside an (out, in) mask."""
         zero_outside(self.layers[0], mask)
 
-    def write(self, matrix: Tensor) -> None:
+    def set_values(self, matrix: Tensor) -> None:
         """Quantize new values, (out, in)."""
         write_quantized(self.layers[0], matrix)
 
