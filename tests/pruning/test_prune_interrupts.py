@@ -117,7 +117,7 @@ class Presses:
 
 
 WRITES = [(Undo, "apply_mask"), (Undo, "set_values"), (PrunableWeight, "apply_mask")]
-RESTORES = [(Removed, "put_back"), (PrunableWeight, "write"), (PrunableWeight, "changed")]
+RESTORES = [(Removed, "put_back"), (PrunableWeight, "set_values"), (PrunableWeight, "changed")]
 
 
 @pytest.mark.parametrize("reconstruction", [None, "sequential"])

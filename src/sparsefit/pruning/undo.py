@@ -120,6 +120,8 @@ class _Shelf:
         return lambda: torch.cat([give().flatten() for give in there])
 
     def _put_one(self, values: Tensor) -> Callable[[], Tensor]:
+        if not values.numel():
+            return lambda: values
         if values.device.type != "cpu":
             on_cpu = self._on_cpu(values.flatten())
             return lambda: on_cpu
@@ -155,7 +157,7 @@ class _Shelf:
             left = memoryview(found)
             while left:
                 left = left[file.readinto(left) :]
-            return torch.frombuffer(found, dtype=dtype) if size else torch.empty(0, dtype=dtype)
+            return torch.frombuffer(found, dtype=dtype)
 
         return read
 
