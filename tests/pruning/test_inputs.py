@@ -15,7 +15,8 @@ from watched import weights_of
 from sparsefit import PruningConfig, prune
 from sparsefit.errors import CalibrationError
 from sparsefit.pruning.calibration import MicroBatch
-from sparsefit.pruning.inputs import Parts, collect, input_groups
+from sparsefit.pruning.groups import Parts, input_groups
+from sparsefit.pruning.inputs import collect
 from sparsefit.pruning.statistics import KINDS
 
 WIDTH, SHORTEST = 6, 3

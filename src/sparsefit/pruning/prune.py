@@ -12,7 +12,7 @@ from sparsefit.pruning.block_sweep import BlockSweep
 from sparsefit.pruning.calibration import Forward, MicroBatch, forward_of
 from sparsefit.pruning.config import PruningConfig
 from sparsefit.pruning.evaluating import evaluating
-from sparsefit.pruning.inputs import InputGroup, Parts, input_groups
+from sparsefit.pruning.groups import InputGroup, Parts, input_groups
 from sparsefit.pruning.results import DenseStatistics, PruningResult
 from sparsefit.pruning.run import PruningRun
 from sparsefit.pruning.steps import Steps

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from sparsefit.errors import ConfigError
 from sparsefit.pruning.config import PruningConfig
-from sparsefit.pruning.inputs import Parts
+from sparsefit.pruning.groups import Parts
 from sparsefit.pruning.layers.base import PrunableWeight
 from sparsefit.pruning.masks import MaskSet
 

@@ -16,7 +16,8 @@ from sparsefit.pruning.block_sweep import BlockSweep, sweepable
 from sparsefit.pruning.blocks import NotSweepable, find_block_lists
 from sparsefit.pruning.calibration import Forward, MicroBatch, calibration_data
 from sparsefit.pruning.config import PruningConfig
-from sparsefit.pruning.inputs import InputGroup, Parts, collect
+from sparsefit.pruning.groups import InputGroup, Parts
+from sparsefit.pruning.inputs import collect
 from sparsefit.pruning.layers.base import PrunableWeight
 from sparsefit.pruning.ranks import of_first_rank
 from sparsefit.pruning.results import PruningResult

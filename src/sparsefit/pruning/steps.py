@@ -13,7 +13,7 @@ from sparsefit.pruning.config import PruningConfig
 from sparsefit.pruning.finite import all_finite
 from sparsefit.pruning.gram import reconstruction_error
 from sparsefit.pruning.granularity import Granularity
-from sparsefit.pruning.inputs import InputGroup
+from sparsefit.pruning.groups import InputGroup
 from sparsefit.pruning.layers.base import PrunableWeight
 from sparsefit.pruning.layers.convolution import channels_side_by_side
 from sparsefit.pruning.least_squares import least_squares
