@@ -19,7 +19,7 @@ try:
     import triton
     from triton import language as tl
 except ImportError:  # the CPU builds of torch come without it
-    triton = None
+    triton = tl = None
 
 WIDEST_ROW = 2**16  # scores of a row that the registers of one program hold
 SAMPLE = 2**15  # scores of a long row that show where its threshold lies
