@@ -96,7 +96,7 @@ def main() -> None:
     ids = torch.randint(4096, (args.samples, 1, args.length), generator=torch.Generator().manual_seed(0))
     samples = list(ids.to(args.device))
     start = time.perf_counter()
-    for name in args.ways:  # libraries load, kernels are built: minutes the first time, and kept on disk
+    for name in args.ways:  # libraries load, kernels are built
         run(WAYS[name])(make_llama(args.hidden, 1, args.device), samples[:1])
     print(f"warming up took {time.perf_counter() - start:.1f} s", flush=True)
     print(f"{'':26} {'seconds':>8} {'of plain':>8} {'+GiB':>6} {'bits':>9}  goal")
