@@ -14,10 +14,12 @@ from sparsefit.errors import BudgetError, ConfigError
 from sparsefit.recovery.allowance import Allowance
 from sparsefit.recovery.ledger import GPUHourLedger, Pace, estimate_validation
 from sparsefit.recovery.schedule import DrivenRates, first_rate, keep_base_rates, progress
+from sparsefit.settings import named_settings
 
 SYNC_STEPS = 20  # so many steps before the end, an accelerator's queue is awaited before the clock is read
 
 
+@named_settings
 class GPUHourBudget(Callback):
     """Stops training so that the whole run, from its first hook to its export, fits in a number of GPU-hours.
 

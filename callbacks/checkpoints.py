@@ -29,6 +29,7 @@ from sparsefit.callbacks.resuming import (
 )
 from sparsefit.recovery.same_recipe import check_same_recipe
 from sparsefit.recovery.sparse_base import InBase, compare, complete, leave_out
+from sparsefit.settings import named_settings
 
 KEY = "sparsefit"
 """Under which a checkpoint has what this callback adds."""
@@ -43,6 +44,7 @@ class _Step:
     random: RandomStates
 
 
+@named_settings
 class SparseCheckpoints(Callback):
     """Leaves out of checkpoints what lies in the run folder already, and resumes from them exactly.
 

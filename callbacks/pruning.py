@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -20,8 +20,10 @@ from sparsefit.recovery.adapters import bind_masks
 from sparsefit.recovery.guard import MaskGuard
 from sparsefit.reporting.console import stage_progress
 from sparsefit.reporting.machine import peak_memory
+from sparsefit.settings import as_number, named_settings
 
 
+@named_settings
 class WandaPruning(Callback):
     """Prunes once, at fit start, and keeps the masks fixed through training.
 
@@ -37,13 +39,27 @@ class WandaPruning(Callback):
     `on_base_ready(trainer, module, masks)` finds the sparse base as it will stay, for a callback that writes it.
 
     Args:
-        sparsity: Share of weights to remove, in [0, 1).
+        sparsity: Share of weights to remove, in [0, 1); by default a half, or what the pattern means.
         calibration: Batches to calibrate on, in the form of the training batches. By default the datamodule's
             `calibration_dataloader()`, else the first of the training data.
         calibration_samples: How many samples to take; by default all of a source made for calibration, and
             128 from training data.
-        settings: Every other field of `PruningConfig`, such as `pattern`, `score`, `granularity`, `update`,
-            `allocation`, `swaps`, `reconstruction`, `targets`, `exclude`.
+        pattern: None (unstructured) or "N:M", such as "2:4".
+        score: "wanda", "magnitude", "ria", "sparsegpt", ...: see `PruningConfig`, as for all that follow.
+        granularity: Which weights compete: "output", "layer", "input", "(output, 128)", "variant"; None: the score's.
+        update: "block" (one block after the other) or "none" (one pass of the dense network).
+        allocation: How the sparsity is shared out: None, "uniform", "owl", or sparsities by layer name.
+        owl_threshold: How many times the mean score makes an outlier, for OWL.
+        owl_spread: How far a block's density may lie from the mean, for OWL.
+        swaps: At most so many swaps refine the mask of a row (SparseSwaps).
+        reconstruction: New values for the kept weights: None, "sequential", "iterative" (SparseGPT), "least_squares".
+        damping: Added to the Gram matrix's diagonal, as a share of its mean.
+        targets: What to prune, by names of layers or modules, globs or "re:..."; None is the model's blocks.
+        exclude: What stays dense, named in the same ways.
+        existing_zeros: Of a model that is sparse already: "keep", "adopt" or "ignore" its zeros.
+        micro_batch_size: Calibration samples that go through the model at once.
+        device: Where blocks are computed, one at a time, if that is not where the model is.
+        states_on_cpu: Keep the hidden states between blocks in CPU memory.
 
     Raises:
         ConfigError: if a setting cannot work.
@@ -51,17 +67,34 @@ class WandaPruning(Callback):
 
     def __init__(
         self,
-        sparsity: float = 0.5,
+        sparsity: float | None = None,
         *,
         calibration: Iterable[Any] | None = None,
         calibration_samples: int | None = None,
-        **settings: Any,
+        pattern: str | int | None = None,
+        score: str = "wanda",
+        granularity: str | tuple[str, int] | None = None,
+        update: str = "block",
+        allocation: str | dict[str, float] | None = None,
+        owl_threshold: float = 5.0,
+        owl_spread: float = 0.08,
+        swaps: int = 0,
+        reconstruction: str | None = None,
+        damping: float = 0.01,
+        targets: Sequence[str] | Set[str] | str | None = None,
+        exclude: Sequence[str] | Set[str] | str = (),
+        existing_zeros: str | None = None,
+        micro_batch_size: int = 8,
+        device: str | None = None,
+        states_on_cpu: bool = False,
     ) -> None:
-        self.config = PruningConfig(sparsity=sparsity, **settings)
-        if calibration_samples is not None and (not isinstance(calibration_samples, int) or calibration_samples < 1):
+        given = {name: value for name, value in locals().items() if name in PruningConfig.__dataclass_fields__}
+        self.config = PruningConfig(**given)
+        samples = None if calibration_samples is None else as_number(calibration_samples)
+        if calibration_samples is not None and (not isinstance(samples, int) or samples < 1):
             raise ConfigError(f"calibration_samples is {calibration_samples!r}; it must be a whole number from 1 on")
         self.calibration = calibration
-        self.calibration_samples = calibration_samples
+        self.calibration_samples = samples
         self.masks: MaskSet | None = None
         self.result: PruningResult | None = None
         self.summary: dict[str, Any] = {}

@@ -26,11 +26,13 @@ from sparsefit.recovery.quantize import (
     to_float_state,
 )
 from sparsefit.recovery.sparse_base import checksum
+from sparsefit.settings import named_settings
 
 KEY = "sparsefit_quantized"
 """Under which a checkpoint says how the base was held, and has the scales of what it holds of it."""
 
 
+@named_settings
 class QuantizedBase(Callback):
     """Quantizes the masked linear layers as training starts: after pruning, and after the base was written in floats.
 

@@ -17,8 +17,10 @@ from sparsefit.pruning import MaskSet
 from sparsefit.pruning.blocks import find_block_lists
 from sparsefit.recovery.reconstruct import ReconstructSettings, dense_weights, reconstruct
 from sparsefit.reporting.console import stage_progress
+from sparsefit.settings import named_settings
 
 
+@named_settings
 class BlockwiseReconstruction(Callback):
     """Has its turn between the pruning and the training of a fit; does nothing where nothing is pruned.
 

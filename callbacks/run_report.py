@@ -31,10 +31,12 @@ from sparsefit.recovery.quantize import in_floats
 from sparsefit.reporting.console import console, stage_progress, summary
 from sparsefit.reporting.html import render_html
 from sparsefit.reporting.report import write_json
+from sparsefit.settings import named_settings
 
 _MARGIN = 1.25  # the last evaluation may be somewhat slower than the ones it is measured by
 
 
+@named_settings
 class RunReport(Callback):
     """Fills a run folder: sparse base, adapter, merged model, masks, `report.json` and `report.html`.
 

@@ -1,5 +1,8 @@
 """Prune a network at fit start with Wanda, keep its masks fixed, recover it inside a GPU-hour budget."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from sparsefit.pruning import (
     DenseStatistics,
     MaskSet,
@@ -11,14 +14,59 @@ from sparsefit.pruning import (
     register_score,
 )
 
+if TYPE_CHECKING:
+    from sparsefit.callbacks import (
+        BlockwiseReconstruction,
+        GPUHourBudget,
+        QuantizedBase,
+        RunReport,
+        SparseCheckpoints,
+        WandaPruning,
+    )
+    from sparsefit.recovery.adapters import AdapterSettings, attach_adapter
+    from sparsefit.recovery.distill import DistillSettings
+
+# What needs Lightning, transformers or PEFT is imported when it is asked for: the engine needs torch alone.
+_ON_DEMAND = {
+    "AdapterSettings": "sparsefit.recovery.adapters",
+    "BlockwiseReconstruction": "sparsefit.callbacks",
+    "DistillSettings": "sparsefit.recovery.distill",
+    "GPUHourBudget": "sparsefit.callbacks",
+    "QuantizedBase": "sparsefit.callbacks",
+    "RunReport": "sparsefit.callbacks",
+    "SparseCheckpoints": "sparsefit.callbacks",
+    "WandaPruning": "sparsefit.callbacks",
+    "attach_adapter": "sparsefit.recovery.adapters",
+}
+
 __all__ = [
+    "AdapterSettings",
+    "BlockwiseReconstruction",
     "DenseStatistics",
+    "DistillSettings",
+    "GPUHourBudget",
     "MaskSet",
     "PruningConfig",
     "PruningResult",
+    "QuantizedBase",
+    "RunReport",
+    "SparseCheckpoints",
+    "WandaPruning",
+    "attach_adapter",
     "collect_statistics",
     "prune",
     "prune_from_statistics",
     "register_score",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ON_DEMAND:
+        raise AttributeError(f"module 'sparsefit' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_ON_DEMAND[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

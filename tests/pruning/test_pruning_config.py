@@ -18,7 +18,6 @@ BAD_CONFIGS = [
     ({"sparsity": float("inf")}, "inf"),
     ({"sparsity": True}, "True"),
     ({"sparsity": "0.5"}, "'0.5'"),
-    ({"sparsity": None}, "None"),
     *(({"pattern": text}, "pattern") for text in ("2-4", "2:4:8", "", "a:b", "4:4", "0:4", "5:4", "-1:4", " 2:4", 24)),
     ({"sparsity": 0.6, "pattern": "2:4"}, "contradicts"),
     ({"sparsity": 0.25, "pattern": "1:4"}, "contradicts"),

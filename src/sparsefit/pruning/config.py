@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -12,12 +11,15 @@ import torch
 
 from sparsefit.errors import ConfigError
 from sparsefit.pruning.granularity import Granularity
+from sparsefit.pruning.naming import REGEX
 from sparsefit.pruning.scores import SCORES
 from sparsefit.pruning.statistics import DERIVED
+from sparsefit.settings import as_number, named_settings
 
 UPDATES = ("block", "none")
 ALLOCATIONS = ("uniform", "owl")
 RECONSTRUCTIONS = ("sequential", "iterative", "least_squares")
+EXISTING_ZEROS = ("keep", "adopt", "ignore")
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,17 @@ class Pattern:
     m: int
 
     @classmethod
-    def parse(cls, text: str) -> Pattern:
-        """Read "2:4", "4:8", ...
+    def parse(cls, text: str | int) -> Pattern:
+        """Read "2:4", "4:8", ...; or the whole number 60 N + M, which YAML makes of an unquoted 2:4 (its base 60).
 
         Raises:
             ConfigError: for anything else, or where N is not below M.
+
+        >>> Pattern.parse("2:4"), Pattern.parse(124)
+        (Pattern(n=2, m=4), Pattern(n=2, m=4))
         """
+        if isinstance(text, int) and not isinstance(text, bool) and text > 60:
+            text = f"{text // 60}:{text % 60}"
         match = re.fullmatch(r"(\d+):(\d+)", text) if isinstance(text, str) else None
         if match is None:
             raise ConfigError(f"pattern {text!r} is not of the form 'N:M', such as '2:4'; None is unstructured")
@@ -42,19 +49,24 @@ class Pattern:
             raise ConfigError(f"pattern '{text}' keeps {n} of every {m} weights; N must be at least 1 and below M")
         return cls(n, m)
 
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
     @property
     def sparsity(self) -> Fraction:
         """The share of zeros that the pattern means, exactly."""
         return Fraction(self.m - self.n, self.m)
 
 
+@named_settings
 @dataclass(frozen=True)
 class PruningConfig:
     """The settings of `prune`.
 
     Args:
         sparsity: Share of the weights of every comparison group that become zero, in [0, 1). Taken as the
-            decimal it is written as: 0.57 of 300 weights are 171. With a pattern, the pattern's own share.
+            decimal it is written as: 0.57 of 300 weights are 171. By default (None) a half; with a pattern, the
+            pattern's own share.
         pattern: None (unstructured) or "N:M": N non-zeros of every M consecutive weights of a row.
         score: How important a weight is: "wanda", "magnitude", "wanda_l1", "wanda_linf", "sparsegpt", "ria", or one
             added with `register_score`.
@@ -78,17 +90,22 @@ class PruningConfig:
             columns at a time; SparseGPT takes score "sparsegpt", too) or "least_squares" (the kept weights that bring
             the layer's outputs nearest to the dense ones, exactly).
         damping: Share of the Gram matrix's mean diagonal that is added to the diagonal before it is inverted.
-        targets: Names of the layers to prune ("q_proj", "mlp.down_proj", or whole names). None: every layer
-            of a known kind inside the repeated blocks of the model.
-        exclude: Names of layers that stay dense.
+        targets: What to prune: names of layers ("q_proj", "mlp.down_proj") or of modules ("vision_tower": all in it),
+            globs ("*.experts.*"), or regular expressions ("re:layers\\.[0-7]\\."). None: every layer of a known kind
+            inside the repeated blocks of the model, or, where there are none, all but its output layer; of experts not
+            their routers.
+        exclude: What stays dense, named in the same ways.
+        existing_zeros: What of zeros that the model has already. "keep": they stay zero, and pruning goes on from them
+            to the sparsity that is asked for. "adopt": they are the masks; nothing is scored, and `sparsity` is not
+            looked at. "ignore": a zero is a weight like any other. None: as "ignore", with a note if there are many.
         micro_batch_size: Calibration samples that go through the model at once. Samples are regrouped to this
             size, so that the result does not depend on how the calibration data was batched.
         device: Where blocks are computed, one at a time, if that is not where the model is ("cuda").
         states_on_cpu: Keep the calibration samples' hidden states in CPU memory between blocks.
     """
 
-    sparsity: float = 0.5
-    pattern: str | None = None
+    sparsity: float | None = None
+    pattern: str | int | None = None
     score: str = "wanda"
     granularity: str | tuple[str, int] | None = None
     update: str = "block"
@@ -98,8 +115,9 @@ class PruningConfig:
     swaps: int = 0
     reconstruction: str | None = None
     damping: float = 0.01
-    targets: tuple[str, ...] | None = None
-    exclude: tuple[str, ...] = ()
+    targets: Iterable[str] | str | None = None
+    exclude: Iterable[str] | str = ()
+    existing_zeros: str | None = None
     micro_batch_size: int = 8
     device: str | None = None
     states_on_cpu: bool = False
@@ -117,31 +135,20 @@ class PruningConfig:
         own = SCORES[self.score].granularity
         granularity = Granularity.parse(own if self.granularity is None else self.granularity)
         object.__setattr__(self, "granularity", str(granularity))
-        object.__setattr__(self, "sparsity", self._checked_sparsity())
+        pattern = None if self.pattern is None else Pattern.parse(self.pattern)
+        object.__setattr__(self, "pattern", None if pattern is None else str(pattern))
+        object.__setattr__(self, "sparsity", _checked_sparsity(self.sparsity, pattern))
         object.__setattr__(self, "allocation", _checked_allocation(self.allocation))
         for names in ("targets", "exclude"):
             object.__setattr__(self, names, _checked_names(names, getattr(self, names)))
+        if self.existing_zeros is not None:
+            _check_choice("existing_zeros", self.existing_zeros, EXISTING_ZEROS)
         for name, least in (("micro_batch_size", 1), ("swaps", 0)):
-            _check_whole(name, getattr(self, name), least)
+            object.__setattr__(self, name, _checked_whole(name, getattr(self, name), least))
         for name in ("damping", "owl_threshold", "owl_spread"):
-            _check_number(name, getattr(self, name))
+            object.__setattr__(self, name, _checked_number(name, getattr(self, name)))
         _check_device(self.device)
         self._check_combinations(granularity)
-
-    def _checked_sparsity(self) -> float:
-        if not _is_share(self.sparsity):
-            raise ConfigError(
-                f"sparsity is {self.sparsity!r}; it must be a number in [0, 1), the share of weights to remove"
-            )
-        if self.pattern is None:
-            return float(self.sparsity)
-        implied = float(Pattern.parse(self.pattern).sparsity)
-        # 0.5 is the default: it cannot be told from "not given".
-        if self.sparsity not in (0.5, implied):
-            raise ConfigError(
-                f"sparsity {self.sparsity} contradicts pattern '{self.pattern}', which is {implied}: give one of them"
-            )
-        return implied
 
     def _check_combinations(self, granularity: Granularity) -> None:
         if self.allocation is not None and self.pattern is not None:
@@ -151,6 +158,13 @@ class PruningConfig:
             raise ConfigError(
                 "granularity 'variant' chooses how many weights each row loses: it goes with no allocation and not "
                 "with reconstruction 'iterative'; take granularity 'output'"
+            )
+        if self.existing_zeros == "adopt" and (
+            self.swaps or self.allocation is not None or self.reconstruction == "iterative"
+        ):
+            raise ConfigError(
+                "existing_zeros 'adopt' takes the masks as they are: it goes with no swaps, no allocation and not with "
+                "reconstruction 'iterative', which would choose others; take existing_zeros 'keep'"
             )
         if self.reconstruction == "iterative" and self.swaps:
             raise ConfigError(
@@ -171,7 +185,8 @@ class PruningConfig:
     @property
     def statistics(self) -> frozenset[str]:
         """The statistics of the inputs that choosing the masks and new values takes: names from `KINDS`."""
-        needs = {DERIVED.get(need, need) for need in SCORES[self.score].needs}
+        scored = () if self.existing_zeros == "adopt" else SCORES[self.score].needs
+        needs = {DERIVED.get(need, need) for need in scored}
         return frozenset(needs | {"gram"} if self.swaps or self.reconstruction else needs)
 
     @property
@@ -186,22 +201,35 @@ def _check_choice(field: str, value: object, choices: Iterable[str]) -> None:
         raise ConfigError(f"unknown {field} {value!r}; the choices are {', '.join(names)}")
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _checked_share(value: object) -> float | None:
+    number = as_number(value)
+    return float(number) if number is not None and 0 <= number < 1 else None
 
 
-def _is_share(value: object) -> bool:
-    return _is_number(value) and 0 <= value < 1
+def _checked_sparsity(sparsity: object, pattern: Pattern | None) -> float:
+    implied = 0.5 if pattern is None else float(pattern.sparsity)
+    if sparsity is None:
+        return implied
+    share = _checked_share(sparsity)
+    if share is None:
+        raise ConfigError(f"sparsity is {sparsity!r}; it must be a number in [0, 1), the share of weights to remove")
+    if pattern is not None and share != implied:
+        raise ConfigError(f"sparsity {sparsity} contradicts pattern '{pattern}', which is {implied}: give one of them")
+    return share
 
 
-def _check_whole(field: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+def _checked_whole(field: str, value: object, least: int) -> int:
+    number = as_number(value)
+    if not isinstance(number, int) or number < least:
         raise ConfigError(f"{field} is {value!r}; it must be a whole number from {least} on")
+    return number
 
 
-def _check_number(field: str, value: object) -> None:
-    if not _is_number(value) or value < 0:
+def _checked_number(field: str, value: object) -> float:
+    number = as_number(value)
+    if number is None or number < 0:
         raise ConfigError(f"{field} is {value!r}; it must be a number from 0 on")
+    return number
 
 
 def _check_device(device: object) -> None:
@@ -221,19 +249,33 @@ def _checked_allocation(allocation: object) -> str | dict[str, float] | None:
             f"unknown allocation {allocation!r}; the choices are {', '.join(ALLOCATIONS)}, a mapping such as "
             "{'down_proj': 0.4}, or None"
         )
-    wrong = {name: share for name, share in allocation.items() if not isinstance(name, str) or not _is_share(share)}
+    shares = {name: _checked_share(share) for name, share in allocation.items()}
+    wrong = {name: allocation[name] for name, share in shares.items() if not isinstance(name, str) or share is None}
     if wrong:
         raise ConfigError(f"allocation gives {wrong}; every layer name needs a sparsity in [0, 1)")
-    return {name: float(share) for name, share in allocation.items()}
+    return {_checked_pattern("allocation", name): share for name, share in shares.items()}
 
 
 def _checked_names(field: str, names: object) -> tuple[str, ...] | None:
     if names is None and field == "targets":
         return None
     if isinstance(names, str):
-        return (names,)
-    if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names):
-        raise ConfigError(f"{field} is {names!r}; it must be a list of layer names, such as ['q_proj', 'v_proj']")
+        names = (names,)
+    if isinstance(names, Mapping) or not isinstance(names, Iterable):
+        names = (None,)
+    # Those of a set in an order that is the same in every process.
+    names = sorted(names, key=str) if isinstance(names, Set) else list(names)
+    if not all(isinstance(name, str) and name for name in names):
+        raise ConfigError(f"{field} must be a list of layer names, such as ['q_proj', 'v_proj']; it is {names!r}")
     if field == "targets" and not names:
         raise ConfigError("targets is empty: nothing would be pruned; leave it out to prune every layer")
-    return tuple(names)
+    return tuple(_checked_pattern(field, name) for name in names)
+
+
+def _checked_pattern(field: str, name: str) -> str:
+    if name.startswith(REGEX):
+        try:
+            re.compile(name.removeprefix(REGEX))
+        except re.error as error:
+            raise ConfigError(f"{field}: {name!r} is no regular expression: {error}") from error
+    return name

@@ -1,0 +1,61 @@
+"""What all settings of sparsefit have in common: numbers of any kind, and a clear error for a name that is none."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import math
+from numbers import Integral, Real
+from typing import Any, TypeVar
+
+from sparsefit.errors import ConfigError
+
+_Class = TypeVar("_Class", bound=type)
+
+
+def named_settings(cls: _Class) -> _Class:
+    """Class decorator: an argument that the class does not know is a `ConfigError` which names the nearest one.
+
+    >>> @named_settings
+    ... class Settings:
+    ...     def __init__(self, sparsity: float = 0.5) -> None: ...
+    >>> Settings(sparsty=0.6)
+    Traceback (most recent call last):
+    sparsefit.errors.ConfigError: Settings has no setting 'sparsty': did you mean 'sparsity'?
+    """
+    original = cls.__init__
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        parameters = inspect.signature(original).parameters
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            names = [name for name in parameters if name != "self"]
+            for name in kwargs:
+                if name not in names:
+                    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+                    hint = f"did you mean {near[0]!r}?" if near else f"its settings are {', '.join(names)}"
+                    raise ConfigError(f"{cls.__name__} has no setting {name!r}: {hint}")
+        original(self, *args, **kwargs)
+
+    cls.__init__ = __init__
+    return cls
+
+
+def as_number(value: object) -> float | int | None:
+    """A finite number of any kind (Python's, NumPy's, a tensor of one element) as Python's; None for anything else.
+
+    A float becomes the decimal that it is written as: numpy.float32(0.57) is 0.57.
+
+    >>> as_number(3), as_number(0.57), as_number(True), as_number("0.5"), as_number(float("nan"))
+    (3, 0.57, None, None, None)
+    """
+    if getattr(value, "ndim", None) == 0 and callable(getattr(value, "numpy", None)):
+        value = value.numpy()  # a tensor
+    if getattr(value, "ndim", None) == 0 and callable(getattr(value, "__getitem__", None)):
+        value = value[()]  # an array of no dimension: its scalar
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        return None
+    if isinstance(value, Integral):
+        return int(value)
+    return float(str(value)) if hasattr(value, "dtype") else float(value)
