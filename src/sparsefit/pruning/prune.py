@@ -13,9 +13,10 @@ from sparsefit.pruning.calibration import Forward, MicroBatch, forward_of
 from sparsefit.pruning.config import PruningConfig
 from sparsefit.pruning.evaluating import evaluating
 from sparsefit.pruning.groups import InputGroup, Parts, input_groups
-from sparsefit.pruning.results import DenseStatistics, PruningResult
+from sparsefit.pruning.results import DenseStatistics, PruningResult, checksums
 from sparsefit.pruning.run import PruningRun
 from sparsefit.pruning.steps import Steps
+from sparsefit.pruning.tracing import trace
 
 Progress = Callable[[int, int], None]
 
@@ -36,7 +37,8 @@ def prune(
         model: Any module; transformers decoders and PEFT-wrapped models among them (their base is pruned).
         batches: Calibration data: each a mapping (keyword arguments of the model), a tuple (its positional
             arguments) or one tensor. The first dimension of each tensor counts the samples; positions at which
-            `attention_mask` is 0 are padding. Read once. Not needed for magnitude pruning.
+            `attention_mask` is 0 are padding. Read once. Not needed for magnitude pruning, which then cannot tell what
+            data reaches.
         config: What to prune and how; by default Wanda at 50% per output, block by block.
         forward: How a batch goes through the model; by default the model is called with it, on its device.
         progress: Called with (steps done, steps in all) as calibration goes on, and with both equal once all
@@ -55,11 +57,12 @@ def prune(
     """
     run = PruningRun(model, config or PruningConfig(), progress)
     with run.undone_by_errors(), torch.no_grad(), evaluating(model):
-        data = run.calibration_data(batches, forward)
+        data, forward = run.calibration_data(batches, forward), forward_of(model, forward)
+        run.find_targets(trace(model, data, forward))
         if run.takes_one_pass:
-            _in_one_pass(run, data, forward_of(model, forward))
+            _in_one_pass(run, data, forward)
         else:
-            _block_by_block(run, data, forward_of(model, forward))
+            _block_by_block(run, data, forward)
     return run.result
 
 
@@ -150,15 +153,18 @@ def collect_statistics(
     """
     configs = [config for config in configs if config.update == "none"] or [PruningConfig(update="none")]
     runs = [PruningRun(model, config, progress) for config in configs]
-    weights = list({weight.name: weight for run in runs for weight in run.weights}.values())
     kinds = frozenset({"squared_norm"}).union(*(config.statistics for config in configs))
     run = runs[0]
     with torch.no_grad(), evaluating(model):
-        data = run.calibration_data(batches, forward)
-        parts = run.collect_whole(weights, kinds, data, forward_of(model, forward))
+        data, forward = run.calibration_data(batches, forward), forward_of(model, forward)
+        found = trace(model, data, forward)
+        for one in runs:
+            one.find_targets(found)
+        weights = list({weight.name: weight for one in runs for weight in one.weights}.values())
+        parts = run.collect_whole(weights, kinds, data, forward)
     run.finish()
     result = run.result
-    return DenseStatistics(parts, kinds, result.samples, result.seconds, tuple(result.notes))
+    return DenseStatistics(parts, kinds, found, checksums(weights), result.samples, result.seconds, tuple(result.notes))
 
 
 def prune_from_statistics(
@@ -181,6 +187,7 @@ def prune_from_statistics(
     [2, 2, 2, 2, 2, 2, 2, 2]
     """
     run = PruningRun(model, config, progress)
+    run.find_targets(statistics.trace)
     statistics.check(run.weights, config)
     with run.undone_by_errors(), torch.no_grad():
         _prune_all(run, {weight.name: statistics.parts.get(weight.name, []) for weight in run.weights})

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from sparsefit.errors import ConfigError
 from sparsefit.pruning.config import PruningConfig
 from sparsefit.pruning.groups import Parts
-from sparsefit.pruning.layers.base import PrunableWeight
+from sparsefit.pruning.layers.base import INTEGERS, PrunableWeight
 from sparsefit.pruning.masks import MaskSet
+from sparsefit.pruning.tracing import Trace
 
 
 @dataclass
@@ -25,6 +28,8 @@ class PruningResult:
         seconds: Wall time of the whole pruning.
         notes: What did not go as asked, and why.
         left_dense: The model's other matrices and why they were not pruned.
+        dense_sizes: How many weights each of those has, but for embeddings, which nothing is multiplied by.
+        dense_zeros: How many of these are zero all the same.
         layer_errors: For each pruned matrix the squared error of its outputs on the calibration inputs as a share of
             the squared outputs; only where the method takes Gram matrices (swaps, reconstruction).
     """
@@ -37,7 +42,43 @@ class PruningResult:
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
     left_dense: dict[str, str] = field(default_factory=dict)
+    dense_sizes: dict[str, int] = field(default_factory=dict)
+    dense_zeros: int = 0
     layer_errors: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def coverage(self) -> float:
+        """The share of the weights in the model's matrices that masks were chosen for."""
+        pruned = sum(weights for weights, _ in self.masks.counts().values())
+        return pruned / ((pruned + sum(self.dense_sizes.values())) or 1)
+
+    @property
+    def overall_sparsity(self) -> float:
+        """The share of zeros over all matrices of the model, those left dense among them."""
+        counts = self.masks.counts().values()
+        weights = sum(weights for weights, _ in counts) + sum(self.dense_sizes.values())
+        return (sum(zeros for _, zeros in counts) + self.dense_zeros) / (weights or 1)
+
+    def note_coverage(self) -> None:
+        """Add a note where less than half of the model's matrices were pruned: what stayed dense, and the way out."""
+        if self.coverage >= 0.5:
+            return
+        by_reason: dict[str, list[str]] = {}
+        for name in self.dense_sizes:
+            by_reason.setdefault(self.left_dense[name], []).append(name)
+        shares = {reason: sum(self.dense_sizes[name] for name in names) for reason, names in by_reason.items()}
+        largest = sorted(shares, key=shares.get, reverse=True)[:3]
+        in_all = sum(self.dense_sizes.values()) / (1 - self.coverage)
+        dense = "; ".join(
+            f"{shares[reason] / in_all:.1%} {reason} ({max(by_reason[reason], key=self.dense_sizes.get)}"
+            + (f" and {len(by_reason[reason]) - 1} more)" if len(by_reason[reason]) > 1 else ")")
+            for reason in largest
+        )
+        self.note(
+            f"only {self.coverage:.1%} of the weights in the model's matrices were pruned, so that "
+            f"{self.overall_sparsity:.1%} of them are zero. Dense stayed: {dense}. What can be pruned of it is, where "
+            "`targets` name it"
+        )
 
     def note(self, note: str) -> None:
         """Add a sentence to the notes, once."""
@@ -52,6 +93,8 @@ class DenseStatistics:
     Attributes:
         parts: By the weight's name, the statistics of what its rows see.
         kinds: What they are: names from `statistics.KINDS`.
+        trace: What samples have shown of the model.
+        checksums: By weight, what tells it from that of another model: see `checksums`.
         samples: Calibration samples seen on this rank.
         seconds: Wall time of the pass.
         notes: What did not go as expected.
@@ -59,6 +102,8 @@ class DenseStatistics:
 
     parts: Parts
     kinds: frozenset[str]
+    trace: Trace | None
+    checksums: dict[str, str]
     samples: int
     seconds: float
     notes: tuple[str, ...] = ()
@@ -76,6 +121,12 @@ class DenseStatistics:
                 f"statistics of the dense model do for update 'none' alone, and not for '{config.update}': give the "
                 "configuration update='none', or `prune` with `batches`"
             )
+        others = [name for name, own in checksums(weights).items() if self.checksums.get(name, own) != own]
+        if others:
+            raise ConfigError(
+                f"the statistics are of another model, or this one has changed since: {others[0]} has other weights. "
+                "Take them again with `collect_statistics`, from the model that is to be pruned, while it is dense"
+            )
         lacking = sorted(config.statistics - self.kinds)
         unknown = [weight.name for weight in weights if weight.name not in self.parts]
         if lacking or unknown:
@@ -83,3 +134,18 @@ class DenseStatistics:
             raise ConfigError(
                 f"the statistics do not fit the configuration: {what}. Name it when you `collect_statistics`"
             )
+
+
+def checksums(weights: Sequence[PrunableWeight]) -> dict[str, str]:
+    """By the name of each weight its shape and the sum of its bits as whole numbers, which other values change.
+
+    >>> from sparsefit.pruning.layers import matrices_of
+    >>> layer = torch.nn.Linear(2, 1)
+    >>> _ = layer.weight.data.fill_(1.0)
+    >>> checksums(matrices_of(layer))
+    {'weight': '(1, 2) 2130706432'}
+    """
+    parameters = {id(weight.parameter): weight.parameter.detach() for weight in weights}
+    sums = [p.view(INTEGERS[p.element_size()]).sum(dtype=torch.int64) for p in parameters.values()]
+    numbers = dict(zip(parameters, [int(total) for total in sums], strict=True))
+    return {weight.name: f"{weight.shape} {numbers[id(weight.parameter)]}" for weight in weights}

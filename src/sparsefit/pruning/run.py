@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,8 @@ from sparsefit.pruning.ranks import of_first_rank
 from sparsefit.pruning.results import PruningResult
 from sparsefit.pruning.scores import SCORES
 from sparsefit.pruning.steps import Steps, describe_unseen
-from sparsefit.pruning.targets import find_weights
+from sparsefit.pruning.targets import find_candidates, find_weights
+from sparsefit.pruning.tracing import Trace
 from sparsefit.pruning.undo import Undo
 
 Progress = Callable[[int, int], None]
@@ -51,13 +53,21 @@ class PruningRun:
         _check_device_is_here(config.device)
         self.config, self._model, self._progress = config, model, progress
         self._block_lists = find_block_lists(model)
-        blocks = [block for blocks in self._block_lists for block in blocks]
-        self.weights, left_dense = find_weights(model, blocks, config)
-        update = "none" if self.takes_one_pass else config.update
-        self.result = PruningResult(config, update, left_dense=left_dense)
-        self.counts: dict[str, int] = {} if config.allocation == "owl" else allocate(self.weights, config)
+        find_candidates(model, config)  # what is wrong with the names of targets is told before any data is read
+        self.weights: list[PrunableWeight] = []
+        self.counts: dict[str, int] = {}
+        self.result = PruningResult(config, "none" if self.takes_one_pass else config.update)
         self._undo, self._unseen = Undo(), []
         self._steps_done, self._steps_in_all = 0, 1
+
+    def find_targets(self, trace: Trace | None) -> None:
+        """Decide which weights are pruned, by what samples have shown of the model."""
+        blocks = [block for blocks in self._block_lists for block in blocks]
+        targets = find_weights(self._model, blocks, self.config, trace)
+        self.weights, self.result.left_dense = targets.weights, targets.left_dense
+        self.result.dense_sizes, self.result.dense_zeros = targets.sizes, targets.zeros
+        if self.config.allocation != "owl":
+            self.counts = allocate(self.weights, self.config)
 
     @property
     def takes_one_pass(self) -> bool:
@@ -82,15 +92,18 @@ class PruningRun:
         """Close the account."""
         for sentence in describe_unseen(self._unseen):
             self.result.note(sentence)
+        if self.result.masks:
+            self.result.note_coverage()
         self.result.seconds = time.perf_counter() - self._start
         if self._progress is not None:
             self._progress(self._steps_in_all, self._steps_in_all)
 
     def calibration_data(self, batches: Iterable[Any] | None, forward: Forward | None) -> list[MicroBatch]:
-        """The calibration data in micro-batches; nothing if none is needed."""
+        """The calibration data in micro-batches; if none is needed, a batch of what there is, to look at the model."""
+        size = self.config.micro_batch_size
         if not self.config.needs_inputs:
-            return []
-        size, needed_by = self.config.micro_batch_size, _what_needs_inputs(self.config)
+            return calibration_data(self._model, itertools.islice(batches, 1), size, forward, "") if batches else []
+        needed_by = _what_needs_inputs(self.config)
         data = calibration_data(self._model, batches, size, forward, needed_by)
         self.result.samples = sum(len(batch.origin) for batch in data)
         passes = 1

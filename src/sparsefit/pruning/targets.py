@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -13,60 +13,88 @@ from torch.nn.parameter import is_lazy
 from sparsefit.errors import ConfigError
 from sparsefit.pruning.config import Pattern, PruningConfig
 from sparsefit.pruning.finite import all_finite
+from sparsefit.pruning.heads import expert_lists, output_layers, routers
 from sparsefit.pruning.layers import matrices_of, reason_left_dense
-from sparsefit.pruning.layers.base import PrunableWeight
+from sparsefit.pruning.layers.base import PrunableWeight, is_dense
 from sparsefit.pruning.layers.quantized import awaits_quantization
 from sparsefit.pruning.naming import base_modules, copied_modules, layer_name, matches
+from sparsefit.pruning.tracing import Trace, matrix_names
 
 EXCLUDED = "excluded by the configuration"
-HEAD_NAMES = frozenset({"lm_head", "head", "classifier", "score", "embed_out", "output_projection", "qa_outputs"})
+EMBEDDED = "shared with an embedding"
+OUTPUT = "output layer"
+UNREACHED = "not reached by the calibration data"
 
 
-def find_weights(
-    model: nn.Module, blocks: Iterable[nn.Module], config: PruningConfig
-) -> tuple[list[PrunableWeight], dict[str, str]]:
-    """The weights that a configuration prunes, in the order of the model, and those that stay dense.
+@dataclass(frozen=True)
+class Targets:
+    """What of a model is pruned.
 
-    Args:
-        model: Any module; adapters in it are never pruned, the layers they wrap are.
-        blocks: Its repeated blocks; without targets only the layers inside them are pruned, or, if there are
-            none, all but the output layer.
-        config: Its `targets`, `exclude` and `pattern` are used.
+    Attributes:
+        weights: Those that are, in the order of the model.
+        left_dense: For each other matrix its name and the reason.
+        sizes: How many weights each of those has, but for embeddings, which nothing is multiplied by.
+        zeros: How many of these are zero.
+    """
 
-    Returns:
-        The prunable weights, and for each other matrix of the model its name and the reason.
+    weights: list[PrunableWeight]
+    left_dense: dict[str, str]
+    sizes: dict[str, int]
+    zeros: int
+
+
+def find_candidates(model: nn.Module, config: PruningConfig) -> list[PrunableWeight]:
+    """All matrices of the bare model that could be pruned; adapters in it never are, the layers they wrap are.
 
     Raises:
-        ConfigError: if nothing would be pruned, a target does not exist, N:M does not divide a width, or weights
-            are NaN or infinite.
+        ConfigError: if weights are not there yet, an adapter is merged, or a target does not exist.
 
-    >>> model = nn.ModuleDict({"body": nn.Linear(4, 8), "head": nn.Linear(8, 2)})
-    >>> weights, left_dense = find_weights(model, [], PruningConfig())
-    >>> [weight.name for weight in weights], left_dense
-    (['body.weight'], {'head.weight': 'output layer'})
+    >>> [weight.name for weight in find_candidates(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), PruningConfig())]
+    ['0.weight']
     """
-    candidates = [w for name, module in base_modules(model).items() for w in matrices_of(module, name)]
+    modules = base_modules(model)
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
     if lazy:
         raise ConfigError(f"{lazy[0]} has no shape yet: run the model on one batch first, which gives it one")
-    waiting = [name for name, module in base_modules(model).items() if awaits_quantization(module)]
+    waiting = [name for name, module in modules.items() if awaits_quantization(module)]
     if waiting:
         raise ConfigError(
             f"{waiting[0]} is to be quantized by bitsandbytes and is not yet: move the model to its device first "
             "(`model.to('cpu')` or `.to('cuda')`), which quantizes it"
         )
-    _check_names_exist((*(config.targets or ()), *config.exclude), [layer_name(w.name) for w in candidates])
+    candidates = [weight for name, module in modules.items() for weight in matrices_of(module, name)]
+    _check_names_exist((*(config.targets or ()), *config.exclude), [layer_name(weight.name) for weight in candidates])
     _check_unmerged(model)
-    copied = copied_modules(model)
-    inside = {id(module) for block in blocks for module in block.modules()}
-    embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    outputs = _output_layers(model)
+    return candidates
 
-    found: dict[tuple[int, int | None], PrunableWeight] = {}
+
+def find_weights(
+    model: nn.Module, blocks: Iterable[nn.Module], config: PruningConfig, trace: Trace | None = None
+) -> Targets:
+    """The weights that a configuration prunes, and those that stay dense.
+
+    Args:
+        model: Any module.
+        blocks: Its repeated blocks; without targets only the layers inside them are pruned, or, if there are
+            none, all but the output layer.
+        config: Its `targets`, `exclude`, `pattern` and what it needs inputs for are used.
+        trace: What samples have shown of the model: what they do not reach stays dense.
+
+    Raises:
+        ConfigError: if nothing would be pruned, N:M does not divide a width, or weights are NaN or infinite; and as
+            `find_candidates`.
+
+    >>> model = nn.ModuleDict({"body": nn.Linear(4, 8), "top": nn.Linear(8, 2)})
+    >>> targets = find_weights(model, [], PruningConfig())
+    >>> [weight.name for weight in targets.weights], targets.left_dense
+    (['body.weight'], {'top.weight': 'output layer'})
+    """
+    candidates = find_candidates(model, config)
+    rule = _Rule(model, list(blocks), config, candidates, trace)
     reasons: dict[int, str] = {}
+    found: dict[tuple[int, int | None], PrunableWeight] = {}
     for weight in candidates:
-        reason = _reason_to_keep(weight, config, inside, embedded, outputs, copied)
-        key = (id(weight.parameter), weight.index)
+        key, reason = (id(weight.parameter), weight.index), rule.reason_to_keep(weight)
         if reason:
             reasons[id(weight.parameter)] = reason
         elif key not in found:
@@ -76,53 +104,87 @@ def find_weights(
     # A weight that two layers share is excluded with either.
     weights = [weight for weight in found.values() if reasons.get(id(weight.parameter)) != EXCLUDED]
     if not weights:
-        raise ConfigError(
-            f"{type(model).__name__} has no prunable weights: no layer is left to prune"
-            + (f" after targets={config.targets}, exclude={config.exclude}" if config.targets or config.exclude else "")
-        )
+        raise ConfigError(_nothing_left(model, config, set(reasons.values())))
     _check_at_hand(weights)
     _check_widths(weights, config.structure)
     _check_finite(weights)
-    return weights, _left_dense(model, {id(weight.parameter) for weight in weights}, reasons)
+    left_dense = _left_dense(model, {id(weight.parameter) for weight in weights}, reasons)
+    return Targets(weights, left_dense, *_counted(model, candidates, left_dense))
 
 
-def _output_layers(model: nn.Module) -> set[int]:
-    outputs = set()
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] in HEAD_NAMES:
-            outputs |= {id(m) for m in module.modules()}
-        if callable(getattr(module, "get_output_embeddings", None)):
-            head = module.get_output_embeddings()
-            outputs |= {id(head)} if head is not None else set()
-    return outputs
+class _Rule:
+    """Says of each matrix of a model why it stays dense."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: list[nn.Module],
+        config: PruningConfig,
+        candidates: Sequence[PrunableWeight],
+        trace: Trace | None,
+    ) -> None:
+        self._config, self._names = config, matrix_names(model)
+        self._unreached = _unreached(model, blocks, self._names, trace)
+        # Blocks that nothing goes through say nothing of the rest of the model.
+        blocks = [block for block in blocks if not self._is_unreached(block)]
+        self._inside = {id(module) for block in blocks for module in block.modules()}
+        outputs = output_layers(model, blocks, trace)
+        # A model that is nothing but its output layer is pruned: there is nothing else to mean.
+        others = {self._names[id(weight.parameter)] for weight in candidates} - self._unreached - outputs
+        self._outputs = outputs if others else frozenset()
+        self._routers = routers(model, candidates, blocks)
+        self._copied = copied_modules(model)
+        self._embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+
+    def _is_unreached(self, block: nn.Module) -> bool:
+        names = {self._names[id(p)] for p in block.parameters() if id(p) in self._names}
+        return bool(names) and names <= self._unreached
+
+    def reason_to_keep(self, weight: PrunableWeight) -> str | None:
+        """The reason, or None for one that is pruned."""
+        config, name, layer = self._config, layer_name(weight.name), weight.layers[0]
+        own = self._names[id(weight.parameter)]
+        if matches(name, config.exclude):
+            return EXCLUDED
+        if not weight.parameter.numel():
+            return "has no weights"
+        if id(layer) in self._copied:
+            return "the model computes with a copy of it that PEFT trains (modules_to_save)"
+        if id(weight.parameter) in self._embedded:
+            return EMBEDDED
+        if config.targets is not None and not matches(name, config.targets):
+            return "not among the targets"
+        if own in self._unreached and (config.targets is None or config.needs_inputs):
+            return UNREACHED
+        if config.targets is not None:
+            return None
+        if weight.name in self._routers:
+            return "router of experts"
+        if own in self._outputs:
+            return OUTPUT
+        if self._inside and id(layer) not in self._inside:
+            return "outside the repeated blocks"
+        if any(part.startswith("downsampl") for part in name.split(".")):
+            return "downsampling between stages"
+        return None
 
 
-def _reason_to_keep(
-    weight: PrunableWeight,
-    config: PruningConfig,
-    inside: set[int],
-    embedded: set[int],
-    outputs: set[int],
-    copied: set[int],
-) -> str | None:
-    name, layer = layer_name(weight.name), weight.layers[0]
-    if matches(name, config.exclude):
-        return EXCLUDED
-    if not weight.parameter.numel():
-        return "has no weights"
-    if id(layer) in copied:
-        return "the model computes with a copy of it that PEFT trains (modules_to_save)"
-    if id(weight.parameter) in embedded:
-        return "shared with an embedding"
-    if config.targets is not None:
-        return None if matches(name, config.targets) else "not among the targets"
-    if inside and id(layer) not in inside:
-        return "outside the repeated blocks"
-    if any(part.startswith("downsampl") for part in name.split(".")):
-        return "downsampling between stages"
-    if not inside and id(layer) in outputs:
-        return "output layer"
-    return None
+def _unreached(model: nn.Module, blocks: list[nn.Module], names: dict[int, str], trace: Trace | None) -> set[str]:
+    """The parameters that no sample was computed with. An expert of which the others were called is not one of them."""
+    if trace is None:
+        return set()
+    unreached = set(names.values()) - trace.reached
+    for experts in expert_lists(model, blocks).values():
+        own = {names[id(p)] for expert in experts for p in expert.parameters() if id(p) in names}
+        if own & trace.reached:
+            unreached -= own
+    return unreached
+
+
+def _nothing_left(model: nn.Module, config: PruningConfig, reasons: set[str]) -> str:
+    named = f" after targets={config.targets}, exclude={config.exclude}" if config.targets or config.exclude else ""
+    why = f" ({'; '.join(sorted(reasons - {'not among the targets'}))})" if reasons else ""
+    return f"{type(model).__name__} has no prunable weights: no layer is left to prune{named}{why}"
 
 
 def _check_names_exist(patterns: Iterable[str], names: list[str]) -> None:
@@ -194,3 +256,23 @@ def _left_dense(model: nn.Module, pruned: set[int], reasons: dict[int, str]) -> 
             if buffer.ndim == 2 and min(buffer.shape) > 1 and buffer.dtype != torch.bool:
                 left[f"{module_name}.{name}".lstrip(".")] = f"a buffer of {type(module).__name__}, not a parameter"
     return left
+
+
+def _counted(
+    model: nn.Module, candidates: Sequence[PrunableWeight], left_dense: dict[str, str]
+) -> tuple[dict[str, int], int]:
+    """How many weights what is left dense has, and how many zeros in all."""
+    names = {
+        f"{path}.{name}".lstrip("."): p
+        for path, m in base_modules(model).items()
+        for name, p in m.named_parameters(recurse=False)
+    }
+    counted = {
+        name: names[name]
+        for name, reason in left_dense.items()
+        if reason not in (EMBEDDED, "embedding") and name in names
+    }
+    packed = {weight.name: weight.shape[0] * weight.shape[1] for weight in candidates if weight.index is None}
+    sizes = {name: packed.get(name, parameter.numel()) for name, parameter in counted.items()}
+    zeros = sum(int((p == 0).sum()) for p in counted.values() if is_dense(p) and p.device.type != "meta")
+    return sizes, zeros

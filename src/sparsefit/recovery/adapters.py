@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Literal
 from torch import nn
 
 from sparsefit.errors import ConfigError
+from sparsefit.pruning.blocks import find_block_lists
+from sparsefit.pruning.heads import output_layers
 from sparsefit.pruning.layers.experts import find_stacks
 from sparsefit.pruning.naming import canonical_name
-from sparsefit.pruning.targets import HEAD_NAMES
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -178,17 +179,10 @@ def _task(model: nn.Module) -> str | None:
     return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
 
 
-def _output_layer(model: nn.Module) -> nn.Module | None:
-    return model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None
-
-
 def _without_head(model: nn.Module, linears: dict[str, nn.Module]) -> list[str]:
-    """The paths of linear layers that do not belong to the model's head: of any whose layer for outputs is not known,
-    what the usual names of heads say."""
-    output = _output_layer(model)
-    if output is not None:
-        return [path for path, layer in linears.items() if layer is not output]
-    return [path for path in linears if not HEAD_NAMES.intersection(path.split("."))]
+    """The paths of linear layers that do not belong to the model's head."""
+    head = output_layers(model, [block for blocks in find_block_lists(model) for block in blocks])
+    return [path for path in linears if f"{path}.weight" not in head]
 
 
 def _check_experts(targets: Iterable[str], model: nn.Module) -> None:

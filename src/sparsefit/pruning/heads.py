@@ -1,0 +1,115 @@
+"""The parts of a model that stay dense by default: what leads to its output, and what routes tokens to experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from sparsefit.pruning.layers import matrices_of
+from sparsefit.pruning.layers.base import PrunableWeight
+from sparsefit.pruning.layers.experts import find_stacks
+from sparsefit.pruning.naming import base_modules
+from sparsefit.pruning.tracing import Trace
+
+_ROUTERS = frozenset({"router", "gate", "gating"})
+
+
+def output_layers(model: nn.Module, blocks: Iterable[nn.Module] = (), trace: Trace | None = None) -> frozenset[str]:
+    """The names of the parameters that lead to a model's output: its head.
+
+    With a trace they are those that a sample met last: outside the repeated blocks all of them, in a block only where
+    there is no other (residual streams bring every block to the output of a model without a head). Without one, those
+    that transformers' models keep outside of their `base_model`; in other models the last matrix outside the blocks.
+
+    Args:
+        model: Any module.
+        blocks: Its repeated blocks.
+        trace: What samples have shown.
+
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1)))
+    >>> output_layers(model)
+    frozenset({'2.1.weight'})
+    """
+    inside = {id(module) for block in blocks for module in block.modules()}
+    modules = base_modules(model)
+    if trace is not None:
+        within = {name for path, module in modules.items() if id(module) in inside for name in _names(module, path)}
+        return frozenset().union(*(last if len(last) == 1 else last - within for last in trace.outputs))
+    outside = {path: module for path, module in modules.items() if id(module) not in inside}
+    heads = _outside_base_models(outside.values())
+    if heads:
+        return frozenset(
+            name for path, module in outside.items() if id(module) in heads for name in _names(module, path)
+        )
+    return frozenset([name for path, module in outside.items() for name in _names(module, path)][-1:])
+
+
+def _names(module: nn.Module, path: str) -> list[str]:
+    return [weight.name.partition("[")[0] for weight in matrices_of(module, path)]
+
+
+def _outside_base_models(modules: Iterable[nn.Module]) -> set[int]:
+    """The modules that transformers' models hold beside their base model, by id, and their output embeddings."""
+    heads: set[int] = set()
+    for module in modules:
+        if callable(getattr(module, "get_output_embeddings", None)):
+            head = module.get_output_embeddings()
+            heads |= set() if head is None else {id(head)}
+        base = getattr(module, "base_model", None) if getattr(module, "base_model_prefix", None) else None
+        if isinstance(base, nn.Module) and base is not module:
+            heads |= {id(part) for part in module.modules()} - {id(part) for part in base.modules()} - {id(module)}
+    return heads
+
+
+def expert_lists(model: nn.Module, blocks: Iterable[nn.Module]) -> dict[str, list[nn.Module]]:
+    """The lists of modules that are experts, by name: those called so, or alike and side by side in a block.
+
+    >>> moe = nn.ModuleDict({"router": nn.Linear(4, 2), "experts": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])})
+    >>> list(expert_lists(moe, []))
+    ['experts']
+    """
+    blocks = list(blocks)
+    own = {id(block) for block in blocks}
+    inside = {id(module) for block in blocks for module in block.modules()} - own
+    return {
+        name: list(module.children())
+        for name, module in base_modules(model).items()
+        if isinstance(module, nn.ModuleList | nn.ModuleDict)
+        and len(module) > 1
+        and not own & {id(member) for member in module.children()}
+        and (id(module) in inside or "expert" in name.rpartition(".")[2])
+        and len({type(member) for member in module.children()}) == 1
+    }
+
+
+def routers(model: nn.Module, weights: Iterable[PrunableWeight], blocks: Iterable[nn.Module]) -> set[str]:
+    """The names of the weights that say which experts a token goes to, or how much of a shared expert it gets.
+
+    They stand beside the experts, and have a row for each of these, or a single one, or the name of a router.
+
+    >>> moe = nn.ModuleDict({"choice": nn.Linear(4, 2), "experts": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])})
+    >>> weights = [weight for name, module in moe.named_modules() for weight in matrices_of(module, name)]
+    >>> routers(moe, weights, [])
+    {'choice.weight'}
+    """
+    modules, found = base_modules(model), set()
+    beside = [(_parent(name), name, len(members)) for name, members in expert_lists(model, blocks).items()]
+    for name, module in modules.items():
+        for _, stack, _ in find_stacks(module):
+            alone = not any(matrices_of(child) for child in module.modules() if child is not module)
+            beside.append((_parent(name), name, len(stack)) if alone else (name, name, len(stack)))
+    for weight in weights:
+        for holder, experts, count in beside:
+            prefix = f"{holder}." if holder else ""
+            own = weight.index is not None or (experts != holder and weight.name.startswith(f"{experts}."))
+            if own or not weight.name.startswith(prefix):
+                continue
+            parts = weight.name.removeprefix(prefix).split(".")
+            if weight.shape[0] in (1, count) or _ROUTERS & set(parts):
+                found.add(weight.name)
+    return found
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]

@@ -1,0 +1,182 @@
+"""What a sample reaches in a model, and which weights come last on its way to the output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from sparsefit.pruning.calibration import MicroBatch, tensors_in
+from sparsefit.pruning.layers import PRODUCTS, matrices_of
+from sparsefit.pruning.naming import base_modules
+from sparsefit.pruning.ranks import from_all
+
+FORMS = 8  # kinds of samples that are looked at, at most
+_PRODUCTS = PRODUCTS.keys() | {torch.einsum, torch.tensordot, torch.bilinear, F.bilinear}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What some samples have shown. Parameters of two or more dimensions, by name in the bare model.
+
+    Attributes:
+        reached: Those that a sample was computed with.
+        outputs: For each tensor that the model returned, the last ones on the way to it: from them on nothing was
+            multiplied by a parameter.
+    """
+
+    reached: frozenset[str]
+    outputs: tuple[frozenset[str], ...]
+
+
+def trace(model: nn.Module, data: Sequence[MicroBatch], forward: Callable[[Any], Any]) -> Trace | None:
+    """Follow the first sample of each form (the same keys, as many tensors) through a model, with all ranks.
+
+    Returns:
+        What they have shown; None if there are none.
+
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    >>> trace(model, [MicroBatch(torch.ones(1, 2), origin=(0,))], model).outputs
+    (frozenset({'2.weight'}),)
+    """
+    samples = {}
+    for batch in data:
+        if len(samples) == FORMS:
+            break
+        samples.setdefault(_form(batch.data), batch)
+    tracer = _Tracer(matrix_names(model))
+    outputs: list[frozenset[str]] = []
+    for batch in samples.values():
+        with _hooked(model, tracer), tracer:
+            result = forward(batch.first_sample())
+        outputs += [found for tensor in output_tensors(result) if (found := tracer.last(tensor))]
+    of_ranks = from_all(Trace(frozenset(tracer.reached), tuple(dict.fromkeys(outputs))) if samples else None)
+    found = [one for one in of_ranks if one is not None]
+    return Trace(frozenset().union(*(one.reached for one in found)), found[0].outputs) if found else None
+
+
+def matrix_names(model: nn.Module) -> dict[int, str]:
+    """The name in the bare model of each parameter of two or more dimensions, by its id; of a shared one the first.
+
+    >>> list(matrix_names(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3))).values())
+    ['0.weight']
+    """
+    names: dict[int, str] = {}
+    for module_name, module in base_modules(model).items():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim > 1:
+                names.setdefault(id(parameter), f"{module_name}.{name}".lstrip("."))
+        for weight in matrices_of(module, module_name):  # packed ones have one dimension, or other names
+            names.setdefault(id(weight.parameter), weight.name.partition("[")[0])
+    return names
+
+
+def output_tensors(output: Any) -> list[Tensor]:
+    """The tensors that a model returns: its `logits` where it has them, else those that are not nested deeper.
+
+    >>> output_tensors({"loss": torch.tensor(1.0), "logits": torch.tensor(2.0)}), output_tensors(None)
+    ([tensor(2.)], [])
+    """
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return [logits]
+    if isinstance(output, Tensor):
+        return [output]
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+class _Tracer(TorchFunctionMode):
+    """While active, marks what is computed with the parameters that were last multiplied by on the way to it."""
+
+    def __init__(self, names: dict[int, str]) -> None:
+        super().__init__()
+        self.names = names
+        self.reached: set[str] = set()
+        self._storages: dict[int, str] = {}
+        self._last: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def watch(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Know the views of these by their memory."""
+        plain = (p for p in parameters if id(p) in self.names and type(p) is nn.Parameter and p.numel())
+        self._storages = {p.untyped_storage().data_ptr(): self.names[id(p)] for p in plain if p.device.type != "meta"}
+
+    def last(self, tensor: Tensor) -> frozenset[str]:
+        """What was last multiplied by on the way to a tensor."""
+        return self._last.get(tensor, frozenset())
+
+    def mark(self, output: Any, found: frozenset[str]) -> None:
+        """Say so of what a layer has returned."""
+        for tensor in tensors_in(output):
+            self._last[tensor] = found
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        given = list(tensors_in([args, kwargs]))
+        results = list(tensors_in(result)) or ([args[0]] if result is None and given and given[0] is args[0] else [])
+        if not results:  # what only asks for a shape or a device
+            return result
+        used = {name for tensor in given if (name := self._parameter(tensor)) is not None}
+        self.reached |= used
+        found = frozenset(used) if used and func in _PRODUCTS else frozenset().union(*map(self.last, given))
+        if found:
+            for tensor in results:
+                self._last[tensor] = found
+        return result
+
+    def _parameter(self, tensor: Tensor) -> str | None:
+        if id(tensor) in self.names:
+            return self.names[id(tensor)]
+        if type(tensor) is not Tensor or tensor.layout is not torch.strided:
+            return None
+        return self._storages.get(tensor.untyped_storage().data_ptr())
+
+
+@contextmanager
+def _hooked(model: nn.Module, tracer: _Tracer) -> Iterator[None]:
+    """Count layers that are called and multiply in kernels of their own (bitsandbytes) by the call."""
+
+    def called(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: Any, output: Any) -> None:
+            tracer.reached.add(name)
+            if not any(tracer.last(tensor) for tensor in tensors_in(output)):
+                tracer.mark(output, frozenset({name}))
+
+        return hook
+
+    weights = [weight for module in model.modules() for weight in matrices_of(module) if weight.called]
+    tracer.watch(model.parameters())
+    handles = [
+        layer.register_forward_hook(called(tracer.names[id(weight.parameter)]))
+        for weight in weights
+        for layer in weight.layers
+        if id(weight.parameter) in tracer.names
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _form(batch: Any) -> Any:
+    """What a batch is made of; batches of one form take the same way through a model."""
+    if isinstance(batch, Mapping):
+        return tuple(sorted((str(key), _form(value)) for key, value in batch.items()))
+    if isinstance(batch, list | tuple):
+        return tuple(dict.fromkeys(map(_form, batch)))
+    return f"tensor of {batch.ndim} dimensions" if isinstance(batch, Tensor) else type(batch).__name__
