@@ -176,17 +176,19 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
 }
 LEFT_DENSE = {
     "vgg": {"classifier.weight": "output layer"},
-    "mobile": {"2.weight": "depthwise convolution", "5.weight": "depthwise convolution"},
+    "mobile": {"2.weight": "depthwise convolution", "5.weight": "depthwise convolution", "9.weight": "output layer"},
+    "line": {"4.weight": "output layer"},
+    "cells": {"third.weight_ih": "output layer", "third.weight_hh": "output layer"},
     "resnext": {"0.weight": "outside the repeated blocks"},
     **{
         f"resnet {kind}": {
             "resnet.embedder.embedder.convolution.weight": "outside the repeated blocks",
-            "classifier.1.weight": "outside the repeated blocks",
+            "classifier.1.weight": "output layer",
         }
         for kind in ("bottleneck", "basic")
     },
-    **{kind: {"embed.weight": "embedding"} for kind in ("lstm", "gru", "rnn")},
-    "projected lstm": {"embed.weight": "embedding"}
+    **{kind: {"embed.weight": "embedding", "tag.weight": "output layer"} for kind in ("lstm", "gru", "rnn")},
+    "projected lstm": {"embed.weight": "embedding", "tag.weight": "output layer"}
     | {
         f"recurrent.weight_hr_l{layer}{direction}": "projection of an LSTM"
         for layer in range(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from torch import nn
@@ -10,7 +11,7 @@ from sparsefit.pruning.layers import matrices_of
 from sparsefit.pruning.layers.base import PrunableWeight
 from sparsefit.pruning.layers.experts import find_stacks
 from sparsefit.pruning.naming import base_modules
-from sparsefit.pruning.tracing import Trace
+from sparsefit.pruning.tracing import Trace, matrix_names
 
 _ROUTERS = frozenset({"router", "gate", "gating"})
 
@@ -18,9 +19,9 @@ _ROUTERS = frozenset({"router", "gate", "gating"})
 def output_layers(model: nn.Module, blocks: Iterable[nn.Module] = (), trace: Trace | None = None) -> frozenset[str]:
     """The names of the parameters that lead to a model's output: its head.
 
-    With a trace they are those that a sample met last: outside the repeated blocks all of them, in a block only where
-    there is no other (residual streams bring every block to the output of a model without a head). Without one, those
-    that transformers' models keep outside of their `base_model`; in other models the last matrix outside the blocks.
+    With a trace they are those that a sample met last. A model has no head where these are several, in the repeated
+    blocks (its residual stream brings them all to the output), or one that blocks share. Without a trace they are what
+    transformers' models keep outside of their `base_model`; in other models the last matrix outside the blocks.
 
     Args:
         model: Any module.
@@ -31,12 +32,14 @@ def output_layers(model: nn.Module, blocks: Iterable[nn.Module] = (), trace: Tra
     >>> output_layers(model)
     frozenset({'2.1.weight'})
     """
-    inside = {id(module) for block in blocks for module in block.modules()}
-    modules = base_modules(model)
+    blocks = list(blocks)
     if trace is not None:
-        within = {name for path, module in modules.items() if id(module) in inside for name in _names(module, path)}
-        return frozenset().union(*(last if len(last) == 1 else last - within for last in trace.outputs))
-    outside = {path: module for path, module in modules.items() if id(module) not in inside}
+        names = matrix_names(model)
+        uses = Counter(names[p] for block in blocks for p in {*map(id, block.parameters())} if p in names)
+        found = (last for last in trace.outputs if (len(last) == 1 and uses[min(last)] < 2) or not last & uses.keys())
+        return frozenset().union(*found)
+    inside = {id(module) for block in blocks for module in block.modules()}
+    outside = {path: module for path, module in base_modules(model).items() if id(module) not in inside}
     heads = _outside_base_models(outside.values())
     if heads:
         return frozenset(

@@ -63,7 +63,11 @@ def find_candidates(model: nn.Module, config: PruningConfig) -> list[PrunableWei
             "(`model.to('cpu')` or `.to('cuda')`), which quantizes it"
         )
     candidates = [weight for name, module in modules.items() for weight in matrices_of(module, name)]
-    _check_names_exist((*(config.targets or ()), *config.exclude), [layer_name(weight.name) for weight in candidates])
+    names = [layer_name(weight.name) for weight in candidates]
+    _check_names_exist((*(config.targets or ()), *config.exclude), names)
+    wanted = [name for name in names if config.targets is None or matches(name, config.targets)]
+    if all(matches(name, config.exclude) for name in wanted):
+        raise ConfigError(_nothing_left(model, config, set()))
     _check_unmerged(model)
     return candidates
 

@@ -101,12 +101,15 @@ class _Tracer(TorchFunctionMode):
         self.names = names
         self.reached: set[str] = set()
         self._storages: dict[int, str] = {}
+        self._buffers: set[int] = set()
+        self._made_of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weights that others were made into
         self._last: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-    def watch(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Know the views of these by their memory."""
-        plain = (p for p in parameters if id(p) in self.names and type(p) is nn.Parameter and p.numel())
+    def watch(self, model: nn.Module) -> None:
+        """Know the views of a model's parameters by their memory, and its buffers, which are no data."""
+        plain = (p for p in model.parameters() if id(p) in self.names and type(p) is nn.Parameter and p.numel())
         self._storages = {p.untyped_storage().data_ptr(): self.names[id(p)] for p in plain if p.device.type != "meta"}
+        self._buffers = {id(buffer) for buffer in model.buffers()}
 
     def last(self, tensor: Tensor) -> frozenset[str]:
         """What was last multiplied by on the way to a tensor."""
@@ -130,20 +133,26 @@ class _Tracer(TorchFunctionMode):
         results = list(tensors_in(result)) or ([args[0]] if result is None and given and given[0] is args[0] else [])
         if not results:  # what only asks for a shape or a device
             return result
-        used = {name for tensor in given if (name := self._parameter(tensor)) is not None}
+        weights = [self._weights_in(tensor) for tensor in given]
+        used = frozenset().union(*weights)
         self.reached |= used
-        found = frozenset(used) if used and func in _PRODUCTS else frozenset().union(*map(self.last, given))
-        if found:
-            for tensor in results:
-                self._last[tensor] = found
+        if used and all(own or id(tensor) in self._buffers for tensor, own in zip(given, weights, strict=True)):
+            for tensor in results:  # a weight in another form: cast, masked, of low rank
+                self._made_of[tensor] = used
+        elif found := used if used and func in _PRODUCTS else frozenset().union(*map(self.last, given)):
+            self.mark(results, found)
         return result
 
-    def _parameter(self, tensor: Tensor) -> str | None:
+    def _weights_in(self, tensor: Tensor) -> frozenset[str]:
+        """The parameters that a tensor is, or is a view of, or was made of."""
         if id(tensor) in self.names:
-            return self.names[id(tensor)]
+            return frozenset({self.names[id(tensor)]})
+        if tensor in self._made_of:
+            return self._made_of[tensor]
         if type(tensor) is not Tensor or tensor.layout is not torch.strided:
-            return None
-        return self._storages.get(tensor.untyped_storage().data_ptr())
+            return frozenset()
+        name = self._storages.get(tensor.untyped_storage().data_ptr())
+        return frozenset() if name is None else frozenset({name})
 
 
 @contextmanager
@@ -159,7 +168,7 @@ def _hooked(model: nn.Module, tracer: _Tracer) -> Iterator[None]:
         return hook
 
     weights = [weight for module in model.modules() for weight in matrices_of(module) if weight.called]
-    tracer.watch(model.parameters())
+    tracer.watch(model)
     handles = [
         layer.register_forward_hook(called(tracer.names[id(weight.parameter)]))
         for weight in weights
