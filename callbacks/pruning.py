@@ -211,6 +211,10 @@ class WandaPruning(Callback):
                 self.result = prune(module, batches, self.config, forward=forward, progress=progress)
         self.masks = self.result.masks
         self.summary = self._account(trainer, source)
+        rank_zero_info(
+            f"Pruned {self.result.coverage:.1%} of the weights in the model's matrices to "
+            f"{self.masks.sparsity:.2%} zeros, which makes {self.result.overall_sparsity:.2%} over all matrices."
+        )
         for note in self.result.notes:
             rank_zero_warn(note)
         self._log(trainer)
@@ -250,6 +254,8 @@ class WandaPruning(Callback):
             "update": result.update,
             "digest": result.masks.digest(),
             "sparsity": result.masks.sparsity,
+            "coverage": result.coverage,
+            "overall_sparsity": result.overall_sparsity,
             "source": source,
             "samples": result.samples,
             "tokens": result.tokens,
@@ -262,7 +268,7 @@ class WandaPruning(Callback):
         }
 
     def _log(self, trainer: Trainer) -> None:
-        keys = ("sparsity", "seconds", "peak_memory_bytes")
+        keys = ("sparsity", "coverage", "overall_sparsity", "seconds", "peak_memory_bytes")
         metrics = {f"pruning/{key}": self.summary[key] for key in keys if self.summary[key] is not None}
         counts = self.masks.counts().items()
         metrics |= {f"sparsity/{name}": zeros / weights for name, (weights, zeros) in counts}

@@ -68,6 +68,7 @@ def standing(
     if "sparsity" in report and pruning:
         asked = pruning["config"]
         entries["sparsity"] = report["sparsity"] | {"pattern": asked["pattern"], "asked": asked["sparsity"]}
+        entries["sparsity"] |= {key: pruning.get(key) for key in ("coverage", "overall_sparsity")}
     return entries
 
 

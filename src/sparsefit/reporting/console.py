@@ -92,7 +92,9 @@ def _sparsity(report: Mapping[str, Any]) -> Table:
     if _report.number(total.get("total")) is not None:
         table.add_section()
         counts = (_formats.count(total.get(key), _MISSING) for key in ("weights", "zeros"))
-        _row(table, "all", *counts, _formats.percent(_report.number(total["total"])), style="bold")
+        _row(table, "all pruned", *counts, _formats.percent(_report.number(total["total"])), style="bold")
+        if (overall := _report.number(total.get("overall_sparsity"))) is not None:
+            _row(table, "all matrices of the model", "", "", _formats.percent(overall))
     return table
 
 

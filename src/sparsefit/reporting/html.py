@@ -59,6 +59,8 @@ def _tiles(report: Mapping[str, Any]) -> list[str]:
         asked = _report.number(sparsity.get("asked"))
         known = [f"asked {_formats.percent(asked)}"] if asked is not None else []
         known += [f"pattern {sparsity['pattern']}"] if sparsity.get("pattern") else []
+        overall = _report.number(sparsity.get("overall_sparsity"))
+        known += [f"{_formats.percent(overall)} over all matrices of the model"] if overall is not None else []
         known += [f"counted on {sparsity['counted_on']}"] if sparsity.get("counted_on") else []
         tiles.append(tile("sparsity", _formats.percent(_report.number(sparsity["total"])), ", ".join(known)))
     return tiles + _cost_tiles(report)

@@ -65,7 +65,7 @@ def types(report: Mapping[str, Any]) -> str:
     sparsity = _report.section(report, "sparsity")
     layers = len(_report.items(report, "sparsity", "layers")) or None
     counts = (_formats.count(count) for count in (layers, sparsity.get("weights"), sparsity.get("zeros")))
-    total = ("all", *counts, _formats.percent(_report.number(sparsity.get("total"))))
+    total = ("all pruned", *counts, _formats.percent(_report.number(sparsity.get("total"))))
     columns = ("layers", "count", "weights", "zeros", "sparsity")
     return card("Sparsity by layer type", as_table(columns, rows, total) if rows else "")
 
