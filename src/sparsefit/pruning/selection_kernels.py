@@ -8,7 +8,6 @@ of equal scores comes first.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable
 from math import isqrt
 
@@ -23,8 +22,7 @@ except ImportError:  # the CPU builds of torch come without it
 
 WIDEST_ROW = 2**16  # scores of a row that the registers of one program hold
 SAMPLE = 2**15  # scores of a long row that show where its threshold lies
-BITS = 11  # of a score's distance from the sample's range, that the first count tells apart
-LEAST, MOST = -(2**31), 2**31 - 1
+BINS = 2**11  # parts of the range around the threshold that are counted apart
 
 
 def jit(function: Callable) -> Callable:
@@ -33,7 +31,7 @@ def jit(function: Callable) -> Callable:
     >>> jit(len) is len if triton is None else True
     True
     """
-    varied = ["count", "number", "step", "low", "high", "shift", "removed"]
+    varied = ["count", "number", "step", "first", "last", "removed"]
     return triton.jit(function, do_not_specialize=varied) if triton else function
 
 
@@ -113,11 +111,24 @@ def _sample_kernel(values, factor, sample, number, step, factors, width, BLOCK: 
 
 
 @jit
-def _count_kernel(values, factor, counts, low, high, shift, factors, width, BLOCK: tl.constexpr):
-    """Counts a long row's scores below low, and behind that those from low to below high, in bins of 2^shift.
+def _bracket(sample, first, last, BINS: tl.constexpr):
+    """The two scores of the sorted sample that the threshold lies between, as a rule: low and high, low < high. Fewer
+    than BINS bins of 2^shift whole numbers reach from one to the other."""
+    low = tl.load(sample + first)
+    high = tl.maximum(tl.load(sample + last), low + 1)
+    shift = 0
+    while (high.to(tl.int64) - low) >> shift >= BINS:
+        shift += 1
+    return low, high, shift
+
+
+@jit
+def _count_kernel(values, factor, counts, sample, first, last, factors, width, BINS: tl.constexpr, BLOCK: tl.constexpr):
+    """Counts a long row's scores below the bracket's low, and behind that those below its high, in bins.
 
     Additions are relaxed: only what comes after the kernel reads the counts.
     """
+    low, high, shift = _bracket(sample, first, last, BINS)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = place < width
     scores = _ordered(values, factor, place, place, inside, factors, width)
@@ -129,16 +140,40 @@ def _count_kernel(values, factor, counts, low, high, shift, factors, width, BLOC
 
 
 @jit
-def _split_kernel(values, factor, kept, keys, found, low, high, factors, width, BLOCK: tl.constexpr):
-    """The mask of a long row, with the scores from low to high in it; they are listed, with their places, as keys."""
+def _bin_kernel(counts, sample, first, last, found, count, width, BINS: tl.constexpr):
+    """Finds what holds the count-th smallest score of a long row: a bin, or all below the first or above the last.
+
+    Found are its least and its largest score, how many scores are below it, how many in it, and how many of these
+    are listed: none yet.
+    """
+    low, high, shift = _bracket(sample, first, last, BINS)
+    below = tl.load(counts)
+    ends = below + tl.cumsum(tl.load(counts + 1 + tl.arange(0, BINS)), 0)
+    passed = tl.sum((ends < count).to(tl.int32))
+    least = tl.minimum(low + (passed.to(tl.int64) << shift), high)
+    largest = tl.where(passed == BINS, 0x7FFFFFFF, tl.minimum(least + (1 << shift), high) - 1)
+    before = tl.max(tl.where(ends < count, ends, below))
+    until = tl.min(tl.where(ends < count, width, ends))
+    first_bin_is_behind = count <= below
+    tl.store(found, tl.where(first_bin_is_behind, -0x80000000, least))
+    tl.store(found + 1, tl.where(first_bin_is_behind, low - 1, largest))
+    tl.store(found + 2, tl.where(first_bin_is_behind, 0, before))
+    tl.store(found + 3, tl.where(first_bin_is_behind, below, until - before))
+    tl.store(found + 4, 0)
+
+
+@jit
+def _split_kernel(values, factor, kept, keys, found, factors, width, BLOCK: tl.constexpr):
+    """The mask of a long row, with what was found in it; the scores of that are listed, with their places, as keys."""
+    least, largest = tl.load(found).to(tl.int32), tl.load(found + 1).to(tl.int32)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = place < width
     scores = _ordered(values, factor, place, place, inside, factors, width)
-    tl.store(kept + place, scores >= low, mask=inside)
-    listed = inside & (scores >= low) & (scores <= high)
+    tl.store(kept + place, scores >= least, mask=inside)
+    listed = inside & (scores >= least) & (scores <= largest)
     number = tl.sum(listed.to(tl.int32))
     if number > 0:
-        index = tl.atomic_add(found, number, sem="relaxed") + tl.cumsum(listed.to(tl.int32), 0) - 1
+        index = tl.atomic_add(found + 4, number.to(tl.int64), sem="relaxed") + tl.cumsum(listed.to(tl.int32), 0) - 1
         tl.store(keys + index, (scores.to(tl.int64) << 32) | place, mask=listed)
 
 
@@ -150,32 +185,20 @@ def _mask_long_row(values: Tensor, factor: Tensor | None, kept: Tensor, count: i
     number = triton.cdiv(width, step)
     sample = torch.empty(number, dtype=torch.int32, device=device)
     _sample_kernel[(triton.cdiv(number, 1024),)](values, factor, sample, number, step, factors, width, BLOCK=1024)
-    sample = sample.sort().values
     # The rank of the threshold in a random sample of n has a standard deviation of at most sqrt(n) / 2: four of them.
     middle, margin = count * number // width, 2 * isqrt(number) + 2
-    bracket = sample[max(middle - margin, 0)], sample[min(middle + margin, number - 1)]
-    low, high = torch.stack(bracket).tolist()  # one wait for the GPU
-    high = max(high, low + 1)
-    shift = max((high - low).bit_length() - BITS, 0)
+    bracket = sample.sort().values, max(middle - margin, 0), min(middle + margin, number - 1)
 
-    counts = torch.zeros(2**BITS + 1, dtype=torch.int32, device=device)
+    counts = torch.zeros(BINS + 1, dtype=torch.int32, device=device)
+    found = torch.empty(5, dtype=torch.int64, device=device)
     sizes = {"BLOCK": 8192, "num_warps": 8}
     grid = (triton.cdiv(width, sizes["BLOCK"]),)
-    _count_kernel[grid](values, factor, counts, low, high, shift, factors, width, **sizes)
-    ends = [0, *counts.cpu().numpy().cumsum().tolist(), width]  # 0, the scores below low, and so on
-    place = bisect_left(ends, count)
-    if place == 1:
-        low, high = LEAST, low - 1
-    elif place == len(ends) - 1:
-        low, high = high, MOST
-    else:
-        low += place - 2 << shift
-        high = min(low + (1 << shift), high) - 1
+    _count_kernel[grid](values, factor, counts, *bracket, factors, width, BINS=BINS, **sizes)
+    _bin_kernel[(1,)](counts, *bracket, found, count, width, BINS=BINS)
+    _, _, below, several, _ = found.tolist()  # the only wait for the GPU
 
-    below = ends[place - 1]
-    keys = torch.empty(ends[place] - below, dtype=torch.int64, device=device)
-    found = torch.zeros(1, dtype=torch.int32, device=device)
-    _split_kernel[grid](values, factor, kept, keys, found, low, high, factors, width, **sizes)
+    keys = torch.empty(several, dtype=torch.int64, device=device)
+    _split_kernel[grid](values, factor, kept, keys, found, factors, width, **sizes)
     going = keys.sort().values[: count - below] & 0xFFFFFFFF
     kept.index_fill_(0, going, False)
 
