@@ -1,8 +1,8 @@
 """The selections of `selection` on a GPU, in Triton. The module can be imported without Triton.
 
-Scores are compared as whole numbers: the bits of a float32, with all but the sign of negative ones turned over, have
-the order of the floats. With the column in the lower half of 64 bits no two scores are equal, and the lowest column
-of equal scores comes first.
+Scores are |value| * factor, with a float32 factor that is repeated along a row, or without one the values, of any
+floating dtype. They are compared as whole numbers: the bits of a float32, with all but the sign of negative ones turned
+over, have the order of the floats.
 """
 # ruff: noqa: ANN001, ANN202 (Triton's language has no annotation but tl.constexpr)
 
@@ -22,11 +22,11 @@ except ImportError:  # the CPU builds of torch come without it
 
 WIDEST_ROW = 2**16  # scores of a row that the registers of one program hold
 SAMPLE = 2**15  # scores of a long row that show where its threshold lies
-BINS = 2**11  # parts of the range around the threshold that are counted apart
+BINS = 2**11  # parts of the bracket around the threshold that are counted apart
 
 
 def jit(function: Callable) -> Callable:
-    """Triton's compilation; numbers that differ from call to call do not cause another one. As it is without Triton.
+    """Triton's compilation, once for all values of numbers that vary; without Triton the function as it is.
 
     >>> jit(len) is len if triton is None else True
     True
@@ -37,7 +37,7 @@ def jit(function: Callable) -> Callable:
 
 @jit
 def _ordered(values, factor, places, columns, inside, factors, width):
-    """Whole numbers in the order of the scores: |value| * factor, or without a factor the values."""
+    """Whole numbers in the order of the scores."""
     scores = tl.load(values + places, mask=inside, other=0).to(tl.float32)
     if factor is not None:
         if factors < width:
@@ -49,10 +49,7 @@ def _ordered(values, factor, places, columns, inside, factors, width):
 
 @jit
 def _rows_kernel(values, factor, kept, count, factors, width, BLOCK: tl.constexpr):
-    """The mask of one row: its threshold, found by bisection; of the scores at it, the last stay if too many would go.
-
-    The threshold found may lie below the count-th smallest score, if as many scores are at and below it.
-    """
+    """The mask of one row: its threshold, bisected; of the scores at it, the last stay if too many would go."""
     column = tl.arange(0, BLOCK)
     inside = column < width
     place = tl.program_id(0).to(tl.int64) * width + column
@@ -75,20 +72,17 @@ def _rows_kernel(values, factor, kept, count, factors, width, BLOCK: tl.constexp
 
 
 def mask_of_smallest(values: Tensor, factor: Tensor | None, count: int) -> Tensor:
-    """As `selection.mask_of_smallest`, for rows of fewer than 2^31 - 2^14 scores, and 0 < count.
+    """As `selection.mask_of_smallest`, for rows of fewer than 2^31 - 2^14 scores.
 
     Rows of up to `WIDEST_ROW` scores are each read once, by a program of its own. Longer ones are read twice, one
     row after the other: to count, and to write the mask.
-
-    The scores are |value| * factor, with a float32 factor that is repeated along a row, or without one the values, of
-    any floating dtype; they are compared in float32.
 
     >>> if torch.cuda.is_available():
     ...     values = torch.tensor([[3.0, 1.0, 2.0]], device="cuda")
     ...     assert mask_of_smallest(values, None, 1).tolist() == [[True, False, True]]
     """
     values = values.contiguous()
-    kept = torch.empty(values.shape, dtype=torch.bool, device=values.device)
+    kept = torch.empty_like(values, dtype=torch.bool)
     rows, width = values.shape
     factors = width if factor is None else len(factor)
     with torch.cuda.device_of(values):
@@ -112,8 +106,7 @@ def _sample_kernel(values, factor, sample, number, step, factors, width, BLOCK: 
 
 @jit
 def _bracket(sample, first, last, BINS: tl.constexpr):
-    """The two scores of the sorted sample that the threshold lies between, as a rule: low and high, low < high. Fewer
-    than BINS bins of 2^shift whole numbers reach from one to the other."""
+    """Two scores of the sorted sample, low < high, and a shift: BINS bins of 2^shift whole numbers hold all between."""
     low = tl.load(sample + first)
     high = tl.maximum(tl.load(sample + last), low + 1)
     shift = 0
@@ -124,14 +117,12 @@ def _bracket(sample, first, last, BINS: tl.constexpr):
 
 @jit
 def _count_kernel(values, factor, counts, sample, first, last, factors, width, BINS: tl.constexpr, BLOCK: tl.constexpr):
-    """Counts a long row's scores below the bracket's low, and behind that those below its high, in bins.
-
-    Additions are relaxed: only what comes after the kernel reads the counts.
-    """
+    """Counts a long row's scores below the bracket's low, and behind that those below its high, in bins."""
     low, high, shift = _bracket(sample, first, last, BINS)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = place < width
     scores = _ordered(values, factor, place, place, inside, factors, width)
+    # Relaxed, as only kernels behind this one read the counts.
     tl.atomic_add(counts, tl.sum((inside & (scores < low)).to(tl.int32)), sem="relaxed")
     # A score that many weights share is the lower end, as a rule: those are added up before.
     tl.atomic_add(counts + 1, tl.sum((inside & (scores == low)).to(tl.int32)), sem="relaxed")
@@ -141,10 +132,10 @@ def _count_kernel(values, factor, counts, sample, first, last, factors, width, B
 
 @jit
 def _bin_kernel(counts, sample, first, last, found, count, width, BINS: tl.constexpr):
-    """Finds what holds the count-th smallest score of a long row: a bin, or all below the first or above the last.
+    """The range of a long row that holds the count-th smallest score: a bin, or all below or above the bins.
 
-    Found are its least and its largest score, how many scores are below it, how many in it, and how many of these
-    are listed: none yet.
+    Found are its least and largest score, how many scores are below it, how many in it, and how many of those are
+    listed: none yet.
     """
     low, high, shift = _bracket(sample, first, last, BINS)
     below = tl.load(counts)
@@ -154,18 +145,21 @@ def _bin_kernel(counts, sample, first, last, found, count, width, BINS: tl.const
     largest = tl.where(passed == BINS, 0x7FFFFFFF, tl.minimum(least + (1 << shift), high) - 1)
     before = tl.max(tl.where(ends < count, ends, below))
     until = tl.min(tl.where(ends < count, width, ends))
-    first_bin_is_behind = count <= below
-    tl.store(found, tl.where(first_bin_is_behind, -0x80000000, least))
-    tl.store(found + 1, tl.where(first_bin_is_behind, low - 1, largest))
-    tl.store(found + 2, tl.where(first_bin_is_behind, 0, before))
-    tl.store(found + 3, tl.where(first_bin_is_behind, below, until - before))
+    in_front = count <= below  # of all bins
+    tl.store(found, tl.where(in_front, -0x80000000, least))
+    tl.store(found + 1, tl.where(in_front, low - 1, largest))
+    tl.store(found + 2, tl.where(in_front, 0, before))
+    tl.store(found + 3, tl.where(in_front, below, until - before))
     tl.store(found + 4, 0)
 
 
 @jit
 def _split_kernel(values, factor, kept, keys, found, factors, width, BLOCK: tl.constexpr):
-    """The mask of a long row, with what was found in it; the scores of that are listed, with their places, as keys."""
-    least, largest = tl.load(found).to(tl.int32), tl.load(found + 1).to(tl.int32)
+    """The mask of a long row with all of the range found in it, and a list of the range's scores.
+
+    With its place in the lower half of 64 bits no two scores are equal, and the first of equal ones goes first.
+    """
+    least, largest = tl.load(found), tl.load(found + 1)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = place < width
     scores = _ordered(values, factor, place, place, inside, factors, width)
@@ -173,31 +167,30 @@ def _split_kernel(values, factor, kept, keys, found, factors, width, BLOCK: tl.c
     listed = inside & (scores >= least) & (scores <= largest)
     number = tl.sum(listed.to(tl.int32))
     if number > 0:
-        index = tl.atomic_add(found + 4, number.to(tl.int64), sem="relaxed") + tl.cumsum(listed.to(tl.int32), 0) - 1
+        index = tl.atomic_add(found + 4, number, sem="relaxed") + tl.cumsum(listed.to(tl.int32), 0) - 1
         tl.store(keys + index, (scores.to(tl.int64) << 32) | place, mask=listed)
 
 
 def _mask_long_row(values: Tensor, factor: Tensor | None, kept: Tensor, count: int, factors: int) -> None:
-    """A sample gives a range that holds the threshold, as a rule; counts tell in which of its bins, or outside, it is
-    in fact. The scores of that bin, a thousand of 30 million, are sorted, and the smallest of them go."""
-    width, device = len(values), values.device
+    """A sample gives a bracket that holds the threshold, as a rule; counts tell in which of its bins, or outside, it is
+    in fact. The scores there, a thousand of 30 million, are sorted, and the smallest of them go."""
+    width = len(values)
     step = width // SAMPLE | 1  # odd: it meets all columns in turn
     number = triton.cdiv(width, step)
-    sample = torch.empty(number, dtype=torch.int32, device=device)
+    sample = torch.empty(number, dtype=torch.int32, device=values.device)
     _sample_kernel[(triton.cdiv(number, 1024),)](values, factor, sample, number, step, factors, width, BLOCK=1024)
     # The rank of the threshold in a random sample of n has a standard deviation of at most sqrt(n) / 2: four of them.
     middle, margin = count * number // width, 2 * isqrt(number) + 2
     bracket = sample.sort().values, max(middle - margin, 0), min(middle + margin, number - 1)
 
-    counts = torch.zeros(BINS + 1, dtype=torch.int32, device=device)
-    found = torch.empty(5, dtype=torch.int64, device=device)
+    counts, found = sample.new_zeros(BINS + 1), sample.new_empty(5)
     sizes = {"BLOCK": 8192, "num_warps": 8}
     grid = (triton.cdiv(width, sizes["BLOCK"]),)
     _count_kernel[grid](values, factor, counts, *bracket, factors, width, BINS=BINS, **sizes)
     _bin_kernel[(1,)](counts, *bracket, found, count, width, BINS=BINS)
     _, _, below, several, _ = found.tolist()  # the only wait for the GPU
 
-    keys = torch.empty(several, dtype=torch.int64, device=device)
+    keys = sample.new_empty(several, dtype=torch.int64)
     _split_kernel[grid](values, factor, kept, keys, found, factors, width, **sizes)
     going = keys.sort().values[: count - below] & 0xFFFFFFFF
     kept.index_fill_(0, going, False)
@@ -229,13 +222,13 @@ def n_of_m(values: Tensor, factor: Tensor | None, n: int, m: int) -> Tensor:
     ...     assert n_of_m(values, None, 2, 4).tolist() == [[True, False, True, False]]
     """
     values = values.contiguous()
-    kept = torch.empty(values.shape, dtype=torch.bool, device=values.device)
+    kept = torch.empty_like(values, dtype=torch.bool)
     rows, inputs = values.shape
     factors = inputs if factor is None else len(factor)
     padded = triton.next_power_of_2(m)
     groups = max(min(triton.next_power_of_2(inputs // m), 2048 // padded), 1)
     sizes = {"M": m, "PADDED": padded, "GROUPS": groups, "num_warps": max(groups * padded // 1024, 1)}
+    grid = (rows, triton.cdiv(inputs // m, groups))
     with torch.cuda.device_of(values):
-        grid = (rows, triton.cdiv(inputs // m, groups))
         _groups_kernel[grid](values, factor, kept, m - n, factors, inputs, **sizes)
     return kept
