@@ -18,7 +18,7 @@ RESOLUTION = torch.finfo(torch.float32).eps
 
 def unit_gram(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """G in `precise_dtype` with a mean diagonal of one, and ones for dead inputs; the scale that was taken out, ();
-    which inputs are dead, zero in every token, (in,) bool.
+    which inputs are dead, zero in every token, (in,) bool. A CalibrationError if the matrix is not finite.
 
     >>> unit_gram(torch.diag(torch.tensor([4.0, 0.0])))[0].tolist()
     [[2.0, 0.0], [0.0, 1.0]]

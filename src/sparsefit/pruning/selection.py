@@ -168,7 +168,7 @@ def _operands(scores: Scores) -> tuple[Tensor, Tensor | None]:
     """For the kernels: values and the factor of their magnitudes; without one the values are the scores."""
     if not isinstance(scores, Products):
         return scores, None
-    factor = torch.ones(1, device=scores.weight.device) if scores.factor is None else scores.factor
+    factor = scores.weight.new_ones(1, dtype=torch.float32) if scores.factor is None else scores.factor
     return scores.weight, factor.contiguous()
 
 
