@@ -37,11 +37,11 @@ def allocate(
         return by_mapping(sizes, config.exact_sparsity, config.allocation)
     outliers = {}
     for group in dict.fromkeys(groups.values()):
-        members = [weight for weight in weights if groups[weight.name] == group]
         scores = [
-            wanda_score(weight.matrix()[part.rows], part.statistics["squared_norm"])
-            for weight in members
-            for part in parts[weight.name]
+            wanda_score(weight.matrix()[rows], statistics["squared_norm"])
+            for weight in weights
+            if groups[weight.name] == group
+            for rows, statistics in parts[weight.name]
         ]
         outliers[group] = outlier_share(scores, config.owl_threshold)
     return owl(sizes, groups, outliers, config.exact_sparsity, config.owl_spread)

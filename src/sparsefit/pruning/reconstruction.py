@@ -20,18 +20,15 @@ Choose = Callable[[Tensor, slice, Tensor], Tensor]
 
 
 class Factor(NamedTuple):
-    """The inverse of a damped Gram matrix, factored for updates column by column.
+    """The inverse of a damped Gram matrix, (G + damping)^-1 = upper^T upper, for updates column by column.
 
-    Attributes:
-        upper: (in, in) float32, upper triangular, with (G + damping)^-1 = upper^T upper. Its row j, divided by its
-            diagonal element, is what one unit of error in column j asks of the later columns.
-        damping: the damping that worked, as a share of the mean of diag(G).
-        dead: (in,) bool, inputs that were zero in every token.
+    Row j of the upper triangle, divided by its diagonal element, is what one unit of error in column j asks of the
+    later columns.
     """
 
-    upper: Tensor
-    damping: float
-    dead: Tensor
+    upper: Tensor  # (in, in) float32
+    damping: float  # what worked, as a share of the mean of diag(G)
+    dead: Tensor  # (in,) bool, inputs that were zero in every token
 
 
 def inverse_factor(gram: Tensor, damping: float = 0.01) -> Factor:
@@ -87,10 +84,10 @@ def prune_iteratively(
     columns before (arXiv 2301.00774, Algorithm 1). Weights of dead inputs are set to zero first.
 
     Args:
-        weight: (out, in).
+        weight: (out, in), any floating dtype.
         factor: of `inverse_factor`.
-        choose: The (out, b) mask of a block, of its weights (out, b), its columns and their diagonal of `factor.upper`
-            (b,). SparseGPT's score is `(weights / diagonal) ** 2`.
+        choose: Makes the (out, b) mask of a block of its weights, (out, b), its columns and the diagonal of
+            `factor.upper` there, (b,). SparseGPT's score is `(weights / diagonal) ** 2`.
         block_size: b, the columns of which weights compete; the last block may be narrower.
         group: M, to choose in every M columns instead (N:M sparsity), as they come.
 

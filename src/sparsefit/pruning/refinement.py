@@ -37,8 +37,7 @@ def swap(weight: Tensor, mask: Tensor, gram: Tensor, max_swaps: int, pattern: tu
 
     A swap is the best of all pairs of a row (of the same group of M, with a pattern (N, M)), up to float32 rounding.
     It is made only if the change of the error, computed from the Gram matrix in `precise_dtype`, is negative beyond
-    rounding. Dense weights, (out, in), of any floating dtype keep their values, and each row (each group, with a
-    pattern) its number of zeros.
+    rounding. Each row (each group, with a pattern) keeps its number of zeros.
 
     Without a pattern, bounds on what a pruned weight can bring with any partner rule most of them out: a swap of a
     row costs about 50 in multiply-adds, where all pairs are in^2 / 4. With a pattern it costs M in.

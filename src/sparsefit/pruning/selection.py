@@ -1,11 +1,8 @@
-"""Which weights of a comparison group lose. Pure functions from scores to masks (True = kept).
+"""Which weights of a comparison group lose. Pure functions from (out, in) scores without NaN to masks (True = kept).
 
 Every selection removes an exact number of weights; among equal scores the lowest index goes first, in row-major
 order of the matrix. That is what a stable ascending sort would remove, but none is needed: a threshold splits a
-group into what goes, what stays and the ties, and only groups with surplus ties count them.
-
-Scores are (out, in), of any floating dtype, on any device, without NaN; or they are `Products`, which need not be
-computed before they are compared. On a GPU the kernels of `selection_kernels` give the same masks.
+group into what goes, what stays and the ties. On a GPU the kernels of `selection_kernels` give the same masks.
 """
 
 from __future__ import annotations
@@ -26,21 +23,14 @@ CHUNK = 2**18  # scores that are worked on at once on a CPU: they and their temp
 
 
 class Products(NamedTuple):
-    """The scores |W_ij| * f_j in float32, not computed yet: those of Wanda, its l1 and l-infinity norms and magnitude.
-
-    That saves a GPU the pass that writes the scores and those that read them, and a CPU the memory for all of them.
-
-    Attributes:
-        weight: (out, in), any floating dtype.
-        factor: (in,) float32, not negative; None is one for all. It is repeated along rows that join several of in
-            weights.
+    """The scores |W_ij| * f_j in float32 of Wanda, its other norms and magnitude, to be computed as they are compared.
 
     >>> select(Products(torch.tensor([[1.0, -3.0]]), torch.tensor([4.0, 1.0])), Granularity("output"), Fraction(1, 2))
     tensor([[ True, False]])
     """
 
-    weight: Tensor
-    factor: Tensor | None = None
+    weight: Tensor  # (out, in), any floating dtype
+    factor: Tensor | None = None  # (in,) float32, not negative, repeated along rows that join several; None is ones
 
     def scores(self) -> Tensor:
         """(out, in) float32."""
@@ -70,9 +60,8 @@ def select(scores: Scores, granularity: Granularity, sparsity: Fraction) -> Tens
 
 
 def select_count(scores: Scores, granularity: Granularity, count: int) -> Tensor:
-    """The (out, in) mask by which exactly `count` scores go, spread over the comparison groups by their sizes.
-
-    Each group loses the floor of its share; what is then missing comes one each from the first groups.
+    """The (out, in) mask by which exactly `count` scores go, spread over the comparison groups by their sizes: each
+    loses the floor of its share; what is then missing comes one each from the first groups.
 
     >>> select_count(torch.tensor([[4.0, 1.0], [3.0, 2.0]]), Granularity("output"), 3).tolist()
     [[False, False], [True, False]]
@@ -116,8 +105,8 @@ def _select_in_groups(scores: Scores, granularity: Granularity, share: Fraction,
     for piece, count in zip(groups, counts, strict=True):  # (groups, rows, columns)
         rows, more = piece.flatten(1), min(lacking, len(piece))
         lacking -= more
-        parts = [(part, n) for part, n in ((rows[:more], count + 1), (rows[more:], count)) if len(part)]
-        kept = _joined([mask_of_smallest(_of(scores, part), n) for part, n in parts], 0)
+        parts = [(_of(scores, part), n) for part, n in ((rows[:more], count + 1), (rows[more:], count)) if len(part)]
+        kept = _joined([mask_of_smallest(part, n) for part, n in parts], 0)
         masks.append(kept.view(piece.shape).movedim(0, dim).flatten(dim, dim + 1))
     return _joined(masks, dim)
 
@@ -183,8 +172,7 @@ def _keep_surplus_ties(scores: Tensor, threshold: Tensor, count: int, kept: Tens
     surplus = scores.shape[1] - count - kept.sum(dim=1, dtype=whole)
     rows = surplus.nonzero().squeeze(1)
     if len(rows):
-        scores, threshold = (scores, threshold) if len(rows) == len(scores) else (scores[rows], threshold[rows])
-        ties = scores == threshold
+        ties = scores == threshold if len(rows) == len(scores) else scores[rows] == threshold[rows]
         rank = ties.cumsum(1, dtype=whole)
         kept[rows] |= ties & (rank > rank[:, -1:] - surplus[rows, None])
 

@@ -22,11 +22,11 @@ except ImportError:  # the CPU builds of torch come without it
 
 WIDEST_ROW = 2**16  # scores of a row that the registers of one program hold
 SAMPLE = 2**15  # scores of a long row that show where its threshold lies
-BINS = 2**11  # parts of the bracket around the threshold that are counted apart
+BINS = 2**11  # of the scores around the threshold that are counted apart
 
 
 def jit(function: Callable) -> Callable:
-    """Triton's compilation, once for all values of numbers that vary; without Triton the function as it is.
+    """Triton's compilation, once for all values of some numbers; without Triton the function as it is.
 
     >>> jit(len) is len if triton is None else True
     True
@@ -72,10 +72,7 @@ def _rows_kernel(values, factor, kept, count, factors, width, BLOCK: tl.constexp
 
 
 def mask_of_smallest(values: Tensor, factor: Tensor | None, count: int) -> Tensor:
-    """As `selection.mask_of_smallest`, for rows of fewer than 2^31 - 2^14 scores.
-
-    Rows of up to `WIDEST_ROW` scores are each read once, by a program of its own. Longer ones are read twice, one
-    row after the other: to count, and to write the mask.
+    """As `selection.mask_of_smallest`, for rows of fewer than 2^31 - 2^14 scores: up to `WIDEST_ROW` a program to each.
 
     >>> if torch.cuda.is_available():
     ...     values = torch.tensor([[3.0, 1.0, 2.0]], device="cuda")
@@ -86,13 +83,13 @@ def mask_of_smallest(values: Tensor, factor: Tensor | None, count: int) -> Tenso
     rows, width = values.shape
     factors = width if factor is None else len(factor)
     with torch.cuda.device_of(values):
-        if width > WIDEST_ROW:
+        if width <= WIDEST_ROW:
+            block = max(triton.next_power_of_2(width), 16)
+            sizes = {"BLOCK": block, "num_warps": min(max(block // 1024, 1), 32)}
+            _rows_kernel[(rows,)](values, factor, kept, count, factors, width, **sizes)
+        else:
             for row, out in zip(values, kept, strict=True):
                 _mask_long_row(row, factor, out, count, factors)
-        else:
-            block = max(triton.next_power_of_2(width), 16)
-            warps = min(max(block // 1024, 1), 32)
-            _rows_kernel[(rows,)](values, factor, kept, count, factors, width, BLOCK=block, num_warps=warps)
     return kept
 
 
@@ -106,25 +103,25 @@ def _sample_kernel(values, factor, sample, number, step, factors, width, BLOCK: 
 
 @jit
 def _bracket(sample, first, last, BINS: tl.constexpr):
-    """Two scores of the sorted sample, low < high, and a shift: BINS bins of 2^shift whole numbers hold all between."""
+    """Two scores of the sorted sample, low < high, and a shift: fewer than BINS bins of 2^shift numbers lie between."""
     low = tl.load(sample + first)
     high = tl.maximum(tl.load(sample + last), low + 1)
     shift = 0
-    while (high.to(tl.int64) - low) >> shift >= BINS:
+    while (high.to(tl.int64) - low) >> shift >= BINS - 1:
         shift += 1
     return low, high, shift
 
 
 @jit
 def _count_kernel(values, factor, counts, sample, first, last, factors, width, BINS: tl.constexpr, BLOCK: tl.constexpr):
-    """Counts a long row's scores below the bracket's low, and behind that those below its high, in bins."""
+    """Counts a long row's scores below the bracket's low in bin 0, and in those behind it the scores below its high."""
     low, high, shift = _bracket(sample, first, last, BINS)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = place < width
     scores = _ordered(values, factor, place, place, inside, factors, width)
     # Relaxed, as only kernels behind this one read the counts.
     tl.atomic_add(counts, tl.sum((inside & (scores < low)).to(tl.int32)), sem="relaxed")
-    # A score that many weights share is the lower end, as a rule: those are added up before.
+    # A score that many weights share is low itself, as a rule: those are added up before.
     tl.atomic_add(counts + 1, tl.sum((inside & (scores == low)).to(tl.int32)), sem="relaxed")
     within = inside & (scores > low) & (scores < high)
     tl.atomic_add(counts + 1 + ((scores.to(tl.int64) - low) >> shift), 1, mask=within, sem="relaxed")
@@ -132,33 +129,26 @@ def _count_kernel(values, factor, counts, sample, first, last, factors, width, B
 
 @jit
 def _bin_kernel(counts, sample, first, last, found, count, width, BINS: tl.constexpr):
-    """The range of a long row that holds the count-th smallest score: a bin, or all below or above the bins.
-
-    Found are its least and largest score, how many scores are below it, how many in it, and how many of those are
-    listed: none yet.
-    """
+    """Finds the bin that holds the count-th smallest score of a long row, or what lies above all bins: its least and
+    largest score, how many scores are below it, how many in it, and how many of those are listed, none yet."""
     low, high, shift = _bracket(sample, first, last, BINS)
-    below = tl.load(counts)
-    ends = below + tl.cumsum(tl.load(counts + 1 + tl.arange(0, BINS)), 0)
-    passed = tl.sum((ends < count).to(tl.int32))
-    least = tl.minimum(low + (passed.to(tl.int64) << shift), high)
-    largest = tl.where(passed == BINS, 0x7FFFFFFF, tl.minimum(least + (1 << shift), high) - 1)
-    before = tl.max(tl.where(ends < count, ends, below))
+    ends = tl.cumsum(tl.load(counts + tl.arange(0, BINS)), 0)
+    number = tl.sum((ends < count).to(tl.int32))
+    before = tl.max(tl.where(ends < count, ends, 0))
     until = tl.min(tl.where(ends < count, width, ends))
-    in_front = count <= below  # of all bins
-    tl.store(found, tl.where(in_front, -0x80000000, least))
-    tl.store(found + 1, tl.where(in_front, low - 1, largest))
-    tl.store(found + 2, tl.where(in_front, 0, before))
-    tl.store(found + 3, tl.where(in_front, below, until - before))
+    start = tl.minimum(low + ((number - 1).to(tl.int64) << shift), high)
+    end = tl.minimum(start + (1 << shift), high)
+    tl.store(found, tl.where(number == 0, -0x80000000, start))
+    tl.store(found + 1, tl.where(number == BINS, 0x7FFFFFFF, end - 1))
+    tl.store(found + 2, before)
+    tl.store(found + 3, until - before)
     tl.store(found + 4, 0)
 
 
 @jit
 def _split_kernel(values, factor, kept, keys, found, factors, width, BLOCK: tl.constexpr):
-    """The mask of a long row with all of the range found in it, and a list of the range's scores.
-
-    With its place in the lower half of 64 bits no two scores are equal, and the first of equal ones goes first.
-    """
+    """The mask of a long row with all of the range found in it, whose scores are listed with their places behind them:
+    so no two are equal, and the first of equal scores comes first."""
     least, largest = tl.load(found), tl.load(found + 1)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = place < width
@@ -172,8 +162,8 @@ def _split_kernel(values, factor, kept, keys, found, factors, width, BLOCK: tl.c
 
 
 def _mask_long_row(values: Tensor, factor: Tensor | None, kept: Tensor, count: int, factors: int) -> None:
-    """A sample gives a bracket that holds the threshold, as a rule; counts tell in which of its bins, or outside, it is
-    in fact. The scores there, a thousand of 30 million, are sorted, and the smallest of them go."""
+    """A sample gives a bracket of the threshold, as a rule; a count tells in which of its bins, or outside, it is in
+    fact. The scores there, a thousand of 30 million, are sorted, and the smallest of them go."""
     width = len(values)
     step = width // SAMPLE | 1  # odd: it meets all columns in turn
     number = triton.cdiv(width, step)
@@ -182,18 +172,14 @@ def _mask_long_row(values: Tensor, factor: Tensor | None, kept: Tensor, count: i
     # The rank of the threshold in a random sample of n has a standard deviation of at most sqrt(n) / 2: four of them.
     middle, margin = count * number // width, 2 * isqrt(number) + 2
     bracket = sample.sort().values, max(middle - margin, 0), min(middle + margin, number - 1)
-
-    counts, found = sample.new_zeros(BINS + 1), sample.new_empty(5)
-    sizes = {"BLOCK": 8192, "num_warps": 8}
-    grid = (triton.cdiv(width, sizes["BLOCK"]),)
+    counts, found = sample.new_zeros(BINS), sample.new_empty(5)
+    sizes, grid = {"BLOCK": 8192, "num_warps": 8}, (triton.cdiv(width, 8192),)
     _count_kernel[grid](values, factor, counts, *bracket, factors, width, BINS=BINS, **sizes)
     _bin_kernel[(1,)](counts, *bracket, found, count, width, BINS=BINS)
     _, _, below, several, _ = found.tolist()  # the only wait for the GPU
-
     keys = sample.new_empty(several, dtype=torch.int64)
     _split_kernel[grid](values, factor, kept, keys, found, factors, width, **sizes)
-    going = keys.sort().values[: count - below] & 0xFFFFFFFF
-    kept.index_fill_(0, going, False)
+    kept.index_fill_(0, keys.sort().values[: count - below] & 0xFFFFFFFF, False)
 
 
 @jit
@@ -226,7 +212,7 @@ def n_of_m(values: Tensor, factor: Tensor | None, n: int, m: int) -> Tensor:
     rows, inputs = values.shape
     factors = inputs if factor is None else len(factor)
     padded = triton.next_power_of_2(m)
-    groups = max(min(triton.next_power_of_2(inputs // m), 2048 // padded), 1)
+    groups = max(min(triton.next_power_of_2(inputs // m), 2048 // padded), 1)  # of a program
     sizes = {"M": m, "PADDED": padded, "GROUPS": groups, "num_warps": max(groups * padded // 1024, 1)}
     grid = (rows, triton.cdiv(inputs // m, groups))
     with torch.cuda.device_of(values):

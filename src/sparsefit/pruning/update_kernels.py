@@ -56,17 +56,16 @@ def _sweep_kernel(
 
 
 def sweep_block(weights: Tensor, kept: Tensor, upper: Tensor, pattern: tuple[int, int] | None) -> Tensor:
-    """As `reconstruction._sweep_block`: prune (columns, out) weights by their mask, in place, column by column.
-
-    With a pattern (N, M), M <= 64, the mask is filled in: the N with the largest SparseGPT score stay of every M.
+    """As `reconstruction._sweep_block`: prune (columns, out) weights by their mask, in place, column by column. With a
+    pattern (N, M), M <= 64, the mask is filled in: the N with the largest SparseGPT score stay of every M.
 
     >>> if torch.cuda.is_available():
     ...     one = torch.ones(1, 1, device="cuda")
     ...     assert sweep_block(one, one > 1, 2 * one, None).tolist() == [[0.5]]
     """
     work, mask = weights.t().contiguous(), kept.t().contiguous()
-    rows, width = work.shape
     errors = torch.empty_like(work)
+    rows, width = work.shape
     n, m = pattern or (0, 0)
     sizes = {"GROUP": m, "BLOCK": max(triton.next_power_of_2(width), 16), "ROWS": 16, "num_warps": 8}
     grid = (triton.cdiv(rows, 16),)
@@ -119,9 +118,8 @@ def _pair_kernel(
 def best_pair(
     gain: Tensor, loss: Tensor, weight: Tensor, gram: Tensor, reach: Tensor, grid: int
 ) -> tuple[Tensor, Tensor]:
-    """As `refinement._best_pair`: a program has a row to itself and tries one pruned weight at a time.
-
-    What takes the time is reading a row of the Gram matrix for each: more of them where inputs are more correlated.
+    """As `refinement._best_pair`: a program has a row to itself and tries one pruned weight at a time. What takes the
+    time is reading a row of the Gram matrix for each: more of them where inputs are more correlated.
 
     >>> if torch.cuda.is_available():
     ...     gain, loss = torch.tensor([[-3.0, torch.inf], [torch.inf, 1.0]], device="cuda")[:, None]
