@@ -114,7 +114,7 @@ def test_long_rows_lose_their_smallest_scores(monkeypatch, shape, kind, dtype):
 
 
 @runs_kernels
-@pytest.mark.parametrize("kind", ["constant", "zeros", "half zeros", "wide", "signed"])
+@pytest.mark.parametrize("kind", ["constant", "zeros", "half zeros", "wide", "signed", "infinite"])
 def test_long_rows_of_equal_or_far_scores(monkeypatch, kind):
     monkeypatch.setattr(kernels, "WIDEST_ROW", 1000)
     values = matrix(kind, (1, 20_000), torch.float32)
@@ -122,9 +122,22 @@ def test_long_rows_of_equal_or_far_scores(monkeypatch, kind):
         values = torch.where(values > 0, values, 0)
     elif kind == "wide":  # the range of the sample is nearly all there is
         values = values.sign() * 10.0 ** (values * 20)
-    for count in (1, 9_000, 10_100):
+    elif kind == "infinite":
+        values = torch.where(values.abs() > 0.5, values / 0, values)
+    for count in (0, 1, 9_000, 10_100, 20_000):
         found = kernels.mask_of_smallest(values.to(DEVICE), None, count)
         assert torch.equal(found.cpu(), mask_of_stable_sort(values, count))
+
+
+@runs_kernels
+@pytest.mark.parametrize("width", [3, 8, 30])
+def test_the_sample_may_be_the_whole_row(monkeypatch, width):
+    monkeypatch.setattr(kernels, "WIDEST_ROW", 2)
+    for kind in ("random", "tied", "constant"):
+        values = matrix(kind, (2, width), torch.float32)
+        for count in range(width + 1):
+            found = kernels.mask_of_smallest(values.to(DEVICE), None, count)
+            assert torch.equal(found.cpu(), mask_of_stable_sort(values, count))
 
 
 @runs_kernels

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fractions import Fraction
-from math import floor
+from math import floor, prod
 
 from torch import Tensor
 
@@ -23,34 +23,25 @@ def allocate(
     parts: Mapping[str, list[Part]] | None = None,
 ) -> dict[str, int]:
     """How many weights each matrix loses by the configuration's allocation; empty where every comparison group simply
-    loses the same share.
-
-    Args:
-        weights: The dense weights.
-        config: What the allocation is.
-        groups: For OWL, the block of each weight.
-        parts: For OWL, the statistics of the inputs of each weight in the dense network.
-
-    Raises:
-        ConfigError: if a mapping does not fit the weights or the total.
+    loses the same share. OWL needs the block of each weight, and the statistics of its inputs in the dense network.
 
     >>> allocate([PrunableWeight("fc", Tensor(4, 5), ())], PruningConfig(sparsity=0.25, allocation="uniform"))
     {'fc': 5}
     """
     if config.allocation is None:
         return {}
-    sizes = {weight.name: weight.shape[0] * weight.shape[1] for weight in weights}
+    sizes = {weight.name: prod(weight.shape) for weight in weights}
     if config.allocation == "uniform":
         return uniform(sizes, config.exact_sparsity)
     if config.allocation != "owl":
         return by_mapping(sizes, config.exact_sparsity, config.allocation)
     outliers = {}
     for group in dict.fromkeys(groups.values()):
-        members = [weight for weight in weights if groups[weight.name] == group]
         scores = [
-            wanda_score(weight.matrix()[part.rows], part.statistics["squared_norm"])
-            for weight in members
-            for part in parts[weight.name]
+            wanda_score(weight.matrix()[rows], statistics["squared_norm"])
+            for weight in weights
+            if groups[weight.name] == group
+            for rows, statistics in parts[weight.name]
         ]
         outliers[group] = outlier_share(scores, config.owl_threshold)
     return owl(sizes, groups, outliers, config.exact_sparsity, config.owl_spread)
@@ -69,21 +60,14 @@ def uniform(sizes: Mapping[str, int], sparsity: Fraction) -> dict[str, int]:
 def by_mapping(sizes: Mapping[str, int], sparsity: Fraction, given: Mapping[str, float]) -> dict[str, int]:
     """The shares that a user gave to some layers; the others share what is left of the total evenly.
 
-    Args:
-        sizes: Number of weights of each matrix, by weight name.
-        sparsity: Share of all weights to remove; not used if every matrix is given a share.
-        given: Sparsity by layer name, or the last parts of one; the longest name that fits counts.
-
-    Raises:
-        ConfigError: if a name fits no layer, or the others cannot make up the total.
+    Given is a sparsity by layer name, or the last parts of one; the longest name that fits counts.
 
     >>> by_mapping({"0.fc.weight": 10, "0.out.weight": 10}, Fraction(1, 2), {"fc": 0.3})
     {'0.fc.weight': 3, '0.out.weight': 7}
     """
     shares: dict[str, Fraction] = {}
-    layers = {name: layer_name(name) for name in sizes}
     for pattern in sorted(given, key=len):
-        fitting = [name for name in sizes if matches(layers[name], [pattern])]
+        fitting = [name for name in sizes if matches(layer_name(name), [pattern])]
         if not fitting:
             raise ConfigError(f"allocation names '{pattern}', and no layer that is pruned is called that")
         shares |= {name: Fraction(str(given[pattern])) for name in fitting}
@@ -92,16 +76,15 @@ def by_mapping(sizes: Mapping[str, int], sparsity: Fraction, given: Mapping[str,
     rest = {name: size for name, size in sizes.items() if name not in shares}
     if not rest:
         return counts
-    total = floor(sum(sizes.values()) * sparsity)
-    left = Fraction(total - sum(counts.values()), sum(rest.values()))
+    total, gone = floor(sum(sizes.values()) * sparsity), sum(counts.values())
+    left = Fraction(total - gone, sum(rest.values()))
     if not 0 <= left < 1:
         raise ConfigError(
-            f"the allocation removes {sum(counts.values())} weights of its layers; with {total} in all (sparsity "
-            f"{float(sparsity):g}) the other layers would need a sparsity of {float(left):.3f}: change the shares or "
-            "the sparsity"
+            f"the allocation removes {gone} weights of its layers; with {total} in all (sparsity {float(sparsity):g}) "
+            f"the other layers would need a sparsity of {float(left):.3f}: change the shares or the sparsity"
         )
-    others = _rounded({n: size * left for n, size in rest.items()}, rest, total - sum(counts.values()))
-    return {name: (counts | others)[name] for name in sizes}
+    counts |= _rounded({name: size * left for name, size in rest.items()}, rest, total - gone)
+    return {name: counts[name] for name in sizes}
 
 
 def owl(
@@ -113,24 +96,16 @@ def owl(
 ) -> dict[str, int]:
     """Blocks with more outliers keep more (OWL: Yin et al. 2024, arXiv 2310.05175, Section 3).
 
-    The densities of the blocks lie on a line from the fewest outliers to the most, 2 * spread apart, around the mean
-    that gives the total.
-
-    Args:
-        sizes: Number of weights of each matrix.
-        groups: The block of each matrix.
-        outliers: Share of outliers of each block: see `outlier_share`.
-        sparsity: Share of all weights to remove.
-        spread: Lambda.
+    The densities of the blocks lie on a line from the fewest outliers to the most, 2 * spread (lambda) apart, around
+    the mean that gives the total. Groups names the block of each matrix, and outliers has the `outlier_share` of each.
 
     >>> owl({"a": 10, "b": 10}, {"a": 0, "b": 1}, {0: 1.0, 1: 3.0}, Fraction(1, 2), spread=0.2)
     {'a': 7, 'b': 3}
     """
-    lowest, highest = min(outliers.values()), max(outliers.values())
-    width = highest - lowest
-    # The share of the width first: 1 / width can be too large for a float.
-    above = {group: (share - lowest) / width if width else 0.0 for group, share in outliers.items()}
-    lean = {group: Fraction(share * 2 * spread) for group, share in above.items()}  # density above the lowest
+    lowest = min(outliers.values())
+    width = max(outliers.values()) - lowest
+    # The density above the lowest; the share of the width first, as 1 / width can be too large for a float.
+    lean = {g: Fraction((share - lowest) / width * 2 * spread) if width else 0 for g, share in outliers.items()}
     total = floor(sum(sizes.values()) * sparsity)
 
     def removed(shift: Fraction) -> dict[str, Fraction]:

@@ -1,7 +1,8 @@
 """The Gram matrix G = X X^T of a layer's inputs: its scale, its factors and the errors that it tells.
 
-G is accumulated in float32. Where less than a `RESOLUTION` of an input's power is independent of the other inputs,
-what is left is rounding noise, and dividing by it makes weights that fit nothing but the noise.
+A layer's error ||(W' - W) X||_F^2 over the calibration tokens falls apart into rows, one for each output, and needs
+nothing of X but G. That is accumulated in float32: where less than a `RESOLUTION` of an input's power is independent of
+the other inputs, what is left is rounding noise, and dividing by it makes weights that fit nothing but the noise.
 """
 
 from __future__ import annotations
@@ -16,13 +17,8 @@ RESOLUTION = torch.finfo(torch.float32).eps
 
 
 def unit_gram(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """G in `precise_dtype` with a mean diagonal of one, and ones for dead inputs.
-
-    Returns:
-        That, (in, in); the scale that was taken out, (); which inputs are dead, zero in every token, (in,) bool.
-
-    Raises:
-        CalibrationError: if the Gram matrix is not finite.
+    """G in `precise_dtype` with a mean diagonal of one, and ones for dead inputs; the scale that was taken out, ();
+    which inputs are dead, zero in every token, (in,) bool. A CalibrationError if the matrix is not finite.
 
     >>> unit_gram(torch.diag(torch.tensor([4.0, 0.0])))[0].tolist()
     [[2.0, 0.0], [0.0, 1.0]]
@@ -63,15 +59,7 @@ def next_damping(damping: float) -> float:
 
 
 def reconstruction_error(weight: Tensor, changed: Tensor, gram: Tensor) -> Tensor:
-    """Squared error of each output over the calibration tokens: (w' - w) G (w' - w)^T, in `precise_dtype`.
-
-    Args:
-        weight: (out, in), the dense weights.
-        changed: (out, in), what they became.
-        gram: (in, in).
-
-    Returns:
-        (out,), not negative.
+    """(w' - w) G (w' - w)^T of each of (out, in) dense weights and what they became: (out,) in `precise_dtype`.
 
     >>> reconstruction_error(torch.ones(1, 2), torch.zeros(1, 2), torch.eye(2))
     tensor([2.], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The kept weights that minimise each output's error, from the Gram matrix G of the inputs (see `reconstruction`)."""
+"""The kept weights that minimise each output's error, from the Gram matrix G of the inputs (see `gram`)."""
 
 from __future__ import annotations
 
@@ -13,35 +13,22 @@ from sparsefit.pruning.gram import cholesky, next_damping, reconstruction_error,
 TEMPORARY_BYTES = 256 * 2**20
 DIRECT_WORK = 5e11  # multiply-adds of a GPU's factorisations, a second or so; above it all rows are solved together
 ROWS_TOGETHER = 4096
-STRONG_DIRECTIONS = 64  # of a Gram matrix, that the approximate inverse of its kept parts takes as they are
+STRONG_DIRECTIONS = 64  # of a Gram matrix: the columns of F in `_solve_together`
 ITERATIONS = 50
 ENOUGH = 2e-3  # the share of its error that an iteration must take from some row for another one to follow
 
 
 def least_squares(weight: Tensor, mask: Tensor, gram: Tensor, damping: float = 0.0) -> tuple[Tensor, float]:
-    """The kept weights of each row that minimise its error, exactly: G_KK w'_K = (G w)_K for the kept set K.
+    """The kept weights of each row that minimise its error, exactly: G_KK w'_K = (G w)_K for the kept set K; and the
+    largest damping that a row took. Dense weights, (out, in), of any floating dtype become float32.
 
     Solved for the change u = w'_K - w_K: (G_KK + damping I) u = (G d)_K, where d holds the row's pruned weights.
-    Damping so pulls towards the original weights, and weights of dead inputs stay as they are. A row that rounding
-    left worse than its masked original keeps the original.
+    Damping, a share of the mean of diag(G), so pulls towards the original weights, and weights of dead inputs stay as
+    they are. A row that rounding left worse than its masked original keeps the original.
 
-    Costs kept^3 / 6 multiply-adds for each row, which needs a factorisation of its own: at half the weights, 0.3 ms
-    a row of 192 inputs and 0.25 s a row of 4,096 on one CPU core. The 4,096 rows of such a layer are 6e12
-    multiply-adds in `precise_dtype`, 90 times those of `update_sequentially`. A GPU solves layers of so many all
-    rows together, by conjugate gradients: about ten matrix products of the weights' and the Gram matrix's shapes
-    leave the error within 1% of the lowest.
-
-    Args:
-        weight: (out, in), any floating dtype, dense.
-        mask: (out, in) bool, True = kept; rows may keep different numbers of weights.
-        gram: (in, in).
-        damping: share of the mean of diag(G). Rows where it does not work take ten times as much, and so on.
-
-    Returns:
-        (out, in) float32, exactly zero outside the mask, and the largest damping that a row took.
-
-    Raises:
-        CalibrationError: if the Gram matrix is not finite.
+    Each row needs a factorisation of its own, of kept^3 / 6 multiply-adds in `precise_dtype`: at half the weights,
+    0.25 s a row of 4,096 inputs on one CPU core. A GPU solves the rows of large layers together, by conjugate
+    gradients: about ten products of the weights and the Gram matrix leave the error within 1% of the lowest.
 
     >>> gram = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
     >>> least_squares(torch.ones(1, 2), torch.tensor([[False, True]]), gram)
@@ -52,13 +39,12 @@ def least_squares(weight: Tensor, mask: Tensor, gram: Tensor, damping: float = 0
     if gram.device.type == "cuda" and float(counts.double().pow(3).sum()) / 6 > DIRECT_WORK:
         return _solve_together(weight, mask, system, damping), damping
     changed, largest = torch.where(mask, weight.float(), 0), damping
-    widest = int(counts.max()) if len(counts) else 0
-    at_once = max(TEMPORARY_BYTES // (3 * system.element_size() * max(widest, 1) ** 2), 1)
+    at_once = max(TEMPORARY_BYTES // (3 * system.element_size() * max(int(counts.max()), 1) ** 2), 1)
     for rows in torch.arange(len(weight), device=weight.device).split(at_once):
         original, kept = weight[rows].to(system.dtype), mask[rows]
-        places, valid = _kept_places(kept)  # (rows, kept)
+        systems, places, valid = _kept_systems(system, kept)
         gradient = (original.masked_fill(kept, 0) @ system).gather(1, places).masked_fill_(~valid, 0)
-        change, used = _solve(_kept_systems(system, places, valid), gradient, damping)
+        change, used = _solve(systems, gradient, damping)
         _take_better(changed, rows, original, original.scatter_add(1, places, change).masked_fill_(~kept, 0), system)
         largest = max(largest, used)
     return changed, largest
@@ -66,27 +52,23 @@ def least_squares(weight: Tensor, mask: Tensor, gram: Tensor, damping: float = 0
 
 def _take_better(changed: Tensor, rows: Tensor, original: Tensor, candidate: Tensor, system: Tensor) -> None:
     """Puts candidates into the rows whose error they lower; not so for NaN."""
-    candidate = candidate.float()
-    before, after = (reconstruction_error(original, new, system) for new in (changed[rows], candidate))
-    changed[rows] = torch.where((after < before)[:, None], candidate, changed[rows])
+    before, after = (reconstruction_error(original, new, system) for new in (changed[rows], candidate.float()))
+    changed[rows] = torch.where((after < before)[:, None], candidate.float(), changed[rows])
 
 
-def _kept_places(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns of the kept weights of each row, (rows, most kept), and which of them are no padding."""
+def _kept_systems(gram: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """G_KK of each row, (rows, most kept, most kept), identity at the padding; the columns of its kept weights, and
+    which of them are no padding, (rows, most kept)."""
     places = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : int(mask.sum(dim=1).max())]
-    return places, mask.gather(1, places)
-
-
-def _kept_systems(gram: Tensor, places: Tensor, valid: Tensor) -> Tensor:
-    """G_KK of each row, (rows, kept, kept); identity at the padding."""
+    valid = mask.gather(1, places)
     systems = gram[places[:, :, None], places[:, None, :]]
     systems.masked_fill_(~(valid[:, :, None] & valid[:, None, :]), 0)
     systems.diagonal(dim1=1, dim2=2).masked_fill_(~valid, 1)
-    return systems
+    return systems, places, valid
 
 
 def _solve(systems: Tensor, right: Tensor, damping: float) -> tuple[Tensor, float]:
-    """Solves (rows, n, n) damped systems for (rows, n) right sides; the largest damping that a row took."""
+    """Solves (rows, n, n) systems for (rows, n) right sides, damped as little as works; the largest damping taken."""
     solution = torch.empty_like(right)
     pending = torch.arange(len(right), device=right.device)
     diagonal = systems.diagonal(dim1=1, dim2=2).clone()
@@ -103,17 +85,14 @@ def _solve(systems: Tensor, right: Tensor, damping: float) -> tuple[Tensor, floa
 
 
 def _solve_together(weight: Tensor, mask: Tensor, system: Tensor, damping: float) -> Tensor:
-    """`least_squares` of all rows at once, by preconditioned conjugate gradients.
+    """`least_squares` of all rows at once, by preconditioned conjugate gradients in float32.
 
     With inputs scaled to a diagonal of one, a Gram matrix is close to F F^T + D, with a diagonal D and a factor F of
     few columns for its strongest directions: that holds for the kept part of each row, too, and is inverted with
-    matrices of the size of F's columns (Woodbury's identity). What is left to the iterations is conditioned so well
-    that about ten of them do, in float32; `precise_dtype` has the right sides and decides in the end.
+    matrices of the size of F's columns (Woodbury's identity). About ten iterations do what is left.
     """
     scale = (system.diagonal() + damping).sqrt()
-    matrix = system / scale / scale[:, None]
-    matrix.diagonal().fill_(1)
-    matrix = matrix.float()
+    matrix = (system / scale / scale[:, None]).float().fill_diagonal_(1)
     strong = _strong_directions(matrix)
     changed = torch.where(mask, weight.float(), 0)
     for rows in torch.arange(len(weight), device=weight.device).split(ROWS_TOGETHER):
@@ -129,7 +108,7 @@ def _solve_together(weight: Tensor, mask: Tensor, system: Tensor, damping: float
 def _conjugate_gradients(matrix: Tensor, strong: Tensor, kept: Tensor, right: Tensor, error: Tensor) -> Tensor:
     """Solves matrix_KK u = right_K for each of (rows, in), until no row's (rows,) error falls by much any more."""
     approximate_inverse = _approximate_inverse(strong, kept)
-    solution, residual, left = torch.zeros_like(right), right * kept, error.clone()
+    solution, residual, left = torch.zeros_like(right), right * kept, error
     preconditioned = approximate_inverse(residual)
     direction, product = preconditioned, (residual * preconditioned).sum(dim=1, keepdim=True)
     for _ in range(ITERATIONS):
@@ -158,8 +137,8 @@ def _share(part: Tensor, whole: Tensor) -> Tensor:
 def _strong_directions(matrix: Tensor) -> Tensor:
     """F, (in, few), so that matrix is about F F^T plus a diagonal: a subspace iteration, the same in each run."""
     generator = torch.Generator(matrix.device).manual_seed(0)
-    shape = (len(matrix), min(STRONG_DIRECTIONS, len(matrix)))
-    basis = torch.randn(shape, generator=generator, device=matrix.device)
+    few = min(STRONG_DIRECTIONS, len(matrix))
+    basis = torch.randn(len(matrix), few, generator=generator, device=matrix.device)
     for _ in range(4):
         basis = torch.linalg.qr(matrix @ basis).Q
     values, vectors = torch.linalg.eigh(basis.T @ matrix @ basis)

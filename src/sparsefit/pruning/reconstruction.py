@@ -1,8 +1,7 @@
 """New values for the weights that are kept, column by column. Pure functions of weights, masks and the Gram matrix.
 
-A layer's error is ||(W' - W) X||_F^2 over the calibration tokens. It falls apart into rows, one for each output,
-and needs nothing of X but its Gram matrix G = X X^T: a row's error is (w' - w) G (w' - w)^T. Nothing here changes
-when G is multiplied by a constant.
+Weights come as (out, in) of any floating dtype, dense, and go as float32, exactly zero outside the mask. Nothing here
+changes when the Gram matrix is multiplied by a constant.
 """
 
 from __future__ import annotations
@@ -21,40 +20,26 @@ Choose = Callable[[Tensor, slice, Tensor], Tensor]
 
 
 class Factor(NamedTuple):
-    """The inverse of a damped Gram matrix, factored for updates column by column.
+    """The inverse of a damped Gram matrix, (G + damping)^-1 = upper^T upper, for updates column by column.
 
-    Attributes:
-        upper: (in, in) float32, upper triangular, with (G + damping)^-1 = upper^T upper. Its row j, divided by its
-            diagonal element, is what one unit of error in column j asks of the later columns.
-        damping: the damping that worked, as a share of the mean of diag(G).
-        dead: (in,) bool, inputs that were zero in every token.
+    Row j of the upper triangle, divided by its diagonal element, is what one unit of error in column j asks of the
+    later columns.
     """
 
-    upper: Tensor
-    damping: float
-    dead: Tensor
+    upper: Tensor  # (in, in) float32
+    damping: float  # what worked, as a share of the mean of diag(G)
+    dead: Tensor  # (in,) bool, inputs that were zero in every token
 
 
 def inverse_factor(gram: Tensor, damping: float = 0.01) -> Factor:
     """Upper Cholesky factor of (G + damping * mean(diag G) I)^-1 (SparseGPT, arXiv 2301.00774, Section 3.3).
 
-    Dead inputs get a one on the diagonal (in units of the mean). Where the factorisation fails, or leaves nothing
-    but rounding noise of some input, the damping is raised tenfold until it works: compare `Factor.damping` with
-    what was asked for. With a damping of 0.01 that needs a matrix that is no Gram matrix, or is badly damaged.
+    Where the factorisation fails, or leaves nothing but rounding noise of some input, the damping is raised tenfold
+    until it works; at 0.01 that needs a damaged matrix. G^-1 itself is never formed: the factor costs about in^3
+    multiply-adds and four (in, in) matrices in `precise_dtype`.
 
-    The factor comes from one Cholesky factorisation of G with its inputs in reverse order and one triangular
-    inverse, about in^3 multiply-adds and four (in, in) matrices in `precise_dtype`; G^-1 itself is never formed.
-
-    Args:
-        gram: (in, in), G = sum of x x^T over tokens, any positive factor.
-        damping: share of the mean of diag(G).
-
-    Raises:
-        CalibrationError: if the Gram matrix is not finite.
-
-    >>> inverse_factor(torch.diag(torch.tensor([4.0, 4.0])), damping=0.0).upper
-    tensor([[0.5000, 0.0000],
-            [0.0000, 0.5000]])
+    >>> inverse_factor(torch.diag(torch.tensor([4.0, 4.0])), damping=0.0).upper.tolist()
+    [[0.5, 0.0], [0.0, 0.5]]
     """
     system, scale, dead = unit_gram(gram)
     reverse = system.flip(0, 1)
@@ -71,9 +56,7 @@ def inverse_factor(gram: Tensor, damping: float = 0.01) -> Factor:
 
 
 def inverse_diagonal(factor: Factor) -> Tensor:
-    """diag((G + damping)^-1), (in,) float32, for the score W^2 / diag(H^-1) of SparseGPT.
-
-    Infinite for dead inputs: their weights cost nothing, and so score zero.
+    """diag((G + damping)^-1), (in,) float32; infinite for dead inputs, whose weights cost nothing and so score zero.
 
     >>> inverse_diagonal(inverse_factor(torch.diag(torch.tensor([4.0, 0.0])), damping=0.0))
     tensor([0.2500,    inf])
@@ -82,19 +65,10 @@ def inverse_diagonal(factor: Factor) -> Tensor:
 
 
 def update_sequentially(weight: Tensor, mask: Tensor, factor: Factor, block_size: int = 128) -> Tensor:
-    """Prune column by column; the kept weights of the later columns make up for each (arXiv 2301.00774, Section 3).
+    """Prune column by column; the kept weights of later columns make up for each (optimal brain surgeon, in SparseGPT's
+    order: arXiv 2301.00774, Section 3). Costs out * in^2 multiply-adds; the block size changes the speed alone.
 
-    The optimal brain surgeon update, in SparseGPT's order, for masks that are chosen already. Costs out * in^2
-    multiply-adds. Weights of dead inputs stay as they are: nothing is known of them.
-
-    Args:
-        weight: (out, in), any floating dtype, dense.
-        mask: (out, in) bool, True = kept.
-        factor: of `inverse_factor`.
-        block_size: columns whose effect on all later ones is applied at once; changes the speed, not the result.
-
-    Returns:
-        (out, in) float32, exactly zero outside the mask.
+    Weights of dead inputs stay as they are: nothing is known of them.
 
     >>> gram = torch.tensor([[2.0, 1.0], [1.0, 2.0]])  # the second weight makes up for the first
     >>> update_sequentially(torch.ones(1, 2), torch.tensor([[False, True]]), inverse_factor(gram, damping=0.0))
@@ -106,27 +80,19 @@ def update_sequentially(weight: Tensor, mask: Tensor, factor: Factor, block_size
 def prune_iteratively(
     weight: Tensor, factor: Factor, choose: Choose, block_size: int = 128, group: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """SparseGPT's loop: masks are chosen block by block, on weights that made up for all columns before
-    (arXiv 2301.00774, Algorithm 1). Weights of dead inputs are set to zero first.
+    """The mask and the weights by SparseGPT's loop: masks are chosen block by block, on weights that made up for all
+    columns before (arXiv 2301.00774, Algorithm 1). Weights of dead inputs are set to zero first.
 
     Args:
-        weight: (out, in), any floating dtype, dense.
+        weight: (out, in), any floating dtype.
         factor: of `inverse_factor`.
-        choose: `choose(weights (out, b), columns, diagonal of factor.upper (b,))` returns (out, b) bool,
-            True = kept. The score of SparseGPT is `(weights / diagonal) ** 2`.
+        choose: Makes the (out, b) mask of a block of its weights, (out, b), its columns and the diagonal of
+            `factor.upper` there, (b,). SparseGPT's score is `(weights / diagonal) ** 2`.
         block_size: b, the columns of which weights compete; the last block may be narrower.
-        group: M, to choose in every M columns instead (N:M sparsity), as they come. Blocks are then the largest
-            multiple of M within block_size.
+        group: M, to choose in every M columns instead (N:M sparsity), as they come.
 
-    Returns:
-        (out, in) bool mask and (out, in) float32 weights, exactly zero outside it.
-
-    Raises:
-        ValueError: if the group does not divide the number of inputs.
-
-    >>> def choose(weights, columns, diagonal):
-    ...     return weights.abs() > 1
-    >>> prune_iteratively(torch.tensor([[1.0, 2.0]]), inverse_factor(torch.eye(2)), choose)
+    >>> factor = inverse_factor(torch.eye(2))
+    >>> prune_iteratively(torch.tensor([[1.0, 2.0]]), factor, lambda weights, columns, diagonal: weights > 1)
     (tensor([[False,  True]]), tensor([[0., 2.]]))
     """
     return _sweep(weight.float().masked_fill(factor.dead, 0), factor.upper, choose, block_size, group)
@@ -164,30 +130,33 @@ def _sweep(
     work = weight.t().clone(memory_format=torch.contiguous_format)  # (in, out): each column of weights in one piece
     kept = torch.empty_like(work, dtype=torch.bool)
     upper = upper.contiguous()
-    for start in range(0, inputs, block_size):
-        end = min(start + block_size, inputs)
-        if by_kernel:
-            from sparsefit.pruning.update_kernels import sweep_block
 
-            if pattern is None:
-                _choose(choose, work, kept, upper, slice(start, end))
-            errors = sweep_block(work[start:end], kept[start:end], upper[start:end, start:end], pattern)
+    def choose_columns(columns: slice) -> None:
+        kept[columns] = choose(work[columns].t().contiguous(), columns, upper.diagonal()[columns]).t()
+
+    for start in range(0, inputs, block_size):
+        block = slice(start, min(start + block_size, inputs))
+        if group is None:
+            choose_columns(block)
+        if by_kernel:
+            from sparsefit.pruning.update_kernels import sweep_block  # imports Triton
+
+            errors = sweep_block(work[block], kept[block], upper[block, block], pattern)
         else:
-            errors = _sweep_block(work, kept, upper, choose, slice(start, end), group or end - start)
-        work[end:].addmm_(upper[start:end, end:].t(), errors, alpha=-1)
+            errors = _sweep_block(work, kept, upper, block, group, choose_columns)
+        work[block.stop :].addmm_(upper[block, block.stop :].t(), errors, alpha=-1)
     return kept.t().contiguous(), work.t().contiguous()
 
 
-def _choose(choose: Choose, work: Tensor, kept: Tensor, upper: Tensor, columns: slice) -> None:
-    kept[columns] = choose(work[columns].t().contiguous(), columns, upper.diagonal()[columns]).t()
-
-
-def _sweep_block(work: Tensor, kept: Tensor, upper: Tensor, choose: Choose, block: slice, width: int) -> Tensor:
-    """One column after the other, with masks of so many columns at once; what each asks of those behind the block."""
+def _sweep_block(
+    work: Tensor, kept: Tensor, upper: Tensor, block: slice, group: int | None, choose_columns: Callable[[slice], None]
+) -> Tensor:
+    """Prunes one column after the other, groups chosen as they come; the (columns, out) errors are what each pruned
+    weight asks of the columns behind, a multiple of a row of `upper`."""
     errors = torch.empty_like(work[block])
     for j in range(block.start, block.stop):
-        if (j - block.start) % width == 0:
-            _choose(choose, work, kept, upper, slice(j, j + width))
+        if group is not None and j % group == 0:
+            choose_columns(slice(j, j + group))
         error = errors[j - block.start]
         torch.div(work[j].masked_fill(kept[j], 0), upper[j, j], out=error)
         work[j].masked_fill_(~kept[j], 0)

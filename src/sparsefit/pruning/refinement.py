@@ -19,6 +19,7 @@ from sparsefit.pruning.devices import precise_dtype, triton_works
 GRID = 16  # intervals in which the bound on a pruned weight's best partner is interpolated
 CANDIDATES = 16  # pruned weights of a row that are tried with every partner at once
 CPU_ELEMENTS, GPU_ELEMENTS = 2**20, 2**25  # of the largest temporary: on a CPU what its caches hold
+_Changes = tuple[Tensor, Tensor, Tensor]
 
 
 class _Rows(NamedTuple):
@@ -31,39 +32,15 @@ class _Rows(NamedTuple):
     alone: Tensor  # (rows, in) precise, w^2 G_jj: the error of pruning this weight and nothing else
 
 
-class _Changes(NamedTuple):
-    """What the parts of a swap do to the error, float32; infinite where a weight cannot play the part."""
-
-    gain: Tensor  # (rows, in) of bringing a pruned weight back
-    loss: Tensor  # (rows, in) of pruning a kept weight
-    weight: Tensor  # (rows, in)
-
-
 def swap(weight: Tensor, mask: Tensor, gram: Tensor, max_swaps: int, pattern: tuple[int, int] | None = None) -> Tensor:
-    """Swap kept and pruned weights of each row, the best swap first, while the reconstruction error falls.
+    """A new mask by swaps of a kept and a pruned weight, at most so many a row, while the reconstruction error falls.
 
-    A swap is the best of all pairs of a pruned and a kept weight (of the same group of M, with a pattern), up to
-    float32 rounding. It is made only if the change of the error, computed from the Gram matrix in `precise_dtype`,
-    is negative beyond rounding. A row is done after `max_swaps` swaps, or when no pair lowers its error. Weights
-    keep their values, and each row (each group, with a pattern) its number of zeros.
+    A swap is the best of all pairs of a row (of the same group of M, with a pattern (N, M)), up to float32 rounding.
+    It is made only if the change of the error, computed from the Gram matrix in `precise_dtype`, is negative beyond
+    rounding. Each row (each group, with a pattern) keeps its number of zeros.
 
     Without a pattern, bounds on what a pruned weight can bring with any partner rule most of them out: a swap of a
-    row costs about 50 in multiply-adds, where all pairs are in^2 / 4. With a pattern it costs M in. Ten swaps in
-    each row of a LLaMA-7B are some 3e12 multiply-adds, on data streamed from memory. On a GPU one kernel searches
-    each row, and stops at the candidate that settles it.
-
-    Args:
-        weight: (out, in), any floating dtype, dense.
-        mask: (out, in) bool, True = kept; rows may keep different numbers of weights.
-        gram: (in, in), G = sum of x x^T over tokens; a constant factor does not matter.
-        max_swaps: at most so many a row.
-        pattern: (N, M): swap within groups of M consecutive inputs only.
-
-    Returns:
-        (out, in) bool, a new mask.
-
-    Raises:
-        ValueError: if M does not divide the number of inputs.
+    row costs about 50 in multiply-adds, where all pairs are in^2 / 4. With a pattern it costs M in.
 
     >>> gram = torch.tensor([[1.0, 0.9, 0.9], [0.9, 1.0, 0.9], [0.9, 0.9, 1.0]])  # errors of one sign add up
     >>> swap(torch.tensor([[1.0, 1.1, -1.2]]), torch.tensor([[False, False, True]]), gram, 1)
@@ -78,15 +55,13 @@ def swap(weight: Tensor, mask: Tensor, gram: Tensor, max_swaps: int, pattern: tu
         return refined
     gram = gram.float()
     precise_gram = gram.to(precise_dtype(gram.device))
-    reach = _strongest_correlation(gram) if pattern is None else gram.new_empty(0)
+    reach = _strongest_correlation(gram) if pattern is None else None
     for places in open_rows.split(_rows_at_once(gram, pattern)):
         rows = _start(places, weight[places].to(precise_gram.dtype), mask[places], precise_gram)
         for _ in range(max_swaps):
             changes = _changes(rows)
-            added, removed = (
-                _best_pair(changes, gram, reach) if pattern is None else _best_pair_in_groups(changes, gram, pattern[1])
-            )
-            rows, added, removed = _make_swaps(rows, added, removed, gram)
+            pair = _best_pair_in_groups(changes, gram, pattern[1]) if pattern else _best_pair(changes, gram, reach)
+            rows, added, removed = _make_swaps(rows, *pair, gram)
             if len(rows.places) == 0:
                 break
             refined[rows.places, added] = True
@@ -106,10 +81,12 @@ def _start(places: Tensor, weight: Tensor, kept: Tensor, gram: Tensor) -> _Rows:
 
 
 def _changes(rows: _Rows) -> _Changes:
+    """What the parts of a swap do to the error: the gain of bringing a weight back and the loss of pruning one, both
+    infinite where a weight cannot play the part; and the weights. (rows, in) float32 each."""
     slope = 2 * rows.weight * rows.gradient
     gain = (rows.alone - slope).masked_fill_(rows.kept, torch.inf)
     loss = (rows.alone + slope).masked_fill_(~rows.kept, torch.inf)
-    return _Changes(gain.float(), loss.float(), rows.weight.float())
+    return gain.float(), loss.float(), rows.weight.float()
 
 
 def _strongest_correlation(gram: Tensor) -> Tensor:
@@ -124,13 +101,14 @@ def _strongest_correlation(gram: Tensor) -> Tensor:
 
 
 def _best_pair(changes: _Changes, gram: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
-    """The pruned and the kept weight of each row, (rows,) each, whose swap changes the error most favourably.
+    """The pruned and the kept weight of each row, (rows,) each, whose swap changes the error most favourably; any pair
+    where none lowers it.
 
     Pruned weights are tried with all partners in the order of their bounds, until no bound of those left is below
-    the best change found (or below zero: the row has no swap to make then, and any pair may be returned).
+    the best change found, or below zero.
     """
     if triton_works(gram.device):
-        from sparsefit.pruning.update_kernels import best_pair
+        from sparsefit.pruning.update_kernels import best_pair  # imports Triton
 
         return best_pair(*changes, gram, reach, GRID)
     bound = _bound(changes, gram, reach)
@@ -157,8 +135,7 @@ def _bound(changes: _Changes, gram: Tensor, reach: Tensor) -> Tensor:
     """A lower bound on the change by any swap that brings a weight back, (rows, in); infinite for kept weights.
 
     With s_j = |w_j| sqrt(G_jj) and c_p the strongest correlation of input p, a partner q brings at least
-    loss_q - 2 (c_p s_p) s_q. The least of that over q is a concave function of c_p s_p, so between the points of a
-    grid it lies above the straight line.
+    loss_q - 2 (c_p s_p) s_q. The least over q is concave in c_p s_p: between points of a grid it lies above the line.
     """
     gain, loss, weight = changes
     size = weight.abs() * gram.diagonal().sqrt()

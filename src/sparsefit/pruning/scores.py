@@ -23,12 +23,7 @@ def _magnitude_score(weight: Tensor) -> Tensor:
 
 
 def wanda_score(weight: Tensor, squared_norm: Tensor) -> Tensor:
-    """|W_ij| * ||X_j||_2 (Sun et al. 2023, arXiv 2306.11695, Equation 1).
-
-    Args:
-        weight: (out, in).
-        squared_norm: (in,) squared l2 norm of each input feature over all calibration tokens. A constant factor changes
-            no mask.
+    """|W_ij| * ||X_j||_2 (Sun et al. 2023, arXiv 2306.11695, Equation 1); a constant factor changes no mask.
 
     >>> wanda_score(torch.tensor([[1.0, -2.0]]), torch.tensor([9.0, 4.0]))
     tensor([[3., 4.]])
@@ -36,23 +31,14 @@ def wanda_score(weight: Tensor, squared_norm: Tensor) -> Tensor:
     return weight.float().abs().mul_(squared_norm.sqrt())
 
 
-def _wanda_l1_score(weight: Tensor, abs_sum: Tensor) -> Tensor:
-    """|W_ij| * ||X_j||_1: the l1 norm in place of Wanda's l2 (arXiv 2306.11695, its ablation of norms)."""
-    return weight.float().abs().mul_(abs_sum)
-
-
-def _wanda_linf_score(weight: Tensor, abs_max: Tensor) -> Tensor:
-    """|W_ij| * ||X_j||_inf: the largest absolute input in place of Wanda's l2 norm (arXiv 2306.11695, ablation)."""
-    return weight.float().abs().mul_(abs_max)
+def _wanda_norm_score(weight: Tensor, norm: Tensor) -> Tensor:
+    """|W_ij| * ||X_j||: another norm of the inputs in place of Wanda's l2 (arXiv 2306.11695, its ablation of norms)."""
+    return weight.float().abs().mul_(norm)
 
 
 def sparsegpt_score(weight: Tensor, inverse_diagonal: Tensor) -> Tensor:
     """W_ij^2 / [H^-1]_jj: the loss of removing one weight and mending the others of its row
-    (Frantar and Alistarh 2023, arXiv 2301.00774, Equation 3; Hassibi et al. 1993).
-
-    Args:
-        weight: (out, in).
-        inverse_diagonal: (in,) diagonal of the inverse of the damped Gram matrix.
+    (Frantar and Alistarh 2023, arXiv 2301.00774, Equation 3; Hassibi et al. 1993). H is the damped Gram matrix.
 
     >>> sparsegpt_score(torch.tensor([[1.0, -2.0]]), torch.tensor([0.5, 1.0]))
     tensor([[2., 4.]])
@@ -62,9 +48,7 @@ def sparsegpt_score(weight: Tensor, inverse_diagonal: Tensor) -> Tensor:
 
 def _ria_score(weight: Tensor, squared_norm: Tensor, exponent: float = 0.5) -> Tensor:
     """(|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) * ||X_j||_2^a: relative importance and activations
-    (Zhang et al. 2024, "Plug-and-Play: an efficient post-training pruning method for LLMs", Equation 4).
-
-    The exponent a is 0.5 in the paper."""
+    (Zhang et al. 2024, "Plug-and-Play: an efficient post-training pruning method for LLMs", Equation 4, a = 0.5)."""
     magnitude = weight.float().abs()
     # A row or column of zeros has no relative importance: 0, not NaN.
     by_column = magnitude / magnitude.sum(dim=0, keepdim=True).clamp_min(1e-38)
@@ -78,10 +62,9 @@ class Score(NamedTuple):
     Attributes:
         function: Called with an (out, in) weight and one tensor for each name in `needs`; returns (out, in).
         granularity: What its authors compare by.
-        needs: Statistics of the inputs: "squared_norm", "abs_sum", "abs_max" or "inverse_diagonal", (in,) each,
-            or "gram", (in, in).
-        factor: Of a score |W_ij| * f_j what makes f, (in,) or None for ones, of the needs: such scores need not be
-            computed to be compared (`selection.Products`). None for other scores.
+        needs: Statistics of the inputs: names in `statistics.KINDS`, or "inverse_diagonal", (in,).
+        factor: What makes f, (in,) or None for ones, of the needs, for a score |W_ij| * f_j: such scores need not be
+            computed to be compared (`selection.Products`).
     """
 
     function: Callable[..., Tensor]
@@ -93,8 +76,8 @@ class Score(NamedTuple):
 SCORES: dict[str, Score] = {
     "wanda": Score(wanda_score, "output", ("squared_norm",), torch.sqrt),
     "magnitude": Score(_magnitude_score, "layer", (), lambda: None),
-    "wanda_l1": Score(_wanda_l1_score, "output", ("abs_sum",), lambda abs_sum: abs_sum),
-    "wanda_linf": Score(_wanda_linf_score, "output", ("abs_max",), lambda abs_max: abs_max),
+    "wanda_l1": Score(_wanda_norm_score, "output", ("abs_sum",), lambda l1: l1),
+    "wanda_linf": Score(_wanda_norm_score, "output", ("abs_max",), lambda largest: largest),
     "sparsegpt": Score(sparsegpt_score, "(input, 128)", ("inverse_diagonal",)),
     "ria": Score(_ria_score, "output", ("squared_norm",)),
 }

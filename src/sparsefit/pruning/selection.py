@@ -1,17 +1,15 @@
-"""Which weights of a comparison group lose. Pure functions from scores to masks (True = kept).
+"""Which weights of a comparison group lose. Pure functions from (out, in) scores without NaN to masks (True = kept).
 
 Every selection removes an exact number of weights; among equal scores the lowest index goes first, in row-major
 order of the matrix. That is what a stable ascending sort would remove, but none is needed: a threshold splits a
-group into what goes, what stays and the ties, and only groups with surplus ties count them.
-
-Scores are (out, in), of any floating dtype, on any device, without NaN; or they are `Products`, which need not be
-computed before they are compared. On a GPU the kernels of `selection_kernels` give the same masks.
+group into what goes, what stays and the ties. On a GPU the kernels of `selection_kernels` give the same masks.
 """
 
 from __future__ import annotations
 
 from fractions import Fraction
 from math import floor
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -25,40 +23,24 @@ CHUNK = 2**18  # scores that are worked on at once on a CPU: they and their temp
 
 
 class Products(NamedTuple):
-    """The scores |W_ij| * f_j in float32, not computed yet: those of Wanda, its l1 and l-infinity norms and magnitude.
-
-    A selection takes them in place of scores, with the same mask to the bit. That saves a GPU the pass that writes the
-    scores and those that read them, and a CPU the memory for all of them.
-
-    Attributes:
-        weight: (out, in), any floating dtype.
-        factor: (in,) float32, not negative; None is one for all. Wanda's is the root of the squared norms. It is
-            repeated along rows that join several of in weights.
+    """The scores |W_ij| * f_j in float32 of Wanda, its other norms and magnitude, to be computed as they are compared.
 
     >>> select(Products(torch.tensor([[1.0, -3.0]]), torch.tensor([4.0, 1.0])), Granularity("output"), Fraction(1, 2))
     tensor([[ True, False]])
     """
 
-    weight: Tensor
-    factor: Tensor | None = None
+    weight: Tensor  # (out, in), any floating dtype
+    factor: Tensor | None = None  # (in,) float32, not negative, repeated along rows that join several; None is ones
 
     def scores(self) -> Tensor:
-        """(out, in) float32.
-
-        >>> Products(torch.tensor([[1.0, -3.0]]), torch.tensor([4.0, 1.0])).scores()
-        tensor([[4., 3.]])
-        """
+        """(out, in) float32."""
         magnitude = self.weight.float().abs()
         if self.factor is not None and magnitude.numel():
             magnitude.unflatten(1, (-1, len(self.factor))).mul_(self.factor)
         return magnitude
 
     def largest(self) -> Tensor:
-        """The largest score, (), float32; infinite or NaN if any score is. Computes none but the largest of columns.
-
-        >>> Products(torch.tensor([[1.0, -3.0]]), torch.tensor([4.0, 1.0])).largest()
-        tensor(4.)
-        """
+        """The largest score, (), float32; infinite or NaN if any is. Computes none but the largest of columns."""
         columns = torch.linalg.vector_norm(self.weight, torch.inf, dim=0).float()
         return (columns if self.factor is None else columns * self.factor).max()
 
@@ -67,29 +49,19 @@ Scores = Tensor | Products
 
 
 def select(scores: Scores, granularity: Granularity, sparsity: Fraction) -> Tensor:
-    """Each comparison group of (out, in) scores loses its floor(size * sparsity) smallest.
-
-    Returns:
-        (out, in) bool, True = kept.
+    """The (out, in) mask by which each comparison group loses its floor(size * sparsity) smallest scores.
 
     >>> select(torch.tensor([[4.0, 1.0], [3.0, 2.0]]), Granularity("layer"), Fraction(1, 2)).tolist()
     [[True, False], [True, False]]
     """
     if granularity.axis == "variant":
         return select_variant(_tensor(scores), sparsity)
-    return _select_in_groups(scores, granularity, sparsity, None)
+    return _select_in_groups(scores, granularity, sparsity)
 
 
 def select_count(scores: Scores, granularity: Granularity, count: int) -> Tensor:
-    """Exactly `count` of the (out, in) scores go, spread over the comparison groups by their sizes.
-
-    Each group loses the floor of its share; what is then missing comes one each from the first groups.
-
-    Returns:
-        (out, in) bool, True = kept.
-
-    Raises:
-        ValueError: if the count is out of range, or for the variant, which has no exact counts.
+    """The (out, in) mask by which exactly `count` scores go, spread over the comparison groups by their sizes: each
+    loses the floor of its share; what is then missing comes one each from the first groups.
 
     >>> select_count(torch.tensor([[4.0, 1.0], [3.0, 2.0]]), Granularity("output"), 3).tolist()
     [[False, False], [True, False]]
@@ -116,7 +88,7 @@ def _tensor(scores: Scores) -> Tensor:
     return scores.scores() if isinstance(scores, Products) else scores
 
 
-def _select_in_groups(scores: Scores, granularity: Granularity, share: Fraction, total: int | None) -> Tensor:
+def _select_in_groups(scores: Scores, granularity: Granularity, share: Fraction, total: int | None = None) -> Tensor:
     """Each group loses its share, rounded down; of what a total then lacks, the first groups lose one each."""
     dim = 1 if granularity.axis == "input" else 0
     scores = _tensor(scores) if dim == 1 else scores
@@ -133,8 +105,8 @@ def _select_in_groups(scores: Scores, granularity: Granularity, share: Fraction,
     for piece, count in zip(groups, counts, strict=True):  # (groups, rows, columns)
         rows, more = piece.flatten(1), min(lacking, len(piece))
         lacking -= more
-        parts = [(part, n) for part, n in ((rows[:more], count + 1), (rows[more:], count)) if len(part)]
-        kept = _joined([mask_of_smallest(_of(scores, part), n) for part, n in parts], 0)
+        parts = [(_of(scores, part), n) for part, n in ((rows[:more], count + 1), (rows[more:], count)) if len(part)]
+        kept = _joined([mask_of_smallest(part, n) for part, n in parts], 0)
         masks.append(kept.view(piece.shape).movedim(0, dim).flatten(dim, dim + 1))
     return _joined(masks, dim)
 
@@ -144,14 +116,7 @@ def _joined(masks: list[Tensor], dim: int) -> Tensor:
 
 
 def mask_of_smallest(scores: Scores, count: int) -> Tensor:
-    """Mask that removes the `count` smallest scores of each row; ties go to the lowest column.
-
-    Args:
-        scores: (rows, columns), without NaN.
-        count: how many of each row to remove, 0 <= count <= columns.
-
-    Returns:
-        (rows, columns) bool, True = kept.
+    """The mask that removes the `count` smallest scores of each row; ties go to the lowest column.
 
     >>> mask_of_smallest(torch.tensor([[2.0, 1.0, 1.0, 1.0]]), 2)
     tensor([[ True, False, False,  True]])
@@ -159,38 +124,46 @@ def mask_of_smallest(scores: Scores, count: int) -> Tensor:
     matrix = _matrix(scores)
     if count == 0:
         return torch.ones_like(matrix, dtype=torch.bool)
-    if _suits_kernels(scores):
-        from sparsefit.pruning import selection_kernels
-
-        return selection_kernels.mask_of_smallest(*_operands(scores), count)
+    if kernels := _kernels(scores):
+        return kernels.mask_of_smallest(*_operands(scores), count)
     kept = torch.empty(matrix.shape, dtype=torch.bool, device=matrix.device)
     rows = _rows_at_once(matrix)
     for part, out in zip(matrix.split(rows), kept.split(rows), strict=True):
         exact = _tensor(_of(scores, part))
-        exact = exact if exact.dtype in (torch.float32, torch.float64) else exact.float()
-        threshold = _thresholds(exact, count)
+        exact = exact if exact.dtype == torch.float64 else exact.float()
+        if exact.device.type == "cpu":
+            # NumPy's vectorised quickselect takes an eighth of the time of torch's, and a fortieth of a stable sort's.
+            ordered = torch.from_numpy(np.partition(exact.detach().numpy(), count - 1, axis=1))
+        else:
+            ordered = exact.sort(dim=1).values
+        threshold = ordered[:, count - 1 : count]
         torch.gt(exact, threshold, out=out)
         _keep_surplus_ties(exact, threshold, count, out)
     return kept
 
 
-def _suits_kernels(scores: Scores) -> bool:
-    """The kernels compare in float32, and count the columns in 32 bits."""
+def _kernels(scores: Scores) -> ModuleType | None:
+    """The kernels where they do: they compare in float32, and count the columns in 32 bits."""
     matrix = _matrix(scores)
     exact = isinstance(scores, Products) or matrix.dtype != torch.float64
-    return exact and matrix.shape[1] < 2**31 - 2**14 and triton_works(matrix.device)
+    if not (exact and matrix.shape[1] < 2**31 - 2**14 and triton_works(matrix.device)):
+        return None
+    from sparsefit.pruning import selection_kernels  # imports Triton
+
+    return selection_kernels
 
 
 def _operands(scores: Scores) -> tuple[Tensor, Tensor | None]:
     """For the kernels: values and the factor of their magnitudes; without one the values are the scores."""
     if not isinstance(scores, Products):
         return scores, None
-    factor = torch.ones(1, device=scores.weight.device) if scores.factor is None else scores.factor
+    factor = scores.weight.new_ones(1, dtype=torch.float32) if scores.factor is None else scores.factor
     return scores.weight, factor.contiguous()
 
 
 def _rows_at_once(matrix: Tensor) -> int:
-    return max(1, (CHUNK if matrix.device.type == "cpu" else 2**25) // max(matrix.shape[1], 1))
+    most = (CHUNK if matrix.device.type == "cpu" else 2**25) // max(matrix.shape[1], 1)
+    return max(min(most, len(matrix)), 1)
 
 
 def _keep_surplus_ties(scores: Tensor, threshold: Tensor, count: int, kept: Tensor) -> None:
@@ -199,32 +172,17 @@ def _keep_surplus_ties(scores: Tensor, threshold: Tensor, count: int, kept: Tens
     surplus = scores.shape[1] - count - kept.sum(dim=1, dtype=whole)
     rows = surplus.nonzero().squeeze(1)
     if len(rows):
-        scores, threshold = (scores, threshold) if len(rows) == len(scores) else (scores[rows], threshold[rows])
-        ties = scores == threshold
+        ties = scores == threshold if len(rows) == len(scores) else scores[rows] == threshold[rows]
         rank = ties.cumsum(1, dtype=whole)
         kept[rows] |= ties & (rank > rank[:, -1:] - surplus[rows, None])
 
 
-def _thresholds(scores: Tensor, count: int) -> Tensor:
-    """(rows, 1) the `count`-th smallest of each row."""
-    if scores.device.type != "cpu":
-        return scores.sort(dim=1).values[:, count - 1 : count]
-    # NumPy's vectorised quickselect takes an eighth of the time of torch's, and a fortieth of a stable sort's.
-    return torch.from_numpy(np.partition(scores.detach().numpy(), count - 1, axis=1)[:, count - 1 : count])
-
-
 def select_n_of_m(scores: Scores, n: int, m: int) -> Tensor:
-    """In each group of m consecutive inputs of a row, the m - n smallest of (out, in) scores go.
+    """The (out, in) mask by which the m - n smallest scores go of each group of m consecutive inputs of a row.
 
     A weight's rank in its group is the number of members that go before it: smaller ones, and equal ones on its
     left. One comparison of the scores with themselves moved by d settles all pairs at distance d: if the right one
     is smaller, the left one gains a rank, and the right one loses the rank that its place had given it.
-
-    Returns:
-        (out, in) bool, True = kept.
-
-    Raises:
-        ValueError: if m does not divide the number of inputs.
 
     >>> select_n_of_m(torch.tensor([[3.0, 1.0, 1.0, 2.0]]), 2, 4)
     tensor([[ True, False, False,  True]])
@@ -233,15 +191,13 @@ def select_n_of_m(scores: Scores, n: int, m: int) -> Tensor:
     inputs = matrix.shape[1]
     if inputs % m:
         raise ValueError(f"{inputs} inputs cannot be cut into groups of {m}")
-    if m <= 64 and _suits_kernels(scores):  # a program's registers hold a group
-        from sparsefit.pruning import selection_kernels
-
-        return selection_kernels.n_of_m(*_operands(scores), n, m)
+    if m <= 64 and (kernels := _kernels(scores)):  # a program's registers hold a group
+        return kernels.n_of_m(*_operands(scores), n, m)
     kept = torch.empty(matrix.shape, dtype=torch.bool, device=matrix.device)
-    rows = min(_rows_at_once(matrix), len(matrix))
+    rows = _rows_at_once(matrix)
     place = torch.arange(rows * inputs, device=matrix.device).remainder_(m).to(torch.int8 if m <= 128 else torch.int16)
     same_group = [place < m - distance for distance in range(m)]  # the right one of the pair is in it too
-    for some, out in zip(matrix.split(max(rows, 1)), kept.split(max(rows, 1)), strict=True):
+    for some, out in zip(matrix.split(rows), kept.split(rows), strict=True):
         part = _tensor(_of(scores, some)).flatten()
         rank = place[: len(part)].clone()
         for distance in range(1, m):
@@ -254,21 +210,11 @@ def select_n_of_m(scores: Scores, n: int, m: int) -> Tensor:
 
 
 def select_variant(scores: Tensor, sparsity: Fraction) -> Tensor:
-    """The Wanda variant: in each row, small scores go until their sum reaches a share alpha of the row's.
+    """The (out, in) mask of the Wanda variant: in each row, small scores go until their sum is a share of the row's.
 
     A row's threshold is its largest score whose cumulative sum, in ascending order, is at most alpha times the sum
     of the row; scores up to it go. One alpha for the matrix is bisected in [0, 1] until its sparsity is within
     0.001 of the target, or, where ties or a small matrix leave nothing so near, as near as bisection comes.
-
-    Args:
-        scores: (out, in), not negative.
-        sparsity: share of the matrix that shall go; 0 removes nothing.
-
-    Returns:
-        (out, in) bool, True = kept.
-
-    Raises:
-        ValueError: for negative scores, whose sums do not ascend.
 
     >>> select_variant(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), Fraction(1, 2))
     tensor([[False, False,  True,  True]])

@@ -1,14 +1,13 @@
 """The selections of `selection` on a GPU, in Triton. The module can be imported without Triton.
 
-Scores are compared as whole numbers: the bits of a float32, with all but the sign of negative ones turned over, have
-the order of the floats. With the column in the lower half of 64 bits no two scores are equal, and the lowest column
-of equal scores comes first.
+Scores are |value| * factor, with a float32 factor that is repeated along a row, or without one the values, of any
+floating dtype. They are compared as whole numbers: the bits of a float32, with all but the sign of negative ones turned
+over, have the order of the floats.
 """
 # ruff: noqa: ANN001, ANN202 (Triton's language has no annotation but tl.constexpr)
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable
 from math import isqrt
 
@@ -23,23 +22,22 @@ except ImportError:  # the CPU builds of torch come without it
 
 WIDEST_ROW = 2**16  # scores of a row that the registers of one program hold
 SAMPLE = 2**15  # scores of a long row that show where its threshold lies
-BITS = 11  # of a score's distance from the sample's range, that the first count tells apart
-LEAST, MOST = -(2**31), 2**31 - 1
+BINS = 2**11  # of the scores around the threshold that are counted apart
 
 
 def jit(function: Callable) -> Callable:
-    """Triton's compilation; numbers that differ from call to call do not cause another one. As it is without Triton.
+    """Triton's compilation, once for all values of some numbers; without Triton the function as it is.
 
     >>> jit(len) is len if triton is None else True
     True
     """
-    varied = ["count", "number", "step", "low", "high", "shift", "removed"]
+    varied = ["count", "number", "step", "first", "last", "removed"]
     return triton.jit(function, do_not_specialize=varied) if triton else function
 
 
 @jit
 def _ordered(values, factor, places, columns, inside, factors, width):
-    """Whole numbers in the order of the scores: |value| * factor, or without a factor the values."""
+    """Whole numbers in the order of the scores."""
     scores = tl.load(values + places, mask=inside, other=0).to(tl.float32)
     if factor is not None:
         if factors < width:
@@ -51,10 +49,7 @@ def _ordered(values, factor, places, columns, inside, factors, width):
 
 @jit
 def _rows_kernel(values, factor, kept, count, factors, width, BLOCK: tl.constexpr):
-    """The mask of one row: its threshold, found by bisection; of the scores at it, the last stay if too many would go.
-
-    The threshold found may lie below the count-th smallest score, if as many scores are at and below it.
-    """
+    """The mask of one row: its threshold, bisected; of the scores at it, the last stay if too many would go."""
     column = tl.arange(0, BLOCK)
     inside = column < width
     place = tl.program_id(0).to(tl.int64) * width + column
@@ -77,30 +72,24 @@ def _rows_kernel(values, factor, kept, count, factors, width, BLOCK: tl.constexp
 
 
 def mask_of_smallest(values: Tensor, factor: Tensor | None, count: int) -> Tensor:
-    """As `selection.mask_of_smallest`, for rows of fewer than 2^31 - 2^14 scores, and 0 < count.
-
-    Rows of up to `WIDEST_ROW` scores are each read once, by a program of its own. Longer ones are read twice, one
-    row after the other: to count, and to write the mask.
-
-    The scores are |value| * factor, with a float32 factor that is repeated along a row, or without one the values, of
-    any floating dtype; they are compared in float32.
+    """As `selection.mask_of_smallest`, for rows of fewer than 2^31 - 2^14 scores: up to `WIDEST_ROW` a program to each.
 
     >>> if torch.cuda.is_available():
     ...     values = torch.tensor([[3.0, 1.0, 2.0]], device="cuda")
     ...     assert mask_of_smallest(values, None, 1).tolist() == [[True, False, True]]
     """
     values = values.contiguous()
-    kept = torch.empty(values.shape, dtype=torch.bool, device=values.device)
+    kept = torch.empty_like(values, dtype=torch.bool)
     rows, width = values.shape
     factors = width if factor is None else len(factor)
     with torch.cuda.device_of(values):
-        if width > WIDEST_ROW:
+        if width <= WIDEST_ROW:
+            block = max(triton.next_power_of_2(width), 16)
+            sizes = {"BLOCK": block, "num_warps": min(max(block // 1024, 1), 32)}
+            _rows_kernel[(rows,)](values, factor, kept, count, factors, width, **sizes)
+        else:
             for row, out in zip(values, kept, strict=True):
                 _mask_long_row(row, factor, out, count, factors)
-        else:
-            block = max(triton.next_power_of_2(width), 16)
-            warps = min(max(block // 1024, 1), 32)
-            _rows_kernel[(rows,)](values, factor, kept, count, factors, width, BLOCK=block, num_warps=warps)
     return kept
 
 
@@ -113,71 +102,84 @@ def _sample_kernel(values, factor, sample, number, step, factors, width, BLOCK: 
 
 
 @jit
-def _count_kernel(values, factor, counts, low, high, shift, factors, width, BLOCK: tl.constexpr):
-    """Counts a long row's scores below low, and behind that those from low to below high, in bins of 2^shift.
+def _bracket(sample, first, last, BINS: tl.constexpr):
+    """Two scores of the sorted sample, low < high, and a shift: fewer than BINS bins of 2^shift numbers lie between."""
+    low = tl.load(sample + first)
+    high = tl.maximum(tl.load(sample + last), low + 1)
+    shift = 0
+    while (high.to(tl.int64) - low) >> shift >= BINS - 1:
+        shift += 1
+    return low, high, shift
 
-    Additions are relaxed: only what comes after the kernel reads the counts.
-    """
+
+@jit
+def _count_kernel(values, factor, counts, sample, first, last, factors, width, BINS: tl.constexpr, BLOCK: tl.constexpr):
+    """Counts a long row's scores below the bracket's low in bin 0, and in those behind it the scores below its high."""
+    low, high, shift = _bracket(sample, first, last, BINS)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = place < width
     scores = _ordered(values, factor, place, place, inside, factors, width)
+    # Relaxed, as only kernels behind this one read the counts.
     tl.atomic_add(counts, tl.sum((inside & (scores < low)).to(tl.int32)), sem="relaxed")
-    # A score that many weights share is the lower end, as a rule: those are added up before.
+    # A score that many weights share is low itself, as a rule: those are added up before.
     tl.atomic_add(counts + 1, tl.sum((inside & (scores == low)).to(tl.int32)), sem="relaxed")
     within = inside & (scores > low) & (scores < high)
     tl.atomic_add(counts + 1 + ((scores.to(tl.int64) - low) >> shift), 1, mask=within, sem="relaxed")
 
 
 @jit
-def _split_kernel(values, factor, kept, keys, found, low, high, factors, width, BLOCK: tl.constexpr):
-    """The mask of a long row, with the scores from low to high in it; they are listed, with their places, as keys."""
+def _bin_kernel(counts, sample, first, last, found, count, width, BINS: tl.constexpr):
+    """Finds the bin that holds the count-th smallest score of a long row, or what lies above all bins: its least and
+    largest score, how many scores are below it, how many in it, and how many of those are listed, none yet."""
+    low, high, shift = _bracket(sample, first, last, BINS)
+    ends = tl.cumsum(tl.load(counts + tl.arange(0, BINS)), 0)
+    number = tl.sum((ends < count).to(tl.int32))
+    before = tl.max(tl.where(ends < count, ends, 0))
+    until = tl.min(tl.where(ends < count, width, ends))
+    start = tl.minimum(low + ((number - 1).to(tl.int64) << shift), high)
+    end = tl.minimum(start + (1 << shift), high)
+    tl.store(found, tl.where(number == 0, -0x80000000, start))
+    tl.store(found + 1, tl.where(number == BINS, 0x7FFFFFFF, end - 1))
+    tl.store(found + 2, before)
+    tl.store(found + 3, until - before)
+    tl.store(found + 4, 0)
+
+
+@jit
+def _split_kernel(values, factor, kept, keys, found, factors, width, BLOCK: tl.constexpr):
+    """The mask of a long row with all of the range found in it, whose scores are listed with their places behind them:
+    so no two are equal, and the first of equal scores comes first."""
+    least, largest = tl.load(found), tl.load(found + 1)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = place < width
     scores = _ordered(values, factor, place, place, inside, factors, width)
-    tl.store(kept + place, scores >= low, mask=inside)
-    listed = inside & (scores >= low) & (scores <= high)
+    tl.store(kept + place, scores >= least, mask=inside)
+    listed = inside & (scores >= least) & (scores <= largest)
     number = tl.sum(listed.to(tl.int32))
     if number > 0:
-        index = tl.atomic_add(found, number, sem="relaxed") + tl.cumsum(listed.to(tl.int32), 0) - 1
+        index = tl.atomic_add(found + 4, number, sem="relaxed") + tl.cumsum(listed.to(tl.int32), 0) - 1
         tl.store(keys + index, (scores.to(tl.int64) << 32) | place, mask=listed)
 
 
 def _mask_long_row(values: Tensor, factor: Tensor | None, kept: Tensor, count: int, factors: int) -> None:
-    """A sample gives a range that holds the threshold, as a rule; counts tell in which of its bins, or outside, it is
-    in fact. The scores of that bin, a thousand of 30 million, are sorted, and the smallest of them go."""
-    width, device = len(values), values.device
+    """A sample gives a bracket of the threshold, as a rule; a count tells in which of its bins, or outside, it is in
+    fact. The scores there, a thousand of 30 million, are sorted, and the smallest of them go."""
+    width = len(values)
     step = width // SAMPLE | 1  # odd: it meets all columns in turn
     number = triton.cdiv(width, step)
-    sample = torch.empty(number, dtype=torch.int32, device=device)
+    sample = torch.empty(number, dtype=torch.int32, device=values.device)
     _sample_kernel[(triton.cdiv(number, 1024),)](values, factor, sample, number, step, factors, width, BLOCK=1024)
-    sample = sample.sort().values
     # The rank of the threshold in a random sample of n has a standard deviation of at most sqrt(n) / 2: four of them.
     middle, margin = count * number // width, 2 * isqrt(number) + 2
-    bracket = sample[max(middle - margin, 0)], sample[min(middle + margin, number - 1)]
-    low, high = torch.stack(bracket).tolist()  # one wait for the GPU
-    high = max(high, low + 1)
-    shift = max((high - low).bit_length() - BITS, 0)
-
-    counts = torch.zeros(2**BITS + 1, dtype=torch.int32, device=device)
-    sizes = {"BLOCK": 8192, "num_warps": 8}
-    grid = (triton.cdiv(width, sizes["BLOCK"]),)
-    _count_kernel[grid](values, factor, counts, low, high, shift, factors, width, **sizes)
-    ends = [0, *counts.cpu().numpy().cumsum().tolist(), width]  # 0, the scores below low, and so on
-    place = bisect_left(ends, count)
-    if place == 1:
-        low, high = LEAST, low - 1
-    elif place == len(ends) - 1:
-        low, high = high, MOST
-    else:
-        low += place - 2 << shift
-        high = min(low + (1 << shift), high) - 1
-
-    below = ends[place - 1]
-    keys = torch.empty(ends[place] - below, dtype=torch.int64, device=device)
-    found = torch.zeros(1, dtype=torch.int32, device=device)
-    _split_kernel[grid](values, factor, kept, keys, found, low, high, factors, width, **sizes)
-    going = keys.sort().values[: count - below] & 0xFFFFFFFF
-    kept.index_fill_(0, going, False)
+    bracket = sample.sort().values, max(middle - margin, 0), min(middle + margin, number - 1)
+    counts, found = sample.new_zeros(BINS), sample.new_empty(5)
+    sizes, grid = {"BLOCK": 8192, "num_warps": 8}, (triton.cdiv(width, 8192),)
+    _count_kernel[grid](values, factor, counts, *bracket, factors, width, BINS=BINS, **sizes)
+    _bin_kernel[(1,)](counts, *bracket, found, count, width, BINS=BINS)
+    _, _, below, several, _ = found.tolist()  # the only wait for the GPU
+    keys = sample.new_empty(several, dtype=torch.int64)
+    _split_kernel[grid](values, factor, kept, keys, found, factors, width, **sizes)
+    kept.index_fill_(0, keys.sort().values[: count - below] & 0xFFFFFFFF, False)
 
 
 @jit
@@ -206,13 +208,13 @@ def n_of_m(values: Tensor, factor: Tensor | None, n: int, m: int) -> Tensor:
     ...     assert n_of_m(values, None, 2, 4).tolist() == [[True, False, True, False]]
     """
     values = values.contiguous()
-    kept = torch.empty(values.shape, dtype=torch.bool, device=values.device)
+    kept = torch.empty_like(values, dtype=torch.bool)
     rows, inputs = values.shape
     factors = inputs if factor is None else len(factor)
     padded = triton.next_power_of_2(m)
-    groups = max(min(triton.next_power_of_2(inputs // m), 2048 // padded), 1)
+    groups = max(min(triton.next_power_of_2(inputs // m), 2048 // padded), 1)  # of a program
     sizes = {"M": m, "PADDED": padded, "GROUPS": groups, "num_warps": max(groups * padded // 1024, 1)}
+    grid = (rows, triton.cdiv(inputs // m, groups))
     with torch.cuda.device_of(values):
-        grid = (rows, triton.cdiv(inputs // m, groups))
         _groups_kernel[grid](values, factor, kept, m - n, factors, inputs, **sizes)
     return kept

@@ -13,21 +13,12 @@ from sparsefit.pruning.ranks import add_up, from_all
 KINDS = ("squared_norm", "abs_sum", "abs_max", "gram")
 """What can be accumulated: for each input feature its squared l2 norm, l1 norm and largest absolute value, all (in,),
 and the Gram matrix X^T X, (in, in)."""
-
 DERIVED = {"inverse_diagonal": "gram"}
 """What is computed at the end, and from what."""
 
 
 class InputStatistics:
-    """Statistics of the inputs of a layer over all calibration tokens, accumulated in float32.
-
-    Args:
-        features: Width of the inputs.
-        device: Where they are accumulated.
-        kinds: Which of `KINDS`; the squared norm is always among them.
-
-    Attributes:
-        tokens: How many tokens (rows of the input matrix) were seen.
+    """Those of `KINDS`, the squared norm always among them, over the tokens that a layer's inputs had; in float32.
 
     >>> statistics = InputStatistics(2, torch.device("cpu"))
     >>> statistics.add(torch.tensor([[3.0, 1.0], [4.0, 1.0]]))
@@ -41,13 +32,12 @@ class InputStatistics:
         self.tokens = 0
 
     def __getitem__(self, kind: str) -> Tensor:
-        """A statistic by its name in `KINDS`, float32."""
         return self._sums[kind]
 
     def add(self, inputs: Tensor) -> None:
         """Add (tokens, in) further inputs of any floating dtype."""
         device = self._sums["squared_norm"].device
-        self._sums["squared_norm"] += squared_norms(inputs).to(device)
+        self._sums["squared_norm"] += _squared_norms(inputs).to(device)
         if "abs_sum" in self._sums:
             self._sums["abs_sum"] += torch.linalg.vector_norm(inputs, 1, dim=0, dtype=torch.float32).to(device)
         if "abs_max" in self._sums and len(inputs):
@@ -68,9 +58,9 @@ class InputStatistics:
     def columns(self, order: Tensor) -> InputStatistics:
         """The statistics of the same inputs in another order of the features."""
         other = copy.copy(self)
-        other._sums = {
-            kind: values[order][:, order] if kind == "gram" else values[order] for kind, values in self._sums.items()
-        }
+        other._sums = {kind: values[order] for kind, values in self._sums.items()}
+        if "gram" in other._sums:
+            other._sums["gram"] = other._sums["gram"][:, order]
         return other
 
     def reduce_over_ranks(self) -> None:
@@ -81,7 +71,7 @@ class InputStatistics:
 
 
 def added_up(several: Iterable[InputStatistics]) -> InputStatistics:
-    """The statistics of all the inputs that several of the same kinds have seen.
+    """The statistics of what several of the same kinds have seen.
 
     >>> one = InputStatistics(2, torch.device("cpu"))
     >>> one.add(torch.tensor([[3.0, 1.0]]))
@@ -98,15 +88,11 @@ def added_up(several: Iterable[InputStatistics]) -> InputStatistics:
     return total
 
 
-def squared_norms(inputs: Tensor) -> Tensor:
-    """Sum over tokens of the squares of (tokens, in) inputs, in float32: (in,).
-
-    >>> squared_norms(torch.tensor([[3.0, 1.0], [4.0, 1.0]]))
-    tensor([25.,  2.])
-    """
+def _squared_norms(inputs: Tensor) -> Tensor:
+    """Sum over tokens of the squares of (tokens, in) inputs, in float32: (in,)."""
     if inputs.device.type != "cpu":  # one kernel, and no copy in float32
         return torch.linalg.vector_norm(inputs, 2, dim=0, dtype=torch.float32).square_()
-    total = torch.zeros(inputs.shape[1])
+    total = torch.zeros(inputs.shape[1], dtype=torch.float32)
     rows = max(1, 2**18 // inputs.shape[1])  # the squares of so many inputs stay in the cache
     for some in inputs.split(rows):
         total += some.float().square().sum(dim=0)
@@ -114,11 +100,8 @@ def squared_norms(inputs: Tensor) -> Tensor:
 
 
 def _add_gram(gram: Tensor, inputs: Tensor) -> None:
-    """Add X^T X of (tokens, in) inputs to a float32 (in, in) matrix.
-
-    On a GPU half-precision inputs are multiplied as they are: their products are exact in float32, in which they are
-    summed, at the speed of half precision and without a copy in float32.
-    """
+    """Add X^T X of (tokens, in) inputs to a float32 (in, in) matrix."""
+    # A GPU multiplies halves as they are: their products are exact in float32, in which they are summed.
     if inputs.device.type == "cuda" and inputs.dtype in (torch.float16, torch.bfloat16):
         torch.addmm(gram, inputs.t(), inputs, out_dtype=torch.float32, out=gram)
     else:

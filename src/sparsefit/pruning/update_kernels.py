@@ -56,28 +56,20 @@ def _sweep_kernel(
 
 
 def sweep_block(weights: Tensor, kept: Tensor, upper: Tensor, pattern: tuple[int, int] | None) -> Tensor:
-    """Prune some columns one after the other; those behind, among these, make up for each. In place.
-
-    Args:
-        weights: (columns, out) float32; those that are pruned become exactly zero.
-        kept: (columns, out) bool, the mask; with a pattern it is filled in.
-        upper: (columns, columns) float32, of `reconstruction.Factor`; its rows are contiguous.
-        pattern: (N, M): of every M <= 64 columns the N with the largest SparseGPT score stay, chosen as they come.
-
-    Returns:
-        (columns, out) float32: what each pruned weight asks of the columns behind, a multiple of a row of `upper`.
+    """As `reconstruction._sweep_block`: prune (columns, out) weights by their mask, in place, column by column. With a
+    pattern (N, M), M <= 64, the mask is filled in: the N with the largest SparseGPT score stay of every M.
 
     >>> if torch.cuda.is_available():
     ...     one = torch.ones(1, 1, device="cuda")
     ...     assert sweep_block(one, one > 1, 2 * one, None).tolist() == [[0.5]]
     """
     work, mask = weights.t().contiguous(), kept.t().contiguous()
-    rows, width = work.shape
     errors = torch.empty_like(work)
+    rows, width = work.shape
     n, m = pattern or (0, 0)
     sizes = {"GROUP": m, "BLOCK": max(triton.next_power_of_2(width), 16), "ROWS": 16, "num_warps": 8}
+    grid = (triton.cdiv(rows, 16),)
     with torch.cuda.device_of(work):
-        grid = (triton.cdiv(rows, 16),)
         _sweep_kernel[grid](work, mask, errors, upper, rows, upper.stride(0), width, m - n, **sizes)
     weights.copy_(work.t())
     kept.copy_(mask.t())
@@ -126,15 +118,8 @@ def _pair_kernel(
 def best_pair(
     gain: Tensor, loss: Tensor, weight: Tensor, gram: Tensor, reach: Tensor, grid: int
 ) -> tuple[Tensor, Tensor]:
-    """The pruned and the kept weight of each row whose swap changes the error most favourably: the arguments of
-    `refinement._best_pair`.
-
-    A program has a row to itself and tries one pruned weight at a time with all partners, in the order of their
-    bounds, until no bound of those left is below the best change found, or below zero. What takes the time is reading
-    a row of the Gram matrix for each: the more the inputs are correlated, the more are read.
-
-    Returns:
-        (rows,) indices each; any pair where no swap lowers the error.
+    """As `refinement._best_pair`: a program has a row to itself and tries one pruned weight at a time. What takes the
+    time is reading a row of the Gram matrix for each: more of them where inputs are more correlated.
 
     >>> if torch.cuda.is_available():
     ...     gain, loss = torch.tensor([[-3.0, torch.inf], [torch.inf, 1.0]], device="cuda")[:, None]
