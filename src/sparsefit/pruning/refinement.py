@@ -82,9 +82,10 @@ def _start(places: Tensor, weight: Tensor, kept: Tensor, gram: Tensor) -> _Rows:
 
 def _changes(rows: _Rows) -> _Changes:
     """What the parts of a swap do to the error: the gain of bringing a weight back and the loss of pruning one, both
-    infinite where a weight cannot play the part; and the weights. (rows, in) float32 each."""
+    infinite where a weight cannot play the part (a pruned one that is zero anyway has nothing to bring back); and the
+    weights. (rows, in) float32 each."""
     slope = 2 * rows.weight * rows.gradient
-    gain = (rows.alone - slope).masked_fill_(rows.kept, torch.inf)
+    gain = (rows.alone - slope).masked_fill_(rows.kept | (rows.weight == 0), torch.inf)
     loss = (rows.alone + slope).masked_fill_(~rows.kept, torch.inf)
     return gain.float(), loss.float(), rows.weight.float()
 

@@ -214,7 +214,8 @@ def select_variant(scores: Tensor, sparsity: Fraction) -> Tensor:
 
     A row's threshold is its largest score whose cumulative sum, in ascending order, is at most alpha times the sum
     of the row; scores up to it go. One alpha for the matrix is bisected in [0, 1] until its sparsity is within
-    0.001 of the target, or, where ties or a small matrix leave nothing so near, as near as bisection comes.
+    0.001 of the target (within one weight, in a small matrix). Where ties leave nothing so near, exactly as many go as
+    are asked for: those whose cumulative sum is the smallest share of their row's, and of these those of lowest index.
 
     >>> select_variant(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), Fraction(1, 2))
     tensor([[False, False,  True,  True]])
@@ -236,4 +237,9 @@ def select_variant(scores: Tensor, sparsity: Fraction) -> Tensor:
         if nearest <= 0.001:
             break
         low, high = (alpha, high) if reached < sparsity else (low, alpha)
-    return scores > threshold
+    kept = scores > threshold
+    if nearest <= max(0.001, 1 / scores.numel()) and bool(kept.any()):
+        return kept
+    shares = (sums / sums[:, -1:]).nan_to_num_(nan=0)  # 0 / 0 is a row of zeros
+    shares = torch.empty_like(shares).scatter_(1, scores.argsort(dim=1, stable=True), shares)
+    return mask_of_smallest(shares.view(1, -1), floor(scores.numel() * sparsity)).view(scores.shape)
