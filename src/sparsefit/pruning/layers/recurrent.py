@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsefit.pruning.layers.base import Handler, PrunableWeight, See, is_dense, prefixed
+from sparsefit.pruning.layers.base import Handler, PrunableWeight, See, is_dense
 
 _NAMES = ("input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first")
 _NAMES_PACKED = ("data", "batch_sizes", *_NAMES[1:-1])
@@ -27,28 +27,19 @@ _NAMES_CELL = ("input", "hx", "w_ih", "w_hh")
 _SEEN = re.compile(r"weight_(ih|hh)(_l\d+(_reverse)?)?")
 
 
-def matrices(module: nn.Module, name: str = "") -> list[PrunableWeight]:
+def matrices(module: nn.Module) -> list[PrunableWeight]:
     """The weights of one nn.LSTM, nn.GRU, nn.RNN or one of their cells.
 
-    >>> [weight.name for weight in matrices(nn.GRU(3, 4), "encoder")]
-    ['encoder.weight_ih_l0', 'encoder.weight_hh_l0']
+    >>> [weight.name for weight in matrices(nn.GRU(3, 4))]
+    ['weight_ih_l0', 'weight_hh_l0']
     """
     if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         return []
     return [
-        PrunableWeight(prefixed(name, own), parameter, (module,))
-        for own, parameter in module.named_parameters(recurse=False)
-        if _SEEN.fullmatch(own) and is_dense(parameter)
+        PrunableWeight(name, parameter, (module,))
+        for name, parameter in module.named_parameters(recurse=False)
+        if _SEEN.fullmatch(name) and is_dense(parameter)
     ]
-
-
-def reason_left_dense(module: nn.Module) -> str | None:
-    """Why a recurrent layer has weights that `matrices` does not name, if it has.
-
-    >>> reason_left_dense(nn.LSTM(3, 4, proj_size=2))
-    'projection of an LSTM'
-    """
-    return "projection of an LSTM" if isinstance(module, nn.LSTM) and module.proj_size else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,24 +47,15 @@ class _Call:
     """One call of torch.lstm or its like, and its layers one by one. Directions are 0, forwards, and 1, backwards.
 
     What is computed here is computed when it is asked for: a weight that was seen before may have been pruned by then.
-
-    Attributes:
-        function: What was called.
-        batch_sizes: Of packed inputs: how many sequences have each step, on the CPU; else None.
-        states: The first states, (layers * directions, batch, hidden) each: h, and c of an LSTM.
-        weights: Those of each layer and direction: weight_ih, weight_hh and so on.
-        has_biases: Whether biases are among them.
-        directions: 1 or 2.
-        inputs: Of each layer, as far as known: (steps, batch, in), or packed the steps of all sequences, (all, in).
     """
 
     function: Callable[..., Any]
-    batch_sizes: Tensor | None
-    states: tuple[Tensor, ...]
-    weights: list[list[Tensor]]
+    batch_sizes: Tensor | None  # of packed inputs, on the CPU: how many sequences have each step
+    states: tuple[Tensor, ...]  # the first ones, (layers * directions, batch, hidden) each: h, and c of an LSTM
+    weights: list[list[Tensor]]  # of each layer and direction: weight_ih, weight_hh, and the others
     has_biases: bool
     directions: int
-    inputs: list[Tensor]
+    inputs: list[Tensor]  # of each layer, as far as known: (steps, batch, in), or packed (steps of all sequences, in)
 
     @torch.no_grad()
     def tokens(self, layer: int) -> Iterator[Tensor]:
@@ -105,11 +87,10 @@ class _Call:
         place = layer * self.directions + direction
         states = tuple(state[place : place + 1].contiguous() for state in self.states)
         steps = self._turned(self._inputs_of(layer), direction)
-        sequences = (steps,) if self.batch_sizes is None else (steps, self.batch_sizes)
+        sizes, batch_first = ((), (False,)) if self.batch_sizes is None else ((self.batch_sizes,), ())
         settings = (self.has_biases, 1, 0.0, False, False)  # one layer, no dropout, no training, one direction
-        batch_first = (False,) if self.batch_sizes is None else ()
         hx = states if len(states) > 1 else states[0]
-        return self.function(*sequences, hx, self.weights[place], *settings, *batch_first)[0]
+        return self.function(steps, *sizes, hx, self.weights[place], *settings, *batch_first)[0]
 
     def _turned(self, steps: Tensor, direction: int) -> Tensor:
         """Each sequence from its end to its start, or back again, for direction 1."""
@@ -124,13 +105,12 @@ class _Call:
 
 
 def _turned_places(batch_sizes: Tensor) -> Tensor:
-    """Where the steps of packed sequences stand once each sequence is turned round: (all steps,) numbers of rows.
+    """Where the steps of packed sequences stand once each sequence is turned round: (steps of all,) numbers of rows.
 
     >>> _turned_places(torch.tensor([2, 1, 1])).tolist()  # two sequences have a first step, one goes on
     [3, 1, 2, 0]
     """
-    sequences = torch.arange(int(batch_sizes[0]))
-    real = sequences < batch_sizes[:, None]  # (steps, sequences)
+    real = torch.arange(int(batch_sizes[0])) < batch_sizes[:, None]  # (steps, sequences)
     lengths, starts = real.sum(dim=0), batch_sizes.cumsum(0) - batch_sizes
     step, sequence = real.nonzero(as_tuple=True)  # in the order of the rows
     return starts[lengths[sequence] - 1 - step] + sequence
@@ -156,12 +136,10 @@ def _recur(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[
     this = object()  # the same inputs give other states with other weights or first states
     for layer in range(given["num_layers"]):
         own = call.weights[layer * directions : (layer + 1) * directions]
+        key = (this, layer) if layer else "by sequence" if by_step else None
+        tokens = partial(call.tokens, layer) if key else None
         for weight_ih, *_ in own:
-            if layer or by_step:
-                key = (this, layer) if layer else "by sequence"
-                see(weight_ih, inputs, tokens=partial(call.tokens, layer), key=key)
-            else:
-                see(weight_ih, inputs)
+            see(weight_ih, inputs, tokens=tokens, key=key)
         for direction, (_, weight_hh, *_) in enumerate(own):
             tokens = partial(call.hidden_tokens, layer, direction)
             see(weight_hh, inputs, tokens=tokens, key=(this, layer, direction))
