@@ -175,13 +175,14 @@ def test_functional_calls(call):
     assert_product(layer, mode, output if output.ndim == 4 else output[None])
 
 
-def test_patches_like_unfold_in_bounded_pieces():
+def test_patches_like_unfold_in_bounded_pieces(monkeypatch):
     inputs = torch.randn(5, 3, 12, 10)
     expected = F.unfold(inputs, (3, 3), padding=1, stride=(1, 2), dilation=(2, 1)).mT.flatten(0, 1)
-    geometry = convolution.geometry_of((3, 3), (1, 2), 1, (2, 1))
+    layer = nn.Conv2d(3, 4, 3, padding=1, stride=(1, 2), dilation=(2, 1))
     row, sample = 5 * 27, 10 * 5 * 27
     for limit, pieces in [(10**9, 1), (2 * sample, 3), (2 * sample - 1, 5), (3 * row, 20), (row, 50), (1, 50)]:
-        found = list(convolution.patches(inputs, geometry, limit))
+        monkeypatch.setattr(convolution, "PIECE", limit)
+        ((*_, found),) = watched(layer, inputs)[1].seen
         assert len(found) == pieces
         assert all(piece.numel() <= max(limit, row) for piece in found)
         assert torch.equal(torch.cat(found), expected)

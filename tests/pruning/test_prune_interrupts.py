@@ -20,8 +20,8 @@ from states import same, sequences, state, weights
 from torch import nn
 
 from sparsefit import PruningConfig, collect_statistics, prune, prune_from_statistics
-from sparsefit.pruning.layers import quantized
 from sparsefit.pruning.layers.base import PrunableWeight
+from sparsefit.pruning.layers.quantized import QuantizedWeight
 from sparsefit.pruning.undo import Removed, Undo
 
 TARGETS = ("q_proj", "o_proj", "down_proj")
@@ -372,8 +372,8 @@ def test_quantized_layers_are_put_back_code_by_code(monkeypatch, reconstruction,
             raise KeyboardInterrupt
         put_back()
 
-    snapshot = quantized.snapshot
-    monkeypatch.setattr(quantized, "snapshot", lambda layer: partial(pressed, snapshot(layer)))
+    snapshot = QuantizedWeight.snapshot
+    monkeypatch.setattr(QuantizedWeight, "snapshot", lambda weight: partial(pressed, snapshot(weight)))
     with pytest.raises((OwnError, KeyboardInterrupt)):
         prune(model, data, PruningConfig(reconstruction=reconstruction), progress=at_the_end)
     assert [quantized_layers.held_bits(layer) for layer in model] == before

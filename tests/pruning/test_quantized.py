@@ -20,7 +20,6 @@ from sparsefit.pruning.layers.quantized import (
     matrices,
     matrix_shape,
     plain_layout,
-    snapshot,
     stored_matrix,
     write_quantized,
     zero_outside,
@@ -132,7 +131,7 @@ def test_snapshot_and_restore_to_the_bit(kind: str) -> None:
     with torch.no_grad(), plain_layout(layer):
         before, output = held_bits(layer), layer(inputs)
         for _ in range(2):
-            put_back = snapshot(layer)
+            put_back = matrices(layer)[0].snapshot()
             zero_outside(layer, random_mask((64, 128)))
             layer(inputs)
             write_quantized(layer, -dequantized(layer))
@@ -145,7 +144,7 @@ def test_snapshot_and_restore_to_the_bit(kind: str) -> None:
 
 def test_a_snapshot_does_not_follow_writes_in_place() -> None:
     layer = make_layer("int8")
-    before, put_back = held_bits(layer), snapshot(layer)
+    before, put_back = held_bits(layer), matrices(layer)[0].snapshot()
     layer.load_state_dict(make_layer("int8", seed=3).state_dict())
     assert held_bits(layer) != before
     put_back()
@@ -235,7 +234,7 @@ def test_shapes_that_do_not_fit_are_refused(kind: str) -> None:
 def test_all_but_quantizing_works_without_bitsandbytes(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = make_layer(kind)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    put_back, dense = snapshot(layer), dequantized(layer)
+    put_back, dense = matrices(layer)[0].snapshot(), dequantized(layer)
     zero_outside(layer, random_mask((64, 128)))
     put_back()
     assert torch.equal(dequantized(layer), dense)

@@ -16,9 +16,9 @@ from torch import nn
 from sparsefit.pruning.layers.quantized import (
     dequantized,
     is_quantized,
+    matrices,
     matrix_shape,
     plain_layout,
-    snapshot,
     stored_matrix,
     write_quantized,
     zero_outside,
@@ -48,7 +48,7 @@ def test_weights_in_the_cpu_layout(kind: str, storage: torch.dtype, cpu_layout_l
     layer = cpu_layout_layer(kind, quant_storage=storage)
     dense, mask, inputs = dequantized(layer), random_mask((64, 128)), torch.randn(2, 128)
     torch.testing.assert_close(dense, stored, rtol=2**-8, atol=0)  # its scales are rounded to bfloat16
-    bits, put_back = held_bits(layer), snapshot(layer)
+    bits, put_back = held_bits(layer), matrices(layer)[0].snapshot()
     zero_outside(layer, mask)
     assert torch.equal(dequantized(layer), dense.masked_fill(~mask, 0))
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_a_transformers_model_saved_and_loaded(name: str, model_folder: Path, tm
     assert len(layers) == 2 * 7  # every linear layer of the blocks; the head stays in floats
     with torch.no_grad(), plain_layout(model):
         dense = model(tokens).logits
-        put_back = {path: snapshot(layer) for path, layer in layers.items()}
+        put_back = {path: matrices(layer)[0].snapshot() for path, layer in layers.items()}
         for layer in layers.values():
             zero_outside(layer, random_mask(matrix_shape(layer)))
         pruned = model(tokens).logits

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsefit.errors import MaskError
-from sparsefit.pruning.layers.base import as_matrix, stored_view, zero_outside_mask
-from sparsefit.pruning.layers.quantized import dequantized, is_quantized, matrix_shape, stored_matrix, zero_outside
+from sparsefit.pruning.layers.base import PrunableWeight
+from sparsefit.pruning.layers.quantized import QuantizedWeight, is_quantized, stored_matrix
 from sparsefit.pruning.naming import canonical_name
 
 _FORMAT = "sparsefit-masks-1"
@@ -127,8 +127,7 @@ class MaskSet(Mapping[str, Tensor]):
         stored = torch.ones(like.shape, dtype=torch.bool, device=like.device)
         for name in self.parameters[parameter]:
             packed = self._packed[name]
-            view = stored_view(stored, packed.transposed, split_name(name)[1])
-            view.copy_(packed.mask(like.device).view(view.shape))
+            _weight(name, stored, packed.transposed).set_values(packed.mask(like.device))
         return stored
 
     def counts(self) -> dict[str, tuple[int, int]]:
@@ -164,13 +163,8 @@ class MaskSet(Mapping[str, Tensor]):
             MaskError: before anything is changed, if a mask has no parameter in the model, or one of another shape.
         """
         with torch.no_grad():
-            for name, held in self._found_in(model).items():
-                packed = self._packed[name]
-                if isinstance(held, nn.Module):
-                    zero_outside(held, packed.mask())
-                else:
-                    view = stored_view(held, packed.transposed, split_name(name)[1])
-                    zero_outside_mask(view, packed.mask(view.device))
+            for name, weight in self._found_in(model).items():
+                weight.apply_mask(self.mask(name, weight.device))
 
     def verify(self, tensors: Tensors) -> None:
         """Check that every pruned weight of a model, or of tensors by name (a state dict, a file), is exactly zero.
@@ -196,28 +190,26 @@ class MaskSet(Mapping[str, Tensor]):
         Raises:
             MaskError: if one is missing (with the nearest names) or has another shape.
         """
-        for name, held in self._found_in(tensors).items():
-            values = dequantized(held) if isinstance(held, nn.Module) else held
-            yield name, as_matrix(values, self._packed[name].transposed, split_name(name)[1])
+        for name, weight in self._found_in(tensors).items():
+            yield name, weight.matrix()
 
-    def _found_in(self, tensors: Tensors) -> dict[str, Tensor | nn.Module]:
-        """What holds the matrix of each mask: the parameter or, where that is packed in 4 or 8 bits, its layer."""
-        named, available = _held_in(tensors, self.parameters)
+    def _found_in(self, tensors: Tensors) -> dict[str, PrunableWeight]:
+        names, held = _held_in(tensors, self.parameters)
         found = {}
         for name, packed in self._packed.items():
-            parameter, index = split_name(name)
-            if parameter not in available:
-                nearest = ", ".join(difflib.get_close_matches(parameter, named, n=2, cutoff=0))
+            parameter, _ = split_name(name)
+            if parameter not in held:
+                nearest = ", ".join(difflib.get_close_matches(parameter, names, n=2, cutoff=0))
                 raise MaskError(
                     f"the masks do not fit the model: it has no parameter {parameter}; the nearest are {nearest}"
                 )
-            held = found[name] = available[parameter]
-            shape = matrix_shape(held) if isinstance(held, nn.Module) else tuple(held.shape)
-            if _shape_as_matrix(shape, packed.transposed, index) != packed.shape:
-                raise MaskError(
-                    f"the masks do not fit the model: {parameter} is {shape}, its mask "
-                    f"{'' if index is None else f'{index} '}{packed.shape}{' stored transposed' * packed.transposed}"
-                )
+            weight = found[name] = _weight(name, held[parameter], packed.transposed)
+            try:
+                shape = weight.shape
+            except (IndexError, RuntimeError):  # no stack, or none of so many; no matrix to transpose
+                shape = tuple(weight.parameter.shape)
+            if shape != packed.shape:
+                raise MaskError(f"the masks do not fit the model: {name} is {shape}, its mask {packed.shape}")
         return found
 
     def state_dict(self) -> dict[str, Any]:
@@ -277,20 +269,18 @@ class MaskSet(Mapping[str, Tensor]):
 
 
 def _held_in(tensors: Tensors, wanted: Container[str]) -> tuple[list[str], dict[str, Tensor | nn.Module]]:
-    """All names of parameters in the bare model, and what holds each wanted one."""
+    """The names of all parameters in the bare model, and each wanted one; or its layer if that holds it quantized."""
     layers = {}
     if isinstance(tensors, nn.Module):
         modules = tensors.named_modules(remove_duplicate=False)
         layers = {canonical_name(f"{name}.weight".lstrip(".")): m for name, m in modules if is_quantized(m)}
         tensors = dict(tensors.named_parameters(remove_duplicate=False))
     bare = {canonical_name(name): tensor for name, tensor in tensors.items()}
-    held = {name: stored_matrix(bare, name).detach() for name in bare if name in wanted and name not in layers}
-    return list(bare), held | layers
+    plain = {name: stored_matrix(bare, name) for name in bare if name in wanted and name not in layers}
+    return list(bare), plain | layers
 
 
-def _shape_as_matrix(shape: tuple[int, ...], transposed: bool, index: int | None) -> tuple[int, ...] | None:
-    """The shape of the matrix in a parameter of a shape; None if there is none."""
-    try:
-        return tuple(as_matrix(torch.empty(shape, device="meta"), transposed, index).shape)
-    except (IndexError, RuntimeError):  # no stack, or none of so many; no matrix to transpose
-        return None
+def _weight(name: str, held: Tensor | nn.Module, transposed: bool = False) -> PrunableWeight:
+    if isinstance(held, nn.Module):
+        return QuantizedWeight(name, held.weight, (held,))
+    return PrunableWeight(name, held, (), transposed, split_name(name)[1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sparsefit.pruning.layers import PRODUCTS
-from sparsefit.pruning.layers.base import PrunableWeight, as_matrix
+from sparsefit.pruning.layers.base import PrunableWeight, Tokens, as_matrix
 
 Rows = tuple[int, int] | None
 
@@ -25,7 +25,7 @@ class Seen(NamedTuple):
         rows: Which of its rows, (start, stop); None is all. Those for query, key and value of attention can differ.
         inputs: The tensor as the product was given it.
         version: Grows when that tensor is changed in place.
-        tokens: Gives the rows that the matrix multiplies, (tokens, in), in one or several pieces.
+        tokens: What the matrix multiplies.
         key: Tells apart what is taken from one tensor in different ways.
     """
 
@@ -33,7 +33,7 @@ class Seen(NamedTuple):
     rows: Rows
     inputs: Tensor
     version: int
-    tokens: Callable[[], Iterator[Tensor]]
+    tokens: Tokens
     key: Hashable = None
 
     def same_input(self, other: Seen) -> bool:
@@ -52,26 +52,14 @@ class _Watch(TorchFunctionMode):
             self._by_storage.setdefault(_storage(weight.parameter), []).append(weight)
         self._by_storage.pop(0, None)
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         handler = PRODUCTS.get(func)
         return handler(func, args, kwargs or {}, self) if handler else func(*args, **(kwargs or {}))
 
     def holds(self, tensor: Tensor) -> bool:
         return _storage(tensor) in self._by_storage
 
-    def __call__(
-        self,
-        weight: Tensor,
-        inputs: Tensor,
-        tokens: Callable[[], Iterator[Tensor]] | None = None,
-        key: Hashable = None,
-    ) -> None:
+    def __call__(self, weight: Tensor, inputs: Tensor, tokens: Tokens | None = None, key: Hashable = None) -> None:
         for watched in self._by_storage.get(_storage(weight), ()):
             rows = _rows_in(weight, watched.view)
             if rows and inputs.numel():

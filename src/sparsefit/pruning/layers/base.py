@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+Tokens = Callable[[], Iterator[Tensor]]  # gives the rows that a matrix multiplies, (tokens, in), in one or more pieces
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # as wide as a number of so many bytes
 CHUNK = 2**18  # elements that are worked on at once on a CPU: they stay in its cache, and so do temporaries
 
@@ -29,14 +30,13 @@ class PrunableWeight:
     """One weight matrix and the layers that use it.
 
     Attributes:
-        name: Of the parameter, in the module or in the whole bare model. One matrix of a stack of experts carries its
-            number: "model.layers.0.mlp.experts.down_proj[3]".
+        name: Of the parameter, in the module or in the bare model. One matrix of a stack of experts carries its number:
+            "model.layers.0.mlp.experts.down_proj[3]".
         parameter: The parameter itself.
         layers: Every layer that holds this parameter (more than one where it is shared).
         transposed: Whether the parameter is stored (in, out), as GPT-2's Conv1D does.
-        index: Which matrix of the parameter, where that is a stack (experts, out, in); else None.
-        called: Whether its layers are called with what the matrix multiplies, so that a call tells as much as the
-            product where that cannot be seen.
+        index: Which matrix of the parameter, where that is a stack (experts, out, in).
+        called: Whether its layers are called with what the matrix multiplies, as far as that is not seen at a product.
     """
 
     name: str
@@ -49,7 +49,7 @@ class PrunableWeight:
     @property
     def view(self) -> Tensor:
         """The weights where they are stored, (out, in) or, of a convolution, (out, in, positions...)."""
-        return stored_view(self.parameter.detach(), self.transposed, self.index)
+        return _stored_view(self.parameter.detach(), self.transposed, self.index)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -92,20 +92,13 @@ class See(Protocol):
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor is a watched parameter or a view of one."""
 
-    def __call__(
-        self,
-        weight: Tensor,
-        inputs: Tensor,
-        tokens: Callable[[], Iterator[Tensor]] | None = None,
-        key: Hashable = None,
-    ) -> None:
+    def __call__(self, weight: Tensor, inputs: Tensor, tokens: Tokens | None = None, key: Hashable = None) -> None:
         """Take it in.
 
         Args:
             weight: The parameter, or a view of it or of some of its rows; other tensors are ignored.
             inputs: What is multiplied. Weights that are given the same tensor (the object) share their statistics.
-            tokens: Gives the rows that the matrix multiplies, (tokens, in) each, in as many pieces as memory asks
-                for; by default `inputs`, (..., in), flattened.
+            tokens: What the matrix multiplies, if that is not `inputs`, (..., in), flattened.
             key: Tells apart what is taken from one tensor in different ways (the strides of a convolution).
         """
 
@@ -113,23 +106,19 @@ class See(Protocol):
 Handler = Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any], See], Any]
 
 
-def stored_view(tensor: Tensor, transposed: bool = False, index: int | None = None) -> Tensor:
-    """A matrix where it is stored, as (out, in) or (out, in, positions...): by itself, (in, out), or in a stack.
-
-    >>> stored_view(torch.zeros(4, 3, 5), transposed=True, index=2).shape
-    torch.Size([5, 3])
-    """
+def _stored_view(tensor: Tensor, transposed: bool, index: int | None) -> Tensor:
     view = tensor if index is None else tensor[index]
     return view.t() if transposed else view
 
 
 def as_matrix(tensor: Tensor, transposed: bool = False, index: int | None = None) -> Tensor:
-    """The same as (out, in): of a convolution (out, in * positions). A view wherever there can be one.
+    """What is stored as (in, out), in a stack, or as a convolution's kernels, as an (out, in) or (out, in * positions)
+    matrix; a view wherever there can be one.
 
-    >>> as_matrix(torch.zeros(8, 3, 2, 2)).shape
-    torch.Size([8, 12])
+    >>> as_matrix(torch.zeros(8, 3, 2, 2)).shape, as_matrix(torch.zeros(4, 3, 5), transposed=True, index=2).shape
+    (torch.Size([8, 12]), torch.Size([5, 3]))
     """
-    view = stored_view(tensor, transposed, index)
+    view = _stored_view(tensor, transposed, index)
     return view.flatten(1) if view.ndim > 2 else view
 
 

@@ -59,75 +59,52 @@ def channels_side_by_side(weight: Tensor) -> Tensor | None:
     return torch.arange(channels * positions, device=weight.device).view(channels, positions).t().flatten()
 
 
-class Geometry(NamedTuple):
-    """How the kernels of a convolution go over its input, for each dimension in space.
+class _Geometry(NamedTuple):
+    """How the kernels of a convolution go over its input, for each dimension in space."""
 
-    Attributes:
-        kernel: Positions of the kernel.
-        stride: Steps from one output to the next.
-        padding: Zeros before and after the input.
-        dilation: Steps from one position of the kernel to the next.
-    """
-
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-    dilation: tuple[int, ...]
+    kernel: tuple[int, ...]  # positions
+    stride: tuple[int, ...]  # steps from one output to the next
+    padding: tuple[tuple[int, int], ...]  # zeros before and after the input
+    dilation: tuple[int, ...]  # steps from one position of the kernel to the next
 
 
-def geometry_of(
-    kernel: Sequence[int],
-    stride: int | Sequence[int],
-    padding: int | Sequence[int] | str,
-    dilation: int | Sequence[int],
-) -> Geometry:
-    """The geometry that the arguments of F.conv1d, F.conv2d and F.conv3d say.
-
-    >>> geometry_of((4,), stride=1, padding="same", dilation=1).padding
-    ((1, 2),)
-    """
+def _geometry_of(call: Mapping[str, Any]) -> _Geometry:
+    """The geometry that the arguments of F.conv1d, F.conv2d and F.conv3d say."""
+    kernel = tuple(call["weight"].shape[2:])
 
     def for_each(value: int | Sequence[int]) -> tuple[int, ...]:
         values = (value,) if isinstance(value, int) else tuple(value)
         return values * len(kernel) if len(values) == 1 else values
 
-    dilations = for_each(dilation)
+    dilation, padding = for_each(call["dilation"]), call["padding"]
     if padding == "same":  # an odd zero goes to the end
-        totals = [d * (k - 1) for k, d in zip(kernel, dilations, strict=True)]
+        totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
         pairs = tuple((total // 2, total - total // 2) for total in totals)
     else:
         pairs = tuple((zeros, zeros) for zeros in for_each(0 if padding == "valid" else padding))
-    return Geometry(tuple(kernel), for_each(stride), pairs, dilations)
+    return _Geometry(kernel, for_each(call["stride"]), pairs, dilation)
 
 
-def patches(inputs: Tensor, geometry: Geometry, limit: int = PIECE) -> Iterator[Tensor]:
+def _patches(inputs: Tensor, geometry: _Geometry) -> Iterator[Tensor]:
     """What a convolution's matrix multiplies, padding included: one row for each output, in the outputs' order.
 
     The patches of a sample are many times as large as the sample, so they are made some at a time: in pieces
-    (outputs, channels * positions) of whole samples or, of one that is larger than the limit, of rows of outputs.
-
-    Args:
-        inputs: (samples, channels, sizes...) or (channels, sizes...).
-        geometry: How the kernels go over it.
-        limit: How many elements a piece should have at most; it has one row of outputs at least.
-
-    >>> [piece.tolist() for piece in patches(torch.tensor([[1.0, 2.0, 3.0]]), geometry_of((2,), 1, 0, 1))]
-    [[[1.0, 2.0], [2.0, 3.0]]]
+    (outputs, channels * positions) of whole samples or, of one that is larger than PIECE, of some rows of outputs.
     """
     dims = len(geometry.kernel)
     windows = _windows(inputs if inputs.ndim == dims + 2 else inputs[None], geometry)
     features = windows.shape[1] * math.prod(geometry.kernel)
     rows, *rest = windows.shape[2 : 2 + dims]
     row = max(1, math.prod(rest) * features)
-    for samples in windows.split(max(1, limit // max(1, rows * row))):
-        for some in samples.split(max(1, min(rows, limit // row)), dim=2):
+    for samples in windows.split(max(1, PIECE // max(1, rows * row))):
+        for some in samples.split(max(1, min(rows, PIECE // row)), dim=2):
             # Feature by feature: what lies side by side in the input is then copied in one go, which is several
             # times as fast as patch by patch.
             order = (1, *range(2 + dims, 2 + 2 * dims), 0, *range(2, 2 + dims))
             yield some.permute(order).reshape(features, -1).t()
 
 
-def _windows(samples: Tensor, geometry: Geometry) -> Tensor:
+def _windows(samples: Tensor, geometry: _Geometry) -> Tensor:
     """(samples, channels, outputs..., positions...): a view of the padded samples."""
     if any(map(any, geometry.padding)):
         samples = F.pad(samples, [zeros for pair in reversed(geometry.padding) for zeros in pair])
@@ -141,18 +118,18 @@ def _convolve(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappi
     call = {**_DEFAULTS, **dict(zip(_NAMES, args, strict=False)), **kwargs}
     inputs, weight, groups = call["input"], call["weight"], call["groups"]
     if see.holds(weight):
-        geometry = geometry_of(weight.shape[2:], call["stride"], call["padding"], call["dilation"])
+        geometry = _geometry_of(call)
         for group, rows in enumerate(weight.chunk(groups)):
             how = (geometry, group, groups)
             see(rows, inputs, partial(_tokens, inputs, *how), key=how)
     return function(*args, **kwargs)
 
 
-def _tokens(inputs: Tensor, geometry: Geometry, group: int, groups: int) -> Iterator[Tensor]:
+def _tokens(inputs: Tensor, geometry: _Geometry, group: int, groups: int) -> Iterator[Tensor]:
     channels = -len(geometry.kernel) - 1
     own = inputs.detach().chunk(groups, dim=channels)[group]
     if math.prod(geometry.kernel) > 1:
-        return patches(own, geometry)
+        return _patches(own, geometry)
     # One point steps over the padded image; what it multiplies in the padding is zero, counts for nothing and is left
     # out. What is left is (positions, channels).
     steps = zip(geometry.padding, geometry.stride, strict=True)

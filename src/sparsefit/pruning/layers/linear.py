@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparsefit.pruning.layers import quantized
 from sparsefit.pruning.layers.base import Handler, PrunableWeight, See, is_dense
-from sparsefit.pruning.layers.quantized import bits_of
 
 
 def matrices(module: nn.Module) -> list[PrunableWeight]:
@@ -25,24 +25,20 @@ def matrices(module: nn.Module) -> list[PrunableWeight]:
         return []
     # y = x W + b with W (in, out). Known by its name, as this needs torch alone.
     transposed = kind == "Conv1D" and hasattr(module, "nf")
-    if not transposed and (not isinstance(module, nn.Linear) or bits_of(module)):
+    if not transposed and (not isinstance(module, nn.Linear) or quantized.matrices(module)):
         return []
     return [PrunableWeight("weight", weight, (module,), transposed, called=True)]
 
 
-def _linear(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], see: See) -> Any:
-    given = dict(zip(("input", "weight"), args, strict=False)) | dict(kwargs)
-    see(given["weight"], given["input"])
-    return function(*args, **kwargs)
-
-
-def _product(*names: str) -> Handler:
+def _product(*names: str, weight_is_second: bool = False) -> Handler:
     """The handler of a matrix product whose tensors have these names; the last two of them are multiplied."""
 
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], see: See) -> Any:
         given = dict(zip(names, args, strict=False)) | dict(kwargs)
         left, right = given.get(names[-2]), given.get(names[-1])
-        if isinstance(left, Tensor) and isinstance(right, Tensor):
+        if weight_is_second:
+            see(right, left)
+        elif isinstance(left, Tensor) and isinstance(right, Tensor):
             _see_factors(left, right, see)
         return function(*args, **kwargs)
 
@@ -70,7 +66,7 @@ def _one_matrix(tensor: Tensor) -> Tensor:
 
 
 PRODUCTS: dict[Callable[..., Any], Handler] = {
-    F.linear: _linear,
+    F.linear: _product("input", "weight", weight_is_second=True),
     **dict.fromkeys((torch.matmul, torch.linalg.matmul, Tensor.matmul, Tensor.__matmul__), _product("input", "other")),
     **dict.fromkeys((torch.mm, Tensor.mm, torch.bmm, Tensor.bmm), _product("input", "mat2")),
     **dict.fromkeys((torch.mv, Tensor.mv), _product("input", "vec")),

@@ -27,7 +27,8 @@ from sparsefit.pruning.layers.base import PrunableWeight, is_dense
 
 _BITS = {"Linear4bit": 4, "Linear8bitLt": 8}
 _INT8_MAX = 127  # a row's scale (SCB) is its largest magnitude, and that is code 127
-_CPU_ROWS = 32  # rows that the CPU layout of bitsandbytes interleaves
+_CPU_LAYOUT = "support_avx512bf16_for_cpu"  # whether a Linear4bit may change to its layout for a CPU
+_CPU_ROWS = 32  # rows that this interleaves
 
 
 class QuantizedWeight(PrunableWeight):
@@ -58,8 +59,19 @@ class QuantizedWeight(PrunableWeight):
         write_quantized(self.layers[0], matrix)
 
     def snapshot(self) -> Callable[[], None]:
-        """Remember codes and scales; what is returned puts them back."""
-        return snapshot(self.layers[0])
+        """Remember codes and scales; what is returned puts them back, to the bit, however often it is called."""
+        layer, codes = self.layers[0], self.layers[0].weight.data.clone()
+        if _bits(layer) == 8:
+            scales = _row_scales(layer).clone()
+            return lambda: _put_int8(layer, codes, scales)
+        fields, cpu_layout = copy.deepcopy(vars(_state(layer))), getattr(layer, _CPU_LAYOUT, False)
+
+        def put_back() -> None:
+            _state(layer).__dict__ = dict(fields)
+            layer.weight.data = codes
+            setattr(layer, _CPU_LAYOUT, cpu_layout)
+
+        return put_back
 
 
 class CachedWeight(PrunableWeight):
@@ -69,7 +81,7 @@ class CachedWeight(PrunableWeight):
     def changed(self) -> None:
         """Make the layer forget its copy."""
         for layer in self.layers:
-            if bits_of(layer) == 8:  # another layer can share the weight
+            if _bits(layer) == 8:  # another layer can share the weight
                 layer.state.reset_grads()
 
 
@@ -81,17 +93,13 @@ def matrices(module: nn.Module) -> list[PrunableWeight]:
     """
     if is_quantized(module):
         return [QuantizedWeight("weight", module.weight, (module,), called=True)]
-    if bits_of(module) and is_dense(module.weight) and module.weight.ndim == 2:
+    if _bits(module) and is_dense(module.weight) and module.weight.ndim == 2:
         return [CachedWeight("weight", module.weight, (module,), called=True)]
     return []
 
 
-def bits_of(layer: nn.Module) -> int:
-    """4 or 8 if a layer is bitsandbytes' own, whatever it holds at the moment; else 0.
-
-    >>> bits_of(nn.Linear(3, 5))
-    0
-    """
+def _bits(layer: nn.Module) -> int:
+    """4 or 8 if a layer is bitsandbytes' own, whatever it holds at the moment; else 0."""
     # The layers of PEFT have the same names: they wrap these, and are not meant.
     own = (c.__name__ for c in type(layer).__mro__ if c.__module__.startswith("bitsandbytes"))
     return next((_BITS[name] for name in own if name in _BITS), 0)
@@ -103,7 +111,7 @@ def is_quantized(layer: nn.Module) -> bool:
     >>> is_quantized(nn.Linear(3, 5))
     False
     """
-    bits = bits_of(layer)
+    bits = _bits(layer)
     if bits == 4:
         return _state(layer) is not None
     return bits == 8 and layer.weight.dtype == torch.int8 and _row_scales(layer) is not None
@@ -116,7 +124,7 @@ def awaits_quantization(layer: nn.Module) -> bool:
     >>> awaits_quantization(nn.Linear(3, 5))
     False
     """
-    bits = bits_of(layer)
+    bits = _bits(layer)
     keeps_floats = bits == 8 and layer.state.has_fp16_weights
     return bits > 0 and not is_quantized(layer) and not keeps_floats
 
@@ -127,7 +135,7 @@ def matrix_shape(layer: nn.Module) -> tuple[int, int]:
     >>> matrix_shape(nn.Linear(3, 5))
     (5, 3)
     """
-    rows, columns = _state(layer).shape if bits_of(layer) == 4 else layer.weight.shape
+    rows, columns = _state(layer).shape if _bits(layer) == 4 else layer.weight.shape
     return int(rows), int(columns)
 
 
@@ -142,7 +150,7 @@ def dequantized(layer: nn.Module) -> Tensor:
     >>> dequantized(layer)
     tensor([[ 2.0000, -1.0079]])
     """
-    if bits_of(layer) == 4:
+    if _bits(layer) == 4:
         return _values(layer.weight.data, _state(layer))
     return _row_scales(layer).unsqueeze(1) / _INT8_MAX * layer.weight.data
 
@@ -160,7 +168,7 @@ def zero_outside(layer: nn.Module, mask: Tensor) -> None:
     """
     _check_shape(layer, mask)
     mask = mask.to(layer.weight.device)
-    if bits_of(layer) == 4:
+    if _bits(layer) == 4:
         _write_codes(layer, _with_zeros(layer.weight.data, _state(layer), mask))
     else:
         _put_int8(layer, layer.weight.data.masked_fill(~mask, 0), _row_scales(layer))
@@ -182,7 +190,7 @@ def write_quantized(layer: nn.Module, matrix: Tensor) -> None:
     from bitsandbytes import functional
 
     weight, kept = layer.weight, (matrix != 0).to(layer.weight.device)
-    if bits_of(layer) == 8:
+    if _bits(layer) == 8:
         codes, scales, _ = functional.int8_vectorwise_quant(matrix.to(weight.device, torch.float16).contiguous())
         # The scale of a row without weights is 0, and what a kernel makes of 0 / 0 is its own affair.
         _put_int8(layer, codes.masked_fill(~kept, 0), scales)
@@ -204,49 +212,25 @@ def write_quantized(layer: nn.Module, matrix: Tensor) -> None:
     _write_codes(layer, packed)
 
 
-def snapshot(layer: nn.Module) -> Callable[[], None]:
-    """Remember the codes and scales of a quantized layer; what is returned puts them back, to the bit, and may be
-    called again.
-
-    >>> layer = nn.Linear(2, 1)  # with what a Linear8bitLt holds
-    >>> layer.weight.SCB, layer.state = torch.ones(1), SimpleNamespace(reset_grads=lambda: None)
-    >>> put_back = snapshot(layer); layer.weight.data = torch.zeros(1, 2); put_back(); (layer.weight != 0).all()
-    tensor(True)
-    """
-    codes = layer.weight.data.clone()
-    if bits_of(layer) != 4:
-        scales = _row_scales(layer).clone()
-        return lambda: _put_int8(layer, codes, scales)
-    fields, cpu_layout = copy.deepcopy(vars(_state(layer))), getattr(layer, "support_avx512bf16_for_cpu", False)
-
-    def put_back() -> None:
-        _state(layer).__dict__ = dict(fields)
-        layer.weight.data = codes
-        layer.support_avx512bf16_for_cpu = cpu_layout
-
-    return put_back
-
-
 @contextmanager
 def plain_layout(model: nn.Module) -> Iterator[None]:
-    """Keep the 4-bit layers of a model in the layout in which they are stored, whatever passes through them.
+    """Keep the 4-bit layers of a model in the layout in which they are stored, from now on, unless an error comes.
 
-    On a CPU with AVX-512 BF16, a Linear4bit in evaluation mode rearranges its weights in its first forward pass.
-    That layout rounds the scales, does not exist for all shapes, and (bitsandbytes 0.50) is saved with the scales
-    in the wrong order and does not survive `model.to(device)`. So layers stay plain after this, too; only an error
-    gives them back their freedom.
+    On a CPU with AVX-512 BF16, a Linear4bit in evaluation mode rearranges its weights in its first forward pass. That
+    rounds the scales, fails for some shapes, and (bitsandbytes 0.50) is saved with the scales in the wrong order and
+    does not survive `model.to(device)`.
 
     >>> with plain_layout(nn.Linear(3, 5)) as held: print(held)
     None
     """
-    switched = [m for m in model.modules() if bits_of(m) == 4 and getattr(m, "support_avx512bf16_for_cpu", False)]
+    switched = [layer for layer in model.modules() if _bits(layer) == 4 and getattr(layer, _CPU_LAYOUT, False)]
     for layer in switched:
-        layer.support_avx512bf16_for_cpu = False
+        setattr(layer, _CPU_LAYOUT, False)
     try:
         yield
     except BaseException:
         for layer in switched:
-            layer.support_avx512bf16_for_cpu = True
+            setattr(layer, _CPU_LAYOUT, True)
         raise
 
 
@@ -292,7 +276,7 @@ def _write_codes(layer: nn.Module, packed: Tensor) -> None:
     state.absmax, state.dtype = _flat_absmax(state), _dtype(state)
     state.packing_format_for_cpu = False
     layer.weight.data = packed
-    layer.support_avx512bf16_for_cpu = False
+    setattr(layer, _CPU_LAYOUT, False)
 
 
 def _with_zeros(data: Tensor, state: Any, mask: Tensor) -> Tensor:

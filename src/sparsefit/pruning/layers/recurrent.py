@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -42,20 +41,25 @@ def matrices(module: nn.Module) -> list[PrunableWeight]:
     ]
 
 
-@dataclass(frozen=True, eq=False)
 class _Call:
     """One call of torch.lstm or its like, and its layers one by one. Directions are 0, forwards, and 1, backwards.
 
     What is computed here is computed when it is asked for: a weight that was seen before may have been pruned by then.
     """
 
-    function: Callable[..., Any]
-    batch_sizes: Tensor | None  # of packed inputs, on the CPU: how many sequences have each step
-    states: tuple[Tensor, ...]  # the first ones, (layers * directions, batch, hidden) each: h, and c of an LSTM
-    weights: list[list[Tensor]]  # of each layer and direction: weight_ih, weight_hh, and the others
-    has_biases: bool
-    directions: int
-    inputs: list[Tensor]  # of each layer, as far as known: (steps, batch, in), or packed (steps of all sequences, in)
+    def __init__(self, function: Callable[..., Any], given: Mapping[str, Any]) -> None:
+        self.function, self.has_biases, self.layers = function, given["has_biases"], given["num_layers"]
+        self.batch_sizes = given.get("batch_sizes")  # of packed inputs, on the CPU: how many sequences have each step
+        self.directions = 2 if given["bidirectional"] else 1
+        # h, and c of an LSTM, before the first step: (layers * directions, batch, hidden) each
+        self.states = (given["hx"],) if isinstance(given["hx"], Tensor) else tuple(given["hx"])
+        params = list(given["params"])
+        each = len(params) // (self.layers * self.directions)
+        # Of each layer and direction: weight_ih, weight_hh and the others.
+        self.weights = [params[start : start + each] for start in range(0, len(params), each)]
+        self.inputs = given["data" if self.batch_sizes is not None else "input"]
+        # (steps, batch, in) of each layer as far as known, or packed (steps of all sequences, in)
+        self.known = [self.inputs.transpose(0, 1) if given.get("batch_first") else self.inputs]
 
     @torch.no_grad()
     def tokens(self, layer: int) -> Iterator[Tensor]:
@@ -77,10 +81,10 @@ class _Call:
         return self._flat(self._turned(before, direction))
 
     def _inputs_of(self, layer: int) -> Tensor:
-        while len(self.inputs) <= layer:
-            below, directions = len(self.inputs) - 1, range(self.directions)
-            self.inputs.append(torch.cat([self._turned(self._outputs(below, d), d) for d in directions], dim=-1))
-        return self.inputs[layer]
+        while len(self.known) <= layer:
+            below, directions = len(self.known) - 1, range(self.directions)
+            self.known.append(torch.cat([self._turned(self._outputs(below, d), d) for d in directions], dim=-1))
+        return self.known[layer]
 
     def _outputs(self, layer: int, direction: int) -> Tensor:
         """The outputs of a layer in one direction, in the order in which that goes."""
@@ -120,29 +124,17 @@ def _recur(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[
     second = args[1] if len(args) > 1 else kwargs.get("batch_sizes")
     packed = isinstance(second, Tensor) and not second.is_floating_point()
     given = {**dict(zip(_NAMES_PACKED if packed else _NAMES, args, strict=False)), **kwargs}
-    inputs, states, params = given["data" if packed else "input"], given["hx"], list(given["params"])
-    by_step = not packed and not given.get("batch_first")
-    directions = 2 if given["bidirectional"] else 1
-    each = len(params) // (given["num_layers"] * directions)
-    call = _Call(
-        function,
-        batch_sizes=second if packed else None,
-        states=(states,) if isinstance(states, Tensor) else tuple(states),
-        weights=[params[start : start + each] for start in range(0, len(params), each)],
-        has_biases=given["has_biases"],
-        directions=directions,
-        inputs=[inputs if packed or by_step else inputs.transpose(0, 1)],
-    )
+    call = _Call(function, given)
+    by_sequence = packed or given.get("batch_first")
     this = object()  # the same inputs give other states with other weights or first states
-    for layer in range(given["num_layers"]):
-        own = call.weights[layer * directions : (layer + 1) * directions]
-        key = (this, layer) if layer else "by sequence" if by_step else None
-        tokens = partial(call.tokens, layer) if key else None
+    for layer in range(call.layers):
+        own = call.weights[layer * call.directions : (layer + 1) * call.directions]
+        key = (this, layer) if layer else None if by_sequence else "by sequence"
         for weight_ih, *_ in own:
-            see(weight_ih, inputs, tokens=tokens, key=key)
+            see(weight_ih, call.inputs, tokens=partial(call.tokens, layer) if key else None, key=key)
         for direction, (_, weight_hh, *_) in enumerate(own):
             tokens = partial(call.hidden_tokens, layer, direction)
-            see(weight_hh, inputs, tokens=tokens, key=(this, layer, direction))
+            see(weight_hh, call.inputs, tokens=tokens, key=(this, layer, direction))
     return function(*args, **kwargs)
 
 
