@@ -20,10 +20,7 @@ def all_finite(values: Tensor) -> bool:
 
 
 def check_finite(tokens: Tensor, seen: Seen, batch: MicroBatch) -> None:
-    """Check some of the (tokens, in) inputs that were seen of one weight.
-
-    Raises:
-        CalibrationError: naming the layer and the calibration batch.
+    """Raise a CalibrationError that names the layer and the batch if some of its (tokens, in) inputs are not finite.
 
     >>> from sparsefit.pruning.layers import matrices_of
     >>> [weight], inputs = matrices_of(nn.Linear(2, 2)), torch.ones(3, 2)

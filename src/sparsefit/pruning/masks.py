@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sparsefit.errors import MaskError
 from sparsefit.pruning.layers.base import PrunableWeight
-from sparsefit.pruning.layers.quantized import QuantizedWeight, is_quantized, stored_matrix
+from sparsefit.pruning.layers.quantized import QuantizedWeight, is_quantized, matrix_shape, stored_matrix
 from sparsefit.pruning.naming import canonical_name
 
 _FORMAT = "sparsefit-masks-1"
@@ -73,9 +73,6 @@ class _Packed:
     shape: tuple[int, int]  # (out, in)
     transposed: bool  # whether the parameter is stored (in, out)
 
-    def mask(self, device: torch.device | str = "cpu") -> Tensor:
-        return unpack_bits(self.bits, self.shape, device)
-
 
 class MaskSet(Mapping[str, Tensor]):
     """Masks by parameter name, held at one bit a weight.
@@ -107,11 +104,11 @@ class MaskSet(Mapping[str, Tensor]):
         self._packed[name] = packed
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._packed[name].mask()
+        return self.mask(name, "cpu")
 
     def mask(self, name: str, device: torch.device | str) -> Tensor:
         """The (out, in) mask of a weight on a device: its bits are sent there, not its bools."""
-        return self._packed[name].mask(device)
+        return unpack_bits(self._packed[name].bits, self._packed[name].shape, device)
 
     def __contains__(self, name: object) -> bool:
         return name in self._packed  # a Mapping's own would unpack the mask
@@ -126,8 +123,8 @@ class MaskSet(Mapping[str, Tensor]):
         """The mask of a whole parameter in the shape and layout in which it is stored, on its device."""
         stored = torch.ones(like.shape, dtype=torch.bool, device=like.device)
         for name in self.parameters[parameter]:
-            packed = self._packed[name]
-            _weight(name, stored, packed.transposed).set_values(packed.mask(like.device))
+            place = PrunableWeight(name, stored, (), self._packed[name].transposed, split_name(name)[1])
+            place.set_values(self.mask(name, like.device))
         return stored
 
     def counts(self) -> dict[str, tuple[int, int]]:
@@ -197,19 +194,23 @@ class MaskSet(Mapping[str, Tensor]):
         names, held = _held_in(tensors, self.parameters)
         found = {}
         for name, packed in self._packed.items():
-            parameter, _ = split_name(name)
+            parameter, index = split_name(name)
             if parameter not in held:
                 nearest = ", ".join(difflib.get_close_matches(parameter, names, n=2, cutoff=0))
                 raise MaskError(
                     f"the masks do not fit the model: it has no parameter {parameter}; the nearest are {nearest}"
                 )
-            weight = found[name] = _weight(name, held[parameter], packed.transposed)
-            try:
-                shape = weight.shape
-            except (IndexError, RuntimeError):  # no stack, or none of so many; no matrix to transpose
-                shape = tuple(weight.parameter.shape)
-            if shape != packed.shape:
-                raise MaskError(f"the masks do not fit the model: {name} is {shape}, its mask {packed.shape}")
+            own = held[parameter]
+            if isinstance(own, nn.Module):
+                weight, shape = QuantizedWeight(name, own.weight, (own,)), matrix_shape(own)
+            else:
+                weight, shape = PrunableWeight(name, own, (), packed.transposed, index), tuple(own.shape)
+            if not _fits(weight, packed.shape):
+                raise MaskError(
+                    f"the masks do not fit the model: {parameter} is {shape}, its mask "
+                    f"{'' if index is None else f'{index} '}{packed.shape}{' stored transposed' * packed.transposed}"
+                )
+            found[name] = weight
         return found
 
     def state_dict(self) -> dict[str, Any]:
@@ -280,7 +281,8 @@ def _held_in(tensors: Tensors, wanted: Container[str]) -> tuple[list[str], dict[
     return list(bare), plain | layers
 
 
-def _weight(name: str, held: Tensor | nn.Module, transposed: bool = False) -> PrunableWeight:
-    if isinstance(held, nn.Module):
-        return QuantizedWeight(name, held.weight, (held,))
-    return PrunableWeight(name, held, (), transposed, split_name(name)[1])
+def _fits(weight: PrunableWeight, shape: tuple[int, int]) -> bool:
+    try:
+        return weight.shape == shape
+    except (IndexError, RuntimeError):  # no stack, or none of so many; no matrix to transpose
+        return False

@@ -124,9 +124,8 @@ def awaits_quantization(layer: nn.Module) -> bool:
     >>> awaits_quantization(nn.Linear(3, 5))
     False
     """
-    bits = _bits(layer)
-    keeps_floats = bits == 8 and layer.state.has_fp16_weights
-    return bits > 0 and not is_quantized(layer) and not keeps_floats
+    keeps_floats = _bits(layer) == 8 and layer.state.has_fp16_weights
+    return _bits(layer) > 0 and not is_quantized(layer) and not keeps_floats
 
 
 def matrix_shape(layer: nn.Module) -> tuple[int, int]:
@@ -140,10 +139,8 @@ def matrix_shape(layer: nn.Module) -> tuple[int, int]:
 
 
 def dequantized(layer: nn.Module) -> Tensor:
-    """The weights of a quantized layer as a fresh (out, in) tensor on its device.
-
-    With 4 bits the dtype is that of the weights before they were quantized; with 8 bits it is float32, in which
-    the scales are held and the products are scaled.
+    """The weights of a quantized layer as a fresh (out, in) tensor on its device: with 4 bits in the dtype that they
+    had before, with 8 bits in float32, in which the scales are held and the products are scaled.
 
     >>> layer = nn.Linear(2, 1).requires_grad_(False)  # with what a Linear8bitLt holds
     >>> layer.weight.data, layer.weight.SCB = torch.tensor([[127, -64]], dtype=torch.int8), torch.tensor([2.0])
@@ -156,10 +153,8 @@ def dequantized(layer: nn.Module) -> Tensor:
 
 
 def zero_outside(layer: nn.Module, mask: Tensor) -> None:
-    """Set the weights outside an (out, in) bool mask to exactly zero; the others keep their value to the bit.
-
-    Raises:
-        MaskError: if the mask has another shape than the weights.
+    """Set the weights outside an (out, in) bool mask to exactly zero; the others keep their value to the bit. A
+    MaskError if the mask has another shape than the weights.
 
     >>> layer = nn.Linear(2, 1)  # with what a Linear8bitLt holds
     >>> layer.weight.SCB, layer.state = torch.ones(1), SimpleNamespace(reset_grads=lambda: None)
@@ -175,12 +170,8 @@ def zero_outside(layer: nn.Module, mask: Tensor) -> None:
 
 
 def write_quantized(layer: nn.Module, matrix: Tensor) -> None:
-    """Quantize an (out, in) float matrix with the layer's own settings, as its new weights.
-
-    Zeros of the matrix are exact zeros afterwards; the other weights get the rounding error of the format.
-
-    Raises:
-        MaskError: if the matrix has another shape than the weights.
+    """Quantize an (out, in) float matrix with the layer's own settings, as its new weights. Its zeros are exact zeros
+    afterwards; the other weights get the rounding error of the format.
 
     >>> write_quantized(nn.Linear(3, 5), torch.zeros(3, 5))  # doctest: +ELLIPSIS
     Traceback (most recent call last):
@@ -201,7 +192,7 @@ def write_quantized(layer: nn.Module, matrix: Tensor) -> None:
         blocksize=state.blocksize,
         compress_statistics=getattr(state, "original_nested", state.nested),
         quant_type=state.quant_type,
-        quant_storage=_storage(weight.data, state),
+        quant_storage=getattr(state, "original_storage_type", weight.dtype),
     )
     # A block without weights has the scale 0; quantized in its turn, that scale can come back as another number,
     # and not every kernel gives the code of 0 to a weight of such a block.
@@ -284,7 +275,8 @@ def _with_zeros(data: Tensor, state: Any, mask: Tensor) -> Tensor:
     codes = _codes(data, state)
     zero = int((state.code == 0).nonzero()[0])
     codes[: mask.numel()].masked_fill_(~mask.flatten(), zero)
-    return (codes[::2] << 4 | codes[1::2]).view(_storage(data, state)).unsqueeze(1)
+    storage = getattr(state, "original_storage_type", data.dtype)
+    return (codes[::2] << 4 | codes[1::2]).view(storage).unsqueeze(1)
 
 
 def _values(data: Tensor, state: Any) -> Tensor:
@@ -318,19 +310,13 @@ def _block_scales(state: Any) -> Tensor:
     return outer.code[codes.int()] * scales + state.offset
 
 
-# What the CPU layout keeps under other names, or in another shape.
-
-
 def _flat_absmax(state: Any) -> Tensor:
-    return state.absmax.t().flatten().float() if state.absmax.ndim == 2 else state.absmax  # (blocks of a row, rows)
+    # The CPU layout has them (blocks of a row, rows) in bfloat16.
+    return state.absmax.t().flatten().float() if state.absmax.ndim == 2 else state.absmax
 
 
 def _dtype(state: Any) -> torch.dtype:
     return getattr(state, "original_dtype", state.dtype)
-
-
-def _storage(data: Tensor, state: Any) -> torch.dtype:
-    return getattr(state, "original_storage_type", data.dtype)
 
 
 def _state_of_parts(parts: Mapping[str, Tensor]) -> Any:
