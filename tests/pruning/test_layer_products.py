@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence, pad_sequence
 from torch.overrides import TorchFunctionMode
 
-from sparsefit.pruning.layers import convolution, recurrent
+from sparsefit.pruning.layers import convolution, reason_left_dense, recurrent
 
 
 class Watched(TorchFunctionMode):
@@ -27,17 +27,24 @@ class Watched(TorchFunctionMode):
         return handler(function, args, kwargs or {}, self)
 
     def holds(self, tensor):
-        return any(tensor is parameter for parameter in self.parameters)
+        return self.whole(tensor) is not None
 
-    def __call__(self, weight, inputs, out_rows=None, tokens=None, key=None):
+    def whole(self, view):
+        storage = view.untyped_storage().data_ptr()
+        return next((own for own in self.parameters if own.untyped_storage().data_ptr() == storage), None)
+
+    def __call__(self, weight, inputs, tokens=None, key=None):
         hash(key)
-        if not self.holds(weight):
+        whole = self.whole(weight)
+        if whole is None:
             return
+        first = weight.storage_offset() // weight.stride(0)
+        rows = None if len(weight) == len(whole) else slice(first, first + len(weight))
         pieces = list(tokens()) if tokens else [inputs.detach().flatten(0, -2)]
         assert not any(piece.requires_grad for piece in pieces)
-        self.seen.append((weight, inputs, out_rows, key, pieces))
+        self.seen.append((whole, inputs, rows, key, pieces))
         if self.change:
-            self.change(weight)
+            self.change(whole)
 
     def tokens_of(self, weight):
         return [torch.cat(pieces) for seen, _, _, _, pieces in self.seen if seen is weight]
@@ -168,13 +175,14 @@ def test_functional_calls(call):
     assert_product(layer, mode, output if output.ndim == 4 else output[None])
 
 
-def test_patches_like_unfold_in_bounded_pieces():
+def test_patches_like_unfold_in_bounded_pieces(monkeypatch):
     inputs = torch.randn(5, 3, 12, 10)
     expected = F.unfold(inputs, (3, 3), padding=1, stride=(1, 2), dilation=(2, 1)).mT.flatten(0, 1)
-    geometry = convolution.geometry_of((3, 3), (1, 2), 1, (2, 1))
+    layer = nn.Conv2d(3, 4, 3, padding=1, stride=(1, 2), dilation=(2, 1))
     row, sample = 5 * 27, 10 * 5 * 27
     for limit, pieces in [(10**9, 1), (2 * sample, 3), (2 * sample - 1, 5), (3 * row, 20), (row, 50), (1, 50)]:
-        found = list(convolution.patches(inputs, geometry, limit))
+        monkeypatch.setattr(convolution, "PIECE", limit)
+        ((*_, found),) = watched(layer, inputs)[1].seen
         assert len(found) == pieces
         assert all(piece.numel() <= max(limit, row) for piece in found)
         assert torch.equal(torch.cat(found), expected)
@@ -216,9 +224,10 @@ def test_convolutions_of_one_geometry_share_their_inputs():
     ],
 )
 def test_which_convolutions_are_matrices(module, reason):
-    assert convolution.reason_left_dense(module) == reason
-    expected = ["a.weight"] if type(module) is nn.Conv2d and module.groups != 4 else []
-    found = convolution.matrices(module, "a")
+    assert convolution.is_depthwise(module) == (reason is not None)
+    assert reason is None or reason_left_dense(module) == reason
+    expected = ["weight"] if type(module) is nn.Conv2d and module.groups != 4 else []
+    found = convolution.matrices(module)
     assert [weight.name for weight in found] == expected
     assert all(weight.parameter is module.weight for weight in found)
 
@@ -454,11 +463,11 @@ def test_training_leaves_dropout_to_the_function():
 
 
 def test_which_recurrent_weights_are_matrices():
-    names = [weight.name for weight in recurrent.matrices(nn.LSTM(3, 4, proj_size=2, bidirectional=True), "a")]
-    assert names == ["a.weight_ih_l0", "a.weight_hh_l0", "a.weight_ih_l0_reverse", "a.weight_hh_l0_reverse"]
+    names = [weight.name for weight in recurrent.matrices(nn.LSTM(3, 4, proj_size=2, bidirectional=True))]
+    assert names == ["weight_ih_l0", "weight_hh_l0", "weight_ih_l0_reverse", "weight_hh_l0_reverse"]
     assert [weight.name for weight in recurrent.matrices(nn.GRUCell(3, 4))] == ["weight_ih", "weight_hh"]
     assert not recurrent.matrices(nn.Linear(3, 4))
     normed = nn.utils.parametrizations.weight_norm(nn.LSTM(3, 4), "weight_hh_l0")
     assert [weight.name for weight in recurrent.matrices(normed)] == ["weight_ih_l0"]
-    assert recurrent.reason_left_dense(nn.LSTM(3, 4, proj_size=2)) == "projection of an LSTM"
-    assert recurrent.reason_left_dense(nn.LSTM(3, 4)) is recurrent.reason_left_dense(nn.Linear(3, 4)) is None
+    assert reason_left_dense(nn.LSTM(3, 4, proj_size=2)) == "projection of an LSTM"
+    assert reason_left_dense(nn.LSTM(3, 4)) != "projection of an LSTM"

@@ -9,6 +9,7 @@ import resource
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,8 +20,8 @@ from states import same, sequences, state, weights
 from torch import nn
 
 from sparsefit import PruningConfig, collect_statistics, prune, prune_from_statistics
-from sparsefit.pruning.layers import quantized
 from sparsefit.pruning.layers.base import PrunableWeight
+from sparsefit.pruning.layers.quantized import QuantizedWeight
 from sparsefit.pruning.undo import Removed, Undo
 
 TARGETS = ("q_proj", "o_proj", "down_proj")
@@ -366,13 +367,13 @@ def test_quantized_layers_are_put_back_code_by_code(monkeypatch, reconstruction,
     data = [torch.randn(40, 64)]
     before, calls = [quantized_layers.held_bits(layer) for layer in model], itertools.count()
 
-    def pressed(*args: Any) -> None:
+    def pressed(put_back: Callable[[], None]) -> None:
         if next(calls) in range(2, 2 + presses):
             raise KeyboardInterrupt
-        restore(*args)
+        put_back()
 
-    restore = quantized.restore
-    monkeypatch.setattr(quantized, "restore", pressed)
+    snapshot = QuantizedWeight.snapshot
+    monkeypatch.setattr(QuantizedWeight, "snapshot", lambda weight: partial(pressed, snapshot(weight)))
     with pytest.raises((OwnError, KeyboardInterrupt)):
         prune(model, data, PruningConfig(reconstruction=reconstruction), progress=at_the_end)
     assert [quantized_layers.held_bits(layer) for layer in model] == before

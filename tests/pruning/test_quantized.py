@@ -16,12 +16,10 @@ from sparsefit.errors import MaskError
 from sparsefit.pruning.layers.quantized import (
     awaits_quantization,
     dequantized,
-    forget_cached,
     is_quantized,
+    matrices,
     matrix_shape,
     plain_layout,
-    restore,
-    snapshot,
     stored_matrix,
     write_quantized,
     zero_outside,
@@ -133,23 +131,23 @@ def test_snapshot_and_restore_to_the_bit(kind: str) -> None:
     with torch.no_grad(), plain_layout(layer):
         before, output = held_bits(layer), layer(inputs)
         for _ in range(2):
-            taken = snapshot(layer)
+            put_back = matrices(layer)[0].snapshot()
             zero_outside(layer, random_mask((64, 128)))
             layer(inputs)
             write_quantized(layer, -dequantized(layer))
             assert held_bits(layer) != before
-            restore(layer, taken)
-            restore(layer, taken)  # an interrupted one is done again
+            put_back()
+            put_back()  # an interrupted one is done again
             assert held_bits(layer) == before
             assert torch.equal(layer(inputs), output)
 
 
 def test_a_snapshot_does_not_follow_writes_in_place() -> None:
     layer = make_layer("int8")
-    before, taken = held_bits(layer), snapshot(layer)
+    before, put_back = held_bits(layer), matrices(layer)[0].snapshot()
     layer.load_state_dict(make_layer("int8", seed=3).state_dict())
     assert held_bits(layer) != before
-    restore(layer, taken)
+    put_back()
     assert held_bits(layer) == before
 
 
@@ -208,8 +206,8 @@ def test_float_weights_of_an_8bit_layer_are_quantized_anew() -> None:
     layer, inputs = eight_bit(has_fp16_weights=True).eval().requires_grad_(False), torch.randn(3, 64)
     with torch.no_grad():
         layer(inputs)
-        layer.weight.zero_()
-        forget_cached(layer)
+        (weight,) = matrices(layer)
+        weight.set_values(torch.zeros(64, 64))
         assert torch.equal(layer(inputs), layer.bias.expand(3, 64))
 
 
@@ -236,9 +234,9 @@ def test_shapes_that_do_not_fit_are_refused(kind: str) -> None:
 def test_all_but_quantizing_works_without_bitsandbytes(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = make_layer(kind)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    taken, dense = snapshot(layer), dequantized(layer)
+    put_back, dense = matrices(layer)[0].snapshot(), dequantized(layer)
     zero_outside(layer, random_mask((64, 128)))
-    restore(layer, taken)
+    put_back()
     assert torch.equal(dequantized(layer), dense)
     assert torch.equal(stored_matrix({f"x.{k}": v for k, v in layer.state_dict().items()}, "x.weight"), dense)
     with pytest.raises(ImportError):

@@ -16,10 +16,9 @@ from torch import nn
 from sparsefit.pruning.layers.quantized import (
     dequantized,
     is_quantized,
+    matrices,
     matrix_shape,
     plain_layout,
-    restore,
-    snapshot,
     stored_matrix,
     write_quantized,
     zero_outside,
@@ -49,7 +48,7 @@ def test_weights_in_the_cpu_layout(kind: str, storage: torch.dtype, cpu_layout_l
     layer = cpu_layout_layer(kind, quant_storage=storage)
     dense, mask, inputs = dequantized(layer), random_mask((64, 128)), torch.randn(2, 128)
     torch.testing.assert_close(dense, stored, rtol=2**-8, atol=0)  # its scales are rounded to bfloat16
-    bits, taken = held_bits(layer), snapshot(layer)
+    bits, put_back = held_bits(layer), matrices(layer)[0].snapshot()
     zero_outside(layer, mask)
     assert torch.equal(dequantized(layer), dense.masked_fill(~mask, 0))
     with torch.no_grad():
@@ -57,7 +56,7 @@ def test_weights_in_the_cpu_layout(kind: str, storage: torch.dtype, cpu_layout_l
     assert layer.weight.dtype == storage
     saved = {f"x.{name}": value for name, value in layer.state_dict().items()}
     assert torch.equal(stored_matrix(saved, "x.weight"), dequantized(layer))
-    restore(layer, taken)
+    put_back()
     assert held_bits(layer) == bits
     assert layer.support_avx512bf16_for_cpu
     write_quantized(layer, stored)
@@ -112,13 +111,13 @@ def test_a_transformers_model_saved_and_loaded(name: str, model_folder: Path, tm
     assert len(layers) == 2 * 7  # every linear layer of the blocks; the head stays in floats
     with torch.no_grad(), plain_layout(model):
         dense = model(tokens).logits
-        taken = {path: snapshot(layer) for path, layer in layers.items()}
+        put_back = {path: matrices(layer)[0].snapshot() for path, layer in layers.items()}
         for layer in layers.values():
             zero_outside(layer, random_mask(matrix_shape(layer)))
         pruned = model(tokens).logits
         model.save_pretrained(tmp_path)
-        for path, layer in layers.items():
-            restore(layer, taken[path])
+        for put_back_layer in put_back.values():
+            put_back_layer()
         assert torch.equal(model(tokens).logits, dense)
         reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu")
         with plain_layout(reloaded):

@@ -9,7 +9,7 @@ from moe import FAMILIES, SIZES
 from torch import Tensor, nn
 from watched import spread, watch, weights_of
 
-from sparsefit.pruning.layers import experts, matrices_of
+from sparsefit.pruning.layers import matrices_of
 from sparsefit.pruning.layers.base import PrunableWeight
 from sparsefit.pruning.layers.experts import eager_experts, find_stacks
 from sparsefit.pruning.watch import watching
@@ -33,7 +33,7 @@ def stacks_of(model: nn.Module) -> list[tuple[str, nn.Parameter, bool]]:
 
 def experts_of(model: nn.Module) -> list[PrunableWeight]:
     """Each matrix of each stack."""
-    return [weight for name, module in model.named_modules() for weight in experts.matrices(module, name)]
+    return [weight for weight in weights_of(model) if weight.index is not None]
 
 
 def in_order(rows: list[Tensor] | Tensor) -> Tensor:

@@ -9,10 +9,8 @@ import torch
 
 
 def precise_dtype(device: torch.device) -> torch.dtype:
-    """float64 where the device has it. Apple's GPUs alone do not, and compute in float32.
-
-    Gram matrices of real activations have condition numbers of 1e5 and more even when damped: factoring them in
-    float32 keeps two or three digits. float64 costs twice the time on a CPU, against weights that are right.
+    """float64 where the device has it; Apple's GPUs alone do not. Gram matrices of real activations have condition
+    numbers of 1e5 and more even when damped: factoring them in float32 keeps two or three digits.
 
     >>> precise_dtype(torch.device("cpu"))
     torch.float64
@@ -22,9 +20,7 @@ def precise_dtype(device: torch.device) -> torch.dtype:
 
 @cache
 def triton_works(device: torch.device) -> bool:
-    """Whether the Triton kernels run on a device: a GPU with a Triton that can compile for it. Tried once for each.
-
-    Where they do not, tensor operations give the same results. Triton is not imported for other devices.
+    """Whether the Triton kernels run on a device, tried once for each. Where not, tensor operations do the same.
 
     >>> triton_works(torch.device("cpu"))
     False

@@ -6,8 +6,9 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsefit.errors import MaskError
-from sparsefit.pruning.layers.base import stored_view, zero_outside_mask
-from sparsefit.pruning.layers.quantized import zero_outside
-from sparsefit.pruning.stored import Stored, names_in, split_name, stored_in
+from sparsefit.pruning.layers.base import PrunableWeight
+from sparsefit.pruning.layers.quantized import QuantizedWeight, is_quantized, matrix_shape, stored_matrix
+from sparsefit.pruning.naming import canonical_name
 
 _FORMAT = "sparsefit-masks-1"
 _BITS = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
 _GATHER = 0x8040201008040201 - (1 << 64)  # as a signed integer
 # (256, 8): what each byte stands for
 _BOOLS = torch.arange(256, dtype=torch.uint8).unsqueeze(1).bitwise_and(_BITS) != 0
+
+Tensors = nn.Module | Mapping[str, Tensor]  # a model, a state dict or the tensors of a file
 
 
 def pack_bits(mask: Tensor) -> Tensor:
@@ -54,14 +57,21 @@ def unpack_bits(packed: Tensor, shape: tuple[int, ...], device: torch.device | s
     return words.view(torch.bool)[: torch.Size(shape).numel()].view(shape)
 
 
+def split_name(name: str) -> tuple[str, int | None]:
+    """The parameter that a mask's name speaks of, and which matrix of a stack.
+
+    >>> split_name("experts.down_proj[3]"), split_name("fc.weight")
+    (('experts.down_proj', 3), ('fc.weight', None))
+    """
+    match = re.fullmatch(r"(.+)\[(\d+)\]", name)
+    return (match[1], int(match[2])) if match else (name, None)
+
+
 @dataclass(frozen=True)
 class _Packed:
     bits: Tensor  # (ceil(out * in / 8),) uint8
     shape: tuple[int, int]  # (out, in)
     transposed: bool  # whether the parameter is stored (in, out)
-
-    def mask(self, device: torch.device | str = "cpu") -> Tensor:
-        return unpack_bits(self.bits, self.shape, device)
 
 
 class MaskSet(Mapping[str, Tensor]):
@@ -70,11 +80,16 @@ class MaskSet(Mapping[str, Tensor]):
     `masks[name]` is a bool tensor (out, in), True = kept. Names are those of the bare model, so a set fits the
     model with and without PEFT's wrappers. Each matrix of a stack of experts has a mask of its own, under the
     parameter's name and its number: "...experts.down_proj[3]".
+
+    Attributes:
+        parameters: The names of the masked parameters, and of the masks of each: several for a stack of experts.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, packed: Mapping[str, _Packed] | None = None) -> None:
         self._packed: dict[str, _Packed] = {}
-        self._by_parameter: dict[str, list[str]] = {}
+        self.parameters: dict[str, list[str]] = {}
+        for name, own in (packed or {}).items():
+            self._put(name, own)
 
     def add(self, name: str, mask: Tensor, transposed: bool = False) -> Tensor:
         """Take in the (out, in) bool mask of a parameter; `transposed` if that is stored (in, out). Returns its packed
@@ -85,15 +100,15 @@ class MaskSet(Mapping[str, Tensor]):
 
     def _put(self, name: str, packed: _Packed) -> None:
         if name not in self._packed:
-            self._by_parameter.setdefault(split_name(name)[0], []).append(name)
+            self.parameters.setdefault(split_name(name)[0], []).append(name)
         self._packed[name] = packed
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._packed[name].mask()
+        return self.mask(name, "cpu")
 
     def mask(self, name: str, device: torch.device | str) -> Tensor:
         """The (out, in) mask of a weight on a device: its bits are sent there, not its bools."""
-        return self._packed[name].mask(device)
+        return unpack_bits(self._packed[name].bits, self._packed[name].shape, device)
 
     def __contains__(self, name: object) -> bool:
         return name in self._packed  # a Mapping's own would unpack the mask
@@ -104,24 +119,17 @@ class MaskSet(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._packed)
 
-    @property
-    def parameters(self) -> Mapping[str, list[str]]:
-        """The names of the masked parameters, and of the masks of each: several for a stack of experts."""
-        return self._by_parameter
-
     def for_parameter(self, parameter: str, like: Tensor) -> Tensor:
         """The mask of a whole parameter in the shape and layout in which it is stored, on its device."""
         stored = torch.ones(like.shape, dtype=torch.bool, device=like.device)
         for name in self.parameters[parameter]:
-            packed = self._packed[name]
-            view = stored_view(stored, packed.transposed, split_name(name)[1])
-            view.copy_(packed.mask(like.device).view(view.shape))
+            place = PrunableWeight(name, stored, (), self._packed[name].transposed, split_name(name)[1])
+            place.set_values(self.mask(name, like.device))
         return stored
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """(weights, zeros) of each mask."""
-        masks = ((name, packed.mask()) for name, packed in self._packed.items())
-        return {name: (mask.numel(), mask.numel() - int(mask.sum())) for name, mask in masks}
+        return {name: (mask.numel(), mask.numel() - int(mask.sum())) for name, mask in self.items()}
 
     @property
     def sparsity(self) -> float:
@@ -139,10 +147,11 @@ class MaskSet(Mapping[str, Tensor]):
 
     def renamed(self, rename: Callable[[str], str]) -> MaskSet:
         """The same masks under other names."""
-        masks = MaskSet()
-        for name, packed in self._packed.items():
-            masks._put(rename(name), packed)
-        return masks
+        return MaskSet({rename(name): packed for name, packed in self._packed.items()})
+
+    def of_parameter(self, parameter: str) -> MaskSet:
+        """The masks of one parameter."""
+        return MaskSet({name: self._packed[name] for name in self.parameters.get(parameter, ())})
 
     def apply(self, model: nn.Module) -> None:
         """Set every pruned weight of a model to zero.
@@ -151,15 +160,10 @@ class MaskSet(Mapping[str, Tensor]):
             MaskError: before anything is changed, if a mask has no parameter in the model, or one of another shape.
         """
         with torch.no_grad():
-            for name, stored in self._found_in(model).items():
-                packed = self._packed[name]
-                if stored.quantized is not None:
-                    zero_outside(stored.quantized, packed.mask())
-                else:
-                    view = stored_view(stored.tensor, packed.transposed, split_name(name)[1])
-                    zero_outside_mask(view, packed.mask(view.device))
+            for name, weight in self._found_in(model).items():
+                weight.apply_mask(self.mask(name, weight.device))
 
-    def verify(self, tensors: nn.Module | Mapping[str, Tensor]) -> None:
+    def verify(self, tensors: Tensors) -> None:
         """Check that every pruned weight of a model, or of tensors by name (a state dict, a file), is exactly zero.
 
         Raises:
@@ -175,40 +179,38 @@ class MaskSet(Mapping[str, Tensor]):
 
     def alive(self, name: str, matrix: Tensor) -> int:
         """How many pruned weights of an (out, in) matrix are not zero."""
-        return int(torch.count_nonzero(matrix.masked_fill(self._packed[name].mask(matrix.device), 0)))
+        return int(torch.count_nonzero(matrix.masked_fill(self.mask(name, matrix.device), 0)))
 
-    def of_parameter(self, parameter: str) -> MaskSet:
-        """The masks of one parameter."""
-        masks = MaskSet()
-        for name in self.parameters.get(parameter, []):
-            masks._put(name, self._packed[name])
-        return masks
-
-    def matrices_in(self, tensors: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def matrices_in(self, tensors: Tensors) -> Iterator[tuple[str, Tensor]]:
         """The name of each mask and its (out, in) matrix, one after the other; a copy where quantized, else a view.
 
         Raises:
             MaskError: if one is missing (with the nearest names) or has another shape.
         """
-        for name, stored in self._found_in(tensors).items():
-            yield name, stored.matrix(self._packed[name].transposed, split_name(name)[1])
+        for name, weight in self._found_in(tensors).items():
+            yield name, weight.matrix()
 
-    def _found_in(self, tensors: nn.Module | Mapping[str, Tensor]) -> dict[str, Stored]:
-        available = stored_in(tensors, self.parameters)
+    def _found_in(self, tensors: Tensors) -> dict[str, PrunableWeight]:
+        names, held = _held_in(tensors, self.parameters)
         found = {}
         for name, packed in self._packed.items():
             parameter, index = split_name(name)
-            if parameter not in available:
-                nearest = ", ".join(difflib.get_close_matches(parameter, names_in(tensors), n=2, cutoff=0))
+            if parameter not in held:
+                nearest = ", ".join(difflib.get_close_matches(parameter, names, n=2, cutoff=0))
                 raise MaskError(
                     f"the masks do not fit the model: it has no parameter {parameter}; the nearest are {nearest}"
                 )
-            found[name] = available[parameter]
-            if found[name].matrix_shape(packed.transposed, index) != packed.shape:
+            own = held[parameter]
+            if isinstance(own, nn.Module):
+                weight, shape = QuantizedWeight(name, own.weight, (own,)), matrix_shape(own)
+            else:
+                weight, shape = PrunableWeight(name, own, (), packed.transposed, index), tuple(own.shape)
+            if not _fits(weight, packed.shape):
                 raise MaskError(
-                    f"the masks do not fit the model: {parameter} is {found[name].shape}, its mask "
+                    f"the masks do not fit the model: {parameter} is {shape}, its mask "
                     f"{'' if index is None else f'{index} '}{packed.shape}{' stored transposed' * packed.transposed}"
                 )
+            found[name] = weight
         return found
 
     def state_dict(self) -> dict[str, Any]:
@@ -220,12 +222,8 @@ class MaskSet(Mapping[str, Tensor]):
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> MaskSet:
-        """The masks of `state_dict`.
-
-        Raises:
-            MaskError: if an entry is incomplete.
-        """
-        masks = cls()
+        """The masks of `state_dict`; a MaskError if an entry is incomplete."""
+        found = {}
         for name, entry in state.items():
             try:
                 out, inputs = entry["shape"]
@@ -236,8 +234,8 @@ class MaskSet(Mapping[str, Tensor]):
                 raise MaskError(
                     f"the saved mask of {name} is damaged: {tuple(packed.bits.shape)} bytes for {out}x{inputs}"
                 )
-            masks._put(name, packed)
-        return masks
+            found[name] = packed
+        return cls(found)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file of one bit a weight; a file that was there is replaced only when it is whole."""
@@ -250,28 +248,41 @@ class MaskSet(Mapping[str, Tensor]):
 
     @classmethod
     def load(cls, path: str | Path) -> MaskSet:
-        """Read what `save` wrote.
-
-        Raises:
-            MaskError: if the file is missing, damaged or something else.
-        """
+        """Read what `save` wrote; a MaskError if the file is missing, damaged or something else."""
         path = Path(path)
         if not path.is_file():
             raise MaskError(f"there is no mask file {path}")
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                header = json.loads(metadata.get("masks", "{}"))
                 state = {
-                    name: {"bits": file.get_tensor(name), "shape": header[name][:2], "transposed": header[name][2]}
-                    for name in file.keys()  # noqa: SIM118 (it cannot be iterated over)
+                    name: {"bits": file.get_tensor(name), "shape": shape, "transposed": transposed}
+                    for name, (*shape, transposed) in json.loads(metadata.get("masks", "{}")).items()
                 }
-        except (SafetensorError, OSError, KeyError, IndexError, TypeError, ValueError) as error:
+        except (SafetensorError, OSError, AttributeError, TypeError, ValueError) as error:
             raise MaskError(f"{path} is damaged or no mask file: {error}") from error
         if metadata.get("format") != _FORMAT:
             raise MaskError(f"{path} is no mask file of this version: its format is {metadata.get('format')!r}")
-        # A safetensors file keeps no order; the header does.
-        masks = cls.from_state_dict({name: state[name] for name in header if name in state})
+        masks = cls.from_state_dict(state)
         if masks.digest() != metadata.get("digest"):
             raise MaskError(f"{path} is damaged: its masks do not give the digest that was saved with them")
         return masks
+
+
+def _held_in(tensors: Tensors, wanted: Container[str]) -> tuple[list[str], dict[str, Tensor | nn.Module]]:
+    """The names of all parameters in the bare model, and each wanted one; or its layer if that holds it quantized."""
+    layers = {}
+    if isinstance(tensors, nn.Module):
+        modules = tensors.named_modules(remove_duplicate=False)
+        layers = {canonical_name(f"{name}.weight".lstrip(".")): m for name, m in modules if is_quantized(m)}
+        tensors = dict(tensors.named_parameters(remove_duplicate=False))
+    bare = {canonical_name(name): tensor for name, tensor in tensors.items()}
+    plain = {name: stored_matrix(bare, name) for name in bare if name in wanted and name not in layers}
+    return list(bare), plain | layers
+
+
+def _fits(weight: PrunableWeight, shape: tuple[int, int]) -> bool:
+    try:
+        return weight.shape == shape
+    except (IndexError, RuntimeError):  # no stack, or none of so many; no matrix to transpose
+        return False

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sparsefit.pruning.layers import PRODUCTS
-from sparsefit.pruning.layers.base import PrunableWeight
+from sparsefit.pruning.layers.base import PrunableWeight, Tokens, as_matrix
 
 Rows = tuple[int, int] | None
 
@@ -24,7 +25,7 @@ class Seen(NamedTuple):
         rows: Which of its rows, (start, stop); None is all. Those for query, key and value of attention can differ.
         inputs: The tensor as the product was given it.
         version: Grows when that tensor is changed in place.
-        tokens: Gives the rows that the matrix multiplies, (tokens, in), in one or several pieces.
+        tokens: What the matrix multiplies.
         key: Tells apart what is taken from one tensor in different ways.
     """
 
@@ -32,64 +33,39 @@ class Seen(NamedTuple):
     rows: Rows
     inputs: Tensor
     version: int
-    tokens: Callable[[], Iterator[Tensor]]
-    key: Hashable
+    tokens: Tokens
+    key: Hashable = None
 
-    def same_input(self, other: Seen | None) -> bool:
+    def same_input(self, other: Seen) -> bool:
         """Whether another weight is multiplied by the very same."""
-        if other is None or self.inputs is not other.inputs:
-            return False
-        return self.version == other.version and self.key == other.key
+        return self.inputs is other.inputs and (self.version, self.key) == (other.version, other.key)
 
 
-class Watch(TorchFunctionMode):
-    """While active, hands what each watched weight is multiplied by to `record`, just before the product.
-
-    Args:
-        weights: The weights to watch.
-        record: Takes in a `Seen`.
-    """
+class _Watch(TorchFunctionMode):
+    """While active, hands a `Seen` to `record` just before each product; it is what the handlers call `see`."""
 
     def __init__(self, weights: Iterable[PrunableWeight], record: Callable[[Seen], None]) -> None:
         super().__init__()
         self._record = record
         self._by_storage: dict[int, list[PrunableWeight]] = {}
         for weight in weights:
-            if _storage(weight.parameter):
-                self._by_storage.setdefault(_storage(weight.parameter), []).append(weight)
+            self._by_storage.setdefault(_storage(weight.parameter), []).append(weight)
+        self._by_storage.pop(0, None)
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         handler = PRODUCTS.get(func)
-        if handler is None:
-            return func(*args, **(kwargs or {}))
-        return handler(func, args, kwargs or {}, self)
+        return handler(func, args, kwargs or {}, self) if handler else func(*args, **(kwargs or {}))
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether a tensor is a watched parameter or a view of one."""
         return _storage(tensor) in self._by_storage
 
-    def __call__(
-        self,
-        weight: Tensor,
-        inputs: Tensor,
-        out_rows: slice | None = None,
-        tokens: Callable[[], Iterator[Tensor]] | None = None,
-        key: Hashable = None,
-    ) -> None:
-        """Take in what a weight is about to be multiplied by: see `layers.base.See`."""
+    def __call__(self, weight: Tensor, inputs: Tensor, tokens: Tokens | None = None, key: Hashable = None) -> None:
         for watched in self._by_storage.get(_storage(weight), ()):
-            found, rows = _rows_in(weight, watched.view)
-            if found and inputs.numel():
-                rows = rows if out_rows is None else (out_rows.start, out_rows.stop)
-                self._record(
-                    Seen(watched, rows, inputs, version_of(inputs), tokens or (lambda: iter([_flat(inputs)])), key)
-                )
+            rows = _rows_in(weight, watched.view)
+            if rows and inputs.numel():
+                rows = None if rows == (0, len(watched.view)) else rows
+                tokens = tokens or partial(_flat, inputs)
+                self._record(Seen(watched, rows, inputs, version_of(inputs), tokens, key))
 
 
 @contextmanager
@@ -116,25 +92,18 @@ def watching(weights: Iterable[PrunableWeight], record: Callable[[Seen], None]) 
     def enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         called[id(layer)] = args[0] if args else next(iter(kwargs.values()))
 
-    def leave(weight: PrunableWeight) -> Callable[..., None]:
-        def after(layer: nn.Module, *_: Any) -> None:
-            inputs = called.pop(id(layer), None)
-            if inputs is not None and inputs.numel():
-                record(Seen(weight, None, inputs, version_of(inputs), lambda: iter([_flat(inputs)]), None))
+    def leave(weight: PrunableWeight, layer: nn.Module, *_: Any) -> None:
+        inputs = called.pop(id(layer), None)
+        if inputs is not None and inputs.numel():
+            record(Seen(weight, None, inputs, version_of(inputs), partial(_flat, inputs)))
 
-        return after
-
-    handles = []
-    try:
-        for weight in (weight for weight in weights if weight.called):
-            for layer in weight.layers:
-                handles.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
-                handles.append(layer.register_forward_hook(leave(weight)))
-        with Watch(weights, seen):
+    with ExitStack() as hooks:
+        for weight in weights:
+            for layer in weight.layers if weight.called else ():
+                hooks.enter_context(layer.register_forward_pre_hook(enter, with_kwargs=True))
+                hooks.enter_context(layer.register_forward_hook(partial(leave, weight)))
+        with _Watch(weights, seen):
             yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def version_of(tensor: Tensor) -> int:
@@ -146,34 +115,29 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _flat(inputs: Tensor) -> Tensor:
-    """(..., in) as (tokens, in)."""
-    return inputs.detach().reshape(-1, inputs.shape[-1])
+def _flat(inputs: Tensor) -> Iterator[Tensor]:
+    """(..., in) as one piece of (tokens, in)."""
+    yield inputs.detach().reshape(-1, inputs.shape[-1])
 
 
 def _storage(tensor: object) -> int:
-    """What a view shares with its parameter; 0 for what is no plain tensor (quantized, sparse, distributed)."""
+    """What a view shares with its parameter; 0 if it is empty or no plain tensor (quantized, sparse, distributed)."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
     return tensor.untyped_storage().data_ptr() if plain else 0
 
 
-def _rows_in(part: Tensor, whole: Tensor) -> tuple[bool, Rows]:
-    """Whether an (out, in, ...) view is one of another's rows, and which: None for all."""
+def _rows_in(part: Tensor, whole: Tensor) -> Rows:
+    """Which rows of an (out, in, ...) view another one is; None if it is none."""
     if part.ndim != whole.ndim:  # the kernels of a convolution as a matrix, or the other way round
-        part, whole = _flat_rows(part), _flat_rows(whole)
+        flat = as_matrix(part), as_matrix(whole)
+        if any(_storage(matrix) != _storage(part) for matrix in flat):  # what is no view is a copy
+            return None
+        part, whole = flat
     if part.dtype != whole.dtype or part.shape[1:] != whole.shape[1:]:
-        return False, None
+        return None
     strides = zip(part.shape, part.stride(), whole.stride(), strict=True)
     if any(size > 1 and own != other for size, own, other in strides):
-        return False, None
-    offset = part.storage_offset() - whole.storage_offset()
-    first, rest = divmod(offset, whole.stride(0) or 1)
-    if rest or first < 0 or first + len(part) > len(whole):
-        return False, None
-    return True, None if len(part) == len(whole) else (first, first + len(part))
-
-
-def _flat_rows(view: Tensor) -> Tensor:
-    """(out, in, ...) as (out, in * positions), where that is a view, too; else as it is."""
-    flat = view.flatten(1) if view.ndim > 2 else view
-    return flat if _storage(flat) == _storage(view) else view
+        return None
+    first, rest = divmod(part.storage_offset() - whole.storage_offset(), whole.stride(0) or 1)
+    inside = not rest and first >= 0 and first + len(part) <= len(whole)
+    return (first, first + len(part)) if inside else None

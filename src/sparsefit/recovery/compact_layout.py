@@ -23,8 +23,7 @@ from torch import Tensor
 from sparsefit.errors import RunFolderError
 from sparsefit.pruning import MaskSet
 from sparsefit.pruning.layers.base import as_matrix
-from sparsefit.pruning.masks import unpack_bits
-from sparsefit.pruning.stored import split_name
+from sparsefit.pruning.masks import split_name, unpack_bits
 
 SUFFIX = ".compact.safetensors"
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

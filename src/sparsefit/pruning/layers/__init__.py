@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -19,12 +20,13 @@ PRODUCTS: dict[Callable[..., Any], Handler] = {
 
 
 def matrices_of(module: nn.Module, name: str = "") -> list[PrunableWeight]:
-    """The weights that a module itself (not its children) multiplies its inputs by, each as one matrix.
+    """The weights that a module itself (not its children) multiplies its inputs by, named as in the bare model.
 
     >>> [(weight.name, weight.shape) for weight in matrices_of(nn.Linear(3, 5), "fc")]
     [('fc.weight', (5, 3))]
     """
-    return [weight for kind in KINDS for weight in kind.matrices(module, name)]
+    prefix = f"{name}." if name else ""
+    return [replace(weight, name=prefix + weight.name) for kind in KINDS for weight in kind.matrices(module)]
 
 
 def reason_left_dense(module: nn.Module) -> str:
@@ -35,5 +37,8 @@ def reason_left_dense(module: nn.Module) -> str:
     """
     if isinstance(module, nn.Embedding):
         return "embedding"
-    reason = convolution.reason_left_dense(module) or recurrent.reason_left_dense(module)
-    return reason or f"not a layer that is pruned: {type(module).__name__}"
+    if convolution.is_depthwise(module):
+        return "depthwise convolution"
+    if isinstance(module, nn.LSTM) and module.proj_size:
+        return "projection of an LSTM"
+    return f"not a layer that is pruned: {type(module).__name__}"

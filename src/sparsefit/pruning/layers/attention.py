@@ -10,18 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsefit.pruning.layers.base import Handler, PrunableWeight, See, is_dense, prefixed
+from sparsefit.pruning.layers.base import Handler, PrunableWeight, See, is_dense
 
 _SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
-def matrices(module: nn.Module, name: str = "") -> list[PrunableWeight]:
-    """`in_proj_weight`, (3E, E) with the rows of query, key and value one after the other, or else `q_proj_weight`,
-    `k_proj_weight` and `v_proj_weight`; and `out_proj.weight`.
+def matrices(module: nn.Module) -> list[PrunableWeight]:
+    """`in_proj_weight`, (3E, E) with the rows of query, key and value one after the other, or else the three by
+    themselves; and `out_proj.weight`.
 
-    >>> [(weight.name, weight.shape) for weight in matrices(nn.MultiheadAttention(8, 2), "attention")]
-    [('attention.in_proj_weight', (24, 8)), ('attention.out_proj.weight', (8, 8))]
+    >>> [(weight.name, weight.shape) for weight in matrices(nn.MultiheadAttention(8, 2))]
+    [('in_proj_weight', (24, 8)), ('out_proj.weight', (8, 8))]
     """
     # PEFT puts a layer of its own in the place of out_proj, and computes all weights anew in each pass.
     if not isinstance(module, nn.MultiheadAttention) or not isinstance(module.out_proj, nn.Linear):
@@ -29,9 +29,9 @@ def matrices(module: nn.Module, name: str = "") -> list[PrunableWeight]:
     parameters = dict(module.named_parameters())
     names = (*(_SEPARATE if _SEPARATE[0] in parameters else ("in_proj_weight",)), "out_proj.weight")
     # A parametrization, too, computes a weight anew: the name then is no parameter.
-    if not all(is_dense(parameters.get(own)) for own in names):
+    if not all(is_dense(parameters.get(name)) for name in names):
         return []
-    return [PrunableWeight(prefixed(name, own), parameters[own], (module,)) for own in names]
+    return [PrunableWeight(name, parameters[name], (module,)) for name in names]
 
 
 def _attend(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], see: See) -> Any:
@@ -51,18 +51,15 @@ def _attend(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping
 
 
 def _see_projections(given: Mapping[str, Any], see: See) -> None:
-    tensors = [given[name] for name in ("query", "key", "value")]
+    tensors, packed = [given[name] for name in ("query", "key", "value")], given["in_proj_weight"]
     inputs = {id(tensor): _batch_first(tensor) for tensor in tensors}
-    packed = given["in_proj_weight"]
-    if given.get("use_separate_proj_weight"):
-        for name, tensor in zip(_SEPARATE, tensors, strict=True):
-            see(given[name], inputs[id(tensor)])
-    elif len(inputs) == 1:
-        see(packed, inputs[id(tensors[0])])
-    else:
-        size = len(packed) // 3
-        for part, tensor in enumerate(tensors):
-            see(packed, inputs[id(tensor)], out_rows=slice(part * size, (part + 1) * size))
+    separate = given.get("use_separate_proj_weight")
+    if not separate and len(inputs) == 1:
+        see(packed, *inputs.values())
+        return
+    weights = [given[name] for name in _SEPARATE] if separate else packed.chunk(3)
+    for weight, tensor in zip(weights, tensors, strict=True):
+        see(weight, inputs[id(tensor)])
 
 
 def _batch_first(inputs: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 A kind of layer is one file beside this one. It has
 
-- `matrices(module, name)`: the weights that a module of that name in the bare model multiplies its inputs by itself
-  (not its children), as `PrunableWeight`s; nothing for a module of another kind;
+- `matrices(module)`: the weights that a module multiplies its inputs by itself (not its children), as
+  `PrunableWeight`s; nothing for a module of another kind;
 - `PRODUCTS`: for each torch function that computes with such weights a handler
   `handler(function, args, kwargs, see) -> what the function returns`, which calls `see` (a `See`) for each weight with
   its inputs. A weight is thus seen where it is multiplied, whoever calls the function.
@@ -11,6 +11,7 @@ A kind of layer is one file beside this one. It has
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,20 +20,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+Tokens = Callable[[], Iterator[Tensor]]  # gives the rows that a matrix multiplies, (tokens, in), in one or more pieces
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # as wide as a number of so many bytes
+CHUNK = 2**18  # elements that are worked on at once on a CPU: they stay in its cache, and so do temporaries
+
 
 @dataclass(frozen=True, eq=False)
 class PrunableWeight:
     """One weight matrix and the layers that use it.
 
     Attributes:
-        name: Name of the parameter in the bare model: wrappers (PEFT, torch.compile) leave no trace in it. One matrix
-            of a stack of experts carries its number: "model.layers.0.mlp.experts.down_proj[3]".
+        name: Of the parameter, in the module or in the bare model. One matrix of a stack of experts carries its number:
+            "model.layers.0.mlp.experts.down_proj[3]".
         parameter: The parameter itself.
         layers: Every layer that holds this parameter (more than one where it is shared).
         transposed: Whether the parameter is stored (in, out), as GPT-2's Conv1D does.
-        index: Which matrix of the parameter, where that is a stack (experts, out, in); else None.
-        called: Whether its layers are called with what the matrix multiplies, so that a call tells as much as the
-            product where that cannot be seen.
+        index: Which matrix of the parameter, where that is a stack (experts, out, in).
+        called: Whether its layers are called with what the matrix multiplies, as far as that is not seen at a product.
     """
 
     name: str
@@ -45,13 +49,13 @@ class PrunableWeight:
     @property
     def view(self) -> Tensor:
         """The weights where they are stored, (out, in) or, of a convolution, (out, in, positions...)."""
-        return stored_view(self.parameter.detach(), self.transposed, self.index)
+        return _stored_view(self.parameter.detach(), self.transposed, self.index)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
-        view = self.view
-        return view.shape[0], view[0].numel() if len(view) else 0
+        out, *rest = self.view.shape
+        return out, math.prod(rest)
 
     @property
     def device(self) -> torch.device:
@@ -61,7 +65,7 @@ class PrunableWeight:
     @property
     def positions(self) -> int:
         """How many columns of the matrix each input channel has: more than one in a convolution."""
-        return self.view[0, 0].numel() if self.view.ndim > 2 else 1
+        return math.prod(self.view.shape[2:])
 
     def matrix(self) -> Tensor:
         """The weights as (out, in); shares memory with the parameter wherever a view can be one matrix."""
@@ -85,60 +89,36 @@ class PrunableWeight:
 class See(Protocol):
     """Takes in what a weight is about to be multiplied by."""
 
-    def __call__(
-        self,
-        weight: Tensor,
-        inputs: Tensor,
-        out_rows: slice | None = None,
-        tokens: Callable[[], Iterator[Tensor]] | None = None,
-        key: Hashable = None,
-    ) -> None:
-        """Take it in.
-
-        Args:
-            weight: The parameter, or a view of it; other tensors are ignored.
-            inputs: The tensor that is multiplied. Weights that are given the same one (the same object, unchanged)
-                share their statistics.
-            out_rows: Which rows of the (out, in) matrix see these inputs; None is all of them.
-            tokens: Gives the rows that the matrix multiplies, (tokens, in) each, in as many pieces as memory asks
-                for; by default `inputs`, (..., in), flattened.
-            key: Tells apart what is taken from one tensor in different ways (the strides of a convolution).
-        """
-
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor is a watched parameter or a view of one."""
 
+    def __call__(self, weight: Tensor, inputs: Tensor, tokens: Tokens | None = None, key: Hashable = None) -> None:
+        """Take it in.
 
-def prefixed(name: str, own: str) -> str:
-    """The name of what a module of some name calls `own`.
-
-    >>> prefixed("model.fc", "weight"), prefixed("", "weight")
-    ('model.fc.weight', 'weight')
-    """
-    return f"{name}.{own}" if name else own
+        Args:
+            weight: The parameter, or a view of it or of some of its rows; other tensors are ignored.
+            inputs: What is multiplied. Weights that are given the same tensor (the object) share their statistics.
+            tokens: What the matrix multiplies, if that is not `inputs`, (..., in), flattened.
+            key: Tells apart what is taken from one tensor in different ways (the strides of a convolution).
+        """
 
 
 Handler = Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any], See], Any]
 
 
-def stored_view(tensor: Tensor, transposed: bool = False, index: int | None = None) -> Tensor:
-    """The (out, in, ...) view of a stored weight: (out, in), (in, out), a stack of these, or a convolution's kernels
-    (out, in, positions...).
-
-    >>> stored_view(torch.zeros(4, 3, 5), transposed=True, index=2).shape
-    torch.Size([5, 3])
-    """
+def _stored_view(tensor: Tensor, transposed: bool, index: int | None) -> Tensor:
     view = tensor if index is None else tensor[index]
     return view.t() if transposed else view
 
 
 def as_matrix(tensor: Tensor, transposed: bool = False, index: int | None = None) -> Tensor:
-    """The same as one (out, in) matrix: of a convolution (out, in * positions). A view wherever there can be one.
+    """What is stored as (in, out), in a stack, or as a convolution's kernels, as an (out, in) or (out, in * positions)
+    matrix; a view wherever there can be one.
 
-    >>> as_matrix(torch.zeros(8, 3, 2, 2)).shape
-    torch.Size([8, 12])
+    >>> as_matrix(torch.zeros(8, 3, 2, 2)).shape, as_matrix(torch.zeros(4, 3, 5), transposed=True, index=2).shape
+    (torch.Size([8, 12]), torch.Size([5, 3]))
     """
-    view = stored_view(tensor, transposed, index)
+    view = _stored_view(tensor, transposed, index)
     return view.flatten(1) if view.ndim > 2 else view
 
 
@@ -152,10 +132,6 @@ def is_dense(parameter: object) -> bool:
     if not isinstance(parameter, nn.Parameter) or is_lazy(parameter):
         return False
     return parameter.is_floating_point() and parameter.element_size() > 1
-
-
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # as wide as a number of so many bytes
-CHUNK = 2**18  # elements that are worked on at once on a CPU: they stay in its cache, and so do temporaries
 
 
 def zero_outside_mask(view: Tensor, mask: Tensor) -> None:
@@ -177,5 +153,5 @@ def in_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     [(2, 131072), (1, 131072)]
     """
     first = tensors[0]
-    rows = len(first) if first.device.type != "cpu" else max(1, CHUNK * len(first) // max(1, first.numel()))
+    rows = len(first) if first.device.type != "cpu" else CHUNK * len(first) // max(1, first.numel())
     return zip(*(tensor.split(max(1, rows)) for tensor in tensors), strict=True)

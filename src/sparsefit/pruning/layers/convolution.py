@@ -8,16 +8,15 @@ patches of their own input channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsefit.pruning.layers.base import Handler, PrunableWeight, See, is_dense, prefixed
+from sparsefit.pruning.layers.base import Handler, PrunableWeight, See, is_dense
 
 PIECE = 2**22
 """About how many elements of patches are copied at a time."""
@@ -27,36 +26,29 @@ _NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 
 
-def matrices(module: nn.Module, name: str = "") -> list[PrunableWeight]:
+def matrices(module: nn.Module) -> list[PrunableWeight]:
     """The weight of one convolution, if that is not depthwise, transposed or uninitialized.
 
-    >>> [(weight.name, weight.shape) for weight in matrices(nn.Conv2d(3, 8, kernel_size=3), "stem")]
-    [('stem.weight', (8, 27))]
+    >>> [(weight.name, weight.shape) for weight in matrices(nn.Conv2d(3, 8, kernel_size=3))]
+    [('weight', (8, 27))]
     """
-    if not isinstance(module, _CONVOLUTIONS) or reason_left_dense(module) or not is_dense(module.weight):
+    if not isinstance(module, _CONVOLUTIONS) or is_depthwise(module) or not is_dense(module.weight):
         return []
-    return [PrunableWeight(prefixed(name, "weight"), module.weight, (module,))]
+    return [PrunableWeight("weight", module.weight, (module,))]
 
 
-def reason_left_dense(module: nn.Module) -> str | None:
-    """Why the weight of a convolution is not pruned, if its shape is the reason.
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether this is a convolution of which an output has no more weights than the kernel has positions.
 
-    >>> reason_left_dense(nn.Conv2d(8, 8, kernel_size=3, groups=8))
-    'depthwise convolution'
+    >>> is_depthwise(nn.Conv2d(8, 8, kernel_size=3, groups=8))
+    True
     """
-    # An output of these has no more weights than the kernel has positions.
-    depthwise = isinstance(module, _CONVOLUTIONS) and 1 < module.groups == module.in_channels
-    return "depthwise convolution" if depthwise else None
+    return isinstance(module, _CONVOLUTIONS) and 1 < module.groups == module.in_channels
 
 
 def channels_side_by_side(weight: Tensor) -> Tensor | None:
-    """The order of a matrix's columns that puts the input channels of one kernel position side by side.
-
-    Args:
-        weight: (out, channels, positions...), a convolution's.
-
-    Returns:
-        (channels * positions,) numbers of columns, position by position; None where there is one position only.
+    """The order of the columns of an (out, channels, positions...) weight's matrix in which the input channels of one
+    kernel position stand side by side; None where there is one position only.
 
     >>> channels_side_by_side(torch.zeros(8, 3, 2)).tolist()
     [0, 2, 4, 1, 3, 5]
@@ -67,78 +59,52 @@ def channels_side_by_side(weight: Tensor) -> Tensor | None:
     return torch.arange(channels * positions, device=weight.device).view(channels, positions).t().flatten()
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """How the kernels of a convolution go over its input; one number, or pair of numbers, for each dimension in space.
+class _Geometry(NamedTuple):
+    """How the kernels of a convolution go over its input, for each dimension in space."""
 
-    Attributes:
-        kernel: Positions of the kernel.
-        stride: Steps from one output to the next.
-        padding: Zeros before and after the input.
-        dilation: Steps from one position of the kernel to the next.
-    """
-
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-    dilation: tuple[int, ...]
+    kernel: tuple[int, ...]  # positions
+    stride: tuple[int, ...]  # steps from one output to the next
+    padding: tuple[tuple[int, int], ...]  # zeros before and after the input
+    dilation: tuple[int, ...]  # steps from one position of the kernel to the next
 
 
-def geometry_of(
-    kernel: tuple[int, ...],
-    stride: int | tuple[int, ...] = 1,
-    padding: int | tuple[int, ...] | str = 0,
-    dilation: int | tuple[int, ...] = 1,
-) -> Geometry:
-    """The geometry that the arguments of F.conv1d, F.conv2d and F.conv3d say.
+def _geometry_of(call: Mapping[str, Any]) -> _Geometry:
+    """The geometry that the arguments of F.conv1d, F.conv2d and F.conv3d say."""
+    kernel = tuple(call["weight"].shape[2:])
 
-    >>> geometry_of((4,), padding="same").padding
-    ((1, 2),)
-    """
-    dilations = _for_each(dilation, kernel)
+    def for_each(value: int | Sequence[int]) -> tuple[int, ...]:
+        values = (value,) if isinstance(value, int) else tuple(value)
+        return values * len(kernel) if len(values) == 1 else values
+
+    dilation, padding = for_each(call["dilation"]), call["padding"]
     if padding == "same":  # an odd zero goes to the end
-        totals = [d * (k - 1) for k, d in zip(kernel, dilations, strict=True)]
+        totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
         pairs = tuple((total // 2, total - total // 2) for total in totals)
     else:
-        pairs = tuple((zeros, zeros) for zeros in _for_each(0 if isinstance(padding, str) else padding, kernel))
-    return Geometry(kernel, _for_each(stride, kernel), pairs, dilations)
+        pairs = tuple((zeros, zeros) for zeros in for_each(0 if padding == "valid" else padding))
+    return _Geometry(kernel, for_each(call["stride"]), pairs, dilation)
 
 
-def _for_each(value: int | tuple[int, ...], kernel: tuple[int, ...]) -> tuple[int, ...]:
-    values = (value,) if isinstance(value, int) else tuple(value)
-    return values * len(kernel) if len(values) == 1 else values
-
-
-def patches(inputs: Tensor, geometry: Geometry, limit: int = PIECE) -> Iterator[Tensor]:
+def _patches(inputs: Tensor, geometry: _Geometry) -> Iterator[Tensor]:
     """What a convolution's matrix multiplies, padding included: one row for each output, in the outputs' order.
 
-    The patches of one sample are many times as large as the sample, so they are made some at a time.
-
-    Args:
-        inputs: (samples, channels, sizes...) or (channels, sizes...).
-        geometry: How the kernels go over it.
-        limit: How many elements a piece should have at most; it has one row of outputs at least.
-
-    Returns:
-        Pieces (outputs, channels * positions): whole samples, or rows of one that is larger than the limit.
-
-    >>> [piece.tolist() for piece in patches(torch.tensor([[1.0, 2.0, 3.0]]), geometry_of((2,)))]
-    [[[1.0, 2.0], [2.0, 3.0]]]
+    The patches of a sample are many times as large as the sample, so they are made some at a time: in pieces
+    (outputs, channels * positions) of whole samples or, of one that is larger than PIECE, of some rows of outputs.
     """
     dims = len(geometry.kernel)
     windows = _windows(inputs if inputs.ndim == dims + 2 else inputs[None], geometry)
     features = windows.shape[1] * math.prod(geometry.kernel)
     rows, *rest = windows.shape[2 : 2 + dims]
     row = max(1, math.prod(rest) * features)
-    for samples in windows.split(max(1, limit // max(1, rows * row))):
-        for some in samples.split(max(1, min(rows, limit // row)), dim=2):
+    for samples in windows.split(max(1, PIECE // max(1, rows * row))):
+        for some in samples.split(max(1, min(rows, PIECE // row)), dim=2):
             # Feature by feature: what lies side by side in the input is then copied in one go, which is several
             # times as fast as patch by patch.
             order = (1, *range(2 + dims, 2 + 2 * dims), 0, *range(2, 2 + dims))
             yield some.permute(order).reshape(features, -1).t()
 
 
-def _windows(samples: Tensor, geometry: Geometry) -> Tensor:
+def _windows(samples: Tensor, geometry: _Geometry) -> Tensor:
     """(samples, channels, outputs..., positions...): a view of the padded samples."""
     if any(map(any, geometry.padding)):
         samples = F.pad(samples, [zeros for pair in reversed(geometry.padding) for zeros in pair])
@@ -148,34 +114,27 @@ def _windows(samples: Tensor, geometry: Geometry) -> Tensor:
     return samples
 
 
-def _positions_looked_at(inputs: Tensor, geometry: Geometry) -> Tensor:
-    """What the matrix of a 1x1 convolution multiplies: (positions, channels).
-
-    It steps over the padded image; what it multiplies in the padding is zero, counts for nothing and is left out.
-    """
-    steps = zip(geometry.padding, geometry.stride, strict=True)
-    looked_at = inputs[(..., *(slice(-zeros % step, None, step) for (zeros, _), step in steps))]
-    channels = -len(geometry.kernel) - 1
-    return looked_at.movedim(channels, -1).reshape(-1, inputs.shape[channels])
-
-
 def _convolve(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], see: See) -> Any:
     call = {**_DEFAULTS, **dict(zip(_NAMES, args, strict=False)), **kwargs}
     inputs, weight, groups = call["input"], call["weight"], call["groups"]
-    geometry = geometry_of(tuple(weight.shape[2:]), call["stride"], call["padding"], call["dilation"])
-    outputs, channels = weight.shape[0] // groups, weight.shape[1]
-    for group in range(groups if see.holds(weight) else 0):
-        rows = slice(group * outputs, (group + 1) * outputs) if groups > 1 else None
-        own = slice(group * channels, (group + 1) * channels)
-        see(weight, inputs, rows, partial(_tokens, inputs, own, geometry), key=(geometry, group, groups))
+    if see.holds(weight):
+        geometry = _geometry_of(call)
+        for group, rows in enumerate(weight.chunk(groups)):
+            how = (geometry, group, groups)
+            see(rows, inputs, partial(_tokens, inputs, *how), key=how)
     return function(*args, **kwargs)
 
 
-def _tokens(inputs: Tensor, channels: slice, geometry: Geometry) -> Iterator[Tensor]:
-    own = inputs.detach()[(..., channels, *(slice(None) for _ in geometry.kernel))]
-    if math.prod(geometry.kernel) == 1:
-        return iter([_positions_looked_at(own, geometry)])
-    return patches(own, geometry)
+def _tokens(inputs: Tensor, geometry: _Geometry, group: int, groups: int) -> Iterator[Tensor]:
+    channels = -len(geometry.kernel) - 1
+    own = inputs.detach().chunk(groups, dim=channels)[group]
+    if math.prod(geometry.kernel) > 1:
+        return _patches(own, geometry)
+    # One point steps over the padded image; what it multiplies in the padding is zero, counts for nothing and is left
+    # out. What is left is (positions, channels).
+    steps = zip(geometry.padding, geometry.stride, strict=True)
+    points = own[(..., *(slice(-zeros % step, None, step) for (zeros, _), step in steps))]
+    return iter([points.movedim(channels, -1).reshape(-1, own.shape[channels])])
 
 
 PRODUCTS: dict[Callable[..., Any], Handler] = {F.conv1d: _convolve, F.conv2d: _convolve, F.conv3d: _convolve}

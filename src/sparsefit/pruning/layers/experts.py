@@ -11,10 +11,10 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from sparsefit.pruning.layers.base import PrunableWeight, is_dense, prefixed
+from sparsefit.pruning.layers.base import PrunableWeight, is_dense
 
 
-def matrices(module: nn.Module, name: str = "") -> list[PrunableWeight]:
+def matrices(module: nn.Module) -> list[PrunableWeight]:
     """The matrices of a module's stacks, expert by expert, as they are computed.
 
     >>> import torch
@@ -24,29 +24,23 @@ def matrices(module: nn.Module, name: str = "") -> list[PrunableWeight]:
     """
     stacks = find_stacks(module)
     return [
-        PrunableWeight(prefixed(name, f"{attribute}[{index}]"), stack, (module,), transposed, index)
+        PrunableWeight(f"{name}[{index}]", stack, (module,), transposed, index)
         for index in range(max((len(stack) for _, stack, _ in stacks), default=0))
-        for attribute, stack, transposed in stacks
+        for name, stack, transposed in stacks
     ]
 
 
 def find_stacks(module: nn.Module) -> list[tuple[str, nn.Parameter, bool]]:
-    """The stacked expert weights of one module, not of the modules in it.
-
-    Returns:
-        The name in the module, the parameter and whether it is stored (experts, in, out) instead of
-        (experts, out, in), for each; nothing if this is no module of experts whose layout is known.
+    """The stacks of a module (not of those in it) whose layout is known: name, parameter, and whether it is stored
+    (experts, in, out) instead of (experts, out, in).
 
     >>> import torch
     >>> experts = nn.ParameterDict({"down_proj": torch.zeros(2, 4, 3), "gate_up_proj": torch.zeros(2, 6, 4)})
     >>> [(name, transposed) for name, _, transposed in find_stacks(experts)]
     [('down_proj', False), ('gate_up_proj', False)]
     """
-    stacks = {
-        name: parameter
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 3 and is_dense(parameter)
-    }
+    own = module.named_parameters(recurse=False)
+    stacks = {name: parameter for name, parameter in own if parameter.ndim == 3 and is_dense(parameter)}
     transposed = _stored_transposed(module, stacks) if stacks else None
     return [] if transposed is None else [(name, parameter, transposed) for name, parameter in stacks.items()]
 
@@ -71,9 +65,7 @@ def _stored_transposed(module: nn.Module, stacks: Mapping[str, nn.Parameter]) ->
 def eager_experts(model: nn.Module) -> Iterator[None]:
     """Have the transformers models in a module compute their experts one after the other, by their own switch.
 
-    Models without such a switch are left alone. Everything is as before afterwards, whatever happens.
-
-    >>> with eager_experts(nn.Linear(3, 5)) as held: print(held)
+    >>> with eager_experts(nn.Linear(3, 5)) as held: print(held)  # a model without such a switch is left alone
     None
     """
     switch = ("get_experts_implementation", "set_experts_implementation")

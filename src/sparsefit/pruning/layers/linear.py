@@ -9,47 +9,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsefit.pruning.layers.base import Handler, PrunableWeight, See, is_dense, prefixed
-from sparsefit.pruning.layers.quantized import is_bitsandbytes
+from sparsefit.pruning.layers import quantized
+from sparsefit.pruning.layers.base import Handler, PrunableWeight, See, is_dense
 
 
-def matrices(module: nn.Module, name: str = "") -> list[PrunableWeight]:
+def matrices(module: nn.Module) -> list[PrunableWeight]:
     """The weight of nn.Linear, (out, in), or of transformers' Conv1D (GPT-2), stored (in, out).
 
-    >>> [(weight.name, weight.shape) for weight in matrices(nn.Linear(3, 5), "fc")]
-    [('fc.weight', (5, 3))]
+    >>> [(weight.name, weight.shape) for weight in matrices(nn.Linear(3, 5))]
+    [('weight', (5, 3))]
     """
-    weight = getattr(module, "weight", None)
+    weight, kind = getattr(module, "weight", None), type(module).__name__
     # The output projection of nn.MultiheadAttention lends its weight to a fused function and is never called.
-    if not is_dense(weight) or weight.ndim != 2 or type(module).__name__ == "NonDynamicallyQuantizableLinear":
+    if not is_dense(weight) or weight.ndim != 2 or kind == "NonDynamicallyQuantizableLinear":
         return []
     # y = x W + b with W (in, out). Known by its name, as this needs torch alone.
-    transposed = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-    if not transposed and (not isinstance(module, nn.Linear) or is_bitsandbytes(module)):
+    transposed = kind == "Conv1D" and hasattr(module, "nf")
+    if not transposed and (not isinstance(module, nn.Linear) or quantized.matrices(module)):
         return []
-    return [PrunableWeight(prefixed(name, "weight"), weight, (module,), transposed, called=True)]
+    return [PrunableWeight("weight", weight, (module,), transposed, called=True)]
 
 
-def _linear(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], see: See) -> Any:
-    given = dict(zip(("input", "weight"), args, strict=False)) | dict(kwargs)
-    see(given["weight"], given["input"])
-    return function(*args, **kwargs)
-
-
-def _product(*names: str) -> Handler:
+def _product(*names: str, weight_is_second: bool = False) -> Handler:
     """The handler of a matrix product whose tensors have these names; the last two of them are multiplied."""
 
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], see: See) -> Any:
         given = dict(zip(names, args, strict=False)) | dict(kwargs)
-        _see_factors(given.get(names[-2]), given.get(names[-1]), see)
+        left, right = given.get(names[-2]), given.get(names[-1])
+        if weight_is_second:
+            see(right, left)
+        elif isinstance(left, Tensor) and isinstance(right, Tensor):
+            _see_factors(left, right, see)
         return function(*args, **kwargs)
 
     return handler
 
 
-def _see_factors(left: Any, right: Any, see: See) -> None:
-    if not isinstance(left, Tensor) or not isinstance(right, Tensor):
-        return
+def _see_factors(left: Tensor, right: Tensor, see: See) -> None:
     first, second = _one_matrix(left), _one_matrix(right)
     if second.ndim == 2 and see.holds(second):  # x W^T
         see(second.mT, left)
@@ -70,7 +66,7 @@ def _one_matrix(tensor: Tensor) -> Tensor:
 
 
 PRODUCTS: dict[Callable[..., Any], Handler] = {
-    F.linear: _linear,
+    F.linear: _product("input", "weight", weight_is_second=True),
     **dict.fromkeys((torch.matmul, torch.linalg.matmul, Tensor.matmul, Tensor.__matmul__), _product("input", "other")),
     **dict.fromkeys((torch.mm, Tensor.mm, torch.bmm, Tensor.bmm), _product("input", "mat2")),
     **dict.fromkeys((torch.mv, Tensor.mv), _product("input", "vec")),

@@ -1,14 +1,12 @@
 """Weights that bitsandbytes holds in 4 or 8 bits: read as an (out, in) matrix, pruned, written, put back.
 
-A zero of such a weight is a code, not a small number: NF4 and FP4 have a code for 0, and so has int8. To prune is
-to write that code (`zero_outside`): the scales and the codes of the kept weights stay as they are, to the bit. Only
-weights that a reconstruction changed have to be quantized again (`write_quantized`).
+A zero of such a weight is a code, not a small number: NF4, FP4 and int8 have a code for 0. To prune is to write that
+code (`zero_outside`): scales and the codes of kept weights stay as they are, to the bit. Only weights that a
+reconstruction changed have to be quantized again (`write_quantized`), and for that alone bitsandbytes is imported:
+its CPU kernel (0.50, AVX-512) reads wrong values where the width is a multiple of 32 but not of the blocksize.
 
 All functions take the layer, not its parameter: the scales of an 8-bit layer move from the parameter to
 `layer.state` in the first forward pass, and what is cached there must change together with the weights.
-
-bitsandbytes is imported for quantizing alone. Reading does without: its CPU kernel (0.50, AVX-512) gives wrong
-values where the width is a multiple of 32 but not of the blocksize, and a saved file can be counted anywhere.
 Formats: QLoRA (Dettmers et al. 2023, arXiv 2305.14314), LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339).
 """
 
@@ -25,10 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from sparsefit.errors import MaskError
-from sparsefit.pruning.layers.base import PrunableWeight, is_dense, prefixed
+from sparsefit.pruning.layers.base import PrunableWeight, is_dense
 
+_BITS = {"Linear4bit": 4, "Linear8bitLt": 8}
 _INT8_MAX = 127  # a row's scale (SCB) is its largest magnitude, and that is code 127
-_CPU_ROWS = 32  # rows that the CPU layout of bitsandbytes interleaves
+_CPU_LAYOUT = "support_avx512bf16_for_cpu"  # whether a Linear4bit may change to its layout for a CPU
+_CPU_ROWS = 32  # rows that this interleaves
 
 
 class QuantizedWeight(PrunableWeight):
@@ -59,52 +59,62 @@ class QuantizedWeight(PrunableWeight):
         write_quantized(self.layers[0], matrix)
 
     def snapshot(self) -> Callable[[], None]:
-        """Remember codes and scales; what is returned puts them back, to the bit."""
-        before = snapshot(self.layers[0])
-        return lambda: restore(self.layers[0], before)
+        """Remember codes and scales; what is returned puts them back, to the bit, however often it is called."""
+        layer, codes = self.layers[0], self.layers[0].weight.data.clone()
+        if _bits(layer) == 8:
+            scales = _row_scales(layer).clone()
+            return lambda: _put_int8(layer, codes, scales)
+        fields, cpu_layout = copy.deepcopy(vars(_state(layer))), getattr(layer, _CPU_LAYOUT, False)
+
+        def put_back() -> None:
+            _state(layer).__dict__ = dict(fields)
+            layer.weight.data = codes
+            setattr(layer, _CPU_LAYOUT, cpu_layout)
+
+        return put_back
 
 
 class CachedWeight(PrunableWeight):
-    """The float weight of a Linear8bitLt (`has_fp16_weights`), which computes with a quantized copy of it."""
+    """The float weight of a Linear8bitLt (`has_fp16_weights`): in evaluation mode that quantizes it once, and computes
+    with the copy until it is told to forget it."""
 
     def changed(self) -> None:
         """Make the layer forget its copy."""
         for layer in self.layers:
-            forget_cached(layer)
+            if _bits(layer) == 8:  # another layer can share the weight
+                layer.state.reset_grads()
 
 
-def matrices(module: nn.Module, name: str = "") -> list[PrunableWeight]:
+def matrices(module: nn.Module) -> list[PrunableWeight]:
     """The weight of a Linear4bit or Linear8bitLt, quantized or in floats.
 
-    >>> matrices(nn.Linear(3, 5), "fc")
+    >>> matrices(nn.Linear(3, 5))
     []
     """
     if is_quantized(module):
-        return [QuantizedWeight(prefixed(name, "weight"), module.weight, (module,), called=True)]
-    if is_bitsandbytes(module) and is_dense(module.weight) and module.weight.ndim == 2:
-        return [CachedWeight(prefixed(name, "weight"), module.weight, (module,), called=True)]
+        return [QuantizedWeight("weight", module.weight, (module,), called=True)]
+    if _bits(module) and is_dense(module.weight) and module.weight.ndim == 2:
+        return [CachedWeight("weight", module.weight, (module,), called=True)]
     return []
 
 
-def is_bitsandbytes(layer: nn.Module, kinds: tuple[str, ...] = ("Linear4bit", "Linear8bitLt")) -> bool:
-    """Whether a layer is bitsandbytes' own, of one of these kinds, whatever it holds at the moment.
-
-    >>> is_bitsandbytes(nn.Linear(3, 5))
-    False
-    """
+def _bits(layer: nn.Module) -> int:
+    """4 or 8 if a layer is bitsandbytes' own, whatever it holds at the moment; else 0."""
     # The layers of PEFT have the same names: they wrap these, and are not meant.
-    return any(c.__name__ in kinds and c.__module__.startswith("bitsandbytes") for c in type(layer).__mro__)
+    own = (c.__name__ for c in type(layer).__mro__ if c.__module__.startswith("bitsandbytes"))
+    return next((_BITS[name] for name in own if name in _BITS), 0)
 
 
 def is_quantized(layer: nn.Module) -> bool:
-    """Whether a layer is a Linear4bit or Linear8bitLt of bitsandbytes and its weight is quantized already.
+    """Whether a layer is bitsandbytes' own and its weight is quantized already.
 
     >>> is_quantized(nn.Linear(3, 5))
     False
     """
-    if _is_4bit(layer):
+    bits = _bits(layer)
+    if bits == 4:
         return _state(layer) is not None
-    return _is_8bit(layer) and layer.weight.dtype == torch.int8 and _row_scales(layer) is not None
+    return bits == 8 and layer.weight.dtype == torch.int8 and _row_scales(layer) is not None
 
 
 def awaits_quantization(layer: nn.Module) -> bool:
@@ -114,19 +124,8 @@ def awaits_quantization(layer: nn.Module) -> bool:
     >>> awaits_quantization(nn.Linear(3, 5))
     False
     """
-    keeps_floats = _is_8bit(layer) and layer.state.has_fp16_weights
-    return is_bitsandbytes(layer) and not is_quantized(layer) and not keeps_floats
-
-
-def forget_cached(layer: nn.Module) -> None:
-    """Make a Linear8bitLt that keeps float weights (`has_fp16_weights`) see a change of them.
-
-    In evaluation mode it quantizes them once and computes with that copy ever after. No effect on other layers:
-
-    >>> forget_cached(nn.Linear(3, 5))
-    """
-    if _is_8bit(layer) and layer.state.has_fp16_weights:
-        layer.state.reset_grads()
+    keeps_floats = _bits(layer) == 8 and layer.state.has_fp16_weights
+    return _bits(layer) > 0 and not is_quantized(layer) and not keeps_floats
 
 
 def matrix_shape(layer: nn.Module) -> tuple[int, int]:
@@ -135,31 +134,27 @@ def matrix_shape(layer: nn.Module) -> tuple[int, int]:
     >>> matrix_shape(nn.Linear(3, 5))
     (5, 3)
     """
-    rows, columns = _state(layer).shape if _is_4bit(layer) else layer.weight.shape
+    rows, columns = _state(layer).shape if _bits(layer) == 4 else layer.weight.shape
     return int(rows), int(columns)
 
 
 def dequantized(layer: nn.Module) -> Tensor:
-    """The weights of a quantized layer as a fresh (out, in) tensor on its device.
-
-    With 4 bits the dtype is that of the weights before they were quantized; with 8 bits it is float32, in which
-    the scales are held and the products are scaled.
+    """The weights of a quantized layer as a fresh (out, in) tensor on its device: with 4 bits in the dtype that they
+    had before, with 8 bits in float32, in which the scales are held and the products are scaled.
 
     >>> layer = nn.Linear(2, 1).requires_grad_(False)  # with what a Linear8bitLt holds
     >>> layer.weight.data, layer.weight.SCB = torch.tensor([[127, -64]], dtype=torch.int8), torch.tensor([2.0])
     >>> dequantized(layer)
     tensor([[ 2.0000, -1.0079]])
     """
-    if _is_4bit(layer):
+    if _bits(layer) == 4:
         return _values(layer.weight.data, _state(layer))
     return _row_scales(layer).unsqueeze(1) / _INT8_MAX * layer.weight.data
 
 
 def zero_outside(layer: nn.Module, mask: Tensor) -> None:
-    """Set the weights outside an (out, in) bool mask to exactly zero; the others keep their value to the bit.
-
-    Raises:
-        MaskError: if the mask has another shape than the weights.
+    """Set the weights outside an (out, in) bool mask to exactly zero; the others keep their value to the bit. A
+    MaskError if the mask has another shape than the weights.
 
     >>> layer = nn.Linear(2, 1)  # with what a Linear8bitLt holds
     >>> layer.weight.SCB, layer.state = torch.ones(1), SimpleNamespace(reset_grads=lambda: None)
@@ -168,16 +163,15 @@ def zero_outside(layer: nn.Module, mask: Tensor) -> None:
     """
     _check_shape(layer, mask)
     mask = mask.to(layer.weight.device)
-    if _is_4bit(layer):
+    if _bits(layer) == 4:
         _write_codes(layer, _with_zeros(layer.weight.data, _state(layer), mask))
     else:
         _put_int8(layer, layer.weight.data.masked_fill(~mask, 0), _row_scales(layer))
 
 
 def write_quantized(layer: nn.Module, matrix: Tensor) -> None:
-    """Quantize an (out, in) float matrix with the layer's own settings, as its new weights.
-
-    Zeros of the matrix are exact zeros afterwards; the other weights get the rounding error of the format.
+    """Quantize an (out, in) float matrix with the layer's own settings, as its new weights. Its zeros are exact zeros
+    afterwards; the other weights get the rounding error of the format.
 
     >>> write_quantized(nn.Linear(3, 5), torch.zeros(3, 5))  # doctest: +ELLIPSIS
     Traceback (most recent call last):
@@ -187,7 +181,7 @@ def write_quantized(layer: nn.Module, matrix: Tensor) -> None:
     from bitsandbytes import functional
 
     weight, kept = layer.weight, (matrix != 0).to(layer.weight.device)
-    if _is_8bit(layer):
+    if _bits(layer) == 8:
         codes, scales, _ = functional.int8_vectorwise_quant(matrix.to(weight.device, torch.float16).contiguous())
         # The scale of a row without weights is 0, and what a kernel makes of 0 / 0 is its own affair.
         _put_int8(layer, codes.masked_fill(~kept, 0), scales)
@@ -198,7 +192,7 @@ def write_quantized(layer: nn.Module, matrix: Tensor) -> None:
         blocksize=state.blocksize,
         compress_statistics=getattr(state, "original_nested", state.nested),
         quant_type=state.quant_type,
-        quant_storage=_storage(weight.data, state),
+        quant_storage=getattr(state, "original_storage_type", weight.dtype),
     )
     # A block without weights has the scale 0; quantized in its turn, that scale can come back as another number,
     # and not every kernel gives the code of 0 to a weight of such a block.
@@ -209,56 +203,25 @@ def write_quantized(layer: nn.Module, matrix: Tensor) -> None:
     _write_codes(layer, packed)
 
 
-def snapshot(layer: nn.Module) -> tuple[Tensor, Any, bool]:
-    """A copy of the weights and scales of a quantized layer (with 4 bits the fields of its QuantState, with 8 bits SCB,
-    (out,) float32), and whether bitsandbytes may change it to its CPU layout: for `restore`.
-
-    >>> layer = nn.Linear(2, 1)  # with what a Linear8bitLt holds
-    >>> layer.weight.SCB = torch.tensor([2.0])
-    >>> snapshot(layer)[1:]
-    (tensor([2.]), False)
-    """
-    scales = copy.deepcopy(vars(_state(layer))) if _is_4bit(layer) else _row_scales(layer).clone()
-    return layer.weight.data.clone(), scales, getattr(layer, "support_avx512bf16_for_cpu", False)
-
-
-def restore(layer: nn.Module, taken: tuple[Tensor, Any, bool]) -> None:
-    """Put the weights and scales of a snapshot back, to the bit.
-
-    >>> layer = nn.Linear(2, 1)  # with what a Linear8bitLt holds
-    >>> layer.weight.SCB, layer.state = torch.ones(1), SimpleNamespace(reset_grads=lambda: None)
-    >>> taken = snapshot(layer); layer.weight.data = torch.zeros(1, 2); restore(layer, taken); (layer.weight != 0).all()
-    tensor(True)
-    """
-    data, scales, cpu_layout = taken
-    if _is_4bit(layer):
-        _state(layer).__dict__ = dict(scales)
-        layer.weight.data = data
-        layer.support_avx512bf16_for_cpu = cpu_layout
-    else:
-        _put_int8(layer, data, scales)
-
-
 @contextmanager
 def plain_layout(model: nn.Module) -> Iterator[None]:
-    """Keep the 4-bit layers of a model in the layout in which they are stored, whatever passes through them.
+    """Keep the 4-bit layers of a model in the layout in which they are stored, from now on, unless an error comes.
 
-    On a CPU with AVX-512 BF16, a Linear4bit in evaluation mode rearranges its weights in its first forward pass.
-    That layout rounds the scales, does not exist for all shapes, and (bitsandbytes 0.50) is saved with the scales
-    in the wrong order and does not survive `model.to(device)`. So layers stay plain after this, too; only an error
-    gives them back their freedom.
+    On a CPU with AVX-512 BF16, a Linear4bit in evaluation mode rearranges its weights in its first forward pass. That
+    rounds the scales, fails for some shapes, and (bitsandbytes 0.50) is saved with the scales in the wrong order and
+    does not survive `model.to(device)`.
 
     >>> with plain_layout(nn.Linear(3, 5)) as held: print(held)
     None
     """
-    switched = [m for m in model.modules() if _is_4bit(m) and getattr(m, "support_avx512bf16_for_cpu", False)]
+    switched = [layer for layer in model.modules() if _bits(layer) == 4 and getattr(layer, _CPU_LAYOUT, False)]
     for layer in switched:
-        layer.support_avx512bf16_for_cpu = False
+        setattr(layer, _CPU_LAYOUT, False)
     try:
         yield
     except BaseException:
         for layer in switched:
-            layer.support_avx512bf16_for_cpu = True
+            setattr(layer, _CPU_LAYOUT, True)
         raise
 
 
@@ -277,14 +240,6 @@ def stored_matrix(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     if data.dtype == torch.int8 and scales is not None:
         return scales.unsqueeze(1) / _INT8_MAX * data
     return data
-
-
-def _is_4bit(layer: nn.Module) -> bool:
-    return is_bitsandbytes(layer, ("Linear4bit",))
-
-
-def _is_8bit(layer: nn.Module) -> bool:
-    return is_bitsandbytes(layer, ("Linear8bitLt",))
 
 
 def _state(layer: nn.Module) -> Any:
@@ -312,7 +267,7 @@ def _write_codes(layer: nn.Module, packed: Tensor) -> None:
     state.absmax, state.dtype = _flat_absmax(state), _dtype(state)
     state.packing_format_for_cpu = False
     layer.weight.data = packed
-    layer.support_avx512bf16_for_cpu = False
+    setattr(layer, _CPU_LAYOUT, False)
 
 
 def _with_zeros(data: Tensor, state: Any, mask: Tensor) -> Tensor:
@@ -320,7 +275,8 @@ def _with_zeros(data: Tensor, state: Any, mask: Tensor) -> Tensor:
     codes = _codes(data, state)
     zero = int((state.code == 0).nonzero()[0])
     codes[: mask.numel()].masked_fill_(~mask.flatten(), zero)
-    return (codes[::2] << 4 | codes[1::2]).view(_storage(data, state)).unsqueeze(1)
+    storage = getattr(state, "original_storage_type", data.dtype)
+    return (codes[::2] << 4 | codes[1::2]).view(storage).unsqueeze(1)
 
 
 def _values(data: Tensor, state: Any) -> Tensor:
@@ -334,10 +290,11 @@ def _values(data: Tensor, state: Any) -> Tensor:
 def _codes(data: Tensor, state: Any) -> Tensor:
     """One 4-bit code a byte, row after row, as a fresh tensor; a last one over if the weights are odd in number."""
     stored = data.contiguous().view(torch.uint8)
-    if _is_plain(data):  # pairs, the first of each in the high half
+    if data.ndim == 1 or 1 in data.shape:  # the plain layout: pairs, the first of each in the high half
         stored = stored.flatten()
         return torch.stack((stored >> 4, stored & 15), dim=1).flatten()
-    # The CPU layout: in each pair of columns of 32 rows, rows 0-15 are the low halves and rows 16-31 the high ones.
+    # The CPU layout, (out, in / 2): in each pair of columns of 32 rows, rows 0-15 are the low halves and rows 16-31 the
+    # high ones.
     rows, columns = state.shape
     stored = stored.view(rows // _CPU_ROWS, columns // 2, _CPU_ROWS)
     pairs = torch.cat((stored & 15, stored >> 4), dim=2).view(rows // _CPU_ROWS, columns // 2, _CPU_ROWS, 2)
@@ -362,25 +319,18 @@ def _dtype(state: Any) -> torch.dtype:
     return getattr(state, "original_dtype", state.dtype)
 
 
-def _storage(data: Tensor, state: Any) -> torch.dtype:
-    return data.dtype if _is_plain(data) else getattr(state, "original_storage_type", data.dtype)
-
-
-def _is_plain(data: Tensor) -> bool:
-    return data.ndim == 1 or 1 in data.shape  # the CPU layout is (out, in / 2)
-
-
 def _state_of_parts(parts: Mapping[str, Tensor]) -> Any:
     """The fields of a QuantState out of its saved tensors; what is no tensor is JSON in one of them."""
     packed = next(value for key, value in parts.items() if key.startswith("quant_state."))
-    fields = json.loads(bytes(packed.cpu().tolist()))
-    state = SimpleNamespace(absmax=parts["absmax"], code=parts["quant_map"], nested="nested_absmax" in parts)
-    state.shape, state.blocksize, state.dtype = fields["shape"], fields["blocksize"], getattr(torch, fields["dtype"])
-    if state.nested:
-        absmax, code = parts["nested_absmax"], parts["nested_quant_map"]
-        state.state2 = SimpleNamespace(absmax=absmax, code=code, blocksize=fields["nested_blocksize"])
-        state.offset = fields["nested_offset"]
-    return state
+    fields = SimpleNamespace(**json.loads(bytes(packed.cpu().tolist())))
+    fields.dtype, fields.absmax, fields.code = getattr(torch, fields.dtype), parts["absmax"], parts["quant_map"]
+    fields.nested = "nested_absmax" in parts
+    if fields.nested:
+        fields.state2 = SimpleNamespace(
+            absmax=parts["nested_absmax"], code=parts["nested_quant_map"], blocksize=fields.nested_blocksize
+        )
+        fields.offset = fields.nested_offset
+    return fields
 
 
 def _check_shape(layer: nn.Module, tensor: Tensor) -> None:

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsefit.pruning.layers.base import Handler, PrunableWeight, See, is_dense, prefixed
+from sparsefit.pruning.layers.base import Handler, PrunableWeight, See, is_dense
 
 _NAMES = ("input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first")
 _NAMES_PACKED = ("data", "batch_sizes", *_NAMES[1:-1])
@@ -27,53 +26,40 @@ _NAMES_CELL = ("input", "hx", "w_ih", "w_hh")
 _SEEN = re.compile(r"weight_(ih|hh)(_l\d+(_reverse)?)?")
 
 
-def matrices(module: nn.Module, name: str = "") -> list[PrunableWeight]:
+def matrices(module: nn.Module) -> list[PrunableWeight]:
     """The weights of one nn.LSTM, nn.GRU, nn.RNN or one of their cells.
 
-    >>> [weight.name for weight in matrices(nn.GRU(3, 4), "encoder")]
-    ['encoder.weight_ih_l0', 'encoder.weight_hh_l0']
+    >>> [weight.name for weight in matrices(nn.GRU(3, 4))]
+    ['weight_ih_l0', 'weight_hh_l0']
     """
     if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         return []
     return [
-        PrunableWeight(prefixed(name, own), parameter, (module,))
-        for own, parameter in module.named_parameters(recurse=False)
-        if _SEEN.fullmatch(own) and is_dense(parameter)
+        PrunableWeight(name, parameter, (module,))
+        for name, parameter in module.named_parameters(recurse=False)
+        if _SEEN.fullmatch(name) and is_dense(parameter)
     ]
 
 
-def reason_left_dense(module: nn.Module) -> str | None:
-    """Why a recurrent layer has weights that `matrices` does not name, if it has.
-
-    >>> reason_left_dense(nn.LSTM(3, 4, proj_size=2))
-    'projection of an LSTM'
-    """
-    return "projection of an LSTM" if isinstance(module, nn.LSTM) and module.proj_size else None
-
-
-@dataclass(frozen=True, eq=False)
 class _Call:
     """One call of torch.lstm or its like, and its layers one by one. Directions are 0, forwards, and 1, backwards.
 
     What is computed here is computed when it is asked for: a weight that was seen before may have been pruned by then.
-
-    Attributes:
-        function: What was called.
-        batch_sizes: Of packed inputs: how many sequences have each step, on the CPU; else None.
-        states: The first states, (layers * directions, batch, hidden) each: h, and c of an LSTM.
-        weights: Those of each layer and direction: weight_ih, weight_hh and so on.
-        has_biases: Whether biases are among them.
-        directions: 1 or 2.
-        inputs: Of each layer, as far as known: (steps, batch, in), or packed the steps of all sequences, (all, in).
     """
 
-    function: Callable[..., Any]
-    batch_sizes: Tensor | None
-    states: tuple[Tensor, ...]
-    weights: list[list[Tensor]]
-    has_biases: bool
-    directions: int
-    inputs: list[Tensor]
+    def __init__(self, function: Callable[..., Any], given: Mapping[str, Any]) -> None:
+        self.function, self.has_biases, self.layers = function, given["has_biases"], given["num_layers"]
+        self.batch_sizes = given.get("batch_sizes")  # of packed inputs, on the CPU: how many sequences have each step
+        self.directions = 2 if given["bidirectional"] else 1
+        # h, and c of an LSTM, before the first step: (layers * directions, batch, hidden) each
+        self.states = (given["hx"],) if isinstance(given["hx"], Tensor) else tuple(given["hx"])
+        params = list(given["params"])
+        each = len(params) // (self.layers * self.directions)
+        # Of each layer and direction: weight_ih, weight_hh and the others.
+        self.weights = [params[start : start + each] for start in range(0, len(params), each)]
+        self.inputs = given["data" if self.batch_sizes is not None else "input"]
+        # (steps, batch, in) of each layer as far as known, or packed (steps of all sequences, in)
+        self.known = [self.inputs.transpose(0, 1) if given.get("batch_first") else self.inputs]
 
     @torch.no_grad()
     def tokens(self, layer: int) -> Iterator[Tensor]:
@@ -95,21 +81,20 @@ class _Call:
         return self._flat(self._turned(before, direction))
 
     def _inputs_of(self, layer: int) -> Tensor:
-        while len(self.inputs) <= layer:
-            below, directions = len(self.inputs) - 1, range(self.directions)
-            self.inputs.append(torch.cat([self._turned(self._outputs(below, d), d) for d in directions], dim=-1))
-        return self.inputs[layer]
+        while len(self.known) <= layer:
+            below, directions = len(self.known) - 1, range(self.directions)
+            self.known.append(torch.cat([self._turned(self._outputs(below, d), d) for d in directions], dim=-1))
+        return self.known[layer]
 
     def _outputs(self, layer: int, direction: int) -> Tensor:
         """The outputs of a layer in one direction, in the order in which that goes."""
         place = layer * self.directions + direction
         states = tuple(state[place : place + 1].contiguous() for state in self.states)
         steps = self._turned(self._inputs_of(layer), direction)
-        sequences = (steps,) if self.batch_sizes is None else (steps, self.batch_sizes)
+        sizes, batch_first = ((), (False,)) if self.batch_sizes is None else ((self.batch_sizes,), ())
         settings = (self.has_biases, 1, 0.0, False, False)  # one layer, no dropout, no training, one direction
-        batch_first = (False,) if self.batch_sizes is None else ()
         hx = states if len(states) > 1 else states[0]
-        return self.function(*sequences, hx, self.weights[place], *settings, *batch_first)[0]
+        return self.function(steps, *sizes, hx, self.weights[place], *settings, *batch_first)[0]
 
     def _turned(self, steps: Tensor, direction: int) -> Tensor:
         """Each sequence from its end to its start, or back again, for direction 1."""
@@ -124,13 +109,12 @@ class _Call:
 
 
 def _turned_places(batch_sizes: Tensor) -> Tensor:
-    """Where the steps of packed sequences stand once each sequence is turned round: (all steps,) numbers of rows.
+    """Where the steps of packed sequences stand once each sequence is turned round: (steps of all,) numbers of rows.
 
     >>> _turned_places(torch.tensor([2, 1, 1])).tolist()  # two sequences have a first step, one goes on
     [3, 1, 2, 0]
     """
-    sequences = torch.arange(int(batch_sizes[0]))
-    real = sequences < batch_sizes[:, None]  # (steps, sequences)
+    real = torch.arange(int(batch_sizes[0])) < batch_sizes[:, None]  # (steps, sequences)
     lengths, starts = real.sum(dim=0), batch_sizes.cumsum(0) - batch_sizes
     step, sequence = real.nonzero(as_tuple=True)  # in the order of the rows
     return starts[lengths[sequence] - 1 - step] + sequence
@@ -140,31 +124,17 @@ def _recur(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[
     second = args[1] if len(args) > 1 else kwargs.get("batch_sizes")
     packed = isinstance(second, Tensor) and not second.is_floating_point()
     given = {**dict(zip(_NAMES_PACKED if packed else _NAMES, args, strict=False)), **kwargs}
-    inputs, states, params = given["data" if packed else "input"], given["hx"], list(given["params"])
-    by_step = not packed and not given.get("batch_first")
-    directions = 2 if given["bidirectional"] else 1
-    each = len(params) // (given["num_layers"] * directions)
-    call = _Call(
-        function,
-        batch_sizes=second if packed else None,
-        states=(states,) if isinstance(states, Tensor) else tuple(states),
-        weights=[params[start : start + each] for start in range(0, len(params), each)],
-        has_biases=given["has_biases"],
-        directions=directions,
-        inputs=[inputs if packed or by_step else inputs.transpose(0, 1)],
-    )
+    call = _Call(function, given)
+    by_sequence = packed or given.get("batch_first")
     this = object()  # the same inputs give other states with other weights or first states
-    for layer in range(given["num_layers"]):
-        own = call.weights[layer * directions : (layer + 1) * directions]
+    for layer in range(call.layers):
+        own = call.weights[layer * call.directions : (layer + 1) * call.directions]
+        key = (this, layer) if layer else None if by_sequence else "by sequence"
         for weight_ih, *_ in own:
-            if layer or by_step:
-                key = (this, layer) if layer else "by sequence"
-                see(weight_ih, inputs, tokens=partial(call.tokens, layer), key=key)
-            else:
-                see(weight_ih, inputs)
+            see(weight_ih, call.inputs, tokens=partial(call.tokens, layer) if key else None, key=key)
         for direction, (_, weight_hh, *_) in enumerate(own):
             tokens = partial(call.hidden_tokens, layer, direction)
-            see(weight_hh, inputs, tokens=tokens, key=(this, layer, direction))
+            see(weight_hh, call.inputs, tokens=tokens, key=(this, layer, direction))
     return function(*args, **kwargs)
 
 
