@@ -32,31 +32,25 @@ def from_all(value: Value) -> list[Value]:
     """
     if not is_distributed():
         return [value]
-    values: list[Value] = [value] * dist.get_world_size()
+    values = [value] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
 @contextmanager
 def errors_on_all_ranks() -> Iterator[None]:
-    """What makes the calibration of one rank fail ends it on every rank: those that went on would wait for it for ever.
-
-    Raises:
-        CalibrationError: this rank's, or the first one of another, with its rank.
+    """A `CalibrationError` of one rank becomes everybody's, as those that went on would wait for it for ever.
 
     >>> with errors_on_all_ranks(): raise CalibrationError("no data")
     Traceback (most recent call last):
     sparsefit.errors.CalibrationError: no data
     """
-    error = None
     try:
         yield
-    except CalibrationError as raised:
-        error = raised
-    texts = from_all(None if error is None else str(error))
-    if error is not None:
-        raise error
-    for rank, text in enumerate(texts):
+    except CalibrationError as error:
+        from_all(str(error))
+        raise
+    for rank, text in enumerate(from_all(None)):
         if text is not None:
             raise CalibrationError(f"on rank {rank}: {text}")
 

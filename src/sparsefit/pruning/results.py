@@ -50,8 +50,7 @@ class DenseStatistics:
     """Statistics of the inputs of a dense model's weights: taken once, good for any number of prunings of it.
 
     Attributes:
-        parts: By the weight's name, the statistics of what its rows see.
-        kinds: What they are: names from `statistics.KINDS`.
+        kinds: Which statistics: names from `statistics.KINDS`.
         samples: Calibration samples seen on this rank.
         seconds: Wall time of the pass.
         notes: What did not go as expected.
@@ -64,11 +63,7 @@ class DenseStatistics:
     notes: tuple[str, ...] = ()
 
     def check(self, weights: Sequence[PrunableWeight], config: PruningConfig) -> None:
-        """See that they do for a pruning.
-
-        Raises:
-            ConfigError: if they do not; says what would.
-        """
+        """A `ConfigError` that says what would do, if they do not do for a pruning."""
         if not config.needs_inputs:
             return
         if config.update != "none":
