@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 
@@ -21,58 +21,57 @@ from sparsefit.pruning.watch import Seen, watching
 class BlockSweep:
     """The micro-batches on their way through a list of blocks, before the block whose turn it is.
 
-    One sample goes through the dense model to its end first, to see whether the blocks can be run one by one.
+    One sample goes through the dense model to its end first: `NotSweepable` if the blocks cannot be run one by one.
 
     Args:
         blocks: The list.
-        weights: Those to prune in each block.
+        weights: Those to prune in the model.
         data: Calibration data.
         forward: Runs the model on a batch.
-        config: In which order, where blocks are computed and hidden states are kept.
-        step: Called after each pass of a micro-batch that is not run by `run`.
+        config: In which order; where blocks are computed and hidden states are kept.
+        step: Called after each pass of a micro-batch, but for those of `run`.
 
     Attributes:
-        weights: All weights to prune in the blocks.
-        ends_after: How often a pass of the block uses each weight, if it may end once it has, as what comes out is of
-            no use.
-
-    Raises:
-        NotSweepable: if the blocks cannot be run one by one; the message says why.
+        weights: Those in the blocks; if there are none, nothing is run.
+        ends_after: How often a pass of the block uses each, if what comes out of it is of no use.
     """
 
     def __init__(
         self,
         blocks: list[nn.Module],
-        weights: Mapping[nn.Module, list[PrunableWeight]],
+        weights: Sequence[PrunableWeight],
         data: Sequence[MicroBatch],
         forward: Forward,
         config: PruningConfig,
         step: Callable[[], None],
     ) -> None:
-        self.weights = [weight for own in weights.values() for weight in own]
-        self._blocks, self._by_block, self._config, self._step = blocks, weights, config, step
+        self._by_block = _weights_by_block(blocks, weights)
+        self.weights = [weight for own in self._by_block.values() for weight in own]
+        self._blocks, self._config, self._step = blocks, config, step
         self._dense = config.update == "none"
         self._uses: Counter[Key] = Counter()
+        self._order: list[int] = []
+        if not self.weights:
+            return
 
         def count(seen: Seen) -> None:
             self._uses[seen.weight.name, seen.rows] += 1
 
         with watching(self.weights, count):
-            calls, simple = capture_calls(blocks, lambda: forward(data[0].first_sample()), to_the_end=True)
+            _, calls, simple = capture_calls(blocks, lambda: forward(data[0].first_sample()), to_the_end=True)
         order_of([calls])
-        captured = []
+        self._hidden, self._calls = [], []
         for batch in data:
-            calls, _ = capture_calls(blocks, lambda data=batch.data: forward(data), simple=simple)
-            captured.append(_on(calls, "cpu") if config.states_on_cpu else calls)
+            hidden, calls, _ = capture_calls(blocks, lambda data=batch.data: forward(data), simple=simple)
+            if calls and config.states_on_cpu:
+                hidden, calls = hidden.cpu(), _on(calls, "cpu")
+            self._hidden.append(hidden)
+            self._calls.append(calls)
             step()
-        self._order = order_of(captured)
-        self._hidden = [calls[0].hidden for calls in captured]
-        # All calls hold the hidden state before the first block, which is of no use to the later ones.
-        self._calls = [[call.without_hidden() for call in calls] for calls in captured]
+        self._order = order_of(self._calls)
 
     def turns(self) -> Iterator[list[PrunableWeight]]:
-        """The weights of each block in calling order, which is on the device that computes while its turn lasts.
-        Whoever takes them has the sweep `advance`."""
+        """The weights of each block, on the device that computes; whoever takes them has the sweep `advance`."""
         for index in self._order:
             self._block, self._outputs = self._blocks[index], {}
             # Popped: a block's masks and embeddings are not needed again.
@@ -107,15 +106,9 @@ class BlockSweep:
         return output.cpu() if self._config.states_on_cpu else output
 
 
-def weights_by_block(
+def _weights_by_block(
     blocks: list[nn.Module], weights: Sequence[PrunableWeight]
 ) -> dict[nn.Module, list[PrunableWeight]]:
-    """The weights in each block that has any; `NotSweepable` if one is in two places.
-
-    >>> block = nn.ReLU()
-    >>> weights_by_block([block], [PrunableWeight("0.weight", nn.Parameter(), (block,))])[block][0].name
-    '0.weight'
-    """
     owners: dict[nn.Module, set[nn.Module]] = {}
     for block in blocks:
         for module in block.modules():

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -38,8 +38,8 @@ def find_block_lists(model: nn.Module) -> list[list[nn.Module]]:
 
 def _stages(modules: nn.ModuleList | nn.Sequential) -> list[list[nn.Module]]:
     """The blocks of each stage, where the members of a list are stages: lists of blocks, with what leads from one to
-    the next between them, or modules that each keep their blocks in one list, wider in one stage than in another. (Lists
-    in blocks that are all alike are experts, or parallel heads.)"""
+    the next between them, or modules that each keep their blocks in one list. Stages differ in width. (Lists in blocks
+    that are all alike are experts, or parallel heads.)"""
     stages = [list(member) for member in modules if isinstance(member, nn.Sequential) and _are_blocks(member)]
     if not stages:
         inner = [[list(c) for c in member.children() if isinstance(c, _LISTS) and _are_blocks(c)] for member in modules]
@@ -72,41 +72,25 @@ def _holds_matrices(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class BlockCall:
-    """A call of the block of some number, with its arguments by name, positional ones by number."""
+    """A call of a block, for any hidden state."""
 
-    index: int
-    arguments: Mapping[int | str, Any]
-
-    @property
-    def _key(self) -> int | str:
-        """Where the hidden state is: the first positional argument, `hidden_states`, or the first tensor with a name."""
-        for key in (0, "hidden_states", *(key for key in self.arguments if isinstance(key, str))):
-            if isinstance(self.arguments.get(key), Tensor):
-                return key
-        raise NotSweepable("a block is called without a tensor")
-
-    @property
-    def hidden(self) -> Tensor:
-        """What goes into the block."""
-        return self.arguments[self._key]
-
-    def without_hidden(self) -> BlockCall:
-        """The same call, which does not keep its hidden state alive; only to be `run` with another."""
-        return replace(self, arguments={**self.arguments, self._key: self.hidden.new_empty(0)})
+    index: int  # of the block in its list
+    arguments: Mapping[int | str, Any]  # by name, positional ones by number
+    key: int | str  # the place of the hidden state among them, where None stands
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> BlockCall:
         """The same call with a function applied to its tensors."""
         return replace(self, arguments=map_tensors(function, self.arguments))
 
     def run(self, block: Callable[..., Any], hidden: Tensor) -> Any:
-        """What the block returns for another hidden state, which it may change in place."""
-        arguments = {**self.arguments, self._key: hidden}
+        """What the block returns; it may change the hidden state in place."""
+        arguments = {**self.arguments, self.key: hidden}
         named = {key: value for key, value in arguments.items() if isinstance(key, str)}
         return block(*(value for key, value in arguments.items() if key not in named), **named)
 
 
 def hidden_of(output: Any) -> Tensor:
-    """The hidden state in a block's output, which is a tensor, a tuple or a mapping, by version and model.
+    """The hidden state in what a block returns: a tensor, a tuple or a mapping, by version and model.
 
     >>> hidden_of((Tensor([1.0]), "attention"))
     tensor([1.])
@@ -131,78 +115,97 @@ def _with_hidden(output: Any, hidden: Tensor) -> Any:
     return hidden
 
 
+class Capture(NamedTuple):
+    """What one pass of a model has shown."""
+
+    hidden: Tensor | None  # before the first block
+    calls: list[BlockCall]  # in calling order
+    simple: bool  # whether the first block was computed and returned a tensor alone
+
+
 class _LastBlockReached(Exception):
     """Ends a pass of the model once every block's arguments are known."""
 
 
 def capture_calls(
     blocks: list[nn.Module], forward: Callable[[], Any], to_the_end: bool = False, simple: bool = False
-) -> tuple[list[BlockCall], bool]:
-    """The arguments with which one pass of the model, by `forward`, calls each block of a list, in calling order.
+) -> Capture:
+    """The arguments with which one pass of the model calls each block of a list.
 
-    Only the first block is computed (its output shows what form a block's output has); the others hand their
-    hidden state through, and the pass ends at the last one. So masks, position embeddings and whatever else the model
-    prepares for each block are the model's own, at the price of one block.
+    Only the first block is computed (to show what form a block's output has); the others hand their hidden state
+    through, and the pass ends at the last one. So masks, position embeddings and whatever else the model prepares for
+    each block are the model's own, at the price of one block.
 
     Args:
+        blocks: The list.
+        forward: Runs the model on one micro-batch.
         to_the_end: Compute every block and go on after the last one, to see that other passes can do without.
         simple: Blocks are known to return a tensor alone, so that not even the first must be computed.
-
-    Returns:
-        The calls; whether the first block was computed and returned a tensor alone.
 
     Raises:
         NotSweepable: if a block is called twice or after the last one, what goes into a block is not what came out of
             the one before, or (to the end) blocks change its shape or hand on more than it.
 
     >>> model = nn.Sequential(nn.ReLU(), nn.Flatten())
-    >>> calls, simple = capture_calls(model, lambda: model(Tensor([[1.0, 2.0]])))
-    >>> calls[1].index, calls[1].hidden
-    (1, tensor([[1., 2.]]))
+    >>> hidden, calls, simple = capture_calls(model, lambda: model(Tensor([[1.0, 2.0]])))
+    >>> calls[0].run(model[0], -hidden)
+    tensor([[0., 0.]])
     """
     if len({id(block) for block in blocks}) < len(blocks):
         raise NotSweepable("a block stands more than once in the list of blocks")
     calls: list[BlockCall] = []
     outputs: list[Any] = []  # the first and the last of those computed
+    before_first: Tensor | None = None
     handed_on: tuple[Tensor, int] | None = None  # with its version
     last = len(blocks) - 1
 
     def enter(index: int, original: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        nonlocal handed_on
-        call = BlockCall(index, {**dict(enumerate(args)), **kwargs})
+        nonlocal before_first, handed_on
+        arguments = {**dict(enumerate(args)), **kwargs}
+        key = _place_of_hidden(arguments)
+        hidden, arguments[key] = arguments[key], None
+        call = BlockCall(index, arguments, key)
         if any(earlier.index in (index, last) for earlier in calls):
             raise NotSweepable(f"block {index} is called more than once in a pass, or after the last block")
-        if calls and (call.hidden is not handed_on[0] or version_of(call.hidden) != handed_on[1]):
+        if not calls:
+            before_first = hidden
+        elif hidden is not handed_on[0] or version_of(hidden) != handed_on[1]:
             raise NotSweepable(f"the model computes something between blocks {calls[-1].index} and {index}")
-        # To the end every block has a hidden state of its own, and none is needed later.
-        calls.append(call.without_hidden() if to_the_end else call)
+        calls.append(call)
         if index == last and not to_the_end:
             raise _LastBlockReached
         if to_the_end or not (simple or outputs):
-            output = call.run(original, call.hidden.clone())
+            output = call.run(original, hidden.clone())
             if to_the_end:
-                _check_replayable(call, outputs, output, index == last)
+                _check_no_other_stream(call, outputs)
+                if index != last and hidden_of(output).shape != hidden.shape:
+                    raise NotSweepable("blocks change the shape of the hidden state")
             outputs[1:] = [output]
         else:
-            output = call.hidden if simple else _with_hidden(outputs[0], call.hidden)
+            output = hidden if simple else _with_hidden(outputs[0], hidden)
         handed_on = hidden_of(output), version_of(hidden_of(output))
         return output
 
     with _replaced_forwards(blocks, enter), suppress(_LastBlockReached):
         forward()
-    return calls, bool(outputs) and isinstance(outputs[0], Tensor)
+    return Capture(before_first, calls, bool(outputs) and isinstance(outputs[0], Tensor))
 
 
-def _check_replayable(call: BlockCall, before: list[Any], output: Any, is_last: bool) -> None:
-    """See that a block could hand its hidden state through, and that what blocks return beside it is what the first of
-    them (the first of the outputs `before`) has made."""
-    if before:
-        first = {id(tensor) for tensor in tensors_in(before[0])}
-        taken = {id(tensor) for tensor in tensors_in(call.arguments)} - {id(call.hidden)}
-        if any(id(tensor) in taken - first for tensor in tensors_in(before[-1])):
+def _place_of_hidden(arguments: Mapping[int | str, Any]) -> int | str:
+    """The first positional argument, or `hidden_states`, or the first tensor that has a name."""
+    for key in (0, "hidden_states", *(key for key in arguments if isinstance(key, str))):
+        if isinstance(arguments.get(key), Tensor):
+            return key
+    raise NotSweepable("a block is called without a tensor")
+
+
+def _check_no_other_stream(call: BlockCall, outputs: list[Any]) -> None:
+    """See that what a block takes of earlier outputs, beside the hidden state, is what the first block has made."""
+    if outputs:
+        made_by_first = {id(tensor) for tensor in tensors_in(outputs[0])}
+        taken = {id(tensor) for tensor in tensors_in(call.arguments)}
+        if any(id(tensor) in taken - made_by_first for tensor in tensors_in(outputs[-1])):
             raise NotSweepable("blocks hand on more than one tensor that they change")
-    if not is_last and hidden_of(output).shape != call.hidden.shape:
-        raise NotSweepable("blocks change the shape of the hidden state")
 
 
 @contextmanager
@@ -223,8 +226,8 @@ def _replaced_forwards(blocks: list[nn.Module], enter: Callable[..., Any]) -> It
 def order_of(captured: Sequence[Sequence[BlockCall]]) -> list[int]:
     """The numbers of the blocks in calling order; `NotSweepable` if that is not the same in all of several passes.
 
-    >>> order_of([[BlockCall(0, {}), BlockCall(1, {})], [BlockCall(0, {}), BlockCall(1, {})]])
-    [0, 1]
+    >>> order_of([[BlockCall(1, {}, key=0)], [BlockCall(1, {}, key=0)]])
+    [1]
     """
     first, *others = [[call.index for call in calls] for calls in captured]
     if not first or any(order != first for order in others):

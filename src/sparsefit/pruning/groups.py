@@ -25,10 +25,10 @@ Rows = list[tuple[str, slice]]  # some of each of several weights
 
 @dataclass
 class InputGroup:
-    """Weights, in the order of the model, that see the same inputs: q, k and v of an attention.
+    """Weights, in the order of the model, that see the same inputs, such as q, k and v of an attention.
 
-    Most groups have one statistic. Rows of a weight can see other inputs than the rest of it (query and key of
-    cross-attention packed in one matrix; the groups of a convolution); then there are several.
+    There are several statistics where rows of a weight see other inputs than the rest of it: query and key of
+    cross-attention packed in one matrix, the groups of a convolution.
     """
 
     weights: list[PrunableWeight]

@@ -30,16 +30,12 @@ def collect(
     until: Mapping[Key, int] | None = None,
     step: Callable[[], None] = lambda: None,
 ) -> Parts:
-    """The statistics of what some weights see while a model, or one of its blocks, runs over the calibration data.
+    """The statistics, of `kinds` among `statistics.KINDS`, of what some weights see in the calibration data.
 
     Args:
-        weights: The weights.
-        kinds: What to take: names from `statistics.KINDS`.
-        data: The micro-batches.
-        run: Runs the micro-batch of that number.
-        note: Takes sentences for the report.
-        until: How often a pass uses each weight, if what it computes is of no other use: where that is once each, a
-            pass ends as soon as all have been.
+        run: Runs the model, or one of its blocks, on the micro-batch of that number.
+        until: How often a pass uses each weight, if what it computes is of no other use: it ends as soon as all have
+            been used if that is once each.
         step: Called after each pass.
 
     Raises:
@@ -60,8 +56,8 @@ def collect(
                 collector.next_batch(batch)
                 with suppress(_AllSeen):
                     run(number)
+                collector.settle()
                 step()
-            collector.settle()
         return collector
 
     with errors_on_all_ranks():
@@ -103,7 +99,6 @@ class _Collector:
 
     Weights whose first input is the same tensor share. From then on an input is added once it has come to all of
     them. If it comes to some and not to others they part: what they had seen until then was the same for all.
-
     With `apart` none shares, and each input is looked at as it comes, to name the one that is not finite.
     """
 
@@ -119,75 +114,63 @@ class _Collector:
         self._kinds, self._note, self._apart = kinds, note, apart
         self._shared: dict[Key, _Shared] = {}
         self._last: tuple[Seen, _Shared] | None = None  # the last input that was added
-        awaited = {key: count for key, count in until.items() if key[0] in self._weights}
-        once = {name for name, _ in awaited} == set(self._weights) and set(awaited.values()) == {1}
-        self._awaited = set(awaited) if once else set()
+        uses = {key: count for key, count in until.items() if key[0] in self._weights}
+        once = {name for name, _ in uses} == set(self._weights) and set(uses.values()) == {1}
+        self._ends_after = set(uses) if once else set()  # if empty, a pass goes to its end
 
     def next_batch(self, batch: MicroBatch) -> None:
         """Say which micro-batch runs next."""
-        self.settle()
-        self._batch, self._padding, self._waiting = batch, batch.padding_mask, set(self._awaited)
+        self._batch, self._padding, self._awaited = batch, batch.padding_mask, set(self._ends_after)
 
     def record(self, seen: Seen) -> None:
         """Take in the input of one weight."""
         key = (seen.weight.name, seen.rows)
-        if key in self._shared:
-            self._go_on(key, seen)
-        else:
-            self._begin(key, seen)
-        if key in self._waiting:
-            self._waiting.remove(key)
-            if not self._waiting:
+        before, shared = self._last or (None, None)
+        if key in self._shared or self._apart or not seen.same_input(before) or shared.inputs > 1:
+            self._arrive(key, seen)
+        else:  # its first input is the first and only one of those before it
+            shared.members.add(key)
+            self._shared[key] = shared
+        if key in self._awaited:
+            self._awaited.remove(key)
+            if not self._awaited:
                 raise _AllSeen
 
-    def _begin(self, key: Key, seen: Seen) -> None:
-        """The first input of a weight: it shares with those before it that have seen this one and no other."""
-        before, shared = self._last or (None, None)
-        if seen.same_input(before) and shared.inputs == 1 and not self._apart:
-            shared.members.add(key)
-        else:
-            shared = _Shared({key}, self._no_statistics(seen.weight))
-            self._add(shared, seen)
-        self._shared[key] = shared
-
-    def _go_on(self, key: Key, seen: Seen) -> None:
+    def _arrive(self, key: Key, seen: Seen) -> None:
+        if key not in self._shared:
+            self._shared[key] = _Shared({key}, self._no_statistics(seen.weight))
         shared = self._shared[key]
         if key in shared.arrived or not (shared.pending is None or seen.same_input(shared.pending)):
-            self._complete(shared)
+            self._add_pending(shared)
             shared = self._shared[key]
         shared.pending = seen
         shared.arrived.add(key)
         if shared.arrived == shared.members:
-            self._complete(shared)
+            self._add_pending(shared)
 
-    def _complete(self, shared: _Shared) -> None:
+    def _add_pending(self, shared: _Shared) -> None:
         """Add the pending input; those to which it has not come part from those to which it has."""
-        rest = shared.members - shared.arrived
+        rest, seen = shared.members - shared.arrived, shared.pending
+        if version_of(seen.inputs) != seen.version:
+            raise _ChangedInPlace(
+                f"the input of {seen.weight.name} was changed in place before all weights that share it had got it"
+            )
         if rest:
-            apart = _Shared(rest, shared.statistics.clone(), shared.inputs)
-            self._shared.update(dict.fromkeys(rest, apart))
-        seen, shared.members = shared.pending, shared.arrived
-        shared.pending, shared.arrived = None, set()
-        self._add(shared, seen)
+            self._shared.update(dict.fromkeys(rest, _Shared(rest, shared.statistics.clone(), shared.inputs)))
+        for tokens in self._real_tokens(seen):
+            if self._apart:
+                check_finite(tokens, seen, self._batch)
+            shared.statistics.add(tokens)
+        shared.members, shared.pending, shared.arrived = shared.arrived, None, set()
+        shared.inputs += 1
+        self._last = (seen, shared)
 
     def settle(self) -> None:
         """The end of a pass: an input that has not come to all by now does not."""
         for shared in dict.fromkeys(self._shared.values()):
             if shared.pending is not None:
-                self._complete(shared)
+                self._add_pending(shared)
         self._last = None
-
-    def _add(self, shared: _Shared, seen: Seen) -> None:
-        if version_of(seen.inputs) != seen.version:
-            raise _ChangedInPlace(
-                f"the input of {seen.weight.name} was changed in place before all weights that share it had got it"
-            )
-        for tokens in self._real_tokens(seen):
-            if self._apart:
-                check_finite(tokens, seen, self._batch)
-            shared.statistics.add(tokens)
-        shared.inputs += 1
-        self._last = (seen, shared)
 
     def _real_tokens(self, seen: Seen) -> Iterable[Tensor]:
         """(tokens, in) inputs without the positions that are padding; a note if these could not be told."""
@@ -201,7 +184,7 @@ class _Collector:
         return [pieces[0][self._padding.flatten().to(pieces[0].device)]]
 
     def all_finite(self) -> bool:
-        """Whether all inputs were: looked at once, so that no pass waits for it."""
+        """Asked once, so that no pass waits for it."""
         return all(bool(shared.statistics.is_finite()) for shared in self._shared.values())
 
     def parts(self) -> Parts:

@@ -92,7 +92,7 @@ def _block_by_block(run: PruningRun, data: Sequence[MicroBatch], forward: Forwar
         rest = run.collect_whole(run.outside(sweeps), run.config.statistics, data, forward)
     for sweep in sweeps:
         for weights in sweep.turns():
-            parts = run.collect(weights, data, sweep.run, sweep.ends_after)
+            parts = run.collect(weights, run.config.statistics, data, sweep.run, sweep.ends_after)
             for group in input_groups(weights, parts):
                 _prune_group(run, group)
             sweep.advance()

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from sparsefit.errors import CalibrationError
-
-Value = TypeVar("Value")
 
 
 def is_distributed() -> bool:
@@ -24,7 +22,7 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def from_all(value: Value) -> list[Value]:
+def from_all(value: Any) -> list[Any]:
     """The value of every rank, in their order.
 
     >>> from_all(3)

@@ -47,33 +47,24 @@ class PruningResult:
 
 @dataclass(frozen=True)
 class DenseStatistics:
-    """Statistics of the inputs of a dense model's weights: taken once, good for any number of prunings of it.
-
-    Attributes:
-        kinds: Which statistics: names from `statistics.KINDS`.
-        samples: Calibration samples seen on this rank.
-        seconds: Wall time of the pass.
-        notes: What did not go as expected.
-    """
+    """Statistics of the inputs of a dense model: taken once, good for any number of prunings of it."""
 
     parts: Parts
-    kinds: frozenset[str]
-    samples: int
+    kinds: frozenset[str]  # names from `statistics.KINDS`
+    samples: int  # on this rank
     seconds: float
     notes: tuple[str, ...] = ()
 
     def check(self, weights: Sequence[PrunableWeight], config: PruningConfig) -> None:
         """A `ConfigError` that says what would do, if they do not do for a pruning."""
-        if not config.needs_inputs:
-            return
-        if config.update != "none":
+        if config.needs_inputs and config.update != "none":
             raise ConfigError(
                 f"statistics of the dense model do for update 'none' alone, and not for '{config.update}': give the "
                 "configuration update='none', or `prune` with `batches`"
             )
         lacking = sorted(config.statistics - self.kinds)
         unknown = [weight.name for weight in weights if weight.name not in self.parts]
-        if lacking or unknown:
+        if lacking or (unknown and config.needs_inputs):
             what = f"{', '.join(lacking)} was not taken" if lacking else f"nothing is known of {unknown[0]}"
             raise ConfigError(
                 f"the statistics do not fit the configuration: {what}. Name it when you `collect_statistics`"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsefit.errors import ConfigError
 from sparsefit.pruning.allocation import allocate
-from sparsefit.pruning.block_sweep import BlockSweep, weights_by_block
+from sparsefit.pruning.block_sweep import BlockSweep
 from sparsefit.pruning.blocks import NotSweepable, find_block_lists
 from sparsefit.pruning.calibration import Forward, MicroBatch, calibration_data
 from sparsefit.pruning.config import PruningConfig
@@ -94,13 +94,12 @@ class PruningRun:
     def collect(
         self,
         weights: Sequence[PrunableWeight],
+        kinds: Iterable[str],
         data: Sequence[MicroBatch],
         run: Callable[[int], object],
         until: Mapping[Key, int] | None = None,
-        kinds: Iterable[str] | None = None,
     ) -> Parts:
-        """Statistics of some weights while `run` runs micro-batches: see `inputs.collect`."""
-        kinds = self.config.statistics if kinds is None else kinds
+        """Statistics of some weights: see `inputs.collect`."""
         parts = collect(weights, kinds, data, run, self.result.note, until, self._step)
         tokens = [part.statistics.tokens for found in parts.values() for part in found]
         self.result.tokens = max([self.result.tokens, *tokens])
@@ -110,14 +109,14 @@ class PruningRun:
         self, weights: Sequence[PrunableWeight], kinds: Iterable[str], data: Sequence[MicroBatch], forward: Forward
     ) -> Parts:
         """Statistics of some weights while the whole model runs; nothing, and no run, for no weights."""
-        return self.collect(weights, data, lambda number: forward(data[number].data), kinds=kinds) if weights else {}
+        return self.collect(weights, kinds, data, lambda number: forward(data[number].data)) if weights else {}
 
     def allocate(self, parts: Parts) -> None:
         """Decide how many weights each matrix loses by what the dense network shows, if that is asked for (OWL)."""
         if self.config.allocation == "owl":
-            owners = {id(module): number for number, block in enumerate(self._blocks) for module in block.modules()}
+            owners = {module: number for number, block in enumerate(self._blocks) for module in block.modules()}
             # A weight outside the blocks is a group of its own.
-            groups = {w.name: owners.get(id(w.layers[0]), -1 - number) for number, w in enumerate(self.weights)}
+            groups = {w.name: owners.get(w.layers[0], -1 - number) for number, w in enumerate(self.weights)}
             self.counts = allocate(self.weights, self.config, groups, parts)
 
     def sweeps(self, data: Sequence[MicroBatch], forward: Forward) -> Iterator[BlockSweep]:
@@ -128,12 +127,13 @@ class PruningRun:
         reasons, found = [] if self._block_lists else ["no repeated blocks were found in the model"], False
         for blocks in self._block_lists:
             try:
-                weights = weights_by_block(blocks, self.weights)
-                if weights:
-                    yield BlockSweep(blocks, weights, data, forward, self.config, self._step)
-                    found = True
+                sweep = BlockSweep(blocks, self.weights, data, forward, self.config, self._step)
             except NotSweepable as reason:
                 reasons.append(str(reason))
+                continue
+            if sweep.weights:
+                yield sweep
+                found = True
         if reasons and self.config.device is not None:
             raise ConfigError(
                 f"the model cannot be pruned block by block on '{self.config.device}': {reasons[0]}. Put the whole "

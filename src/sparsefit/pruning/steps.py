@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsefit.errors import CalibrationError, ConfigError
+from sparsefit.pruning import reconstruction
 from sparsefit.pruning.config import PruningConfig
 from sparsefit.pruning.finite import all_finite
 from sparsefit.pruning.gram import reconstruction_error
@@ -16,14 +17,6 @@ from sparsefit.pruning.granularity import Granularity
 from sparsefit.pruning.groups import InputGroup, Rows
 from sparsefit.pruning.layers.convolution import channels_side_by_side
 from sparsefit.pruning.least_squares import least_squares
-from sparsefit.pruning.reconstruction import (
-    Factor,
-    inverse_diagonal,
-    inverse_factor,
-    prune_iteratively,
-    prune_n_of_m,
-    update_sequentially,
-)
 from sparsefit.pruning.refinement import swap
 from sparsefit.pruning.scores import SCORES, sparsegpt_score
 from sparsefit.pruning.selection import Products, Scores, select, select_count, select_n_of_m
@@ -38,25 +31,21 @@ class Steps:
     N:M runs along the input channels. So, with a pattern, the columns of a convolution are handled in an order that
     puts the channels of one kernel position side by side; `in_own_order` takes a result back.
 
-    Args:
-        group: The weights and their statistics.
-        config: What to prune and how.
-        counts: How many go of each matrix; of one not named it is what the sparsity means for each comparison group.
-        note: Takes sentences for the report.
+    `counts` says how many go of each matrix; of one not named it is what the sparsity means for each comparison group.
     """
 
     def __init__(
         self, group: InputGroup, config: PruningConfig, counts: Mapping[str, int], note: Callable[[str], None]
     ) -> None:
         self._config, self._counts, self._note = config, counts, note
-        self._structure, self._score = config.structure, SCORES[config.score]
+        self._pattern, self._score = config.structure, SCORES[config.score]
         self._dense = {weight.name: weight.matrix() for weight in group.weights}
-        self._order = channels_side_by_side(group.weights[0].view) if self._structure else None
+        self._order = channels_side_by_side(group.weights[0].view) if self._pattern else None
         if self._order is not None:
             group = group.with_columns(self._order)
             self._dense = {name: matrix[:, self._order] for name, matrix in self._dense.items()}
         self._parts, self._by_statistics = group.parts, group.by_statistics()
-        self._factors: dict[InputStatistics, Factor] = {}
+        self._factors: dict[InputStatistics, reconstruction.Factor] = {}
 
     def select_by_magnitude(self) -> ByWeight:
         """The masks of weights that no token has reached."""
@@ -75,7 +64,7 @@ class Steps:
 
     def refine(self, masks: ByWeight) -> ByWeight:
         """Better masks of as many weights, by swaps."""
-        pattern = (self._structure.n, self._structure.m) if self._structure else None
+        pattern = (self._pattern.n, self._pattern.m) if self._pattern else None
         refined = self._empty(torch.bool)
         for statistics, rows in self._by_statistics.items():
             dense, mask = _stacked(self._dense, rows), _stacked(masks, rows)
@@ -88,7 +77,7 @@ class Steps:
         for statistics, rows in self._by_statistics.items():
             dense, mask = _stacked(self._dense, rows).float(), _stacked(masks, rows)
             if self._config.reconstruction == "sequential":
-                changed = update_sequentially(dense, mask, self._factor(statistics))
+                changed = reconstruction.update_sequentially(dense, mask, self._factor(statistics))
             else:
                 changed, damping = least_squares(dense, mask, statistics["gram"], self._config.damping)
                 self._note_damping(statistics, damping)
@@ -97,15 +86,14 @@ class Steps:
 
     def iterate(self) -> tuple[ByWeight, ByWeight]:
         """Masks that are chosen while the kept weights are updated, and the new values (SparseGPT)."""
-        structure = self._structure
         masks, values = self._empty(torch.bool), self._empty(torch.float32)
         for statistics, rows in self._by_statistics.items():
             dense, factor = _stacked(self._dense, rows), self._factor(statistics)
-            if structure and self._score.function is sparsegpt_score:
-                mask, changed = prune_n_of_m(dense, factor, structure.n, structure.m)
+            if self._pattern and self._score.function is sparsegpt_score:
+                mask, changed = reconstruction.prune_n_of_m(dense, factor, self._pattern.n, self._pattern.m)
             else:
-                choose, m = self._block_chooser(statistics, rows), structure.m if structure else None
-                mask, changed = prune_iteratively(dense, factor, choose, group=m)
+                choose, m = self._block_chooser(statistics, rows), self._pattern.m if self._pattern else None
+                mask, changed = reconstruction.prune_iteratively(dense, factor, choose, group=m)
             _unstack(mask, rows, masks)
             _unstack(changed, rows, values)
         return masks, values
@@ -127,15 +115,9 @@ class Steps:
         """A mask or values with their columns as the weight has them."""
         return matrix if self._order is None else matrix[:, self._order.argsort()]
 
-    def _block_chooser(self, statistics: InputStatistics, rows: Rows) -> Callable[[Tensor, slice, Tensor], Tensor]:
+    def _block_chooser(self, statistics: InputStatistics, rows: Rows) -> reconstruction.Choose:
         """Chooses the mask of some columns from their updated weights and the diagonal of the inverse's factor."""
         width = len(statistics["squared_norm"])
-
-        def needed(need: str, columns: slice, diagonal: Tensor) -> Tensor:
-            # The weights before these columns are settled: what is left to mend an error are these and later ones.
-            if need == "inverse_diagonal":
-                return diagonal.square()
-            return statistics[need][columns, columns] if need == "gram" else statistics[need][columns]
 
         def due(name: str, own: slice, columns: slice) -> int | None:
             """How many go of some rows and columns; rounded so that all of them add up to the count of the matrix."""
@@ -146,15 +128,16 @@ class Steps:
             return of_rows * columns.stop // width - of_rows * columns.start // width
 
         def choose(block: Tensor, columns: slice, diagonal: Tensor) -> Tensor:
-            inputs = [needed(need, columns, diagonal) for need in self._score.needs]
+            # The weights before these columns are settled: what is left to mend an error are these and later ones.
+            needed = self._needed(statistics, columns, diagonal.square())
             parts = zip(rows, block.split([own.stop - own.start for _, own in rows]), strict=True)
-            return _joined([self._select(self._scores(n, p, inputs), due(n, own, columns)) for (n, own), p in parts])
+            return _joined([self._select(self._scores(n, p, needed), due(n, own, columns)) for (n, own), p in parts])
 
         return choose
 
     def _select(self, scores: Scores, count: int | None) -> Tensor:
-        if self._structure:
-            return select_n_of_m(scores, self._structure.n, self._structure.m)
+        if self._pattern:
+            return select_n_of_m(scores, self._pattern.n, self._pattern.m)
         granularity = Granularity.parse(self._config.granularity)
         if count is not None:
             return select_count(scores, granularity, count)
@@ -167,10 +150,10 @@ class Steps:
             finite = not matrix.numel() or bool(scores.largest().isfinite())
         else:
             scores = self._score.function(matrix, *needed)
-            if not isinstance(scores, Tensor) or scores.shape != matrix.shape:
-                given = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            if shape != tuple(matrix.shape):
                 raise ConfigError(
-                    f"score '{score}' gave {given} for {tuple(matrix.shape)} weights of {name}; a score gives one "
+                    f"score '{score}' gave {shape} for {tuple(matrix.shape)} weights of {name}; a score gives one "
                     "number for each weight, as a tensor of their shape"
                 )
             finite = all_finite(scores)
@@ -182,25 +165,31 @@ class Steps:
             )
         return scores
 
-    def _needed(self, statistics: InputStatistics) -> list[Tensor]:
-        """What the score needs of them."""
-        return [
-            inverse_diagonal(self._factor(statistics)) if need == "inverse_diagonal" else statistics[need]
-            for need in self._score.needs
-        ]
+    def _needed(
+        self, statistics: InputStatistics, columns: slice = slice(None), inverse: Tensor | None = None
+    ) -> list[Tensor]:
+        """What the score needs to know of some inputs, the diagonal of the inverse being known or not."""
 
-    def _factor(self, statistics: InputStatistics) -> Factor:
+        def one(need: str) -> Tensor:
+            if need == "inverse_diagonal":
+                return reconstruction.inverse_diagonal(self._factor(statistics)) if inverse is None else inverse
+            return statistics[need][columns, columns] if need == "gram" else statistics[need][columns]
+
+        return [one(need) for need in self._score.needs]
+
+    def _factor(self, statistics: InputStatistics) -> reconstruction.Factor:
         if statistics not in self._factors:
-            factor = self._factors[statistics] = inverse_factor(statistics["gram"], self._config.damping)
+            factor = self._factors[statistics] = reconstruction.inverse_factor(statistics["gram"], self._config.damping)
             self._note_damping(statistics, factor.damping)
         return self._factors[statistics]
 
     def _note_damping(self, statistics: InputStatistics, damping: float) -> None:
-        if damping > self._config.damping:
+        asked = self._config.damping
+        if damping > asked:
             name, _ = self._by_statistics[statistics][0]
             self._note(
-                f"{name}: the Gram matrix of its inputs could not be inverted with damping {self._config.damping:g}; "
-                f"{damping:g} was used"
+                f"{name}: the Gram matrix of its inputs could not be inverted with damping {asked:g}; {damping:g} was "
+                "used"
             )
 
     def _empty(self, dtype: torch.dtype) -> ByWeight:

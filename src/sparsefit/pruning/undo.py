@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from typing import IO, NamedTuple
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparsefit.pruning.layers.base import INTEGERS, PrunableWeight, in_chunks, zero_outside_mask
 from sparsefit.pruning.layers.quantized import QuantizedWeight
-from sparsefit.pruning.masks import pack_bits, unpack_bits
+from sparsefit.pruning.masks import unpack_bits
 
 BUFFER = 2**26  # bytes
 
@@ -28,19 +28,8 @@ class Removed(NamedTuple):
     bits: Tensor  # the packed mask, True = kept, in the order of the weight's elements
     values: Callable[[], Tensor]  # gives the removed values in that order
 
-    @classmethod
-    def from_dense(cls, dense: Tensor, kept: Tensor) -> Removed:
-        """What a mask takes from a dense weight, held on its device."""
-        values = dense.masked_select(~kept)
-        return cls(pack_bits(kept).to(dense.device), lambda: values)
-
-    @property
-    def bytes(self) -> int:
-        """What it holds."""
-        return self.bits.nbytes + self.values().nbytes
-
     def put_back(self, view: Tensor) -> None:
-        """Write the removed values to their places in a weight, of any strides."""
+        """Write the removed values to their places in a weight."""
         view.masked_scatter_(~unpack_bits(self.bits, tuple(view.shape), view.device), self.values().to(view.device))
 
     def take_out(self, view: Tensor) -> None:
@@ -50,15 +39,7 @@ class Removed(NamedTuple):
 
 class Undo:
     """Prunes weights in place and remembers what they were: of a GPU's weights in CPU memory, of a CPU's in a temporary
-    file (in memory where none can be written).
-
-    >>> layer = torch.nn.Linear(2, 1, bias=False).requires_grad_(False)
-    >>> weight, dense, undo = PrunableWeight("weight", layer.weight, (layer,)), layer.weight.clone(), Undo()
-    >>> undo.apply_mask(weight, torch.tensor([[True, False]]), bits=torch.tensor([128], dtype=torch.uint8))
-    >>> undo.restore()
-    >>> torch.equal(layer.weight, dense)
-    True
-    """
+    file (in memory where none can be written)."""
 
     def __init__(self) -> None:
         self._back: list[Callable[[], object]] = []
@@ -71,8 +52,8 @@ class Undo:
             self._back.append(weight.snapshot())
         else:
             view = weight.view
-            gone = (_outside(values, kept) for values, kept in in_chunks(view, mask.view(view.shape)))
-            removed = Removed(bits, self._put_away(gone))
+            gone = [_outside(values, kept) for values, kept in in_chunks(view, mask.view(view.shape))]
+            removed = Removed(bits, self._put_away(torch.cat(gone)))
             self._back.append(lambda: (removed.put_back(weight.view), weight.changed()))
         weight.apply_mask(mask)
 
@@ -81,7 +62,7 @@ class Undo:
         if isinstance(weight, QuantizedWeight):
             self._back.append(weight.snapshot())
         else:
-            dense = self._put_away([weight.matrix()])
+            dense = self._put_away(weight.matrix().flatten())
             self._back.append(lambda: weight.set_values(dense().view(weight.shape)))
         weight.set_values(values)
 
@@ -95,12 +76,8 @@ class Undo:
                 done = True
         self._back = []
 
-    def _put_away(self, pieces: Iterable[Tensor]) -> Callable[[], Tensor]:
-        """Keep a copy of values, piece by piece; what is returned gives all of them back, flat."""
-        there = [self._put_one_away(piece.flatten()) for piece in pieces]
-        return lambda: torch.cat([give() for give in there])
-
-    def _put_one_away(self, values: Tensor) -> Callable[[], Tensor]:
+    def _put_away(self, values: Tensor) -> Callable[[], Tensor]:
+        """Keep a copy of flat values; what is returned gives them back."""
         if values.device.type == "cpu" and values.numel():
             with suppress(OSError):  # no folder for temporary files, or a full disk
                 return self._put_into_file(values)

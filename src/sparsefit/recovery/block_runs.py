@@ -54,7 +54,7 @@ def sweepable_lists(lists: list[list[nn.Module]], forward: Callable[[], Any]) ->
     for blocks in lists:
         try:
             with torch.no_grad():
-                calls, simple = capture_calls(blocks, forward, to_the_end=True)
+                _, calls, simple = capture_calls(blocks, forward, to_the_end=True)
         except NotSweepable as reason:
             inner = [own for block in blocks for own in find_block_lists(block)]
             if not inner:
@@ -99,12 +99,12 @@ def _captured(
 ) -> tuple[list[int], list[list[BlockCall]], list[Tensor]]:
     """The order of the blocks; for each micro-batch their calls and the hidden state before the first."""
     with weights, torch.no_grad():
-        shown = [capture_calls(found.blocks, lambda b=b: forward(b.data), simple=found.simple)[0] for b in data]
+        shown = [capture_calls(found.blocks, lambda b=b: forward(b.data), simple=found.simple) for b in data]
+    calls = [capture.calls for capture in shown]
     try:
-        order = order_of(shown)
+        return order_of(calls), calls, [capture.hidden for capture in shown]
     except NotSweepable as reason:
         raise _refused(reason) from reason
-    return order, [[call.without_hidden() for call in calls] for calls in shown], [calls[0].hidden for calls in shown]
 
 
 def _refused(reason: NotSweepable) -> ConfigError:
