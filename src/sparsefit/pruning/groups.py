@@ -57,10 +57,8 @@ class InputGroup:
 def input_groups(weights: Sequence[PrunableWeight], parts: Mapping[str, list[Part]]) -> list[InputGroup]:
     """Weights, in the order of the model, put together where they share a statistic; one without any stays alone.
 
-    >>> import torch
-    >>> from torch import nn
-    >>> query, key = (PrunableWeight(name, nn.Parameter(torch.ones(2, 3)), ()) for name in ("query", "key"))
-    >>> shared = Part(slice(0, 2), InputStatistics(3, torch.device("cpu")))
+    >>> query, key = (PrunableWeight(name, Tensor(2, 3), ()) for name in ("query", "key"))
+    >>> shared = Part(slice(0, 2), InputStatistics(3, "cpu"))
     >>> [group.weights == [query, key] for group in input_groups([query, key], {"query": [shared], "key": [shared]})]
     [True]
     """

@@ -14,7 +14,7 @@ from sparsefit.pruning.calibration import MicroBatch
 from sparsefit.pruning.finite import check_finite
 from sparsefit.pruning.groups import Part, Parts
 from sparsefit.pruning.layers.base import PrunableWeight
-from sparsefit.pruning.ranks import errors_on_all_ranks, from_all, is_distributed
+from sparsefit.pruning.ranks import errors_on_all_ranks, from_all
 from sparsefit.pruning.statistics import InputStatistics, added_up
 from sparsefit.pruning.watch import Rows, Seen, version_of, watching
 
@@ -197,10 +197,10 @@ class _Collector:
     def _of_all_ranks(self) -> dict[Key, InputStatistics]:
         """What shares on every rank shares; ranks add up."""
         found = {key: shared.statistics for key, shared in self._shared.items()}
-        if not is_distributed():
-            return found
         numbers = {statistics: number for number, statistics in enumerate(found.values())}
         of_ranks = from_all({key: numbers[statistics] for key, statistics in found.items()})
+        if len(of_ranks) == 1:
+            return found
         together: dict[tuple[int | None, ...], InputStatistics] = {}
         for key in sorted(set().union(*of_ranks), key=str):
             signature = tuple(own.get(key) for own in of_ranks)

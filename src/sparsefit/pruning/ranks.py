@@ -13,22 +13,13 @@ from torch import Tensor
 from sparsefit.errors import CalibrationError
 
 
-def is_distributed() -> bool:
-    """Whether there are other ranks to agree with.
-
-    >>> is_distributed()
-    False
-    """
-    return dist.is_available() and dist.is_initialized()
-
-
 def from_all(value: Any) -> list[Any]:
     """The value of every rank, in their order.
 
     >>> from_all(3)
     [3]
     """
-    if not is_distributed():
+    if not _is_distributed():
         return [value]
     values = [value] * dist.get_world_size()
     dist.all_gather_object(values, value)
@@ -59,7 +50,7 @@ def add_up(values: Tensor, largest: bool = False) -> None:
     >>> add_up(values := torch.ones(2)); values
     tensor([1., 1.])
     """
-    if is_distributed():
+    if _is_distributed():
         dist.all_reduce(values, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
 
 
@@ -69,9 +60,13 @@ def of_first_rank(values: Tensor) -> Tensor:
     >>> of_first_rank(torch.tensor([True]))
     tensor([True])
     """
-    if not is_distributed():
+    if not _is_distributed():
         return values
     # Not every backend sends bool.
     sent = values.to(torch.uint8 if values.dtype == torch.bool else values.dtype).contiguous()
     dist.broadcast(sent, src=0)
     return sent.to(values.dtype)
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()

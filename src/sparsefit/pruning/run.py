@@ -112,7 +112,7 @@ class PruningRun:
         return self.collect(weights, kinds, data, lambda number: forward(data[number].data)) if weights else {}
 
     def allocate(self, parts: Parts) -> None:
-        """Decide how many weights each matrix loses by what the dense network shows, if that is asked for (OWL)."""
+        """Decide by what the dense network shows how many weights each matrix loses, if that is asked for (OWL)."""
         if self.config.allocation == "owl":
             owners = {module: number for number, block in enumerate(self._blocks) for module in block.modules()}
             # A weight outside the blocks is a group of its own.
@@ -140,8 +140,8 @@ class PruningRun:
                 "model on one device and leave out `device`"
             )
         then = "these blocks are pruned after the others, from one pass of the data"
-        if not found:
-            self.result.update = "none" if reasons else self.result.update
+        if reasons and not found:
+            self.result.update = "none"
             then = "pruned with update='none': statistics of the dense network in one pass"
         for reason in reasons if self.config.update != "none" else ():
             self.result.note(f"{reason}; {then}")
