@@ -223,6 +223,27 @@ def test_what_is_changed_in_place_counts_as_it_was(call):
         torch.testing.assert_close(statistics["squared_norm"], torch.cat(apart[name]).square().sum(0), msg=name)
 
 
+def test_blocks_that_run_again_as_an_input_changed_hand_on_each_output_once():
+    """The change comes to light in the second batch, when the first has gone through the block already."""
+
+    class Block(Layers):
+        def forward(self, x: Tensor) -> Tensor:
+            other = x.clone()
+            output = x + self.a(other).tanh()
+            if x.shape[1] != SHORTEST + 1:
+                output = output + self.b(other)
+            other.mul_(2)
+            return output
+
+    def net() -> nn.Module:
+        return spread_weights(nn.Sequential(Block(same), Block(same)))
+
+    whole = prune(net(), batches(), PruningConfig(update="none", micro_batch_size=2))
+    by_block = prune(net(), batches(), PruningConfig(update="none", micro_batch_size=2, device="cpu"))
+    assert any("1.a.weight was changed in place" in note for note in by_block.notes)
+    assert by_block.masks.digest() == whole.masks.digest()
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
 @pytest.mark.parametrize("batch", range(4))
 def test_inputs_that_are_not_finite_name_layer_and_batch(batch, value):

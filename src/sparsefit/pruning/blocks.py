@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from sparsefit.pruning.calibration import map_tensors, tensors_in
@@ -27,9 +27,9 @@ def find_block_lists(model: nn.Module) -> list[list[nn.Module]]:
     One list for most models; several where a model has an encoder and a decoder, two towers, or stages of blocks, as
     ConvNeXt and Swin have (what leads from one stage to the next is in no block).
 
-    >>> model = nn.Sequential(nn.Linear(4, 4), nn.ModuleList(nn.TransformerEncoderLayer(4, 1) for _ in range(3)))
-    >>> [[type(block).__name__ for block in blocks] for blocks in find_block_lists(model)]
-    [['TransformerEncoderLayer', 'TransformerEncoderLayer', 'TransformerEncoderLayer']]
+    >>> [blocks] = find_block_lists(nn.ModuleList(nn.TransformerEncoderLayer(4, 1) for _ in range(3)))
+    >>> len(blocks)
+    3
     """
     if isinstance(model, _LISTS) and _is_block_list(model):
         return _stages(model) or [list(model)]
@@ -38,8 +38,8 @@ def find_block_lists(model: nn.Module) -> list[list[nn.Module]]:
 
 def _stages(modules: nn.ModuleList | nn.Sequential) -> list[list[nn.Module]]:
     """The blocks of each stage, where the members of a list are stages: lists of blocks, with what leads from one to
-    the next between them, or modules that each keep their blocks in one list. Those of one stage are wider than those
-    of another. (Lists in blocks that are all alike are experts, or parallel heads.)"""
+    the next between them, or modules that each keep their blocks in one list. Stages differ in width. (Lists in blocks
+    that are all alike are experts, or parallel heads.)"""
     stages = [list(member) for member in modules if isinstance(member, nn.Sequential) and _are_blocks(member)]
     if not stages:
         inner = [[list(c) for c in member.children() if isinstance(c, _LISTS) and _are_blocks(c)] for member in modules]
@@ -72,71 +72,28 @@ def _holds_matrices(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class BlockCall:
-    """The arguments of one call of one block. Its hidden state is the first positional argument, or
-    `hidden_states`, or the first tensor among the keyword arguments."""
+    """A call of a block, for any hidden state."""
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    index: int  # of the block in its list
+    arguments: Mapping[int | str, Any]  # by name, positional ones by number
+    key: int | str  # the place of the hidden state among them, where None stands
 
-    @property
-    def _key(self) -> int | str:
-        if self.args and isinstance(self.args[0], Tensor):
-            return 0
-        names = [name for name, value in self.kwargs.items() if isinstance(value, Tensor)]
-        if not names:
-            raise NotSweepable("a block is called without a tensor")
-        return "hidden_states" if "hidden_states" in names else names[0]
-
-    @property
-    def hidden(self) -> Tensor:
-        """The hidden state that goes into the block."""
-        key = self._key
-        return self.args[0] if key == 0 else self.kwargs[key]
-
-    def without_hidden(self) -> BlockCall:
-        """The same call, which no longer keeps its hidden state alive; only to be `run` with another."""
-        return self._with_hidden(self.hidden.new_empty(0))
-
-    def _with_hidden(self, hidden: Tensor) -> BlockCall:
-        key = self._key
-        if key == 0:
-            return BlockCall((hidden, *self.args[1:]), self.kwargs)
-        return BlockCall(self.args, {**self.kwargs, key: hidden})
-
-    def moved(self, device: torch.device | str, memo: dict[int, Tensor]) -> BlockCall:
-        """The same call with its tensors on a device; one tensor in several places stays one.
-
-        Args:
-            device: Where to.
-            memo: By id of a tensor, what it became: one for all calls of a pass. The tensors must live as long as it.
-        """
-
-        def move(tensor: Tensor) -> Tensor:
-            if id(tensor) not in memo:
-                memo[id(tensor)] = tensor.to(device)
-            return memo[id(tensor)]
-
-        return self._mapped(move)
-
-    def cast(self, dtype: torch.dtype) -> BlockCall:
-        """The same call with its floating tensors in a dtype."""
-        return self._mapped(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
-
-    def _mapped(self, function: Callable[[Tensor], Tensor]) -> BlockCall:
-        return BlockCall(map_tensors(function, self.args), map_tensors(function, self.kwargs))
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> BlockCall:
+        """The same call with a function applied to its tensors."""
+        return replace(self, arguments=map_tensors(function, self.arguments))
 
     def run(self, block: Callable[..., Any], hidden: Tensor) -> Any:
-        """Call the block with the very same arguments but another hidden state; returns all that it does. The block
-        may change the hidden state in place."""
-        call = self._with_hidden(hidden)
-        return block(*call.args, **call.kwargs)
+        """What the block returns; it may change the hidden state in place."""
+        arguments = {**self.arguments, self.key: hidden}
+        named = {key: value for key, value in arguments.items() if isinstance(key, str)}
+        return block(*(value for key, value in arguments.items() if key not in named), **named)
 
 
 def hidden_of(output: Any) -> Tensor:
-    """The hidden state in a block's output, which is a tensor, a tuple or a mapping, by version and model.
+    """The hidden state in what a block returns: a tensor, a tuple or a mapping, by version and model.
 
-    >>> hidden_of((torch.tensor(1.0), "attention"))
-    tensor(1.)
+    >>> hidden_of((Tensor([1.0]), "attention"))
+    tensor([1.])
     """
     if isinstance(output, Mapping):
         output = next(iter(output.values()))
@@ -159,15 +116,11 @@ def _with_hidden(output: Any, hidden: Tensor) -> Any:
 
 
 class Capture(NamedTuple):
-    """What one pass of a model has shown.
+    """What one pass of a model has shown."""
 
-    Attributes:
-        calls: Index and call of each block, in calling order.
-        simple: Whether the first block was computed and returned a tensor alone.
-    """
-
-    calls: list[tuple[int, BlockCall]]
-    simple: bool
+    hidden: Tensor | None  # before the first block
+    calls: list[BlockCall]  # in calling order
+    simple: bool  # whether the first block was computed and returned a tensor alone
 
 
 class _LastBlockReached(Exception):
@@ -177,14 +130,14 @@ class _LastBlockReached(Exception):
 def capture_calls(
     blocks: list[nn.Module], forward: Callable[[], Any], to_the_end: bool = False, simple: bool = False
 ) -> Capture:
-    """The arguments with which one pass of the model calls each of its blocks, in calling order.
+    """The arguments with which one pass of the model calls each block of a list.
 
-    Only the first block is computed (its output shows what form a block's output has); the others hand their
-    hidden state through, and the pass ends at the last one (a pass `to_the_end` computes all). So masks, position
-    embeddings and whatever else the model prepares for each block are the model's own, at the price of one block.
+    Only the first block is computed (to show what form a block's output has); the others hand their hidden state
+    through, and the pass ends at the last one. So masks, position embeddings and whatever else the model prepares for
+    each block are the model's own, at the price of one block.
 
     Args:
-        blocks: The blocks of one list.
+        blocks: The list.
         forward: Runs the model on one micro-batch.
         to_the_end: Compute every block and go on after the last one, to see that other passes can do without.
         simple: Blocks are known to return a tensor alone, so that not even the first must be computed.
@@ -194,69 +147,89 @@ def capture_calls(
             the one before, or (to the end) blocks change its shape or hand on more than it.
 
     >>> model = nn.Sequential(nn.ReLU(), nn.Flatten())
-    >>> captured = capture_calls(model, lambda: model(torch.zeros(1, 2)))
-    >>> [(index, call.hidden) for index, call in captured.calls]
-    [(0, tensor([[0., 0.]])), (1, tensor([[0., 0.]]))]
+    >>> hidden, calls, simple = capture_calls(model, lambda: model(Tensor([[1.0, 2.0]])))
+    >>> calls[0].run(model[0], -hidden)
+    tensor([[0., 0.]])
     """
     if len({id(block) for block in blocks}) < len(blocks):
         raise NotSweepable("a block stands more than once in the list of blocks")
-    calls: list[tuple[int, BlockCall]] = []
+    calls: list[BlockCall] = []
     outputs: list[Any] = []  # the first and the last of those computed
+    before_first: Tensor | None = None
     handed_on: tuple[Tensor, int] | None = None  # with its version
     last = len(blocks) - 1
 
-    def enter(index: int, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        nonlocal handed_on
-        call = BlockCall(args, kwargs)
-        if any(earlier in (index, last) for earlier, _ in calls):
+    def enter(index: int, original: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        nonlocal before_first, handed_on
+        arguments = {**dict(enumerate(args)), **kwargs}
+        key = _place_of_hidden(arguments)
+        hidden, arguments[key] = arguments[key], None
+        call = BlockCall(index, arguments, key)
+        if any(earlier.index in (index, last) for earlier in calls):
             raise NotSweepable(f"block {index} is called more than once in a pass, or after the last block")
-        if calls and (call.hidden is not handed_on[0] or version_of(call.hidden) != handed_on[1]):
-            raise NotSweepable(f"the model computes something between blocks {calls[-1][0]} and {index}")
-        # To the end every block has a hidden state of its own, and none is needed later.
-        calls.append((index, call.without_hidden() if to_the_end else call))
+        if not calls:
+            before_first = hidden
+        elif hidden is not handed_on[0] or version_of(hidden) != handed_on[1]:
+            raise NotSweepable(f"the model computes something between blocks {calls[-1].index} and {index}")
+        calls.append(call)
         if index == last and not to_the_end:
             raise _LastBlockReached
         if to_the_end or not (simple or outputs):
-            output = call.run(original, call.hidden.clone())
+            output = call.run(original, hidden.clone())
             if to_the_end:
-                _check_replayable(call, outputs, output, index == last)
+                _check_no_other_stream(call, outputs)
+                if index != last and hidden_of(output).shape != hidden.shape:
+                    raise NotSweepable("blocks change the shape of the hidden state")
             outputs[1:] = [output]
         else:
-            output = call.hidden if simple else _with_hidden(outputs[0], call.hidden)
+            output = hidden if simple else _with_hidden(outputs[0], hidden)
         handed_on = hidden_of(output), version_of(hidden_of(output))
         return output
 
     with _replaced_forwards(blocks, enter), suppress(_LastBlockReached):
         forward()
-    return Capture(calls, bool(outputs) and isinstance(outputs[0], Tensor))
+    return Capture(before_first, calls, bool(outputs) and isinstance(outputs[0], Tensor))
 
 
-def _check_replayable(call: BlockCall, before: list[Any], output: Any, is_last: bool) -> None:
-    """See that a block can be handed its input through, and that what blocks return beside the hidden state is what the
-    first of them (the first of the outputs `before`) has made."""
-    if before:
-        first = {id(tensor) for tensor in tensors_in(before[0])}
-        taken = {id(tensor) for tensor in tensors_in([call.args, call.kwargs])} - {id(call.hidden)}
-        if any(id(tensor) in taken - first for tensor in tensors_in(before[-1])):
+def _place_of_hidden(arguments: Mapping[int | str, Any]) -> int | str:
+    """The first positional argument, or `hidden_states`, or the first tensor that has a name."""
+    for key in (0, "hidden_states", *(key for key in arguments if isinstance(key, str))):
+        if isinstance(arguments.get(key), Tensor):
+            return key
+    raise NotSweepable("a block is called without a tensor")
+
+
+def _check_no_other_stream(call: BlockCall, outputs: list[Any]) -> None:
+    """See that what a block takes of earlier outputs, beside the hidden state, is what the first block has made."""
+    if outputs:
+        made_by_first = {id(tensor) for tensor in tensors_in(outputs[0])}
+        taken = {id(tensor) for tensor in tensors_in(call.arguments)}
+        if any(id(tensor) in taken - made_by_first for tensor in tensors_in(outputs[-1])):
             raise NotSweepable("blocks hand on more than one tensor that they change")
-    if not is_last and hidden_of(output).shape != call.hidden.shape:
-        raise NotSweepable("blocks change the shape of the hidden state")
 
 
 @contextmanager
 def _replaced_forwards(blocks: list[nn.Module], enter: Callable[..., Any]) -> Iterator[None]:
-    """Send every call of a block to `enter(index, original forward, args, kwargs)`."""
-
-    def replacement(index: int, original: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: enter(index, original, args, kwargs)
-
+    """Send every call of a block to `enter(index, original forward, *args, **kwargs)`."""
     saved = [vars(block).get("forward") for block in blocks]
     try:
         for index, block in enumerate(blocks):
-            block.forward = replacement(index, block.forward)
+            block.forward = partial(enter, index, block.forward)
         yield
     finally:
         for block, forward in zip(blocks, saved, strict=True):
             vars(block).pop("forward", None)
             if forward is not None:
                 block.forward = forward
+
+
+def order_of(captured: Sequence[Sequence[BlockCall]]) -> list[int]:
+    """The numbers of the blocks in calling order; `NotSweepable` if that is not the same in all of several passes.
+
+    >>> order_of([[BlockCall(1, {}, key=0)], [BlockCall(1, {}, key=0)]])
+    [1]
+    """
+    first, *others = [[call.index for call in calls] for calls in captured]
+    if not first or any(order != first for order in others):
+        raise NotSweepable("batches take different ways through the blocks" if first else "no block is called")
+    return first

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -14,29 +14,25 @@ from sparsefit.pruning.layers.quantized import plain_layout
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and nothing on the way that would hide a layer's input or compute with weights of before:
-    no key-value caches, no fused attention, no compiled blocks, no autocast copies of weights. All as it was
-    afterwards, module by module.
+    """Evaluation mode, and nothing that would hide a layer's input or compute with weights of before: no key-value
+    caches, fused attention, compiled blocks or autocast copies of weights. All as it was afterwards.
 
     >>> with evaluating(model := nn.Dropout()): print(model.training)
     False
     """
-    training = [module for module in model.modules() if module.training]
-    configs = (getattr(module, "config", None) for module in model.modules())
-    caching = [config for config in configs if getattr(config, "use_cache", False) is True]
-    fused, copies = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
+    fused = torch.backends.mha
+    with ExitStack() as stack:
+        for module in model.modules():
+            if module.training:
+                stack.callback(setattr, module, "training", True)
+            config = getattr(module, "config", None)
+            if getattr(config, "use_cache", False) is True:
+                stack.callback(setattr, config, "use_cache", True)
+                config.use_cache = False
+        stack.callback(fused.set_fastpath_enabled, fused.get_fastpath_enabled())
+        stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+        fused.set_fastpath_enabled(False)
         torch.set_autocast_cache_enabled(False)
         model.eval()
-        for config in caching:
-            config.use_cache = False
         with torch.compiler.set_stance("force_eager"), eager_experts(model), plain_layout(model):
             yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-        torch.set_autocast_cache_enabled(copies)
-        for config in caching:
-            config.use_cache = True
-        for module in training:
-            module.training = True

@@ -20,18 +20,15 @@ class Part(NamedTuple):
 
 
 Parts = dict[str, list[Part]]  # by weight, in the order of its rows
+Rows = list[tuple[str, slice]]  # some of each of several weights
 
 
 @dataclass
 class InputGroup:
-    """Weights that see the same inputs: q, k and v of an attention, gate and up of a gated feed-forward.
+    """Weights, in the order of the model, that see the same inputs, such as q, k and v of an attention.
 
-    Most groups have one statistic. Rows of a weight can see other inputs than the rest of it (query and key of
-    cross-attention packed in one matrix; the groups of a convolution); then there are several.
-
-    Attributes:
-        weights: In the order of the model.
-        parts: For each weight its rows and their statistics.
+    There are several statistics where rows of a weight see other inputs than the rest of it: query and key of
+    cross-attention packed in one matrix, the groups of a convolution.
     """
 
     weights: list[PrunableWeight]
@@ -40,46 +37,41 @@ class InputGroup:
     @property
     def seen(self) -> bool:
         """Whether any token reached its weights."""
-        return any(part.statistics.tokens for weight in self.weights for part in self.parts[weight.name])
+        return any(part.statistics.tokens for parts in self.parts.values() for part in parts)
 
-    def by_statistics(self) -> list[tuple[InputStatistics, list[tuple[PrunableWeight, slice]]]]:
+    def by_statistics(self) -> dict[InputStatistics, Rows]:
         """Each statistic with the rows that it is of."""
-        found: dict[int, tuple[InputStatistics, list[tuple[PrunableWeight, slice]]]] = {}
-        for weight in self.weights:
-            for part in self.parts[weight.name]:
-                found.setdefault(id(part.statistics), (part.statistics, []))[1].append((weight, part.rows))
-        return list(found.values())
+        found: dict[InputStatistics, Rows] = {}
+        for name, parts in self.parts.items():
+            for part in parts:
+                found.setdefault(part.statistics, []).append((name, part.rows))
+        return found
 
     def with_columns(self, order: Tensor) -> InputGroup:
         """The same group with the inputs in another order."""
-        moved = {id(statistics): statistics.columns(order) for statistics, _ in self.by_statistics()}
-        parts = {name: [Part(rows, moved[id(own)]) for rows, own in found] for name, found in self.parts.items()}
+        moved = {statistics: statistics.columns(order) for statistics in self.by_statistics()}
+        parts = {name: [Part(rows, moved[own]) for rows, own in found] for name, found in self.parts.items()}
         return InputGroup(self.weights, parts)
 
 
 def input_groups(weights: Sequence[PrunableWeight], parts: Mapping[str, list[Part]]) -> list[InputGroup]:
-    """Weights put together where they share a statistic.
+    """Weights, in the order of the model, put together where they share a statistic; one without any stays alone.
 
-    Args:
-        weights: In the order of the model.
-        parts: Their statistics; a weight without any is a group of its own.
-
-    >>> import torch
-    >>> from torch import nn
-    >>> query, key = (PrunableWeight(name, nn.Parameter(torch.ones(2, 3)), ()) for name in ("query", "key"))
-    >>> shared = Part(slice(0, 2), InputStatistics(3, torch.device("cpu")))
+    >>> query, key = (PrunableWeight(name, Tensor(2, 3), ()) for name in ("query", "key"))
+    >>> shared = Part(slice(0, 2), InputStatistics(3, "cpu"))
     >>> [group.weights == [query, key] for group in input_groups([query, key], {"query": [shared], "key": [shared]})]
     [True]
     """
     groups: list[InputGroup] = []
+    of_statistics: dict[InputStatistics, InputGroup] = {}
     for weight in weights:
         own = parts.get(weight.name, [])
-        statistics = {id(part.statistics) for part in own}
-        for group in groups:
-            if statistics & {id(part.statistics) for found in group.parts.values() for part in found}:
-                group.weights.append(weight)
-                group.parts[weight.name] = own
-                break
-        else:
-            groups.append(InputGroup([weight], {weight.name: own}))
+        group = next((of_statistics[part.statistics] for part in own if part.statistics in of_statistics), None)
+        if group is None:
+            group = InputGroup([], {})
+            groups.append(group)
+        group.weights.append(weight)
+        group.parts[weight.name] = own
+        for part in own:
+            of_statistics.setdefault(part.statistics, group)
     return groups

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from sparsefit.pruning.calibration import MicroBatch
 from sparsefit.pruning.finite import check_finite
 from sparsefit.pruning.groups import Part, Parts
 from sparsefit.pruning.layers.base import PrunableWeight
-from sparsefit.pruning.ranks import errors_on_all_ranks, from_all, is_distributed
+from sparsefit.pruning.ranks import errors_on_all_ranks, from_all
 from sparsefit.pruning.statistics import InputStatistics, added_up
 from sparsefit.pruning.watch import Rows, Seen, version_of, watching
 
@@ -27,18 +28,15 @@ def collect(
     run: Callable[[int], object],
     note: Callable[[str], None],
     until: Mapping[Key, int] | None = None,
+    step: Callable[[], None] = lambda: None,
 ) -> Parts:
-    """The statistics of what some weights see while a model, or one of its blocks, runs over the calibration data.
+    """The statistics, of `kinds` among `statistics.KINDS`, of what some weights see in the calibration data.
 
     Args:
-        weights: The weights.
-        kinds: What to take: names from `statistics.KINDS`.
-        data: The micro-batches.
-        run: Runs the one of that number. What it would still compute once all weights have got their input is of no
-            use to anybody if `until` is given.
-        note: Takes sentences for the report.
-        until: How often a pass has been seen to use each weight: where that is once each, a pass ends as soon as
-            all have been.
+        run: Runs the model, or one of its blocks, on the micro-batch of that number.
+        until: How often a pass uses each weight, if what it computes is of no other use: it ends as soon as all have
+            been used if that is once each.
+        step: Called after each pass.
 
     Raises:
         CalibrationError: if an input is not finite; names the layer and the calibration batch.
@@ -50,166 +48,129 @@ def collect(
     >>> parts["weight"][0].statistics["squared_norm"]
     tensor([ 9., 16.])
     """
+
+    def collected(kinds: Iterable[str], apart: bool = False) -> _Collector:
+        collector = _Collector(weights, kinds, note, until or {}, apart)
+        with watching(weights, collector.record):
+            for number, batch in enumerate(data):
+                collector.next_batch(batch)
+                with suppress(_AllSeen):
+                    run(number)
+                collector.settle()
+                step()
+        return collector
+
     with errors_on_all_ranks():
-        collector = InputCollector(weights, kinds, until)
         try:
-            _run_all(collector, data, run)
+            collector = collected(kinds)
         except _ChangedInPlace as changed:
             note(f"{changed}; the statistics were taken again, for each weight by itself")
-            collector = InputCollector(weights, kinds, until, share=False)
-            _run_all(collector, data, run)
+            collector = collected(kinds, apart=True)
         if not collector.all_finite():
-            checking = InputCollector(weights, ("squared_norm",), until, share=False, check=True)
-            _run_all(checking, data, run)
+            collected(("squared_norm",), apart=True)
             raise CalibrationError(
                 "the inputs of the model's layers are finite one by one, but their squares add up to more than float32 "
                 "holds. The model was left as it was; look at the calibration data, or scale it down"
             )
-    for sentence in sorted(collector.notes):
-        note(sentence)
     return collector.parts()
-
-
-def _run_all(collector: InputCollector, data: Sequence[MicroBatch], run: Callable[[int], object]) -> None:
-    with watching(collector.weights, collector.record):
-        for number, batch in enumerate(data):
-            collector.next_batch(batch)
-            try:
-                run(number)
-            except AllSeen:
-                continue
-        collector.settle()
 
 
 class _ChangedInPlace(Exception):
     """An input that is shared is no longer what it was; the message says whose."""
 
 
-class AllSeen(Exception):
-    """Every watched weight has got its input: what the block still computes is of no use."""
+class _AllSeen(Exception):
+    """Every weight has got its input."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Shared:
-    """What some rows of weights have all seen: the members, and those to which the next input has come already."""
+    """What some weights, its members, have all seen so far."""
 
-    members: list[Key]
+    members: set[Key]
     statistics: InputStatistics
     inputs: int = 0
-    pending: Seen | None = None
-    arrived: list[Key] = field(default_factory=list)
+    pending: Seen | None = None  # the next input, which has come to some already
+    arrived: set[Key] = field(default_factory=set)
 
 
-class InputCollector:
+class _Collector:
     """Collects statistics while weights are watched, once for each distinct input.
 
     Weights whose first input is the same tensor share. From then on an input is added once it has come to all of
     them. If it comes to some and not to others they part: what they had seen until then was the same for all.
-
-    Args:
-        weights: The weights that are watched.
-        kinds: The statistics to take.
-        until: See `collect`.
-        share: Whether weights share at all.
-        check: Look at each input as it comes, to name the one that is not finite.
-
-    Attributes:
-        notes: What could not be told, for the report.
+    With `apart` none shares, and each input is looked at as it comes, to name the one that is not finite.
     """
 
     def __init__(
         self,
         weights: Iterable[PrunableWeight],
         kinds: Iterable[str],
-        until: Mapping[Key, int] | None = None,
-        share: bool = True,
-        check: bool = False,
+        note: Callable[[str], None],
+        until: Mapping[Key, int],
+        apart: bool,
     ) -> None:
-        self.weights, self.kinds = list(weights), kinds
-        self._share, self._check = share, check
-        self.notes: set[str] = set()
-        self._batch: MicroBatch | None = None
-        self._padding: Tensor | None = None
+        self._weights = {weight.name: weight for weight in weights}
+        self._kinds, self._note, self._apart = kinds, note, apart
         self._shared: dict[Key, _Shared] = {}
-        self._last: tuple[Seen, _Shared] | None = None
-        once = until is not None and all(count == 1 for count in until.values())
-        self._until = set(until) if once and {name for name, _ in until} == {w.name for w in self.weights} else None
-        self._waiting: set[Key] | None = None
+        self._last: tuple[Seen, _Shared] | None = None  # the last input that was added
+        uses = {key: count for key, count in until.items() if key[0] in self._weights}
+        once = {name for name, _ in uses} == set(self._weights) and set(uses.values()) == {1}
+        self._ends_after = set(uses) if once else set()  # if empty, a pass goes to its end
 
     def next_batch(self, batch: MicroBatch) -> None:
         """Say which micro-batch runs next."""
-        self.settle()
-        self._batch, self._padding, self._last = batch, batch.padding_mask, None
-        self._waiting = None if self._until is None else set(self._until)
+        self._batch, self._padding, self._awaited = batch, batch.padding_mask, set(self._ends_after)
 
     def record(self, seen: Seen) -> None:
-        """Take in the input of one weight.
-
-        Raises:
-            AllSeen: if it was the last one and no more is needed.
-            CalibrationError: if it is not finite and is to be checked.
-        """
+        """Take in the input of one weight."""
         key = (seen.weight.name, seen.rows)
-        shared = self._shared.get(key)
-        if shared is None:
-            self._begin(key, seen)
-        else:
-            self._go_on(shared, key, seen)
-        if self._waiting is not None:
-            self._waiting.discard(key)
-            if not self._waiting:
-                raise AllSeen
+        before, shared = self._last or (None, None)
+        if key in self._shared or self._apart or not seen.same_input(before) or shared.inputs > 1:
+            self._arrive(key, seen)
+        else:  # its first input is the first and only one of those before it
+            shared.members.add(key)
+            self._shared[key] = shared
+        if key in self._awaited:
+            self._awaited.remove(key)
+            if not self._awaited:
+                raise _AllSeen
 
-    def _begin(self, key: Key, seen: Seen) -> None:
-        """The first input of a weight: it shares with those before it that have seen this one and no other."""
-        if self._share and self._last and seen.same_input(self._last[0]) and self._last[1].inputs == 1:
-            shared = self._last[1]
-            shared.members.append(key)
-        else:
-            shared = _Shared([key], InputStatistics(seen.weight.shape[1], seen.weight.device, self.kinds))
-            self._add(shared, seen)
-        self._shared[key] = shared
-
-    def _go_on(self, shared: _Shared, key: Key, seen: Seen) -> None:
-        if shared.pending is not None and (key in shared.arrived or not seen.same_input(shared.pending)):
-            self._divide(shared)
+    def _arrive(self, key: Key, seen: Seen) -> None:
+        if key not in self._shared:
+            self._shared[key] = _Shared({key}, self._no_statistics(seen.weight))
+        shared = self._shared[key]
+        if key in shared.arrived or not (shared.pending is None or seen.same_input(shared.pending)):
+            self._add_pending(shared)
             shared = self._shared[key]
         shared.pending = seen
-        shared.arrived.append(key)
-        if len(shared.arrived) == len(shared.members):
-            self._complete(shared)
+        shared.arrived.add(key)
+        if shared.arrived == shared.members:
+            self._add_pending(shared)
 
-    def _complete(self, shared: _Shared) -> None:
-        seen, shared.pending, shared.arrived = shared.pending, None, []
-        self._add(shared, seen)
-
-    def _divide(self, shared: _Shared) -> None:
-        """Part those to which the pending input has come from those to which it has not."""
-        rest = [key for key in shared.members if key not in shared.arrived]
-        if rest:
-            apart = _Shared(rest, shared.statistics.clone(), shared.inputs)
-            self._shared.update(dict.fromkeys(rest, apart))
-            shared.members = list(shared.arrived)
-        self._complete(shared)
-
-    def settle(self) -> None:
-        """The end of a pass: an input that has not come to all by now does not."""
-        for shared in {id(shared): shared for shared in self._shared.values()}.values():
-            if shared.pending is not None:
-                self._divide(shared)
-        self._last = None
-
-    def _add(self, shared: _Shared, seen: Seen) -> None:
+    def _add_pending(self, shared: _Shared) -> None:
+        """Add the pending input; those to which it has not come part from those to which it has."""
+        rest, seen = shared.members - shared.arrived, shared.pending
         if version_of(seen.inputs) != seen.version:
             raise _ChangedInPlace(
                 f"the input of {seen.weight.name} was changed in place before all weights that share it had got it"
             )
+        if rest:
+            self._shared.update(dict.fromkeys(rest, _Shared(rest, shared.statistics.clone(), shared.inputs)))
         for tokens in self._real_tokens(seen):
-            if self._check:
+            if self._apart:
                 check_finite(tokens, seen, self._batch)
             shared.statistics.add(tokens)
+        shared.members, shared.pending, shared.arrived = shared.arrived, None, set()
         shared.inputs += 1
         self._last = (seen, shared)
+
+    def settle(self) -> None:
+        """The end of a pass: an input that has not come to all by now does not."""
+        for shared in dict.fromkeys(self._shared.values()):
+            if shared.pending is not None:
+                self._add_pending(shared)
+        self._last = None
 
     def _real_tokens(self, seen: Seen) -> Iterable[Tensor]:
         """(tokens, in) inputs without the positions that are padding; a note if these could not be told."""
@@ -218,55 +179,49 @@ class InputCollector:
         pieces = list(seen.tokens())
         # An expert's tokens come in an order of their own, even where it gets all of them.
         if len(pieces) > 1 or len(pieces[0]) != self._padding.numel() or seen.weight.index is not None:
-            self.notes.add(
-                f"{seen.weight.name}: padding could not be told from tokens in inputs of shape "
-                f"{tuple(seen.inputs.shape)}"
-            )
+            self._note(f"{seen.weight.name}: padding could not be told from tokens in its inputs")
             return pieces
         return [pieces[0][self._padding.flatten().to(pieces[0].device)]]
 
     def all_finite(self) -> bool:
-        """Whether all inputs were: looked at once, so that no pass waits for it."""
+        """Asked once, so that no pass waits for it."""
         return all(bool(shared.statistics.is_finite()) for shared in self._shared.values())
 
     def parts(self) -> Parts:
         """The statistics of every weight, added up over all ranks of a distributed run."""
-        shared = self._agreed() if is_distributed() else {key: own.statistics for key, own in self._shared.items()}
-        rows: dict[str, list[Rows]] = {weight.name: [] for weight in self.weights}
-        for name, own in shared:
-            rows[name].append(own)
-        return {weight.name: _parts_of(weight, rows[weight.name], shared, self.kinds) for weight in self.weights}
+        found: dict[str, dict[Rows, InputStatistics]] = {name: {} for name in self._weights}
+        for (name, rows), statistics in self._of_all_ranks().items():
+            found[name][rows] = statistics
+        return {name: self._parts_of(weight, found[name]) for name, weight in self._weights.items()}
 
-    def _agreed(self) -> dict[Key, InputStatistics]:
+    def _of_all_ranks(self) -> dict[Key, InputStatistics]:
         """What shares on every rank shares; ranks add up."""
-        numbers = {id(own): number for number, own in enumerate(self._shared.values())}
-        of_ranks = from_all({key: numbers[id(own)] for key, own in self._shared.items()})
-        weights = {weight.name: weight for weight in self.weights}
+        found = {key: shared.statistics for key, shared in self._shared.items()}
+        numbers = {statistics: number for number, statistics in enumerate(found.values())}
+        of_ranks = from_all({key: numbers[statistics] for key, statistics in found.items()})
+        if len(of_ranks) == 1:
+            return found
         together: dict[tuple[int | None, ...], InputStatistics] = {}
-        found = {}
         for key in sorted(set().union(*of_ranks), key=str):
             signature = tuple(own.get(key) for own in of_ranks)
             if signature not in together:
-                weight = weights[key[0]]
-                here = self._shared.get(key)
-                empty = InputStatistics(weight.shape[1], weight.device, self.kinds)
-                together[signature] = here.statistics.clone() if here else empty
-                together[signature].reduce_over_ranks()
+                here = found[key].clone() if key in found else self._no_statistics(self._weights[key[0]])
+                here.reduce_over_ranks()
+                together[signature] = here
             found[key] = together[signature]
         return found
 
+    def _parts_of(self, weight: PrunableWeight, found: Mapping[Rows, InputStatistics]) -> list[Part]:
+        """The parts of one weight; a single one of no tokens where not all of its rows were seen."""
+        whole = (0, weight.shape[0])
+        ranges = {rows or whole: statistics for rows, statistics in found.items()}
+        parts = []
+        for start, stop in pairwise(sorted(set(whole).union(*ranges))):
+            covering = [own for (first, last), own in ranges.items() if first <= start and stop <= last]
+            if not covering:
+                return [Part(slice(*whole), self._no_statistics(weight))]
+            parts.append(Part(slice(start, stop), covering[0] if len(covering) == 1 else added_up(covering)))
+        return parts
 
-def _parts_of(
-    weight: PrunableWeight, rows: list[Rows], statistics: Mapping[Key, InputStatistics], kinds: Iterable[str]
-) -> list[Part]:
-    """The parts of one weight; a single one of no tokens where not all of its rows were seen."""
-    size = weight.shape[0]
-    ranges = {own or (0, size): statistics[weight.name, own] for own in rows}
-    cuts = sorted({0, size}.union(*ranges))
-    parts = []
-    for start, stop in itertools.pairwise(cuts):
-        covering = [found for (first, last), found in ranges.items() if first <= start and stop <= last]
-        if not covering:
-            return [Part(slice(0, size), InputStatistics(weight.shape[1], weight.device, kinds))]
-        parts.append(Part(slice(start, stop), covering[0] if len(covering) == 1 else added_up(covering)))
-    return parts
+    def _no_statistics(self, weight: PrunableWeight) -> InputStatistics:
+        return InputStatistics(weight.shape[1], weight.device, self._kinds)

@@ -94,11 +94,11 @@ def _block_by_block(run: PruningRun, data: Sequence[MicroBatch], forward: Forwar
         sweeps = list(sweeps)
         rest = run.collect_whole(run.outside(sweeps), run.config.statistics, data, forward)
     for sweep in sweeps:
-        for block in sweep.turns():
-            parts = run.collect(block.weights, data, block.run_dense if dense else block.run, block.ends_after)
-            for group in input_groups(block.weights, parts):
+        for weights in sweep.turns():
+            parts = run.collect(weights, run.config.statistics, data, sweep.run, sweep.ends_after)
+            for group in input_groups(weights, parts):
                 _prune_group(run, group)
-            block.advance()
+            sweep.advance()
     if not dense:
         rest = run.collect_whole(run.outside(), run.config.statistics, data, forward)
     for group in input_groups(run.outside(), rest):

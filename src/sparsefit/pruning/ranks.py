@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,51 +12,34 @@ from torch import Tensor
 
 from sparsefit.errors import CalibrationError
 
-Value = TypeVar("Value")
 
-
-def is_distributed() -> bool:
-    """Whether there are other ranks to agree with.
-
-    >>> is_distributed()
-    False
-    """
-    return dist.is_available() and dist.is_initialized()
-
-
-def from_all(value: Value) -> list[Value]:
+def from_all(value: Any) -> list[Any]:
     """The value of every rank, in their order.
 
     >>> from_all(3)
     [3]
     """
-    if not is_distributed():
+    if not _is_distributed():
         return [value]
-    values: list[Value] = [value] * dist.get_world_size()
+    values = [value] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
 @contextmanager
 def errors_on_all_ranks() -> Iterator[None]:
-    """What makes the calibration of one rank fail ends it on every rank: those that went on would wait for it for ever.
-
-    Raises:
-        CalibrationError: this rank's, or the first one of another, with its rank.
+    """A `CalibrationError` of one rank becomes everybody's, as those that went on would wait for it for ever.
 
     >>> with errors_on_all_ranks(): raise CalibrationError("no data")
     Traceback (most recent call last):
     sparsefit.errors.CalibrationError: no data
     """
-    error = None
     try:
         yield
-    except CalibrationError as raised:
-        error = raised
-    texts = from_all(None if error is None else str(error))
-    if error is not None:
-        raise error
-    for rank, text in enumerate(texts):
+    except CalibrationError as error:
+        from_all(str(error))
+        raise
+    for rank, text in enumerate(from_all(None)):
         if text is not None:
             raise CalibrationError(f"on rank {rank}: {text}")
 
@@ -67,7 +50,7 @@ def add_up(values: Tensor, largest: bool = False) -> None:
     >>> add_up(values := torch.ones(2)); values
     tensor([1., 1.])
     """
-    if is_distributed():
+    if _is_distributed():
         dist.all_reduce(values, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
 
 
@@ -77,9 +60,13 @@ def of_first_rank(values: Tensor) -> Tensor:
     >>> of_first_rank(torch.tensor([True]))
     tensor([True])
     """
-    if not is_distributed():
+    if not _is_distributed():
         return values
     # Not every backend sends bool.
     sent = values.to(torch.uint8 if values.dtype == torch.bool else values.dtype).contiguous()
     dist.broadcast(sent, src=0)
     return sent.to(values.dtype)
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()

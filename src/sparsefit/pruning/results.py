@@ -88,35 +88,19 @@ class PruningResult:
 
 @dataclass(frozen=True)
 class DenseStatistics:
-    """Statistics of the inputs of a dense model's weights: taken once, good for any number of prunings of it.
-
-    Attributes:
-        parts: By the weight's name, the statistics of what its rows see.
-        kinds: What they are: names from `statistics.KINDS`.
-        trace: What samples have shown of the model.
-        checksums: By weight, what tells it from that of another model: see `checksums`.
-        samples: Calibration samples seen on this rank.
-        seconds: Wall time of the pass.
-        notes: What did not go as expected.
-    """
+    """Statistics of the inputs of a dense model: taken once, good for any number of prunings of it."""
 
     parts: Parts
-    kinds: frozenset[str]
-    trace: Trace | None
-    checksums: dict[str, str]
-    samples: int
+    kinds: frozenset[str]  # names from `statistics.KINDS`
+    trace: Trace | None  # what samples have shown of the model
+    checksums: dict[str, str]  # by weight, what tells it from that of another model
+    samples: int  # on this rank
     seconds: float
     notes: tuple[str, ...] = ()
 
     def check(self, weights: Sequence[PrunableWeight], config: PruningConfig) -> None:
-        """See that they do for a pruning.
-
-        Raises:
-            ConfigError: if they do not; says what would.
-        """
-        if not config.needs_inputs:
-            return
-        if config.update != "none":
+        """A `ConfigError` that says what would do, if they do not do for a pruning."""
+        if config.needs_inputs and config.update != "none":
             raise ConfigError(
                 f"statistics of the dense model do for update 'none' alone, and not for '{config.update}': give the "
                 "configuration update='none', or `prune` with `batches`"
@@ -129,7 +113,7 @@ class DenseStatistics:
             )
         lacking = sorted(config.statistics - self.kinds)
         unknown = [weight.name for weight in weights if weight.name not in self.parts]
-        if lacking or unknown:
+        if lacking or (unknown and config.needs_inputs):
             what = f"{', '.join(lacking)} was not taken" if lacking else f"nothing is known of {unknown[0]}"
             raise ConfigError(
                 f"the statistics do not fit the configuration: {what}. Name it when you `collect_statistics`"

@@ -13,46 +13,37 @@ from torch import Tensor, nn
 
 from sparsefit.errors import ConfigError
 from sparsefit.pruning.allocation import allocate
-from sparsefit.pruning.block_sweep import BlockSweep, sweepable
+from sparsefit.pruning.block_sweep import BlockSweep
 from sparsefit.pruning.blocks import NotSweepable, find_block_lists
 from sparsefit.pruning.calibration import Forward, MicroBatch, calibration_data
 from sparsefit.pruning.config import PruningConfig
 from sparsefit.pruning.groups import InputGroup, Parts
-from sparsefit.pruning.inputs import collect
+from sparsefit.pruning.inputs import Key, collect
 from sparsefit.pruning.layers.base import PrunableWeight
 from sparsefit.pruning.ranks import of_first_rank
 from sparsefit.pruning.results import PruningResult
 from sparsefit.pruning.scores import SCORES
-from sparsefit.pruning.steps import Steps, describe_unseen
+from sparsefit.pruning.steps import Steps
 from sparsefit.pruning.targets import find_candidates, find_weights
 from sparsefit.pruning.tracing import Trace
 from sparsefit.pruning.undo import Undo
 
-Progress = Callable[[int, int], None]
-
 
 class PruningRun:
-    """Finds the weights of a model, and holds what becomes of them.
-
-    Args:
-        model: The dense model.
-        config: What to prune and how.
-        progress: Called with (steps done, steps in all).
+    """Finds the weights of a model, and holds what becomes of them; a `ConfigError` if the configuration does not fit.
 
     Attributes:
         weights: All weights that are pruned, in the order of the model.
         counts: How many weights each loses, where that is not the same share of every comparison group.
         result: The account so far.
-
-    Raises:
-        ConfigError: if the configuration does not fit the model.
     """
 
     def __init__(self, model: nn.Module, config: PruningConfig, progress: Callable[[int, int], None] | None) -> None:
         self._start = time.perf_counter()
         _check_device_is_here(config.device)
-        self.config, self._model, self._progress = config, model, progress
+        self.config, self._model, self._progress = config, model, progress or (lambda done, total: None)
         self._block_lists = find_block_lists(model)
+        self._blocks = [block for blocks in self._block_lists for block in blocks]
         find_candidates(model, config)  # what is wrong with the names of targets is told before any data is read
         self.weights: list[PrunableWeight] = []
         self.counts: dict[str, int] = {}
@@ -62,8 +53,7 @@ class PruningRun:
 
     def find_targets(self, trace: Trace | None) -> None:
         """Decide which weights are pruned, by what samples have shown of the model."""
-        blocks = [block for blocks in self._block_lists for block in blocks]
-        targets = find_weights(self._model, blocks, self.config, trace)
+        targets = find_weights(self._model, self._blocks, self.config, trace)
         self.weights, self.result.left_dense = targets.weights, targets.left_dense
         self.result.dense_sizes, self.result.dense_zeros = targets.sizes, targets.zeros
         if self.config.allocation != "owl":
@@ -72,10 +62,8 @@ class PruningRun:
     @property
     def takes_one_pass(self) -> bool:
         """Whether all statistics are taken at once: those of the dense network, where they fit in memory."""
-        config = self.config
-        if not config.statistics:
-            return True
-        return config.update == "none" and "gram" not in config.statistics and config.device is None
+        fits = "gram" not in self.config.statistics and self.config.device is None
+        return not self.config.statistics or (self.config.update == "none" and fits)
 
     @contextmanager
     def undone_by_errors(self) -> Iterator[None]:
@@ -90,109 +78,91 @@ class PruningRun:
 
     def finish(self) -> None:
         """Close the account."""
-        for sentence in describe_unseen(self._unseen):
-            self.result.note(sentence)
+        for which in _by_parameter(self._unseen):
+            self.result.note(f"{which} saw no calibration token (no product with it was seen); pruned by magnitude")
         if self.result.masks:
             self.result.note_coverage()
         self.result.seconds = time.perf_counter() - self._start
-        if self._progress is not None:
-            self._progress(self._steps_in_all, self._steps_in_all)
+        self._progress(self._steps_in_all, self._steps_in_all)
 
     def calibration_data(self, batches: Iterable[Any] | None, forward: Forward | None) -> list[MicroBatch]:
         """The calibration data in micro-batches; if none is needed, a batch of what there is, to look at the model."""
-        size = self.config.micro_batch_size
-        if not self.config.needs_inputs:
-            return calibration_data(self._model, itertools.islice(batches, 1), size, forward, "") if batches else []
-        needed_by = _what_needs_inputs(self.config)
-        data = calibration_data(self._model, batches, size, forward, needed_by)
+        config = self.config
+        if not config.needs_inputs:
+            first = list(itertools.islice(batches or (), 1))
+            return calibration_data(self._model, first, config.micro_batch_size, forward, "") if first else []
+        data = calibration_data(self._model, batches, config.micro_batch_size, forward, _what_needs_inputs(config))
         self.result.samples = sum(len(batch.origin) for batch in data)
         passes = 1
         if not self.takes_one_pass:
-            of_blocks = 1 if self.config.update == "none" else 2
-            passes = of_blocks * sum(map(len, self._block_lists)) + len(self._block_lists) or 1
-            passes += self.config.allocation == "owl"
+            of_blocks = len(self._blocks) * (1 if config.update == "none" else 2)
+            passes = (of_blocks + len(self._block_lists) or 1) + (config.allocation == "owl")
         self._steps_in_all = passes * len(data) + 1  # the last step is that all is done
         return data
 
-    def step(self) -> None:
-        """Tell that one more micro-batch has gone through a block, or the model."""
+    def _step(self) -> None:
         self._steps_done = min(self._steps_done + 1, self._steps_in_all - 1)
-        if self._progress is not None:
-            self._progress(self._steps_done, self._steps_in_all)
+        self._progress(self._steps_done, self._steps_in_all)
 
     def collect(
         self,
         weights: Sequence[PrunableWeight],
+        kinds: Iterable[str],
         data: Sequence[MicroBatch],
         run: Callable[[int], object],
-        until: Mapping[Any, int] | None = None,
+        until: Mapping[Key, int] | None = None,
     ) -> Parts:
-        """Statistics of some weights while `run` runs micro-batches: see `inputs.collect`."""
-        return self._counted(collect(weights, self.config.statistics, data, run, self.result.note, until))
+        """Statistics of some weights: see `inputs.collect`."""
+        parts = collect(weights, kinds, data, run, self.result.note, until, self._step)
+        tokens = [part.statistics.tokens for found in parts.values() for part in found]
+        self.result.tokens = max([self.result.tokens, *tokens])
+        return parts
 
     def collect_whole(
         self, weights: Sequence[PrunableWeight], kinds: Iterable[str], data: Sequence[MicroBatch], forward: Forward
     ) -> Parts:
         """Statistics of some weights while the whole model runs; nothing, and no run, for no weights."""
-
-        def run(number: int) -> None:
-            forward(data[number].data)
-            self.step()
-
-        return self._counted(collect(weights, kinds, data, run, self.result.note)) if weights else {}
-
-    def _counted(self, parts: Parts) -> Parts:
-        tokens = [part.statistics.tokens for found in parts.values() for part in found]
-        self.result.tokens = max([self.result.tokens, *tokens])
-        return parts
+        return self.collect(weights, kinds, data, lambda number: forward(data[number].data)) if weights else {}
 
     def allocate(self, parts: Parts) -> None:
-        """Decide how many weights each matrix loses by what the dense network shows, if that is asked for (OWL)."""
+        """Decide by what the dense network shows how many weights each matrix loses, if that is asked for (OWL)."""
         if self.config.allocation == "owl":
-            self.counts = allocate(self.weights, self.config, self._blocks_of_weights(), parts)
-
-    def _blocks_of_weights(self) -> dict[str, int]:
-        """The block of each weight, by number; a weight outside the blocks is a group of its own."""
-        blocks = (block for blocks in self._block_lists for block in blocks)
-        owners = {id(module): number for number, block in enumerate(blocks) for module in block.modules()}
-        return {w.name: owners.get(id(w.layers[0]), -1 - number) for number, w in enumerate(self.weights)}
+            owners = {module: number for number, block in enumerate(self._blocks) for module in block.modules()}
+            # A weight outside the blocks is a group of its own.
+            groups = {w.name: owners.get(w.layers[0], -1 - number) for number, w in enumerate(self.weights)}
+            self.counts = allocate(self.weights, self.config, groups, parts)
 
     def sweeps(self, data: Sequence[MicroBatch], forward: Forward) -> Iterator[BlockSweep]:
         """Each list of blocks, with the calibration data before its first block: what the model gives at that time.
 
         A list whose blocks cannot be run one by one is left out, with a note.
         """
-        reasons, found = [], 0
+        reasons, found = [] if self._block_lists else ["no repeated blocks were found in the model"], False
         for blocks in self._block_lists:
             try:
-                shown = sweepable(blocks, self.weights, lambda: forward(data[0].first_sample()))
-                if shown is not None:
-                    yield BlockSweep(shown, data, forward, self.config, self.step)
-                    found += 1
+                sweep = BlockSweep(blocks, self.weights, data, forward, self.config, self._step)
             except NotSweepable as reason:
                 reasons.append(str(reason))
-        if not self._block_lists:
-            reasons.append("no repeated blocks were found in the model")
-        self._tell_not_sweepable(reasons, found)
-
-    def _tell_not_sweepable(self, reasons: list[str], found: int) -> None:
+                continue
+            if sweep.weights:
+                yield sweep
+                found = True
         if reasons and self.config.device is not None:
             raise ConfigError(
                 f"the model cannot be pruned block by block on '{self.config.device}': {reasons[0]}. Put the whole "
                 "model on one device and leave out `device`"
             )
+        then = "these blocks are pruned after the others, from one pass of the data"
         if reasons and not found:
             self.result.update = "none"
+            then = "pruned with update='none': statistics of the dense network in one pass"
         for reason in reasons if self.config.update != "none" else ():
-            if found:
-                self.result.note(f"{reason}; these blocks are pruned after the others, from one pass of the data")
-            else:
-                self.result.note(f"{reason}; pruned with update='none': statistics of the dense network in one pass")
+            self.result.note(f"{reason}; {then}")
 
     def outside(self, sweeps: Iterable[BlockSweep] = ()) -> list[PrunableWeight]:
         """The weights that are not pruned yet, and are in none of some lists of blocks."""
-        swept = {weight.name for sweep in sweeps for weight in sweep.weights}
-        return [weight for weight in self.weights if weight.name not in swept and weight.name not in self.result.masks]
+        others = {weight.name for sweep in sweeps for weight in sweep.weights}.union(self.result.masks)
+        return [weight for weight in self.weights if weight.name not in others]
 
     def apply(
         self, group: InputGroup, steps: Steps, masks: dict[str, Tensor], values: dict[str, Tensor] | None
@@ -205,15 +175,13 @@ class PruningRun:
             self._unseen += masks
         elif "gram" in self.config.statistics:
             self.result.layer_errors |= steps.errors(masks, values)
-        masks = steps.in_own_order(masks)
-        values = None if values is None else steps.in_own_order(values)
         for weight in group.weights:
-            mask = of_first_rank(masks[weight.name])
+            mask = of_first_rank(steps.in_own_order(masks[weight.name]))
             bits = self.result.masks.add(weight.name, mask, weight.transposed)
             if values is None:
                 self._undo.apply_mask(weight, mask, bits)
             else:
-                self._undo.set_values(weight, of_first_rank(values[weight.name]))
+                self._undo.set_values(weight, of_first_rank(steps.in_own_order(values[weight.name])))
 
 
 def _check_device_is_here(device: str | None) -> None:
@@ -229,3 +197,12 @@ def _what_needs_inputs(config: PruningConfig) -> str:
     if config.reconstruction:
         return f"reconstruction '{config.reconstruction}'"
     return f"swaps={config.swaps}" if config.swaps else f"allocation '{config.allocation}'"
+
+
+def _by_parameter(names: Iterable[str]) -> list[str]:
+    """Names of weights, those of one stack of experts in one: "experts.down_proj of the experts 1, 3"."""
+    experts: dict[str, list[str]] = {}
+    for name in names:
+        parameter, _, number = name.removesuffix("]").partition("[")
+        experts.setdefault(parameter, []).extend([number] if number else [])
+    return [f"{name} of the experts {', '.join(numbers)}" if numbers else name for name, numbers in experts.items()]

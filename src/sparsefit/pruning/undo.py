@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from typing import IO, NamedTuple
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparsefit.pruning.layers.base import INTEGERS, PrunableWeight, in_chunks, zero_outside_mask
 from sparsefit.pruning.layers.quantized import QuantizedWeight
-from sparsefit.pruning.masks import pack_bits, unpack_bits
+from sparsefit.pruning.masks import unpack_bits
 
 BUFFER = 2**26  # bytes
 
@@ -23,28 +23,13 @@ class Removed(NamedTuple):
     """The values that a mask takes from a weight: only these, and one bit a weight to say where they belong.
 
     It is what an undo of the pruning keeps, and all that a dense teacher needs beside its pruned student.
-
-    Attributes:
-        bits: The packed mask, True = kept, in the order of the weight's elements.
-        values: Gives the removed values in that order.
     """
 
-    bits: Tensor
-    values: Callable[[], Tensor]
-
-    @classmethod
-    def from_dense(cls, dense: Tensor, kept: Tensor) -> Removed:
-        """What a mask takes from a dense weight, held on its device."""
-        values = dense.masked_select(~kept)
-        return cls(pack_bits(kept).to(dense.device), lambda: values)
-
-    @property
-    def bytes(self) -> int:
-        """What it holds."""
-        return self.bits.nbytes + self.values().nbytes
+    bits: Tensor  # the packed mask, True = kept, in the order of the weight's elements
+    values: Callable[[], Tensor]  # gives the removed values in that order
 
     def put_back(self, view: Tensor) -> None:
-        """Write the removed values to their places in a weight, of any strides."""
+        """Write the removed values to their places in a weight."""
         view.masked_scatter_(~unpack_bits(self.bits, tuple(view.shape), view.device), self.values().to(view.device))
 
     def take_out(self, view: Tensor) -> None:
@@ -53,22 +38,13 @@ class Removed(NamedTuple):
 
 
 class Undo:
-    """Prunes weights in place and remembers what they were.
-
-    What is remembered lies where memory is less scarce than where the model is: of a GPU's weights in CPU memory, of a
-    CPU's in a temporary file (in memory where none can be written).
-
-    >>> layer = torch.nn.Linear(2, 1, bias=False).requires_grad_(False)
-    >>> weight, dense, undo = PrunableWeight("weight", layer.weight, (layer,)), layer.weight.clone(), Undo()
-    >>> undo.apply_mask(weight, torch.tensor([[True, False]]), bits=torch.tensor([128], dtype=torch.uint8))
-    >>> undo.restore()
-    >>> torch.equal(layer.weight, dense)
-    True
-    """
+    """Prunes weights in place and remembers what they were: of a GPU's weights in CPU memory, of a CPU's in a temporary
+    file (in memory where none can be written)."""
 
     def __init__(self) -> None:
         self._back: list[Callable[[], object]] = []
-        self._shelf = _Shelf()
+        self._file: IO[bytes] | None = None
+        self._buffer: Tensor | None = None
 
     def apply_mask(self, weight: PrunableWeight, mask: Tensor, bits: Tensor) -> None:
         """Set the weights outside an (out, in) mask to zero; `bits` is the same mask, packed."""
@@ -76,8 +52,8 @@ class Undo:
             self._back.append(weight.snapshot())
         else:
             view = weight.view
-            gone = (_outside(values, kept) for values, kept in in_chunks(view, mask.view(view.shape)))
-            removed = Removed(bits, self._shelf.put(gone))
+            gone = [_outside(values, kept) for values, kept in in_chunks(view, mask.view(view.shape))]
+            removed = Removed(bits, self._put_away(torch.cat(gone)))
             self._back.append(lambda: (removed.put_back(weight.view), weight.changed()))
         weight.apply_mask(mask)
 
@@ -86,15 +62,58 @@ class Undo:
         if isinstance(weight, QuantizedWeight):
             self._back.append(weight.snapshot())
         else:
-            dense = self._shelf.put([weight.matrix()])
+            dense = self._put_away(weight.matrix().flatten())
             self._back.append(lambda: weight.set_values(dense().view(weight.shape)))
         weight.set_values(values)
 
     def restore(self) -> None:
         """Make the model dense again, to the bit. An interrupt while this goes on is held back until it is done."""
-        while not _done(self._back):
-            continue
+        done = False
+        while not done:
+            with suppress(KeyboardInterrupt):
+                for put_back in reversed(self._back):
+                    put_back()
+                done = True
         self._back = []
+
+    def _put_away(self, values: Tensor) -> Callable[[], Tensor]:
+        """Keep a copy of flat values; what is returned gives them back."""
+        if values.device.type == "cpu" and values.numel():
+            with suppress(OSError):  # no folder for temporary files, or a full disk
+                return self._put_into_file(values)
+        copy = self._copied(values)
+        return lambda: copy
+
+    def _copied(self, values: Tensor) -> Tensor:
+        """A copy in CPU memory, by way of a small buffer that a GPU writes to directly: ten times as fast as `.cpu()`,
+        which fills fresh memory with one thread."""
+        if values.device.type != "cuda":
+            return values.to("cpu", copy=True)
+        if self._buffer is None:
+            self._buffer = torch.empty(BUFFER, dtype=torch.uint8, pin_memory=True)
+        there, source = torch.empty(values.nbytes, dtype=torch.uint8), values.view(torch.uint8)
+        for part, target in zip(source.split(BUFFER), there.split(BUFFER), strict=True):
+            target.copy_(self._buffer[: len(part)].copy_(part))
+        return there.view(values.dtype)
+
+    def _put_into_file(self, values: Tensor) -> Callable[[], Tensor]:
+        # Unbuffered: what a full disk did not take must not be tried again when the file is read.
+        self._file = self._file or tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (open as long as this is)
+        file, position = self._file, self._file.seek(0, os.SEEK_END)
+        left = memoryview(values.view(torch.uint8).numpy())
+        while left:
+            left = left[file.write(left) :]
+        size, dtype = values.nbytes, values.dtype  # the values themselves are not to be held
+
+        def read() -> Tensor:
+            found = bytearray(size)
+            left = memoryview(found)
+            file.seek(position)
+            while left:
+                left = left[file.readinto(left) :]
+            return torch.frombuffer(found, dtype=dtype)
+
+        return read
 
 
 def _outside(values: Tensor, kept: Tensor) -> Tensor:
@@ -105,68 +124,3 @@ def _outside(values: Tensor, kept: Tensor) -> Tensor:
     # NumPy's takes an eighth of the time of torch's.
     integers = values.view(INTEGERS[values.element_size()]).numpy()
     return torch.from_numpy(np.compress(gone.numpy(), integers)).view(values.dtype)
-
-
-class _Shelf:
-    """Values put away until they are needed again, if ever."""
-
-    def __init__(self) -> None:
-        self._file: IO[bytes] | None = None
-        self._buffer: Tensor | None = None
-
-    def put(self, pieces: Iterable[Tensor]) -> Callable[[], Tensor]:
-        """Put a copy of values away, piece by piece; what is returned gives all of them back, flat."""
-        there = [self._put_one(piece) for piece in pieces]
-        return lambda: torch.cat([give().flatten() for give in there])
-
-    def _put_one(self, values: Tensor) -> Callable[[], Tensor]:
-        if not values.numel():
-            return lambda: values
-        if values.device.type != "cpu":
-            on_cpu = self._on_cpu(values.flatten())
-            return lambda: on_cpu
-        with suppress(OSError):  # no folder for temporary files, or a full disk
-            return self._put_into_file(values.contiguous())
-        copy = values.clone()
-        return lambda: copy
-
-    def _on_cpu(self, values: Tensor) -> Tensor:
-        """A copy in CPU memory, by way of a small buffer that a GPU writes to directly: ten times as fast as `.cpu()`,
-        which fills fresh memory with one thread."""
-        if values.device.type != "cuda":
-            return values.to("cpu")
-        if self._buffer is None:
-            self._buffer = torch.empty(BUFFER, dtype=torch.uint8, pin_memory=True)
-        there, source = torch.empty(values.nbytes, dtype=torch.uint8), values.view(torch.uint8)
-        for part, target in zip(source.split(BUFFER), there.split(BUFFER), strict=True):
-            target.copy_(self._buffer[: len(part)].copy_(part))
-        return there.view(values.dtype)
-
-    def _put_into_file(self, values: Tensor) -> Callable[[], Tensor]:
-        # Unbuffered: what a full disk did not take must not be tried again when the file is read.
-        self._file = self._file or tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (open as long as the shelf is)
-        file, position = self._file, self._file.seek(0, os.SEEK_END)
-        left = memoryview(values.flatten().view(torch.uint8).numpy())
-        while left:
-            left = left[file.write(left) :]
-        size, dtype = values.nbytes, values.dtype
-
-        def read() -> Tensor:
-            found = bytearray(size)
-            file.seek(position)
-            left = memoryview(found)
-            while left:
-                left = left[file.readinto(left) :]
-            return torch.frombuffer(found, dtype=dtype)
-
-        return read
-
-
-def _done(acts: Iterable[Callable[[], object]]) -> bool:
-    """Do all of it, the last first; False if an interrupt came, after which it is to be done from the start."""
-    try:
-        for act in reversed(list(acts)):
-            act()
-    except KeyboardInterrupt:
-        return False
-    return True

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsefit.errors import ConfigError
-from sparsefit.pruning.blocks import BlockCall, NotSweepable, capture_calls, find_block_lists
+from sparsefit.pruning.blocks import BlockCall, NotSweepable, capture_calls, find_block_lists, order_of
 from sparsefit.pruning.calibration import MicroBatch
 
 
@@ -54,17 +54,15 @@ def sweepable_lists(lists: list[list[nn.Module]], forward: Callable[[], Any]) ->
     for blocks in lists:
         try:
             with torch.no_grad():
-                shown = capture_calls(blocks, forward, to_the_end=True)
+                _, calls, simple = capture_calls(blocks, forward, to_the_end=True)
         except NotSweepable as reason:
             inner = [own for block in blocks for own in find_block_lists(block)]
             if not inner:
-                raise ConfigError(
-                    f"the model cannot be reconstructed block by block: {reason}. Leave out the reconstruction"
-                ) from reason
+                raise _refused(reason) from reason
             found += sweepable_lists(inner, forward)
             continue
-        if shown.calls:
-            found.append(BlockList(blocks, shown.simple))
+        if calls:
+            found.append(BlockList(blocks, simple))
     return found
 
 
@@ -101,15 +99,16 @@ def _captured(
 ) -> tuple[list[int], list[list[BlockCall]], list[Tensor]]:
     """The order of the blocks; for each micro-batch their calls and the hidden state before the first."""
     with weights, torch.no_grad():
-        shown = [capture_calls(found.blocks, lambda b=b: forward(b.data), simple=found.simple).calls for b in data]
-    order = [index for index, _ in shown[0]]
-    if not order or any([index for index, _ in calls] != order for calls in shown):
-        raise ConfigError(
-            "the model cannot be reconstructed block by block: batches take different ways through the blocks. Leave "
-            "out the reconstruction"
-        )
-    hidden = [calls[0][1].hidden for calls in shown]
-    return order, [[call.without_hidden() for _, call in calls] for calls in shown], hidden
+        shown = [capture_calls(found.blocks, lambda b=b: forward(b.data), simple=found.simple) for b in data]
+    calls = [capture.calls for capture in shown]
+    try:
+        return order_of(calls), calls, [capture.hidden for capture in shown]
+    except NotSweepable as reason:
+        raise _refused(reason) from reason
+
+
+def _refused(reason: NotSweepable) -> ConfigError:
+    return ConfigError(f"the model cannot be reconstructed block by block: {reason}. Leave out the reconstruction")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsefit.errors import ConfigError
+from sparsefit.pruning.masks import pack_bits
 from sparsefit.pruning.undo import Removed
 
 
@@ -68,7 +69,7 @@ class DenseTeacher:
     @property
     def bytes(self) -> int:
         """What it holds beside the model."""
-        removed = sum(removed.bytes for _, removed in self._removed)
+        removed = sum(removed.bits.nbytes + removed.values().nbytes for _, removed in self._removed)
         return removed + sum(copy.nbytes for _, copy in self._copies) + sum(t.nbytes for t in self._dense.values())
 
     @torch.no_grad()
@@ -96,7 +97,8 @@ class DenseTeacher:
                 if bool(gone.any()):  # not merely masked
                     self._copies.append((parameter, dense))
                 else:
-                    self._removed.append((parameter, Removed.from_dense(dense, kept)))
+                    bits, values = pack_bits(kept).to(dense.device), dense.masked_select(~kept)
+                    self._removed.append((parameter, Removed(bits, lambda values=values: values)))
         self._dense.clear()
 
     @contextmanager

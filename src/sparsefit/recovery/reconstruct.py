@@ -270,7 +270,7 @@ class _Tuner:
                         if spent >= 1:
                             return step
                         optimizer.param_groups[0]["lr"] = self._settings.learning_rate * (1 - max(step / total, spent))
-                        call = run.calls[number].cast(torch.float32)
+                        call = run.calls[number].mapped(lambda t: t.float() if t.is_floating_point() else t)
                         # A copy: a block may add to its input in place.
                         output = hidden_of(call.run(block, run.sparse[number].to(torch.float32, copy=True)))
                         loss = nn.functional.mse_loss(output, run.dense[number].float()) / max(whole, 1e-12)
