@@ -159,12 +159,10 @@ class PruningConfig:
                 "granularity 'variant' chooses how many weights each row loses: it goes with no allocation and not "
                 "with reconstruction 'iterative'; take granularity 'output'"
             )
-        if self.existing_zeros == "adopt" and (
-            self.swaps or self.allocation is not None or self.reconstruction == "iterative"
-        ):
+        if self.existing_zeros == "adopt" and (self.swaps or self.allocation is not None or self.reconstruction):
             raise ConfigError(
-                "existing_zeros 'adopt' takes the masks as they are: it goes with no swaps, no allocation and not with "
-                "reconstruction 'iterative', which would choose others; take existing_zeros 'keep'"
+                "existing_zeros 'adopt' takes masks and weights as they are: it goes with no swaps, allocation or "
+                "reconstruction; take existing_zeros 'keep'"
             )
         if self.reconstruction == "iterative" and self.swaps:
             raise ConfigError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from torch import Tensor
@@ -38,6 +39,11 @@ class InputGroup:
     def seen(self) -> bool:
         """Whether any token reached its weights."""
         return any(part.statistics.tokens for parts in self.parts.values() for part in parts)
+
+    @cached_property
+    def says_something(self) -> bool:
+        """Whether any input that reached its weights was not zero."""
+        return any(bool(statistics["squared_norm"].any()) for statistics in self.by_statistics())
 
     def by_statistics(self) -> dict[InputStatistics, Rows]:
         """Each statistic with the rows that it is of."""

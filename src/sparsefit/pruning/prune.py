@@ -109,7 +109,9 @@ def _prune_group(run: PruningRun, group: InputGroup) -> None:
     """Score, mask, (refine,) (update,) and apply: the weights that see the same inputs."""
     config, values = run.config, None
     steps = Steps(group, config, run.counts, run.result.note)
-    if config.statistics and not group.seen:
+    if config.existing_zeros == "adopt":
+        masks = steps.adopt()
+    elif config.statistics and not group.says_something:
         masks = steps.select_by_magnitude()
     elif config.reconstruction == "iterative":
         masks, values = steps.iterate()

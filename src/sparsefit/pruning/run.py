@@ -19,7 +19,7 @@ from sparsefit.pruning.calibration import Forward, MicroBatch, calibration_data
 from sparsefit.pruning.config import PruningConfig
 from sparsefit.pruning.groups import InputGroup, Parts
 from sparsefit.pruning.inputs import Key, collect
-from sparsefit.pruning.layers.base import PrunableWeight
+from sparsefit.pruning.layers.base import PrunableWeight, is_dense
 from sparsefit.pruning.ranks import of_first_rank
 from sparsefit.pruning.results import PruningResult
 from sparsefit.pruning.scores import SCORES
@@ -48,7 +48,9 @@ class PruningRun:
         self.weights: list[PrunableWeight] = []
         self.counts: dict[str, int] = {}
         self.result = PruningResult(config, "none" if self.takes_one_pass else config.update)
-        self._undo, self._unseen = Undo(), []
+        self._undo = Undo()
+        self._unseen: list[str] = []
+        self._dead: list[str] = []
         self._steps_done, self._steps_in_all = 0, 1
 
     def find_targets(self, trace: Trace | None) -> None:
@@ -56,8 +58,24 @@ class PruningRun:
         targets = find_weights(self._model, self._blocks, self.config, trace)
         self.weights, self.result.left_dense = targets.weights, targets.left_dense
         self.result.dense_sizes, self.result.dense_zeros = targets.sizes, targets.zeros
+        self._look_at_existing_zeros()
         if self.config.allocation != "owl":
             self.counts = allocate(self.weights, self.config)
+
+    def _look_at_existing_zeros(self) -> None:
+        if self.config.existing_zeros not in (None, "adopt"):
+            return
+        shares = {w.name: float((w.matrix() == 0).float().mean()) for w in self.weights if is_dense(w.parameter)}
+        most = max(shares, key=shares.get, default=None)
+        if self.config.existing_zeros == "adopt" and (most is None or not shares[most]):
+            raise ConfigError("the model has no zeros to adopt: leave out existing_zeros, and it is pruned")
+        many = [name for name, share in shares.items() if share > 0.05]
+        if self.config.existing_zeros is None and many:
+            self.result.note(
+                f"{len(many)} matrices are more than 5% zeros already ({most}: {shares[most]:.1%}), which count as "
+                "weights like any other and may get values again. Set existing_zeros to 'keep' (they stay zero, and "
+                "pruning goes on from them), to 'adopt' (they are the masks), or to 'ignore'"
+            )
 
     @property
     def takes_one_pass(self) -> bool:
@@ -80,6 +98,13 @@ class PruningRun:
         """Close the account."""
         for which in _by_parameter(self._unseen):
             self.result.note(f"{which} saw no calibration token (no product with it was seen); pruned by magnitude")
+        for which in _by_parameter(self._dead):
+            self.result.note(f"the inputs of {which} were all zero and say nothing of it; pruned by magnitude")
+        if self.config.existing_zeros == "keep" and self.result.masks.sparsity > self.config.sparsity + 0.001:
+            self.result.note(
+                "the model had more zeros than were asked for, and they were kept: "
+                f"{self.result.masks.sparsity:.2%} of what was pruned is zero"
+            )
         if self.result.masks:
             self.result.note_coverage()
         self.result.seconds = time.perf_counter() - self._start
@@ -171,8 +196,8 @@ class PruningRun:
 
         Masks and values are those of the first rank: rounding on other hardware must not make models differ.
         """
-        if not group.seen and self.config.statistics:
-            self._unseen += masks
+        if self.config.statistics and not group.says_something:
+            (self._dead if group.seen else self._unseen).extend(masks)
         elif "gram" in self.config.statistics:
             self.result.layer_errors |= steps.errors(masks, values)
         for weight in group.weights:

@@ -44,12 +44,28 @@ class Steps:
         if self._order is not None:
             group = group.with_columns(self._order)
             self._dense = {name: matrix[:, self._order] for name, matrix in self._dense.items()}
+        kept = config.existing_zeros == "keep"
+        self._zeros = {name: matrix == 0 for name, matrix in self._dense.items()} if kept else {}
         self._parts, self._by_statistics = group.parts, group.by_statistics()
         self._factors: dict[InputStatistics, reconstruction.Factor] = {}
 
     def select_by_magnitude(self) -> ByWeight:
-        """The masks of weights that no token has reached."""
-        return {name: self._select(Products(dense), self._counts.get(name)) for name, dense in self._dense.items()}
+        """The masks of weights of which the inputs say nothing."""
+        return {
+            name: self._select(Products(dense), self._counts.get(name), self._zeros.get(name))
+            for name, dense in self._dense.items()
+        }
+
+    def adopt(self) -> ByWeight:
+        """The zeros that the weights have as their masks."""
+        masks = {name: dense != 0 for name, dense in self._dense.items()}
+        for name, mask in masks.items() if self._pattern else ():
+            if bool((mask.unflatten(1, (-1, self._pattern.m)).sum(2) > self._pattern.n).any()):
+                raise ConfigError(
+                    f"the zeros of {name} do not fit the pattern '{self._pattern}': leave out the pattern, or take "
+                    "existing_zeros 'keep', which prunes on until it holds"
+                )
+        return masks
 
     def select(self) -> ByWeight:
         """The masks by the scores of all weights; rows that see other inputs are scored apart."""
@@ -59,7 +75,7 @@ class Steps:
                 scores = [self._scores(name, dense[rows], self._needed(own)) for rows, own in self._parts[name]]
             else:
                 scores = [self._scores(name, dense, [])]
-            masks[name] = self._select(_joined(scores), self._counts.get(name))
+            masks[name] = self._select(_joined(scores), self._counts.get(name), self._zeros.get(name))
         return masks
 
     def refine(self, masks: ByWeight) -> ByWeight:
@@ -89,7 +105,7 @@ class Steps:
         masks, values = self._empty(torch.bool), self._empty(torch.float32)
         for statistics, rows in self._by_statistics.items():
             dense, factor = _stacked(self._dense, rows), self._factor(statistics)
-            if self._pattern and self._score.function is sparsegpt_score:
+            if self._pattern and self._score.function is sparsegpt_score and not self._zeros:
                 mask, changed = reconstruction.prune_n_of_m(dense, factor, self._pattern.n, self._pattern.m)
             else:
                 choose, m = self._block_chooser(statistics, rows), self._pattern.m if self._pattern else None
@@ -130,15 +146,22 @@ class Steps:
         def choose(block: Tensor, columns: slice, diagonal: Tensor) -> Tensor:
             # The weights before these columns are settled: what is left to mend an error are these and later ones.
             needed = self._needed(statistics, columns, diagonal.square())
-            parts = zip(rows, block.split([own.stop - own.start for _, own in rows]), strict=True)
-            return _joined([self._select(self._scores(n, p, needed), due(n, own, columns)) for (n, own), p in parts])
+            masks = []
+            for (name, own), part in zip(rows, block.split([own.stop - own.start for _, own in rows]), strict=True):
+                zeros = self._zeros[name][own, columns] if self._zeros else None
+                masks.append(self._select(self._scores(name, part, needed), due(name, own, columns), zeros))
+            return _joined(masks)
 
         return choose
 
-    def _select(self, scores: Scores, count: int | None) -> Tensor:
+    def _select(self, scores: Scores, count: int | None, zeros: Tensor | None) -> Tensor:
+        granularity = Granularity.parse(self._config.granularity)
+        if zeros is not None:  # they go before anything else, and all of them
+            least = 0 if granularity.axis == "variant" else -torch.inf
+            scores = scores.scores() if isinstance(scores, Products) else scores
+            return self._select(scores.masked_fill(zeros, least), count, None) & ~zeros
         if self._pattern:
             return select_n_of_m(scores, self._pattern.n, self._pattern.m)
-        granularity = Granularity.parse(self._config.granularity)
         if count is not None:
             return select_count(scores, granularity, count)
         return select(scores, granularity, self._config.exact_sparsity)

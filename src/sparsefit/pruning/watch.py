@@ -36,9 +36,11 @@ class Seen(NamedTuple):
     tokens: Tokens
     key: Hashable = None
 
-    def same_input(self, other: Seen) -> bool:
+    def same_input(self, other: Seen | None) -> bool:
         """Whether another weight is multiplied by the very same."""
-        return self.inputs is other.inputs and (self.version, self.key) == (other.version, other.key)
+        if other is None or self.inputs is not other.inputs:
+            return False
+        return (self.version, self.key) == (other.version, other.key)
 
 
 class _Watch(TorchFunctionMode):
