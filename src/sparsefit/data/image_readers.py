@@ -47,7 +47,7 @@ def from_split(name: str, split: str, streaming: bool) -> Dataset | IterableData
             return load_dataset(str(Path(name).expanduser()), split=split, streaming=streaming)
     near = nearest_path(Path(name).expanduser())
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise DataError(f"there is no folder {name} to read images from.{near}")
+        raise DataError(f"there is no folder {name} to read from.{near}")
     # offline, the library takes what it has in its cache; it would try for long to reach a hub that does not answer
     if not is_offline_mode() and (problem := hub_problem()):
         raise DataError(
