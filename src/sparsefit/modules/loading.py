@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 
 from sparsefit.errors import ConfigError
-from sparsefit.modules.model_classes import model_with_new_head, named_class, whole_model
+from sparsefit.modules.model_classes import body_of_model, model_with_new_head, named_class, whole_model
 from sparsefit.recovery.compact import load_compact
 
 if TYPE_CHECKING:
@@ -68,6 +68,11 @@ def load_with_new_head(
     """
     load = partial(model_with_new_head, kind=kind, num_labels=num_labels)
     return _load(load, "model", name, **_model_settings(dtype, attn_implementation))
+
+
+def load_body(name: str, dtype: Dtype = "float32", attn_implementation: str | None = None) -> PreTrainedModel:
+    """The body of a model, without the head that it may have; as `load_model`."""
+    return _load(body_of_model, "model", name, **_model_settings(dtype, attn_implementation))
 
 
 def load_causal_lm(name: str, dtype: Dtype = "float32", attn_implementation: str | None = None) -> PreTrainedModel:

@@ -101,6 +101,24 @@ def model_with_new_head(
     return model, sorted(_outermost(key.rpartition(".")[0] for key in new))
 
 
+def body_of_model(path: str, local_files_only: bool = False, **settings: Any) -> PreTrainedModel:
+    """The body of a model, without the head that it may have.
+
+    A pooler, which no mean over tokens asks, may be new: it is saved with the body, whose class has one.
+
+    Raises:
+        ConfigError: where other weights are missing.
+    """
+    from transformers import AutoModel
+
+    model, info = AutoModel.from_pretrained(
+        path, output_loading_info=True, local_files_only=local_files_only, **settings
+    )
+    if missing := _short(key for key in info["missing_keys"] if not key.startswith("pooler.")):
+        raise ConfigError(f"{path} has no weights for {missing} of {type(model).__name__}: they would be random")
+    return model
+
+
 def named_class(path: str, kind: str | None, local_files_only: bool = False) -> type[PreTrainedModel]:
     """The class of transformers that a model's config.json names.
 
