@@ -71,7 +71,7 @@ def test_a_body_without_a_head_is_no_language_model(tmp_path):
         (["pipeline"], "names pipeline, which transformers .* has not"),
         (None, "names no class"),
         (["BertForMaskedLM"], r"no weights for cls\.predictions.*would be random"),
-        (["BertModel"], r"no place for: classifier\.bias, classifier\.weight\. They would be dropped"),
+        (["BertModel"], r"has not: classifier\.bias, classifier\.weight\. They would be dropped"),
     ],
 )
 def test_a_configuration_that_does_not_fit_its_weights(tmp_path, architectures, message):
@@ -90,6 +90,16 @@ def test_weights_that_are_missing(tmp_path):
         load_model(str(tmp_path))
     with pytest.raises(ConfigError, match="no part of its head"):
         load_with_new_head(str(tmp_path), "sequence_classification", 5)
+
+
+def test_what_older_releases_saved_beside_the_weights_is_let_go(tmp_path):
+    model = saved(tmp_path, "BertForMaskedLM")
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["bert.embeddings.position_ids"] = torch.arange(32)[None]
+    weights["cls.seq_relationship.weight"] = torch.ones(2, 16)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = load_model(str(tmp_path)).state_dict()
+    assert all(torch.equal(tensor, loaded[key]) for key, tensor in model.state_dict().items())
 
 
 def test_unused_weights_go_where_that_is_wanted(tmp_path):

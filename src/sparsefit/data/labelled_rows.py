@@ -24,7 +24,7 @@ def open_rows(source: str, columns: Iterable[str]) -> Dataset:
 
     Args:
         source: a file of JSON lines, CSV, TSV or parquet, or a pattern of such; or NAME:SPLIT, a split of a data set on
-            the hub (NAME/CONFIGURATION:SPLIT where it has several) or in a folder laid out as on the hub.
+            the hub (NAME:CONFIGURATION:SPLIT where it has several) or in a folder laid out as on the hub.
             `SOURCE[start:stop]` takes a part of the rows.
         columns: that the rows must have.
 
@@ -64,7 +64,8 @@ def _open(name: str) -> Dataset:
         raise DataError(
             f"{name} names no labelled text: give a file ({known}), or NAME:SPLIT of a data set.{nearest_path(path)}"
         )
-    return from_split(place, split, streaming=False)
+    place, _, configuration = place.partition(":")
+    return from_split(place, split, streaming=False, configuration=configuration or None)
 
 
 def names_of_classes(rows: Dataset, column: str) -> list[str] | None:

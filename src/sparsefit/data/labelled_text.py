@@ -38,8 +38,8 @@ class LabelledTextDataModule(ResumableDataModule):
     | "seq2seq" | a text | the text to write | (batch, length), -100 for padding |
     | "pairs" | a text, and one in `text_pair` | how similar they are | (batch,); inputs are (batch, 2, length) |
 
-    A source is a file (JSON lines, CSV, TSV, parquet), a pattern, or NAME:SPLIT, a split of a data set on the hub or in
-    a folder. `SOURCE[start:stop]` takes a part of its rows.
+    A source is a file (JSON lines, CSV, TSV, parquet), a pattern, or NAME:SPLIT or NAME:CONFIGURATION:SPLIT, a split of
+    a data set on the hub or in a folder. `SOURCE[start:stop]` takes a part of its rows.
 
     Args:
         tokenizer: a folder or a hub name; in Python also a tokenizer.

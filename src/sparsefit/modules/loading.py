@@ -48,11 +48,11 @@ def load_model(
         attn_implementation: "sdpa", "eager", "flash_attention_2"; None for transformers' choice.
         kind: what the model must be: "causal_lm", "sequence_classification", "token_classification", "seq2seq",
             "image_classification" or "encoder"; None takes any.
-        allow_unused: let weights go that the class has no place for.
+        allow_unused: let the weights of parts go that the class has not.
 
     Raises:
         ConfigError: where the model cannot be found, fetched or read, its class is unknown or of another kind, or
-            weights are missing or would be dropped; says what to do.
+            weights are missing, or those of a head would be dropped; says what to do.
     """
     load = partial(whole_model, kind=kind, allow_unused=allow_unused)
     return _load(load, "model", name, **_model_settings(dtype, attn_implementation))

@@ -5,6 +5,7 @@ transformers fills what it does not find with random numbers and only warns; her
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from sparsefit.errors import ConfigError
@@ -32,7 +33,7 @@ def whole_model(
     Args:
         path: Folder or hub name.
         kind: A key of `KINDS` that the class must be of; None takes any.
-        allow_unused: Let weights go that the class has no place for.
+        allow_unused: Let the weights of parts go that the class has not.
         local_files_only: Ask no hub.
         settings: For `from_pretrained`.
 
@@ -49,9 +50,9 @@ def whole_model(
             f"{path} has no weights for {missing} of {type(model).__name__}: they would be random. Check that the "
             f"folder is complete and that its config.json names the class that it was saved from.{_way_to_new(kind)}"
         )
-    if (unused := _short(info["unexpected_keys"])) and not allow_unused:
+    if (unused := _short(_of_parts_it_has_not(model, info["unexpected_keys"]))) and not allow_unused:
         raise ConfigError(
-            f"{path} holds weights that {type(model).__name__}, the class in its config.json, has no place for: "
+            f"{path} holds weights of parts that {type(model).__name__}, the class in its config.json, has not: "
             f"{unused}. They would be dropped. Correct `architectures` in config.json; or load the model in Python, "
             "where load_model(..., allow_unused=True) lets them go"
         )
@@ -167,12 +168,23 @@ def _config(path: str, local_files_only: bool) -> PreTrainedConfig:
     return AutoConfig.from_pretrained(path, local_files_only=local_files_only)
 
 
-def _outermost(paths: Any) -> set[str]:
+def _of_parts_it_has_not(model: PreTrainedModel, keys: Iterable[str]) -> list[str]:
+    """Of weights without a place those of a part, such as a head, that the model has not.
+
+    Others are leftovers inside its parts: buffers that older releases saved, a second head for pretraining.
+    """
+    parts = {name for name, _ in model.named_children()} | {model.base_model_prefix}
+    inner = {name for name, _ in model.base_model.named_children()}
+    body = f"{model.base_model_prefix}."
+    return [key for key in keys if key.removeprefix(body).split(".")[0] not in parts | inner]
+
+
+def _outermost(paths: Iterable[str]) -> set[str]:
     """Of nested paths the outer ones."""
     found = set(paths)
     return {path for path in found if not any(path.startswith(f"{other}.") for other in found)}
 
 
-def _short(keys: Any) -> str:
+def _short(keys: Iterable[str]) -> str:
     listed = sorted(keys)
     return ", ".join(listed[:_SHOWN]) + (" …" if len(listed) > _SHOWN else "")

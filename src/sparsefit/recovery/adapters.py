@@ -135,7 +135,10 @@ def _peft_config(
 
     # By path: PEFT's own "all-linear" takes in routers, stacks of experts and heads that are not language models'.
     everywhere = settings.target_modules == ALL_LINEAR
-    targets = _without_head(model, linears) if everywhere else [*settings.target_modules]
+    targets = [*settings.target_modules]
+    if everywhere:  # but what is trained whole
+        saved = settings.modules_to_save
+        targets = [path for path in _without_head(model, linears) if not _inside(path, saved)]
     common = {
         "task_type": task_type(model),
         "r": settings.r,
@@ -243,6 +246,12 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 def _is_target(path: str, targets: Sequence[str]) -> bool:
     return any(path == target or path.endswith(f".{target}") for target in targets)
+
+
+def _inside(path: str, names: Sequence[str]) -> bool:
+    """Whether a module, or one that it is a part of, has one of the names."""
+    parts = path.split(".")
+    return any(_is_target(".".join(parts[:end]), names) for end in range(1, len(parts) + 1))
 
 
 def _check_targets(targets: Iterable[str], linears: Iterable[str]) -> None:
