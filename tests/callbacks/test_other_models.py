@@ -219,3 +219,13 @@ def test_whisper_writes_what_it_hears(tmp_path):
     assert report["metrics"]["word_error_rate"] == "lower"
     assert report["perplexity"]["recovered"] < 1.5 < report["perplexity"]["pruned"]
     assert report["word_error_rate"]["recovered"] < report["word_error_rate"]["pruned"]
+
+
+def test_what_whisper_hears_with_is_written_beside_it(tmp_path):
+    model_of("whisper").save_pretrained(tmp_path / "model")
+    transformers.WhisperFeatureExtractor(feature_size=8).save_pretrained(tmp_path / "model")
+    module = Seq2SeqModule(str(tmp_path / "model"))
+    fit(module, Data("whisper"), WandaPruning(0.5, calibration_samples=8), RunReport(tmp_path / "run"), max_epochs=1)
+    for folder in ("base", "model"):
+        assert transformers.AutoFeatureExtractor.from_pretrained(tmp_path / "run" / folder).feature_size == 8
+    assert module.tokenizer is None

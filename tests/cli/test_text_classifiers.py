@@ -7,8 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from text_recipes import rows, save_model, text_recipe, tokenizer
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
+from sparsefit.modules.loading import load_tokenizer
 from sparsefit.pruning import MaskSet
 
 CLASSIFIERS = {
@@ -171,3 +178,22 @@ def test_a_classifier_as_a_language_model_is_refused(sparsefit, tmp_path):
     status, _, errors = sparsefit("prune", recipe=recipe)
     assert (status, "take SequenceClassifierModule" in errors.replace("Take", "take")) == (2, True)
     assert not (tmp_path / "run/base").exists()
+
+
+def test_a_decoder_becomes_a_classifier(sparsefit, tmp_path):
+    words = load_tokenizer("tiny-llama")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **sizes)).save_pretrained(tmp_path / "model")
+    words.save_pretrained(tmp_path / "model")
+    adapter = {"form": "masked_lora", "r": 2, "target_modules": "all-linear"}
+    settings = {"new_head": True, "num_labels": 2, "adapter": adapter}
+    recipe = text_recipe(
+        tmp_path, tmp_path / "model", "sequence_classification", "SequenceClassifierModule", **settings
+    )
+    status, _, errors = sparsefit("fit", recipe=recipe)
+    assert status == 0, errors
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run/model")
+    MaskSet.load(tmp_path / "run/masks.safetensors").verify(model)
+    base = load_file(tmp_path / "run/base/model.safetensors")
+    assert not torch.equal(model.score.weight, base["score.weight"])

@@ -99,7 +99,10 @@ class LabelledTextDataModule(ResumableDataModule):
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, loaded when it is first needed."""
-        return load_tokenizer(self.hparams.tokenizer)
+        tokenizer = load_tokenizer(self.hparams.tokenizer)
+        if tokenizer.pad_token is None:  # as of many decoders; what pads is masked
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
 
     @cached_property
     def class_names(self) -> list[str] | None:
@@ -174,6 +177,8 @@ class LabelledTextDataModule(ResumableDataModule):
     def _columns(self) -> Columns:
         given = self.hparams
         low, high = given.score_range
+        if self.tokenizer.pad_token is None:
+            raise ConfigError("the tokenizer has no token that pads: set its pad_token")
         return Columns(
             tokenizer=self.tokenizer,
             task=given.task,

@@ -18,7 +18,7 @@ from sparsefit.modules.model_classes import body_of_model, model_with_new_head, 
 from sparsefit.recovery.compact import load_compact
 
 if TYPE_CHECKING:
-    from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BaseImageProcessor, FeatureExtractionMixin, PreTrainedModel, PreTrainedTokenizerBase
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 TINY_LLAMA = "tiny-llama"
@@ -27,6 +27,7 @@ _FILES = {
     "model": "config.json",
     "tokenizer": "tokenizer_config.json",
     "image processor": "preprocessor_config.json",
+    "feature extractor": "preprocessor_config.json",
 }
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -117,6 +118,17 @@ def find_image_processor(name: str) -> BaseImageProcessor | None:
 def find_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a model that has been loaded; None where its folder or page on the hub has none."""
     return load_tokenizer(name) if _has("tokenizer", name) else None
+
+
+def find_feature_extractor(name: str) -> FeatureExtractionMixin | None:
+    """What makes sound into the inputs of a model that has been loaded; None where there is none."""
+    from transformers import AutoFeatureExtractor
+
+    return (
+        _load(AutoFeatureExtractor.from_pretrained, "feature extractor", name)
+        if _has("feature extractor", name)
+        else None
+    )
 
 
 def torch_dtype(name: str) -> torch.dtype:

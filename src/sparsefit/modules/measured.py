@@ -51,6 +51,9 @@ class MeasuredModule(RecoverableModule):
             else:
                 base = load_model(model, *settings, kind=kind)
             self.tokenizer = find_tokenizer(model)
+            if self.tokenizer is not None and getattr(base.config, "pad_token_id", None) is None:
+                # A decoder that classifies a text looks for its last token that is no padding.
+                base.config.pad_token_id = padding_of(self.tokenizer)
         else:
             base = model
         self.take_model(base, new)
@@ -107,6 +110,11 @@ class MeasuredModule(RecoverableModule):
             if metric.update_called:
                 self.log(f"{stage}_{name}", metric.compute(), prog_bar=True, sync_dist=False)
             metric.reset()
+
+
+def padding_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The number of the token that pads; of a tokenizer without one, as of many decoders, that which ends a text."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def inputs_of(batch: Batch) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from torchmetrics.text import Perplexity, WordErrorRate
 
 from sparsefit.errors import ConfigError
 from sparsefit.evaluation.perplexity import IGNORED
+from sparsefit.modules.loading import find_feature_extractor
 from sparsefit.modules.measured import Batch, MeasuredModule, check_loss, inputs_of, labels_of
 from sparsefit.recovery.adapters import AdapterSettings
 from sparsefit.recovery.distill import DistillSettings
@@ -22,6 +23,9 @@ class Seq2SeqModule(MeasuredModule):
 
     Batches are mappings: what the model's processor gives (input_ids and attention_mask, or input_features), and
     "labels" (batch, length), the tokens to write, of which -100 does not count.
+
+    Attributes:
+        feature_extractor: what makes sound into inputs, where the model came with one; it is exported with the model.
 
     Args:
         model: a folder or a hub name; in Python also a model.
@@ -54,6 +58,7 @@ class Seq2SeqModule(MeasuredModule):
         if generated_tokens:
             self.metrics = self.metrics | {"word_error_rate": "lower"}
         self.take_named(model, "seq2seq")
+        self.feature_extractor = find_feature_extractor(model) if isinstance(model, str) else None
 
     def new_figures(self) -> nn.ModuleDict:
         """Loss, perplexity, token_accuracy, and word_error_rate where the model writes."""
