@@ -20,6 +20,7 @@ from sparsefit.callbacks.quantization import QuantizedBase
 from sparsefit.callbacks.reconstruction import BlockwiseReconstruction
 from sparsefit.callbacks.run_account import beginning, standing
 from sparsefit.callbacks.run_folder import RunFolder
+from sparsefit.callbacks.validating import better, logged_as, validated
 from sparsefit.errors import MergeError, RunFolderError
 from sparsefit.pruning import MaskSet, PruningResult
 from sparsefit.recovery.adapter_files import form_of
@@ -42,9 +43,11 @@ class RunReport(Callback):
 
     The module is evaluated dense, pruned, reconstructed, recovered and merged if there are test data and it has a
     method `evaluate(batches, progress)` that returns figures by name and calls `progress` after each batch; its
-    attribute `metrics` says which way each figure is better ("lower" or "higher"). The sparse base is written once, as
-    soon as it is ready, so a run that breaks off later leaves it; what was trained until then is written too. The
-    folder `model` holds the recovered model, exactly sparse, where the adapters merge without a loss or there are none.
+    attribute `metrics` says which way each figure is better ("lower" or "higher"). A module without `evaluate` is
+    measured by the Trainer's own validation: by what it logs as `val_...`, all of it or what `metrics` names. The
+    sparse base is written once, as soon as it is ready, so a run that breaks off later leaves it; what was trained
+    until then is written too. The folder `model` holds the recovered model, exactly sparse, where the adapters merge
+    without a loss or there are none.
 
     Args:
         folder: The run folder: new or empty, unless a run is resumed.
@@ -131,7 +134,7 @@ class RunReport(Callback):
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
         for metric in self.report.get("metrics", {}):
-            if (value := trainer.callback_metrics.get(f"val_{metric}")) is not None:
+            if (value := trainer.callback_metrics.get(logged_as(metric))) is not None:
                 self._note(trainer, "validation", metric, float(value))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -165,7 +168,7 @@ class RunReport(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The figures so far, for a run that is resumed."""
         figures = {metric: self.report.get(metric) for metric in self.report.get("metrics", {})}
-        kept = {key: self.report[key] for key in ("timeline", "reconstruction") if key in self.report}
+        kept = {key: self.report[key] for key in ("timeline", "reconstruction", "metrics") if key in self.report}
         return {"figures": figures, "history": self._history, "kept": kept, "id": self.report.get("id")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -212,21 +215,29 @@ class RunReport(Callback):
             )
 
     def _evaluate(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        evaluate = getattr(module, "evaluate", None)
-        source = trainer.datamodule if trainer.datamodule is not None else module
-        has_data = is_overridden("test_dataloader", source)
-        loader = source.test_dataloader() if callable(evaluate) and has_data else None
-        if loader is None:
-            return
-        with self._charged(trainer, "evaluation"), trainer.precision_plugin.val_step_context():
-            total = len(loader) if hasattr(loader, "__len__") else None
-            with stage_progress(f"evaluating the {stage} model", total, visible=trainer.is_global_zero) as advance:
-                figures = evaluate(loader, progress=lambda _: advance())
+        figures = self._figures(trainer, module, stage)
         for metric, value in figures.items():
             self.report.setdefault(metric, {})[stage] = value
             self._note(trainer, stage, metric, value)
             for logger in trainer.loggers:
                 logger.log_metrics({f"{metric}/{stage}": value}, step=trainer.global_step)
+
+    def _figures(self, trainer: Trainer, module: LightningModule, stage: str) -> dict[str, float]:
+        """What the module measures on the test data; of one that declares nothing, what its validation logs."""
+        evaluate = getattr(module, "evaluate", None)
+        if not callable(evaluate):
+            with self._charged(trainer, "evaluation"):
+                figures = validated(trainer, getattr(module, "metrics", {}))
+            self.report["metrics"] = {name: better(name) for name in figures} | self.report["metrics"]
+            return figures
+        source = trainer.datamodule if trainer.datamodule is not None else module
+        loader = source.test_dataloader() if is_overridden("test_dataloader", source) else None
+        if loader is None:
+            return {}
+        with self._charged(trainer, "evaluation"), trainer.precision_plugin.val_step_context():
+            total = len(loader) if hasattr(loader, "__len__") else None
+            with stage_progress(f"evaluating the {stage} model", total, visible=trainer.is_global_zero) as advance:
+                return evaluate(loader, progress=lambda _: advance())
 
     def _note(self, trainer: Trainer, stage: str, metric: str, value: float) -> None:
         """A point of the curve of quality against GPU-hours."""

@@ -117,16 +117,13 @@ def test_evaluate_tells_its_progress():
 @pytest.mark.parametrize("adapter", [None, AdapterSettings(r=2, target_modules=["q_proj"])])
 def test_a_checkpoint_loads_with_weights_only(tmp_path, adapter):
     llama().save_pretrained(tmp_path / "model")
-    from sparsefit.modules import causal_lm
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(causal_lm, "load_tokenizer", lambda name: None)
-        module = CausalLMModule(str(tmp_path / "model"), adapter, learning_rate=1e-2)
-        trainer = fit(module, tmp_path)
-        trainer.save_checkpoint(tmp_path / "run.ckpt")
-        checkpoint = torch.load(tmp_path / "run.ckpt", weights_only=True)
-        assert checkpoint["hyper_parameters"]["learning_rate"] == 1e-2
-        again = CausalLMModule.load_from_checkpoint(tmp_path / "run.ckpt", weights_only=True)
+    module = CausalLMModule(str(tmp_path / "model"), adapter, learning_rate=1e-2)
+    assert module.tokenizer is None
+    trainer = fit(module, tmp_path)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    checkpoint = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    assert checkpoint["hyper_parameters"]["learning_rate"] == 1e-2
+    again = CausalLMModule.load_from_checkpoint(tmp_path / "run.ckpt", weights_only=True)
     expected = weights(module)
     assert weights(again).keys() == expected.keys()
     assert all(torch.equal(weight, expected[name]) for name, weight in weights(again).items())

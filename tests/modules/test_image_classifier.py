@@ -146,7 +146,7 @@ def test_settings_that_cannot_work(settings, message):
 def test_a_head_of_another_size(tmp_path):
     module_of("vit").model.save_pretrained(tmp_path)
     with pytest.raises(
-        ConfigError, match=r"has 7 classes, and num_classes is 10: leave num_classes out .* num_labels=10"
+        ConfigError, match=r"has 7 classes, and num_classes is 10: leave num_classes out .* new_head=True"
     ):
         ImageClassifierModule(str(tmp_path), num_classes=10)
     with pytest.raises(ConfigError, match="has 7 classes, and num_classes is 10"):

@@ -302,3 +302,21 @@ def test_after_a_resume_the_teacher_is_still_the_dense_model(tiny_model, tmp_pat
     straight = module()
     fit(straight, WandaPruning(calibration=list(rows(1))), max_epochs=2)
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), again.parameters(), strict=True))
+
+
+def test_running_means_are_the_dense_models_too():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+    x = torch.randn(8, 4)
+    expected = model.eval()(x).detach()
+    teacher = DenseTeacher(model)
+    with torch.no_grad():
+        model[0].weight[:, 0] = 0
+    assert not teacher.settled
+    teacher.settle(model)
+    assert teacher.settled
+    model.train()(x + 3)  # moves them
+    means = model[1].running_mean.clone()
+    with teacher.in_place(model):
+        assert torch.equal(model(x), expected)
+    assert torch.equal(model[1].running_mean, means)

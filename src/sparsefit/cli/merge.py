@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +39,9 @@ def merge_run(arguments: list[str]) -> int:
         "--reapply-masks",
         action="store_true",
         help="merge an adapter that brings pruned weights back, too, and set them to zero again: another model, whose "
-        "perplexity is shown beside that of the one that was trained",
+        "quality is shown beside that of the one that was trained",
     )
-    parser.add_argument("--no-evaluation", action="store_true", help="do not measure perplexity before and after")
+    parser.add_argument("--no-evaluation", action="store_true", help="do not measure quality before and after")
     given = parser.parse_args(arguments)
     quieten()
     folder = RunFolder(given.run)
@@ -52,30 +56,35 @@ def merge_run(arguments: list[str]) -> int:
 
 
 def _merge(folder: RunFolder, output: Path, reapply_masks: bool, evaluate: bool) -> None:
-    from sparsefit.modules.loading import load_tokenizer
-
     masks = _masks_of(folder)
     model, base = _recovered_model(folder, masks)
     check_mergeable(model, masks, reapply_masks)
-    batches, why = _test_batches(folder) if evaluate else ([], "not asked for")
-    first = batches[:1]
-    before, logits = _perplexity(model, batches, "with the adapter apart"), _logits(model, first)
+    measure, why = _measure_of(folder, model) if evaluate else (None, "not asked for")
+    before = measure(model, "with the adapter apart") if measure is not None else None
     merged: PreTrainedModel = merge(model, masks, reapply_masks)
     with replacing(output) as partial:
         merged.save_pretrained(partial)
-        load_tokenizer(str(base)).save_pretrained(partial)
+        _copy_beside(base, partial)
         masks.save(partial / MASKS_FILE)
     console.print(f"merged model: {output}", markup=False, soft_wrap=True)
-    if not batches:
-        console.print(f"perplexity: not measured ({why})", markup=False, soft_wrap=True)
+    if measure is None or before is None:
+        console.print(f"quality: not measured ({why})", markup=False, soft_wrap=True)
         return
-    after = _perplexity(merged, batches, "merged")
-    away = max(float((a - b).abs().max()) for a, b in zip(logits, _logits(merged, first), strict=True))
-    console.print(
-        f"perplexity: {before:.4f} with the adapter apart, {after:.4f} merged ({after - before:+.4f}); "
-        f"largest difference of a logit in one batch: {away:.2g}",
-        soft_wrap=True,
-    )
+    after = measure(merged, "merged")
+    for name, value in before.figures.items():
+        new = after.figures[name]
+        told = f"{name}: {value:.4f} with the adapter apart, {new:.4f} merged ({new - value:+.4f})"
+        console.print(told, markup=False, soft_wrap=True)
+    away = max(float((a - b).abs().max()) for a, b in zip(before.outputs, after.outputs, strict=True))
+    console.print(f"largest difference of an output in one batch: {away:.2g}", soft_wrap=True)
+
+
+def _copy_beside(base: Path, output: Path) -> None:
+    """What lies beside the weights of the base and was not written anew: tokenizer, processor, settings."""
+    for file in sorted(base.iterdir()):
+        of_weights = file.name.endswith((".safetensors", ".safetensors.index.json"))
+        if file.is_file() and not of_weights and not (output / file.name).exists():
+            shutil.copyfile(file, output / file.name)
 
 
 def _masks_of(folder: RunFolder) -> MaskSet:
@@ -91,7 +100,7 @@ def _masks_of(folder: RunFolder) -> MaskSet:
 
 def _recovered_model(folder: RunFolder, masks: MaskSet) -> tuple[torch.nn.Module, Path]:
     """The model that was trained, on the CPU, and the folder of its base."""
-    from sparsefit.modules.loading import load_causal_lm
+    from sparsefit.modules.loading import load_model
     from sparsefit.recovery.quantize import dequantize_base, quantize_base
 
     notes = read_notes(folder.adapter)
@@ -105,7 +114,13 @@ def _recovered_model(folder: RunFolder, masks: MaskSet) -> tuple[torch.nn.Module
             f"the adapter in {folder.adapter} was trained on another base than {base}: the weights differ. Use the "
             "base of the run that it is from"
         )
-    model = load_causal_lm(str(base), dtype="auto")
+    if not (base / "config.json").is_file():
+        raise RunFolderError(
+            f"the base in {base} is a plain module and no model of transformers, so its class is not known. Merge in "
+            "Python: make the module, load the base and the adapter (sparsefit.recovery.adapter_files.load_adapter), "
+            "and call sparsefit.recovery.merge.merge"
+        )
+    model = load_model(str(base), dtype="auto", allow_unused=True)
     if quantization := notes.get("quantization"):
         # The adapter was trained on these values; quantizing the same floats gives the same ones again.
         masks.verify(model)
@@ -118,39 +133,55 @@ def _recovered_model(folder: RunFolder, masks: MaskSet) -> tuple[torch.nn.Module
         raise MaskError(f"{base} and {folder.masks} do not fit the adapter of the run: {error}") from error
 
 
-def _test_batches(folder: RunFolder) -> tuple[list[Any], str]:
-    """The test data of the run's recipe, or why there are none."""
+@dataclass(frozen=True)
+class Measured:
+    """What a model does with the test data."""
+
+    figures: dict[str, float]
+    outputs: list[torch.Tensor]
+    """Of the first batch."""
+
+
+def _measure_of(folder: RunFolder, model: torch.nn.Module) -> tuple[Callable[[Any, str], Measured] | None, str]:
+    """How the recipe's module measures a model on its test data; or None, and why it cannot."""
     import yaml
     from lightning.pytorch.cli import instantiate_class
 
     if not folder.configuration.is_file():
-        return [], f"there is no recipe {folder.configuration}"
+        return None, f"there is no recipe {folder.configuration}"
     recipe = yaml.safe_load(folder.configuration.read_text(encoding="utf-8"))
     if not isinstance(recipe, dict) or not recipe.get("data"):
-        return [], "the recipe has no data"
+        return None, "the recipe has no data"
     try:
         data = instantiate_class((), recipe["data"])
         data.setup("test")
-        return list(data.test_dataloader()), ""
+        batches = list(data.test_dataloader())
+        module = _module_around(recipe.get("model"), model)
     except SparsefitError as error:
-        return [], str(error)
+        return None, str(error)
+    if module is None:
+        return None, "the recipe's module is none of sparsefit's"
+    return partial(_measured, module, batches), ""
 
 
-def _perplexity(model: torch.nn.Module, batches: list[Any], what: str) -> float:
-    from sparsefit.evaluation.perplexity import perplexity
+def _module_around(recipe: Any, model: torch.nn.Module) -> Any:
+    """The recipe's module with a model that is there; None where it is none of those that take one."""
+    from sparsefit.modules.recoverable import RecoverableModule
 
-    if not batches:
-        return float("nan")
-    with stage_progress(f"evaluating {what}", len(batches)) as advance:
-        return perplexity(model, batches, lambda _: advance())
+    package, _, name = str((recipe or {}).get("class_path")).rpartition(".")
+    kind = getattr(import_module(package), name, None) if package else None
+    is_ours = isinstance(kind, type) and issubclass(kind, RecoverableModule)
+    return kind(model) if is_ours and callable(getattr(kind, "evaluate", None)) else None
 
 
 @torch.no_grad()
-def _logits(model: torch.nn.Module, batches: Iterable[Any]) -> list[torch.Tensor]:
-    from sparsefit.evaluation.perplexity import model_inputs
-
-    model.eval()
-    return [model(**model_inputs(batch)).logits.float() for batch in batches]
+def _measured(module: Any, batches: list[Any], model: torch.nn.Module, what: str) -> Measured:
+    module.model = model.eval()
+    with stage_progress(f"evaluating {what}", len(batches)) as advance:
+        figures = module.evaluate(batches, lambda _: advance())
+    outputs = module.predict_step(batches[0])
+    outputs = getattr(outputs, "logits", outputs)
+    return Measured(figures, [outputs.float()])
 
 
 def _counted(folder: Path) -> int:

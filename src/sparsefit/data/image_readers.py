@@ -33,8 +33,8 @@ def from_parquet(files: list[str], streaming: bool) -> Dataset | IterableDataset
         return load_dataset("parquet", data_files=files, split="train", streaming=streaming)
 
 
-def from_split(name: str, split: str, streaming: bool) -> Dataset | IterableDataset:
-    """A split of a data set on the hub, or in a folder laid out as on the hub.
+def from_split(name: str, split: str, streaming: bool, configuration: str | None = None) -> Dataset | IterableDataset:
+    """A split of a data set on the hub, of one of its configurations, or in a folder laid out as on the hub.
 
     Raises:
         DataError: where it cannot be found, fetched or read; says what to do without a network.
@@ -42,12 +42,13 @@ def from_split(name: str, split: str, streaming: bool) -> Dataset | IterableData
     from datasets import load_dataset
     from huggingface_hub.constants import is_offline_mode
 
+    settings = {"split": split, "streaming": streaming} | ({} if configuration is None else {"name": configuration})
     if Path(name).expanduser().is_dir():
         with _reading(name, "Check that the folder is complete, and that it has this split."):
-            return load_dataset(str(Path(name).expanduser()), split=split, streaming=streaming)
+            return load_dataset(str(Path(name).expanduser()), **settings)
     near = nearest_path(Path(name).expanduser())
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise DataError(f"there is no folder {name} to read images from.{near}")
+        raise DataError(f"there is no folder {name} to read from.{near}")
     # offline, the library takes what it has in its cache; it would try for long to reach a hub that does not answer
     if not is_offline_mode() and (problem := hub_problem()):
         raise DataError(
@@ -58,7 +59,7 @@ def from_split(name: str, split: str, streaming: bool) -> Dataset | IterableData
         f"the split {split} of the data set {name!r}",
         "A gated data set needs its terms accepted on its page and `hf auth login`. " + _without_network(name),
     ):
-        return load_dataset(name, split=split, streaming=streaming)
+        return load_dataset(name, **settings)
 
 
 def from_folder(folder: Path, skip_corrupt: bool) -> Dataset:

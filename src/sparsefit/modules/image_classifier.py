@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
@@ -23,8 +22,11 @@ from sparsefit.evaluation.accuracy import (
     top_accuracies,
 )
 from sparsefit.modules.image_models import check_head, head_size, new_image_classifier
-from sparsefit.modules.loading import Dtype, find_image_processor, load_image_classifier
-from sparsefit.modules.optimizers import build_optimizer, check_settings, matrices_decay, trained_parameters
+from sparsefit.modules.loading import Dtype, find_image_processor, load_image_classifier, load_with_new_head
+from sparsefit.modules.optimizers import build_optimizer, matrices_decay, trained_parameters
+from sparsefit.modules.recoverable import RecoverableModule
+from sparsefit.recovery.adapters import AdapterSettings
+from sparsefit.recovery.distill import DistillSettings
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 OptimizerName = Literal["adamw", "sgd", "adamw_8bit"]
 
 
-class ImageClassifierModule(LightningModule):
+class ImageClassifierModule(RecoverableModule):
     """Training of an image classifier by cross entropy: one of transformers, or any module from images to logits.
 
     Batches are {"pixel_values": (batch, channels, height, width), "labels": (batch,)}, with "image(s)" and "label" as
@@ -40,7 +42,7 @@ class ImageClassifierModule(LightningModule):
     these models.
 
     Attributes:
-        model: the classifier.
+        model: the classifier, PEFT-wrapped where `adapter` asks for one of PEFT's.
         image_processor: what makes images into its inputs, where it came with one; it is exported with the model.
 
     Args:
@@ -59,11 +61,18 @@ class ImageClassifierModule(LightningModule):
         dtype: The weights' dtype; "auto" is the one they were saved in. A module given keeps its own.
         attn_implementation: transformers' attention: "sdpa", "eager", "flash_attention_2"; None is its choice. On a CPU
             "eager" trains faster on images of few patches.
+        adapter: What is trained while the rest is frozen, such as {"target_modules": "all-linear"}; None trains all of
+            the model.
+        distill: Learn from the model as it was when the fit began (dense, if the fit prunes it), and not from the
+            labels alone.
+        new_head: Put a new, untrained head of `num_classes` classes on the model of this name. It is trained, and
+            saved, beside any adapter.
 
     Raises:
         ConfigError: for a model or a setting that cannot work.
     """
 
+    optimizer_names: ClassVar[tuple[str, ...]] = ("adamw", "sgd", "adamw_8bit")
     metrics: ClassVar[dict[str, str]] = {"accuracy": "higher", "top5_accuracy": "higher"}
     """What `evaluate` measures, and which way is better."""
 
@@ -79,35 +88,35 @@ class ImageClassifierModule(LightningModule):
         label_smoothing: float = 0.0,
         dtype: Dtype = "float32",
         attn_implementation: str | None = None,
+        adapter: AdapterSettings | None = None,
+        distill: DistillSettings | None = None,
+        new_head: bool = False,
     ) -> None:
-        super().__init__()
-        check_settings(optimizer, ("adamw", "sgd", "adamw_8bit"), learning_rate, weight_decay)
+        super().__init__(
+            model, adapter, distill, learning_rate, weight_decay, optimizer, dtype, False, attn_implementation
+        )
         if not 0 <= momentum < 1 or not 0 <= label_smoothing < 1:
             raise ConfigError(f"momentum is {momentum} and label_smoothing {label_smoothing}: both must be in [0, 1)")
         if num_classes is not None and num_classes < 2:
             raise ConfigError(f"num_classes is {num_classes}: a classifier has at least 2")
-        # Plain values only: a checkpoint must load with weights_only=True.
+        if new_head and (num_classes is None or config is not None or not isinstance(model, str)):
+            raise ConfigError("new_head is for a model given by name, without config, and needs num_classes")
         self.save_hyperparameters(
             {
                 "model": model if isinstance(model, str) else _name_of(model),
                 "config": config,
                 "num_classes": num_classes,
-                "optimizer": optimizer,
-                "learning_rate": learning_rate,
-                "weight_decay": weight_decay,
                 "momentum": momentum,
                 "label_smoothing": label_smoothing,
-                "dtype": dtype,
-                "attn_implementation": attn_implementation,
+                "new_head": new_head,
             }
         )
-        # Loaded here and not in configure_model, as CausalLMModule does and for its reasons.
         self.image_processor: BaseImageProcessor | None = None
-        self.model = self._make(model)
-        self.classes = head_size(self.model) or num_classes  # None: the first logits will tell
+        base, new = self._make(model)
+        self.classes = head_size(base) or num_classes  # None: the first logits will tell
         if num_classes is not None:
             check_head(self.classes, num_classes, self.hparams.model)
-        self.model.train()  # from_pretrained returns a model in evaluation mode
+        self.take_model(base, new)
         self.losses = nn.ModuleDict({"val": MeanMetric(), "test": MeanMetric()})
         self.accuracies = nn.ModuleDict()
         if self.classes is not None:
@@ -126,13 +135,15 @@ class ImageClassifierModule(LightningModule):
         return logits
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
-        """The mean cross entropy, logged as train_loss.
+        """The mean cross entropy, logged as train_loss; mixed with the divergence from the teacher, logged as
+        train_divergence, where there is one.
 
         Raises:
             DataError: where labels or images do not fit the model.
             SparsefitError: where the loss is not a number.
         """
         images, labels = images_and_labels(batch)
+        taught = self.taught(self.forward, images)
         logits = self(images)
         labels = checked_labels(labels, logits)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.hparams.label_smoothing)
@@ -142,7 +153,7 @@ class ImageClassifierModule(LightningModule):
                 "weights are damaged. Lower the learning rate, clip gradients, or train in bf16-mixed, not float16"
             )
         self.log("train_loss", loss, prog_bar=True, batch_size=len(labels))
-        return loss
+        return self.distilled(loss, logits, taught)
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
         """Adds a batch to val_loss, val_accuracy and val_top5_accuracy."""
@@ -177,7 +188,8 @@ class ImageClassifierModule(LightningModule):
         number of batches done. A head of fewer than five classes has a top-5 accuracy of 1."""
         return accuracy(self.model, loader, progress)
 
-    def _make(self, model: str | nn.Module) -> nn.Module:
+    def _make(self, model: str | nn.Module) -> tuple[nn.Module, list[str]]:
+        """The model, and the paths of what is new in it."""
         config, num_classes = self.hparams.config, self.hparams.num_classes
         dtype, attention = self.hparams.dtype, self.hparams.attn_implementation
         if isinstance(model, nn.Module):
@@ -185,13 +197,16 @@ class ImageClassifierModule(LightningModule):
                 raise ConfigError(
                     "`config` is for a model that is built by its type: leave it out where a module is given"
                 )
-            return model
+            return model, []
         if config is not None:
             size = {} if num_classes is None else {"num_labels": num_classes}
-            return new_image_classifier(model, size | config, dtype, attention)
-        loaded = load_image_classifier(model, dtype, attention)
+            return new_image_classifier(model, size | config, dtype, attention), []
+        if self.hparams.new_head:
+            loaded, new = load_with_new_head(model, "image_classification", num_classes, dtype, attention)
+        else:
+            loaded, new = load_image_classifier(model, dtype, attention), []
         self.image_processor = find_image_processor(model)
-        return loaded
+        return loaded, new
 
     def _prepare_accuracies(self, classes: int) -> None:
         self.classes = classes

@@ -71,8 +71,7 @@ def check_head(classes: int, wanted: int, name: str) -> None:
     if classes != wanted:
         raise ConfigError(
             f"the head of {name} has {classes} classes, and num_classes is {wanted}: leave num_classes out to keep "
-            f"this head, or make a model with a new one: AutoModelForImageClassification.from_pretrained(..., "
-            f"num_labels={wanted}, ignore_mismatched_sizes=True), save_pretrained(FOLDER), and give FOLDER"
+            "this head, or set new_head=True to train a new one"
         )
 
 

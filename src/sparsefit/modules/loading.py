@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -13,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 
 from sparsefit.errors import ConfigError
-from sparsefit.recovery.compact import architecture_of, load_compact
+from sparsefit.modules.model_classes import body_of_model, model_with_new_head, named_class, whole_model
+from sparsefit.recovery.compact import load_compact
 
 if TYPE_CHECKING:
-    from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BaseImageProcessor, FeatureExtractionMixin, PreTrainedModel, PreTrainedTokenizerBase
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 TINY_LLAMA = "tiny-llama"
@@ -25,27 +27,58 @@ _FILES = {
     "model": "config.json",
     "tokenizer": "tokenizer_config.json",
     "image processor": "preprocessor_config.json",
+    "feature extractor": "preprocessor_config.json",
 }
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 _Loaded = TypeVar("_Loaded")
 
 
-def load_causal_lm(name: str, dtype: Dtype = "float32", attn_implementation: str | None = None) -> PreTrainedModel:
-    """A causal language model in evaluation mode on the CPU.
+def load_model(
+    name: str,
+    dtype: Dtype = "float32",
+    attn_implementation: str | None = None,
+    kind: str | None = None,
+    allow_unused: bool = False,
+) -> PreTrainedModel:
+    """A model of the class that its config.json names, in evaluation mode on the CPU.
 
     Args:
         name: "tiny-llama" (the model that comes with the package), a folder in Hugging Face layout, or a hub name.
         dtype: "float32", "bfloat16", "float16", or "auto" for the dtype it was saved in.
         attn_implementation: "sdpa", "eager", "flash_attention_2"; None for transformers' choice.
+        kind: what the model must be: "causal_lm", "sequence_classification", "token_classification", "seq2seq",
+            "image_classification" or "encoder"; None takes any.
+        allow_unused: let the weights of parts go that the class has not.
 
     Raises:
-        ConfigError: where the model cannot be found, fetched or read; says what to do without a network.
+        ConfigError: where the model cannot be found, fetched or read, its class is unknown or of another kind, or
+            weights are missing, or those of a head would be dropped; says what to do.
     """
-    from transformers import AutoModelForCausalLM
+    load = partial(whole_model, kind=kind, allow_unused=allow_unused)
+    return _load(load, "model", name, **_model_settings(dtype, attn_implementation))
 
-    settings = _model_settings(dtype, attn_implementation)
-    return _load(AutoModelForCausalLM.from_pretrained, "model", name, **settings)
+
+def load_with_new_head(
+    name: str, kind: str, num_labels: int, dtype: Dtype = "float32", attn_implementation: str | None = None
+) -> tuple[PreTrainedModel, list[str]]:
+    """A pretrained body with a new, random head of `num_labels` classes, and the paths of the modules that are new.
+
+    Raises:
+        ConfigError: as `load_model`, or where the weights have such a head already.
+    """
+    load = partial(model_with_new_head, kind=kind, num_labels=num_labels)
+    return _load(load, "model", name, **_model_settings(dtype, attn_implementation))
+
+
+def load_body(name: str, dtype: Dtype = "float32", attn_implementation: str | None = None) -> PreTrainedModel:
+    """The body of a model, without the head that it may have; as `load_model`."""
+    return _load(body_of_model, "model", name, **_model_settings(dtype, attn_implementation))
+
+
+def load_causal_lm(name: str, dtype: Dtype = "float32", attn_implementation: str | None = None) -> PreTrainedModel:
+    """`load_model` of a causal language model."""
+    return load_model(name, dtype, attn_implementation, "causal_lm")
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -62,17 +95,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def load_image_classifier(
     name: str, dtype: Dtype = "float32", attn_implementation: str | None = None
 ) -> PreTrainedModel:
-    """An image classifier in evaluation mode on the CPU.
-
-    Args:
-        name: a folder in Hugging Face layout or a hub name.
-        dtype: "float32", "bfloat16", "float16", or "auto" for the dtype it was saved in.
-        attn_implementation: "sdpa", "eager", "flash_attention_2"; None for transformers' choice.
-
-    Raises:
-        ConfigError: where the model cannot be found, fetched or read, or comes without a head; says what to do.
-    """
-    return _load(_whole_classifier, "model", name, **_model_settings(dtype, attn_implementation))
+    """`load_model` of an image classifier."""
+    return load_model(name, dtype, attn_implementation, "image_classification")
 
 
 def load_image_processor(name: str) -> BaseImageProcessor:
@@ -88,14 +112,23 @@ def load_image_processor(name: str) -> BaseImageProcessor:
 
 def find_image_processor(name: str) -> BaseImageProcessor | None:
     """The image processor of a model that has been loaded; None where its folder or page on the hub has none."""
-    from huggingface_hub import file_exists
+    return load_image_processor(name) if _has("image processor", name) else None
 
-    wanted = _FILES["image processor"]
-    with _folder_of(name) as folder:
-        if folder is None and (problem := hub_problem()):
-            folder = _cached_folder("image processor", name, problem)
-        found = file_exists(name, wanted) if folder is None else (folder / wanted).is_file()
-    return load_image_processor(name) if found else None
+
+def find_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model that has been loaded; None where its folder or page on the hub has none."""
+    return load_tokenizer(name) if _has("tokenizer", name) else None
+
+
+def find_feature_extractor(name: str) -> FeatureExtractionMixin | None:
+    """What makes sound into the inputs of a model that has been loaded; None where there is none."""
+    from transformers import AutoFeatureExtractor
+
+    return (
+        _load(AutoFeatureExtractor.from_pretrained, "feature extractor", name)
+        if _has("feature extractor", name)
+        else None
+    )
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -135,22 +168,19 @@ def nearest_path(path: Path) -> str:
     return f" Did you mean {parent / close[0]}?" if close else ""
 
 
+def _has(what: str, name: str) -> bool:
+    from huggingface_hub import file_exists
+
+    wanted = _FILES[what]
+    with _folder_of(name) as folder:
+        if folder is None and (problem := hub_problem()):
+            folder = _cached_folder(what, name, problem)
+        return file_exists(name, wanted) if folder is None else (folder / wanted).is_file()
+
+
 def _model_settings(dtype: Dtype, attn_implementation: str | None) -> dict[str, Any]:
     settings: dict[str, Any] = {"dtype": dtype if dtype == "auto" else torch_dtype(dtype)}
     return settings if attn_implementation is None else settings | {"attn_implementation": attn_implementation}
-
-
-def _whole_classifier(name: str, **settings: Any) -> PreTrainedModel:
-    from transformers import AutoModelForImageClassification
-
-    model, info = AutoModelForImageClassification.from_pretrained(name, output_loading_info=True, **settings)
-    if missing := sorted(info["missing_keys"]):
-        raise ConfigError(
-            f"{name} has no weights for {', '.join(missing[:4])}{' …' if len(missing) > 4 else ''} of "
-            f"{type(model).__name__}: they would be random. To train a new head on purpose, load it with "
-            "AutoModelForImageClassification.from_pretrained(..., num_labels=N), save_pretrained(FOLDER), give FOLDER"
-        )
-    return model
 
 
 def _load(load: Callable[..., _Loaded], what: str, name: str, **settings: Any) -> _Loaded:
@@ -177,9 +207,13 @@ def _load_from_folder(load: Callable[..., _Loaded], what: str, folder: Path, **s
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder: to load a {what}, give the folder that save_pretrained wrote")
     if what == "model" and any(folder.glob("*.compact.safetensors")):
-        import transformers
-
-        return load_compact(folder, getattr(transformers, architecture_of(folder)), **settings)
+        if not isinstance(load, partial) or load.func is not whole_model:
+            raise ConfigError(
+                f"{folder} holds a compact model, which gets no new head: write it in full first "
+                f"(sparsefit export {folder} --format dense --output ANOTHER)"
+            )
+        kind = load.keywords["kind"]
+        return load_compact(folder, named_class(str(folder), kind, local_files_only=True), **settings)
     wanted = _FILES[what]
     if not (folder / wanted).is_file():
         near = [str(file.parent) for file in sorted(folder.glob(f"*/{wanted}"))[:3]]

@@ -14,6 +14,7 @@ from sparsefit.pruning.blocks import find_block_lists
 from sparsefit.pruning.heads import output_layers
 from sparsefit.pruning.layers.experts import find_stacks
 from sparsefit.pruning.naming import canonical_name
+from sparsefit.recovery.model_kinds import task_type
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -42,6 +43,8 @@ class AdapterSettings:
             "all-linear" for all of them but the head.
         train_norms: train the weights of normalisation layers, too.
         train_biases: train all biases, too. PEFT's HiRA cannot.
+        modules_to_save: names of modules that are trained whole and saved with the adapter, as a new head is. PEFT
+            trains the head of a text classifier (`classifier`, `score`) by itself.
     """
 
     form: Form = "lora"
@@ -51,6 +54,7 @@ class AdapterSettings:
     target_modules: str | list[str] | tuple[str, ...] = ("q_proj", "v_proj")
     train_norms: bool = False
     train_biases: bool = False
+    modules_to_save: list[str] | tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.form not in (*LOSSLESS, "lora"):
@@ -70,6 +74,9 @@ class AdapterSettings:
             if not names or not all(names):
                 raise ConfigError(f'there are no target_modules: name linear layers such as q_proj, or "{ALL_LINEAR}"')
             self.target_modules = tuple(names)
+        if isinstance(self.modules_to_save, str):
+            self.modules_to_save = [self.modules_to_save]
+        self.modules_to_save = tuple(self.modules_to_save)
 
     @property
     def lossless(self) -> bool:
@@ -97,6 +104,7 @@ def attach_adapter(model: nn.Module, settings: AdapterSettings) -> nn.Module:
     linears = _linear_layers(model)
     if settings.target_modules != ALL_LINEAR:
         _check_targets(settings.target_modules, linears)
+    _check_modules(settings.modules_to_save, model)
     if settings.form == "full":
         _train_kept_weights(model, settings, linears)
         return model
@@ -128,15 +136,18 @@ def _peft_config(
 
     # By path: PEFT's own "all-linear" takes in routers, stacks of experts and heads that are not language models'.
     everywhere = settings.target_modules == ALL_LINEAR
-    targets = _without_head(model, linears) if everywhere else [*settings.target_modules]
+    targets = [*settings.target_modules]
+    if everywhere:  # but what is trained whole
+        saved = settings.modules_to_save
+        targets = [path for path in _without_head(model, linears) if not _inside(path, saved)]
     common = {
-        "task_type": _task(model),
+        "task_type": task_type(model),
         "r": settings.r,
         "target_modules": targets,
         # GPT-2 keeps its matrices as (in, out)
         "fan_in_fan_out": any(_is_conv1d(layer) for layer in linears.values()),
         # PEFT trains copies of these and saves them with the adapter.
-        "modules_to_save": [*norms] or None,
+        "modules_to_save": [*norms, *settings.modules_to_save] or None,
     }
     if settings.form == "hira":
         return HiraConfig(hira_dropout=settings.dropout, **common)
@@ -168,15 +179,12 @@ def _train_kept_weights(model: nn.Module, settings: AdapterSettings, linears: di
         weight.requires_grad_(True)
     for norm in _norms(model).values() if settings.train_norms else ():
         norm.requires_grad_(True)
+    for path, module in model.named_modules():
+        if _is_target(path, settings.modules_to_save):
+            module.requires_grad_(True)
     for name, parameter in model.named_parameters() if settings.train_biases else ():
         if name.rpartition(".")[2] == "bias":
             parameter.requires_grad_(True)
-
-
-def _task(model: nn.Module) -> str | None:
-    if not hasattr(model, "prepare_inputs_for_generation"):
-        return None
-    return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
 
 
 def _without_head(model: nn.Module, linears: dict[str, nn.Module]) -> list[str]:
@@ -234,6 +242,12 @@ def _is_target(path: str, targets: Sequence[str]) -> bool:
     return any(path == target or path.endswith(f".{target}") for target in targets)
 
 
+def _inside(path: str, names: Sequence[str]) -> bool:
+    """Whether a module, or one that it is a part of, has one of the names."""
+    parts = path.split(".")
+    return any(_is_target(".".join(parts[:end]), names) for end in range(1, len(parts) + 1))
+
+
 def _check_targets(targets: Iterable[str], linears: Iterable[str]) -> None:
     paths = list(linears)
     names = sorted({path.rpartition(".")[2] for path in paths})
@@ -243,3 +257,12 @@ def _check_targets(targets: Iterable[str], linears: Iterable[str]) -> None:
         near = difflib.get_close_matches(target, names, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"its linear layers are {', '.join(names) or 'none'}"
         raise ConfigError(f"the target module {target!r} is no linear layer of the model: {hint}")
+
+
+def _check_modules(names: Iterable[str], model: nn.Module) -> None:
+    paths = [path for path, _ in model.named_modules() if path]
+    for name in names:
+        if not any(_is_target(path, [name]) for path in paths):
+            near = difflib.get_close_matches(name, {path.rpartition(".")[2] for path in paths}, n=3, cutoff=0.5)
+            hint = f": did you mean {' or '.join(near)}?" if near else ""
+            raise ConfigError(f"modules_to_save names {name!r}, which is no module of the model{hint}")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparsefit.errors import ConfigError
 from sparsefit.pruning.masks import pack_bits
 from sparsefit.pruning.undo import Removed
+from sparsefit.recovery.export import adapted_part
 
 
 @dataclass
@@ -19,7 +20,7 @@ class DistillSettings:
     """How the dense model teaches (Hinton et al. 2015, arXiv 1503.02531).
 
     Args:
-        weight: share of the divergence from the teacher in the loss, in (0, 1]; the rest is the loss on the text.
+        weight: share of the divergence from the teacher in the loss, in (0, 1]; the rest is the loss on the labels.
         temperature: both distributions are softened by it.
     """
 
@@ -58,13 +59,17 @@ class DenseTeacher:
     they belong; a weight that was updated or trains needs a copy; all others cost nothing.
 
     Args:
-        model: The dense model, with adapters or without; its parameters are copied to CPU memory until `settle`.
+        model: The dense model, with adapters or without, or a module that holds it; its parameters are copied to CPU
+            memory until `settle`.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._dense = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
+        # They change as the student trains.
+        self._dense_buffers = {n: b.detach().to("cpu", copy=True) for n, b in _running_statistics(model)}
         self._removed: list[tuple[nn.Parameter, Removed]] = []
-        self._copies: list[tuple[nn.Parameter, Tensor]] = []
+        self._copies: list[tuple[Tensor, Tensor]] = []
+        self.settled = False
 
     @property
     def bytes(self) -> int:
@@ -99,7 +104,12 @@ class DenseTeacher:
                 else:
                     bits, values = pack_bits(kept).to(dense.device), dense.masked_select(~kept)
                     self._removed.append((parameter, Removed(bits, lambda values=values: values)))
+        for name, buffer in _running_statistics(model):
+            if (dense := self._dense_buffers.get(name)) is not None:
+                self._copies.append((buffer, dense.to(buffer.device)))
         self._dense.clear()
+        self._dense_buffers.clear()
+        self.settled = True
 
     @contextmanager
     def in_place(self, model: nn.Module) -> Iterator[None]:
@@ -113,8 +123,8 @@ class DenseTeacher:
         students = [parameter.data for parameter, _ in self._copies]
         with ExitStack() as stack, torch.no_grad():
             stack.callback(_require_gradients, trained)  # PEFT makes all that it disabled trainable
-            if callable(disable := getattr(model, "disable_adapter", None)):
-                stack.enter_context(disable())
+            if (adapted := adapted_part(model)) is not None:
+                stack.enter_context(adapted.disable_adapter())
             try:
                 # The copies in half precision that autocast keeps are the student's, and would be the teacher's.
                 torch.set_autocast_cache_enabled(False)
@@ -137,3 +147,12 @@ class DenseTeacher:
 def _require_gradients(trained: list[tuple[nn.Parameter, bool]]) -> None:
     for parameter, requires_grad in trained:
         parameter.requires_grad_(requires_grad)
+
+
+def _running_statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The means and variances that layers of batch normalisation keep, by name."""
+    for path, module in model.named_modules():
+        if getattr(module, "track_running_stats", False):
+            for name, buffer in module.named_buffers(prefix=path, recurse=False):
+                if buffer.is_floating_point():
+                    yield name, buffer

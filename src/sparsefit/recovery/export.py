@@ -93,7 +93,7 @@ def write_model(
     # of, and not those of the first checkpoint of their architecture; `from_pretrained` reads both.
     if _has_stacks(masks) or not exported.parameters.keys() <= _saved_names(folder):
         model.save_pretrained(folder, state_dict=state, save_original_format=False)
-    for name in ("tokenizer", "image_processor"):
+    for name in ("tokenizer", "image_processor", "feature_extractor"):
         beside = getattr(module, name, None)
         if callable(getattr(beside, "save_pretrained", None)):
             beside.save_pretrained(folder)

@@ -1,0 +1,114 @@
+"""A model of embeddings of texts to train: a LightningModule that knows nothing of pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric
+from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
+
+from sparsefit.errors import DataError
+from sparsefit.modules.loading import find_tokenizer, load_body
+from sparsefit.modules.measured import Batch, MeasuredModule, check_loss, inputs_of, labels_of
+from sparsefit.recovery.adapters import AdapterSettings
+from sparsefit.recovery.distill import DistillSettings
+
+
+class EmbeddingModule(MeasuredModule):
+    """Training of an encoder of transformers whose embedding of a text is the mean over its real tokens.
+
+    Batches are mappings: what the model takes, of pairs of texts (batch, 2, length), and "labels" (batch,), how similar
+    they are. The loss is the squared distance of the cosine of the two embeddings from that. The teacher is followed in
+    the direction of its embeddings; with a weight of 1 it alone teaches, and no labels are needed.
+
+    Args:
+        model: a folder or a hub name; in Python also a model.
+        adapter: what is trained while the rest is frozen; None trains all of the model.
+        distill: learn from the model as it was when the fit began (dense, if the fit prunes it), and not from the
+            labels alone.
+        drop_head: take the body of a model that has a head, as of a masked language model.
+        **settings: of `RecoverableModule`: learning_rate, weight_decay, optimizer, dtype, gradient_checkpointing,
+            attn_implementation.
+    """
+
+    metrics: ClassVar[dict[str, str]] = {"spearman": "higher", "pearson": "higher"}
+    """What `evaluate` measures, and which way is better: the correlations of cosines and labels."""
+
+    def __init__(
+        self,
+        model: str,
+        adapter: AdapterSettings | None = None,
+        distill: DistillSettings | None = None,
+        drop_head: bool = False,
+        **settings: Any,
+    ) -> None:
+        super().__init__(model, adapter, distill, **settings)
+        self.save_hyperparameters({"drop_head": drop_head})
+        if drop_head and isinstance(model, str):
+            self.take_model(load_body(model, self.hparams.dtype, self.hparams.attn_implementation))
+            self.tokenizer = find_tokenizer(model)
+        else:
+            self.take_named(model, "encoder")
+
+    def new_figures(self) -> nn.ModuleDict:
+        """Loss and the two correlations."""
+        return nn.ModuleDict({"loss": MeanMetric(), "spearman": SpearmanCorrCoef(), "pearson": PearsonCorrCoef()})
+
+    def embed(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The embeddings of texts (batch, length) or of groups of texts (batch, group, length): the same shape with the
+        width of the model in place of the length."""
+        shape = inputs["input_ids"].shape
+        flat = {name: value.reshape(-1, shape[-1]) for name, value in inputs.items()}
+        hidden = self.model(**flat).last_hidden_state.float()  # (texts, length, width)
+        mask = flat.get("attention_mask", hidden.new_ones(hidden.shape[:2]))[..., None]  # (texts, length, 1)
+        means = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+        return means.reshape(*shape[:-1], -1)
+
+    def measure(self, figures: nn.ModuleDict, batch: Batch) -> None:
+        """Adds a batch to the metrics.
+
+        Raises:
+            DataError: where it holds no pairs, or no labels.
+        """
+        cosines, labels = self._cosines(self.embed(inputs_of(batch))), labels_of(batch).float()
+        figures["loss"].update(F.mse_loss(cosines, labels), weight=len(labels))
+        for name in ("spearman", "pearson"):
+            figures[name].update(cosines, labels)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The mean squared distance of cosines from labels, logged as train_loss; mixed with the distance from the
+        teacher's embeddings, logged as train_divergence, where there is one.
+
+        Raises:
+            DataError: where a batch holds no pairs, or no labels, and they are needed.
+            SparsefitError: where the loss is not a number.
+        """
+        inputs = inputs_of(batch)
+        taught = self.taught(self.embed, inputs)
+        embedded = self.embed(inputs)
+        if taught is not None and self.distill is not None and self.distill.weight == 1:
+            return self.distilled(embedded.new_zeros(()), embedded, taught)
+        labels = labels_of(batch).float()
+        loss = F.mse_loss(self._cosines(embedded), labels)
+        check_loss(loss, batch_idx)
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(labels))
+        return self.distilled(loss, embedded, taught)
+
+    def distance(self, student: Tensor, taught: Tensor, counted: Tensor | None = None) -> Tensor:
+        """1 - the mean cosine of the student's and the teacher's embeddings."""
+        return 1 - F.cosine_similarity(student, taught, dim=-1).mean()
+
+    def predict_step(self, batch: Batch, batch_idx: int = 0) -> Tensor:
+        """The embeddings of a batch's texts, as calibration asks for them; labels are not looked at."""
+        return self.embed(inputs_of(batch))
+
+    def _cosines(self, embedded: Tensor) -> Tensor:
+        if embedded.ndim != 3 or embedded.shape[1] != 2:
+            raise DataError(
+                f"a batch gives embeddings {tuple(embedded.shape)}, and pairs of texts give (batch, 2, width): make "
+                "input_ids and attention_mask (batch, 2, length), as LabelledTextDataModule does with the task pairs"
+            )
+        return F.cosine_similarity(embedded[:, 0], embedded[:, 1], dim=-1)

@@ -1,0 +1,190 @@
+"""Models by the class that their config.json names, all of their weights found; or with a head that is meant to be new.
+
+transformers fills what it does not find with random numbers and only warns; here that is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from sparsefit.errors import ConfigError
+from sparsefit.recovery.model_kinds import KINDS, classes_of, kind_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+_MODULES = {
+    "causal_lm": "CausalLMModule",
+    "sequence_classification": "SequenceClassifierModule",
+    "token_classification": "TokenClassifierModule",
+    "seq2seq": "Seq2SeqModule",
+    "image_classification": "ImageClassifierModule",
+    "encoder": "EmbeddingModule",
+}
+_SHOWN = 4
+
+
+def whole_model(
+    path: str, kind: str | None = None, allow_unused: bool = False, local_files_only: bool = False, **settings: Any
+) -> PreTrainedModel:
+    """The model in a folder or on the hub, of the class that its config.json names.
+
+    Args:
+        path: Folder or hub name.
+        kind: A key of `KINDS` that the class must be of; None takes any.
+        allow_unused: Let the weights of parts go that the class has not.
+        local_files_only: Ask no hub.
+        settings: For `from_pretrained`.
+
+    Raises:
+        ConfigError: where the class is unknown or of another kind, or weights are missing or would be dropped.
+    """
+    model_class = named_class(path, kind, local_files_only)
+    model, info = model_class.from_pretrained(
+        path, output_loading_info=True, local_files_only=local_files_only, **settings
+    )
+    kind = kind or kind_of(type(model).__name__)
+    if missing := _short(info["missing_keys"]):
+        raise ConfigError(
+            f"{path} has no weights for {missing} of {type(model).__name__}: they would be random. Check that the "
+            f"folder is complete and that its config.json names the class that it was saved from.{_way_to_new(kind)}"
+        )
+    if (unused := _short(_of_parts_it_has_not(model, info["unexpected_keys"]))) and not allow_unused:
+        raise ConfigError(
+            f"{path} holds weights of parts that {type(model).__name__}, the class in its config.json, has not: "
+            f"{unused}. They would be dropped. Correct `architectures` in config.json; or load the model in Python, "
+            "where load_model(..., allow_unused=True) lets them go"
+        )
+    return model
+
+
+def model_with_new_head(
+    path: str, kind: str, num_labels: int, local_files_only: bool = False, **settings: Any
+) -> tuple[PreTrainedModel, list[str]]:
+    """A pretrained body with a new, random head; the paths of the modules that are new.
+
+    Args:
+        path: Folder or hub name, of the body alone or with another head, which is dropped.
+        kind: A key of `KINDS`.
+        num_labels: How many classes the head has.
+        local_files_only: Ask no hub.
+        settings: For `from_pretrained`.
+
+    Raises:
+        ConfigError: where the weights have such a head already, or more than a head is missing.
+    """
+    import transformers
+
+    config = _config(path, local_files_only)
+    named = (config.architectures or [None])[0]
+    model_class = getattr(transformers, named if named in classes_of(kind) else KINDS[kind].auto)
+    model, info = model_class.from_pretrained(
+        path,
+        num_labels=num_labels,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        local_files_only=local_files_only,
+        **settings,
+    )
+    new = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    body = f"{model.base_model_prefix}."
+    if lost := _short(key for key in new if key.startswith(body) and ".pooler." not in key):
+        raise ConfigError(
+            f"{path} has no weights for {lost} of {type(model).__name__}, which are no part of its head: they would be "
+            "random. Check that the folder is complete, and that it is a model of this architecture"
+        )
+    if not new:
+        raise ConfigError(
+            f"{path} has a trained head of {num_labels} classes already: leave new_head out to keep it. For another "
+            "one of as many classes, save the body alone (model.base_model.save_pretrained(FOLDER)) and give FOLDER"
+        )
+    return model, sorted(_outermost(key.rpartition(".")[0] for key in new))
+
+
+def body_of_model(path: str, local_files_only: bool = False, **settings: Any) -> PreTrainedModel:
+    """The body of a model, without the head that it may have.
+
+    A pooler, which no mean over tokens asks, may be new: it is saved with the body, whose class has one.
+
+    Raises:
+        ConfigError: where other weights are missing.
+    """
+    from transformers import AutoModel
+
+    model, info = AutoModel.from_pretrained(
+        path, output_loading_info=True, local_files_only=local_files_only, **settings
+    )
+    if missing := _short(key for key in info["missing_keys"] if not key.startswith("pooler.")):
+        raise ConfigError(f"{path} has no weights for {missing} of {type(model).__name__}: they would be random")
+    return model
+
+
+def named_class(path: str, kind: str | None, local_files_only: bool = False) -> type[PreTrainedModel]:
+    """The class of transformers that a model's config.json names.
+
+    Raises:
+        ConfigError: where it names none, one that transformers has not, or one of another kind.
+    """
+    import transformers
+
+    config = _config(path, local_files_only)
+    name = (config.architectures or [None])[0]
+    if name is None and kind is not None:
+        return getattr(transformers, KINDS[kind].auto)  # that weights are missing still shows
+    found = getattr(transformers, name, None) if name is not None else None
+    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+        what = f"names {name}, which transformers {transformers.__version__} has not" if name else "names no class"
+        raise ConfigError(
+            f"the config.json of {path} {what} (`architectures`): correct it, install the release of transformers that "
+            "it was made with, or load the model in Python and give it to the module in place of its name"
+        )
+    if kind is not None and name not in classes_of(kind):
+        raise ConfigError(_other_kind(path, name, kind))
+    return found
+
+
+def _other_kind(path: str, name: str, kind: str) -> str:
+    own, wanted = kind_of(name), KINDS[kind].words
+    if own == "encoder":
+        lost = "a model without a head, which would be random"
+    else:
+        lost = f"no {wanted}: loaded as one, its head would be lost and a random one in its place"
+    way_out = f"Take {_MODULES[own]}, or give" if own in _MODULES and own != "encoder" else "Give"
+    return f"{path} holds a {name}, and that is {lost}. {way_out} a model that is a {wanted}.{_way_to_new(kind)}"
+
+
+def _way_to_new(kind: str | None) -> str:
+    if kind in ("sequence_classification", "token_classification"):
+        return " To train a new head on purpose, set new_head=True and num_labels"
+    if kind == "image_classification":
+        return " To train a new head on purpose, set new_head=True and num_classes"
+    return ""
+
+
+def _config(path: str, local_files_only: bool) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(path, local_files_only=local_files_only)
+
+
+def _of_parts_it_has_not(model: PreTrainedModel, keys: Iterable[str]) -> list[str]:
+    """Of weights without a place those of a part, such as a head, that the model has not.
+
+    Others are leftovers inside its parts: buffers that older releases saved, a second head for pretraining.
+    """
+    parts = {name for name, _ in model.named_children()} | {model.base_model_prefix}
+    inner = {name for name, _ in model.base_model.named_children()}
+    body = f"{model.base_model_prefix}."
+    return [key for key in keys if key.removeprefix(body).split(".")[0] not in parts | inner]
+
+
+def _outermost(paths: Iterable[str]) -> set[str]:
+    """Of nested paths the outer ones."""
+    found = set(paths)
+    return {path for path in found if not any(path.startswith(f"{other}.") for other in found)}
+
+
+def _short(keys: Iterable[str]) -> str:
+    listed = sorted(keys)
+    return ", ".join(listed[:_SHOWN]) + (" …" if len(listed) > _SHOWN else "")

@@ -1,0 +1,125 @@
+"""What recovers a pruned model in any LightningModule: a dense teacher, and adapters that know their masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import Tensor
+
+from sparsefit.errors import ConfigError
+from sparsefit.pruning import MaskSet
+from sparsefit.recovery.adapters import bind_masks
+from sparsefit.recovery.distill import DenseTeacher, DistillSettings, divergence
+from sparsefit.recovery.sparse_base import complete
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+    _Base = LightningModule
+else:
+    _Base = object
+
+_Answer = TypeVar("_Answer")
+
+
+class RecoveryMixin(_Base):
+    """Distillation and adapters for a LightningModule; it stands before `LightningModule` among the bases.
+
+    ```python
+    class MyModule(RecoveryMixin, LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = attach_adapter(MyNet(), AdapterSettings(target_modules="all-linear"))
+            self.distill = DistillSettings(weight=0.5)
+
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            taught = self.taught(self.net, x)  # before the student's own pass
+            logits = self.net(x)
+            return self.distilled(cross_entropy(logits, y), logits, taught)
+    ```
+
+    The teacher is the module as it is when a fit is set up, so the network must be there by then (made in `__init__`),
+    dense. A module that overrides `setup`, `on_train_start` or `on_load_checkpoint` calls `super()`'s.
+
+    Attributes:
+        distill: How the dense model teaches; None where it does not.
+        teacher: The dense model, once a fit has been set up.
+    """
+
+    distill: DistillSettings | None = None
+    teacher: DenseTeacher | None = None
+
+    def setup(self, stage: str) -> None:
+        """Take the module as it is now, before it is pruned or a checkpoint is read, as the teacher.
+
+        Raises:
+            ConfigError: where it has no parameters yet.
+        """
+        super().setup(stage)
+        if stage != "fit" or self.distill is None:
+            return
+        if not any(True for _ in self.parameters()):
+            raise ConfigError(
+                f"{type(self).__name__} has no parameters when the fit is set up, so there is no dense model to learn "
+                "from: make the network in __init__, not in configure_model, or leave out `distill`"
+            )
+        with self.teacher.in_place(self) if self.teacher is not None else nullcontext():  # of an earlier fit
+            self.teacher = DenseTeacher(self)
+
+    def on_train_start(self) -> None:
+        """Let the teacher go of all that it shares with the module."""
+        super().on_train_start()
+        if self.teacher is not None:
+            self.teacher.settle(self)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Fill up a checkpoint that holds only what changes, and give masked adapters their masks: for
+        `load_from_checkpoint`, which knows no callbacks."""
+        super().on_load_checkpoint(checkpoint)
+        left_out = (checkpoint.get("sparsefit") or {}).get("base")
+        if left_out is not None and not left_out["entries"].keys() <= checkpoint["state_dict"].keys():
+            complete(checkpoint, left_out, Path("that is loaded"), [])
+        states = (checkpoint.get("callbacks") or {}).values()
+        if masks := next((s["masks"] for s in states if isinstance(s, Mapping) and "masks" in s), None):
+            bind_masks(self, MaskSet.from_state_dict(masks))
+
+    def taught(self, call: Callable[..., _Answer], *args: Any, **kwargs: Any) -> _Answer | None:
+        """What `call(*args, **kwargs)` gives with the dense model, without gradients; None where there is no teacher.
+
+        To be asked before the student's own pass, as that keeps its weights for the backward pass.
+
+        Raises:
+            ConfigError: where the teacher still shares its weights with the student.
+        """
+        if self.teacher is None:
+            return None
+        if not self.teacher.settled:
+            raise ConfigError(
+                f"the dense teacher of {type(self).__name__} is the student itself: where on_train_start is "
+                "overridden, it must call super().on_train_start()"
+            )
+        with self.teacher.in_place(self):
+            return call(*args, **kwargs)
+
+    def distilled(self, loss: Tensor, student: Tensor, taught: Tensor | None, counted: Tensor | None = None) -> Tensor:
+        """The loss, mixed with the distance from the teacher, which is logged as train_divergence.
+
+        Args:
+            loss: On the labels.
+            student: What the student gives: logits (..., classes), unless `distance` says otherwise.
+            taught: What the teacher gives, of the same shape; None leaves the loss as it is.
+            counted: (...) bool; False leaves a place out. None counts all.
+        """
+        if taught is None or self.distill is None:
+            return loss
+        away = self.distance(student, taught, counted)
+        self.log("train_divergence", away, prog_bar=True, batch_size=len(student))
+        return (1 - self.distill.weight) * loss + self.distill.weight * away
+
+    def distance(self, student: Tensor, taught: Tensor, counted: Tensor | None = None) -> Tensor:
+        """How far the student is from the teacher: the divergence of logits. For other outputs override it."""
+        return divergence(student, taught, counted, self.distill.temperature if self.distill is not None else 1.0)

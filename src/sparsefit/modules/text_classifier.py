@@ -1,0 +1,163 @@
+"""Classifiers of texts and of tokens to train: LightningModules that know nothing of pruning."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
+from sparsefit.errors import ConfigError, DataError
+from sparsefit.evaluation.perplexity import IGNORED
+from sparsefit.modules.measured import Batch, MeasuredModule, check_loss, inputs_of, labels_of
+from sparsefit.recovery.adapters import AdapterSettings
+from sparsefit.recovery.distill import DistillSettings
+
+
+class _ClassifierModule(MeasuredModule):
+    metrics: ClassVar[dict[str, str]] = {"accuracy": "higher", "f1": "higher"}
+    """What `evaluate` measures, and which way is better. f1 is the mean over classes."""
+    kind: ClassVar[str]
+
+    def __init__(
+        self,
+        model: str,
+        adapter: AdapterSettings | None = None,
+        distill: DistillSettings | None = None,
+        num_labels: int | None = None,
+        new_head: bool = False,
+        label_smoothing: float = 0.0,
+        **settings: Any,
+    ) -> None:
+        super().__init__(model, adapter, distill, **settings)
+        if not 0 <= label_smoothing < 1:
+            raise ConfigError(f"label_smoothing is {label_smoothing}: it must be in [0, 1)")
+        if num_labels is not None and num_labels < 2:
+            raise ConfigError(f"num_labels is {num_labels}: a classifier has at least 2")
+        if new_head and (num_labels is None or not isinstance(model, str)):
+            raise ConfigError("new_head is for a model given by name, and needs num_labels")
+        self.save_hyperparameters({"num_labels": num_labels, "new_head": new_head, "label_smoothing": label_smoothing})
+        self.take_named(model, self.kind, num_labels, new_head)
+
+    def take_model(self, base: nn.Module, new_modules: Any = ()) -> None:
+        """As `RecoverableModule`.
+
+        Raises:
+            ConfigError: for a head of another size than was asked for, or of another problem than one class each.
+        """
+        config, wanted = base.config, self.hparams.num_labels
+        self.classes: int = config.num_labels
+        if wanted is not None and self.classes != wanted:
+            raise ConfigError(
+                f"the head of {self.hparams.model} has {self.classes} classes, and num_labels is {wanted}: leave "
+                "num_labels out to keep this head, or set new_head=True to train a new one"
+            )
+        problem = getattr(config, "problem_type", None)
+        if self.classes < 2 or problem in ("regression", "multi_label_classification"):
+            raise ConfigError(
+                f"{self.hparams.model} has {self.classes} label(s) and problem_type {problem}: {type(self).__name__} "
+                "trains one class for each text or token. Train regression and multiple labels in a LightningModule "
+                "of your own (sparsefit.modules.RecoveryMixin)"
+            )
+        super().take_model(base, new_modules)
+
+    def setup(self, stage: str) -> None:
+        """As `RecoveryMixin`; and name the classes of a new head as the data do."""
+        super().setup(stage)
+        data = getattr(self.trainer, "datamodule", None)
+        names = getattr(data, "class_names", None) if self.hparams.new_head else None
+        if names is not None and len(names) == self.classes:
+            self.model.config.id2label = dict(enumerate(names))
+            self.model.config.label2id = {name: number for number, name in enumerate(names)}
+
+    def new_figures(self) -> nn.ModuleDict:
+        """Loss, accuracy and f1."""
+        settings = {"num_classes": self.classes, "ignore_index": IGNORED, "validate_args": False}
+        return nn.ModuleDict(
+            {
+                "loss": MeanMetric(),
+                "accuracy": MulticlassAccuracy(average="micro", **settings),
+                "f1": MulticlassF1Score(average="macro", **settings),
+            }
+        )
+
+    def measure(self, figures: nn.ModuleDict, batch: Batch) -> None:
+        """Adds a batch to the metrics.
+
+        Raises:
+            DataError: where labels do not fit the model.
+        """
+        logits = self.model(**inputs_of(batch)).logits.float().flatten(0, -2)  # (places, classes)
+        labels = self._labels(batch).flatten()  # (places,)
+        counted = labels != IGNORED
+        if not bool(counted.any()):
+            return
+        figures["loss"].update(F.cross_entropy(logits[counted], labels[counted]), weight=counted.sum())
+        for name in ("accuracy", "f1"):
+            figures[name].update(logits[counted], labels[counted])
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The mean cross entropy, logged as train_loss; mixed with the divergence from the teacher, logged as
+        train_divergence, where there is one.
+
+        Raises:
+            DataError: where labels do not fit the model.
+            SparsefitError: where the loss is not a number.
+        """
+        labels, inputs = self._labels(batch), inputs_of(batch)
+        taught = self.taught(self.model, **inputs)
+        logits = self.model(**inputs).logits
+        smoothing = self.hparams.label_smoothing
+        loss = F.cross_entropy(
+            logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED, label_smoothing=smoothing
+        )
+        check_loss(loss, batch_idx)
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(labels))
+        return self.distilled(loss, logits, taught.logits if taught is not None else None, labels != IGNORED)
+
+    def _labels(self, batch: Batch) -> Tensor:
+        labels = labels_of(batch)
+        wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= self.classes))]
+        if labels.is_floating_point() or wrong.numel():
+            told = f"the label {wrong.flatten()[0].item()}" if wrong.numel() else f"labels of {labels.dtype}"
+            raise DataError(
+                f"a batch has {told}, and the model's head has {self.classes} classes, 0 to {self.classes - 1}: give "
+                "whole numbers of classes, or a model with a head of more (new_head=True and num_labels)"
+            )
+        return labels.long()
+
+
+class SequenceClassifierModule(_ClassifierModule):
+    """Training of a transformers model that gives each text a class: all of it, its kept weights, or adapters on it.
+
+    Batches are mappings: what the model takes, and "labels" (batch,).
+
+    Args:
+        model: a folder or a hub name; in Python also a model.
+        adapter: what is trained while the rest is frozen; None trains all of the model. The head is trained and saved
+            with PEFT's adapters in any case.
+        distill: learn from the model as it was when the fit began (dense, if the fit prunes it), and not from the
+            labels alone.
+        num_labels: how many classes the head has: of a new head, this many; of another, it is checked.
+        new_head: put a new, untrained head on the model of this name.
+        label_smoothing: share of each label that is spread over all classes in training, in [0, 1).
+        **settings: of `RecoverableModule`: learning_rate, weight_decay, optimizer, dtype, gradient_checkpointing,
+            attn_implementation.
+    """
+
+    kind: ClassVar[str] = "sequence_classification"
+
+
+class TokenClassifierModule(_ClassifierModule):
+    """Training of a transformers model that gives each token a class: all of it, its kept weights, or adapters on it.
+
+    Batches are mappings: what the model takes, and "labels" (batch, length), of which -100 does not count.
+
+    Args:
+        model: a folder or a hub name; in Python also a model.
+        **settings: as `SequenceClassifierModule` takes them.
+    """
+
+    kind: ClassVar[str] = "token_classification"
