@@ -68,7 +68,7 @@ def _outside_base_models(modules: Iterable[nn.Module]) -> set[int]:
 def expert_lists(model: nn.Module, blocks: Iterable[nn.Module]) -> dict[str, list[nn.Module]]:
     """The lists of modules that are experts, by name: those called so, or alike and side by side in a block.
 
-    What stands among them without parameters is no expert (NLLB keeps its dropout there).
+    What stands among those called so without parameters is no expert (NLLB keeps its dropout there).
 
     >>> moe = nn.ModuleDict({"router": nn.Linear(4, 2), "experts": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])})
     >>> list(expert_lists(moe, []))
@@ -77,17 +77,15 @@ def expert_lists(model: nn.Module, blocks: Iterable[nn.Module]) -> dict[str, lis
     blocks = list(blocks)
     own = {id(block) for block in blocks}
     inside = {id(module) for block in blocks for module in block.modules()} - own
-    lists = {
-        name: [member for member in module.children() if next(member.parameters(), None) is not None]
-        for name, module in base_modules(model).items()
-        if isinstance(module, nn.ModuleList | nn.ModuleDict)
-        and (id(module) in inside or "expert" in name.rpartition(".")[2])
-    }
-    return {
-        name: members
-        for name, members in lists.items()
-        if len(members) > 1 and len({*map(type, members)}) == 1 and not own & {*map(id, members)}
-    }
+    found = {}
+    for name, module in base_modules(model).items():
+        called_so = "expert" in name.rpartition(".")[2]
+        if not isinstance(module, nn.ModuleList | nn.ModuleDict) or not (called_so or id(module) in inside):
+            continue
+        members = [m for m in module.children() if not called_so or next(m.parameters(), None) is not None]
+        if len(members) > 1 and len({*map(type, members)}) == 1 and not own & {*map(id, members)}:
+            found[name] = members
+    return found
 
 
 def routers(model: nn.Module, weights: Iterable[PrunableWeight], blocks: Iterable[nn.Module]) -> set[str]:
