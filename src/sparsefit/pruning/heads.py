@@ -68,6 +68,8 @@ def _outside_base_models(modules: Iterable[nn.Module]) -> set[int]:
 def expert_lists(model: nn.Module, blocks: Iterable[nn.Module]) -> dict[str, list[nn.Module]]:
     """The lists of modules that are experts, by name: those called so, or alike and side by side in a block.
 
+    What stands among those called so without parameters is no expert (NLLB keeps its dropout there).
+
     >>> moe = nn.ModuleDict({"router": nn.Linear(4, 2), "experts": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])})
     >>> list(expert_lists(moe, []))
     ['experts']
@@ -75,21 +77,22 @@ def expert_lists(model: nn.Module, blocks: Iterable[nn.Module]) -> dict[str, lis
     blocks = list(blocks)
     own = {id(block) for block in blocks}
     inside = {id(module) for block in blocks for module in block.modules()} - own
-    return {
-        name: list(module.children())
-        for name, module in base_modules(model).items()
-        if isinstance(module, nn.ModuleList | nn.ModuleDict)
-        and len(module) > 1
-        and not own & {id(member) for member in module.children()}
-        and (id(module) in inside or "expert" in name.rpartition(".")[2])
-        and len({type(member) for member in module.children()}) == 1
-    }
+    found = {}
+    for name, module in base_modules(model).items():
+        called_so = "expert" in name.rpartition(".")[2]
+        if not isinstance(module, nn.ModuleList | nn.ModuleDict) or not (called_so or id(module) in inside):
+            continue
+        members = [m for m in module.children() if not called_so or next(m.parameters(), None) is not None]
+        if len(members) > 1 and len({*map(type, members)}) == 1 and not own & {*map(id, members)}:
+            found[name] = members
+    return found
 
 
 def routers(model: nn.Module, weights: Iterable[PrunableWeight], blocks: Iterable[nn.Module]) -> set[str]:
     """The names of the weights that say which experts a token goes to, or how much of a shared expert it gets.
 
-    They stand beside the experts, and have a row for each of these, or a single one, or the name of a router.
+    They stand beside the experts (beside a module of that name, too, where it computes them in a way of its own, as
+    DBRX's does), and have a row for each of these, or a single one, or the name of a router.
 
     >>> moe = nn.ModuleDict({"choice": nn.Linear(4, 2), "experts": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])})
     >>> weights = [weight for name, module in moe.named_modules() for weight in matrices_of(module, name)]
@@ -102,6 +105,8 @@ def routers(model: nn.Module, weights: Iterable[PrunableWeight], blocks: Iterabl
         for _, stack, _ in find_stacks(module):
             alone = not any(matrices_of(child) for child in module.modules() if child is not module)
             beside.append((_parent(name), name, len(stack)) if alone else (name, name, len(stack)))
+        if name.rpartition(".")[2] == "experts":
+            beside.append((_parent(name), name, 0))
     for weight in weights:
         for holder, experts, count in beside:
             prefix = f"{holder}." if holder else ""

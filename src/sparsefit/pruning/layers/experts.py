@@ -27,6 +27,7 @@ def matrices(module: nn.Module) -> list[PrunableWeight]:
         PrunableWeight(f"{name}[{index}]", stack, (module,), transposed, index)
         for index in range(max((len(stack) for _, stack, _ in stacks), default=0))
         for name, stack, transposed in stacks
+        if index < len(stack)  # LongCat keeps rows for experts that hand their tokens through, in one stack alone
     ]
 
 

@@ -1,0 +1,168 @@
+"""Prunes tiny random models of many architectures of transformers, and holds the masks against a slow brute force.
+
+    python scripts/architectures.py                 # one line for each architecture
+    python scripts/architectures.py --write         # and the table in docs/architectures.md
+    python scripts/architectures.py --only Mixtral  # those whose name has it in it
+
+The models are made from configurations alone; nothing is downloaded. They are those of
+tests/pruning/architectures.py, the brute force is that of tests/pruning/brute_force.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import re
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import transformers
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "tests/pruning")]
+
+from architectures import ARCHITECTURES  # noqa: E402
+from brute_force import TOLERANCE, Comparison, compare  # noqa: E402
+from tiny_transformers import model_of, samples_of  # noqa: E402
+
+from sparsefit import prune  # noqa: E402
+from sparsefit.pruning.results import PruningResult  # noqa: E402
+
+PAGE = ROOT / "docs/architectures.md"
+HEAD = """# Architectures
+
+What `WandaPruning` makes of {count} architectures of transformers, as tiny random models, with its default settings
+(Wanda, half of each row, block by block) and five samples:
+
+    python scripts/architectures.py --write
+
+torch {torch}, transformers {transformers}, on a CPU. Masks equal those of the brute force in {agreeing} of {count}.
+
+- *pruned*: the share of the weights in the model's matrices that masks were chosen for (`result.coverage`). Embeddings
+  are no matrices here: nothing is multiplied by them. Tiny models have large heads and patch embeddings for their size;
+  in real ones the shares of these are smaller.
+- *zeros*: the share of zeros over all of these matrices (`result.overall_sparsity`).
+- *order*: `block`: one block after the other, each from what the pruned ones before it give. `none`: all from one pass
+  of the dense model. "the rest": some blocks come after the others, from one pass (see the notes).
+- *brute force*: whether every bit of every mask is that of a stable sort of |W| * ||x|| in each row, from passes of the
+  whole model, one sample at a time, once for each block. What a weight is multiplied by is seen where ATen's products
+  are called, below torch's functions, on which the engine relies. "yes" means all bits; where it is all but those whose
+  scores differ from the row's threshold by less than {tolerance:g} of it, which rounding decides, the share of equal
+  bits stands beside it. "no" names how many matrices have other bits.
+- *left dense*: every other matrix by reason, as a share of all.
+
+| architecture | class | pruned | zeros | order | brute force | left dense |
+|---|---|---:|---:|---|---|---|
+"""
+
+
+class Row(NamedTuple):
+    """What was found on one architecture."""
+
+    name: str
+    result: PruningResult
+    comparison: Comparison
+    seconds: float
+
+    @property
+    def model_class(self) -> str:
+        """The name of the model's class."""
+        return ARCHITECTURES[self.name].family + ARCHITECTURES[self.name].head
+
+    @property
+    def order(self) -> str:
+        """The order that was used."""
+        later = any(note.endswith("from one pass of the data") for note in self.result.notes)
+        return f"{self.result.update}, then the rest" if later else self.result.update
+
+    @property
+    def verdict(self) -> str:
+        """What the brute force says."""
+        found = self.comparison
+        if found.wrong:
+            return f"no ({len(found.wrong)} of {len(self.result.masks.parameters)} matrices)"
+        if found.unseen:
+            return f"{found.verdict}: {', '.join(found.unseen)}"
+        return found.verdict if found.equal == found.bits else f"{found.verdict} ({found.equal / found.bits:.4%})"
+
+    @property
+    def left_dense(self) -> str:
+        """Shares of the model's matrices by reason."""
+        result, shares = self.result, {}
+        for name, size in result.dense_sizes.items():
+            reason = result.left_dense[name]
+            shares[reason] = shares.get(reason, 0) + size
+        pruned = sum(mask.numel() for mask in result.masks.values())
+        in_all = pruned + sum(shares.values())
+        ordered = sorted(shares.items(), key=lambda share: -share[1])
+        return "; ".join(f"{size / in_all:.1%} {reason}" for reason, size in ordered)
+
+    @property
+    def notes(self) -> list[str]:
+        """The notes of the report, those on weights without tokens put together."""
+        unseen = [note for note in self.result.notes if "saw no calibration token" in note]
+        others = [note for note in self.result.notes if note not in unseen and not note.startswith("only ")]
+        if unseen:
+            first = re.split(" of the experts | saw ", unseen[0])[0]
+            more = f" and {len(unseen) - 1} more" if unseen[1:] else ""
+            others.append(f"{first}{more} saw no calibration token, wholly or some experts; pruned by magnitude")
+        return others
+
+
+def examine(name: str) -> Row:
+    """Prune one model and compare the masks."""
+    start = time.perf_counter()
+    model = model_of(name)
+    dense = copy.deepcopy(model)
+    result = prune(model, samples_of(name))
+    comparison = compare(dense, model, result, samples_of(name), ARCHITECTURES[name].blocks)
+    return Row(name, result, comparison, time.perf_counter() - start)
+
+
+def page(rows: list[Row]) -> str:
+    """The table in Markdown."""
+    text = HEAD.format(
+        count=len(rows),
+        torch=torch.__version__.partition("+")[0],
+        transformers=transformers.__version__,
+        agreeing=sum(row.comparison.verdict == "yes" for row in rows),
+        tolerance=TOLERANCE,
+    )
+    kind = ""
+    for row in rows:
+        if kind != ARCHITECTURES[row.name].kind:
+            kind = ARCHITECTURES[row.name].kind
+            text += f"| **{kind}** | | | | | | |\n"
+        shares = f"{row.result.coverage:.1%} | {row.result.overall_sparsity:.1%}"
+        text += f"| {row.name} | `{row.model_class}` | {shares} | {row.order} | {row.verdict} | {row.left_dense} |\n"
+    text += "\n## Notes of the reports\n\n"
+    text += "".join(f"- {row.name}: {note}.\n" for row in rows for note in row.notes)
+    return text
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help=f"write {PAGE.relative_to(ROOT)}")
+    parser.add_argument("--only", default="", help="part of an architecture's name")
+    args = parser.parse_args()
+    if args.write and args.only:
+        parser.error("the page is of all architectures: leave out --only, or --write")
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    rows = []
+    for name in (name for name in ARCHITECTURES if args.only in name):
+        row = examine(name)
+        rows.append(row)
+        shares = f"pruned {row.result.coverage:6.1%}, zeros {row.result.overall_sparsity:6.1%}"
+        equal = f"{row.comparison.equal / row.comparison.bits:.4%} of the bits"
+        print(f"{name:20} {shares}, {row.order:21} {row.verdict} ({equal}, {row.seconds:.1f} s)", flush=True)
+    if args.write:
+        PAGE.write_text(page(rows))
+
+
+if __name__ == "__main__":
+    main()
