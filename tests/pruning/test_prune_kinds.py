@@ -67,9 +67,12 @@ def test_layers_that_are_no_matrices_are_left_dense_for_a_reason():
             self.convolution, self.depthwise = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1, groups=8)
             self.embedding, self.projecting = nn.Embedding(4, 8), nn.LSTM(8, 8, proj_size=4)
             self.transposed, self.bilinear = nn.ConvTranspose2d(8, 8, 3), nn.Bilinear(8, 8, 8)
+            self.top = nn.Linear(8, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.depthwise(self.convolution(x))
+            hidden = self.transposed(self.depthwise(self.convolution(x))).mean((2, 3))
+            projected, _ = self.projecting(hidden + self.embedding.weight[0])
+            return self.top(self.bilinear(hidden, hidden) + projected.repeat(1, 2))
 
     result = prune(spread_weights(Model()), images(), PruningConfig(**ONE_PASS))
     assert list(result.masks) == ["convolution.weight", "projecting.weight_ih_l0", "projecting.weight_hh_l0"]
@@ -79,6 +82,7 @@ def test_layers_that_are_no_matrices_are_left_dense_for_a_reason():
         "projecting.weight_hr_l0": "projection of an LSTM",
         "transposed.weight": "not a layer that is pruned: ConvTranspose2d",
         "bilinear.weight": "not a layer that is pruned: Bilinear",
+        "top.weight": "output layer",
     }
 
 
@@ -139,7 +143,8 @@ class Tied(nn.Module):
 def test_the_inputs_of_layers_that_share_a_weight_add_up(update, score):
     model = spread_weights(nn.Sequential(Tied(), Tied()))
     dense, data = copy.deepcopy(model), [torch.randn(1, 5, 10) for _ in range(3)]
-    result = prune(model, data, PruningConfig(score=score, granularity="output", update=update, micro_batch_size=1))
+    settings = {"score": score, "granularity": "output", "update": update, "targets": "*"}
+    result = prune(model, data, PruningConfig(**settings, micro_batch_size=1))
     assert list(result.masks) == ["0.first.weight", "1.first.weight"]
     assert result.tokens == 2 * 15
     stages = [["0.first.weight"], ["1.first.weight"]] if update == "block" else [["0.first.weight", "1.first.weight"]]

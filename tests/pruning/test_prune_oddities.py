@@ -91,6 +91,31 @@ def test_one_layer_in_several_blocks_is_noticed():
     assert_same_choice(model, [torch.randn(8, 16)], "share the weight")
 
 
+class ThreePlaces(nn.Module):
+    """A block that is given its hidden state as query, key and value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return query + torch.tanh(self.query(query)) * self.key(key) + self.value(value)
+
+
+class Repeating(Net):
+    def forward(self, hidden: Tensor) -> Tensor:
+        for layer in self.layers:
+            hidden = layer(hidden, hidden, value=hidden)
+        return hidden
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_hidden_state_in_several_places_is_noticed(count):
+    torch.manual_seed(0)
+    model = Repeating([ThreePlaces() for _ in range(count)])
+    assert_same_choice(model, [torch.randn(8, 16)], "in more than one place")
+
+
 @pytest.fixture
 def score():
     """Registers a score under a name that is free again afterwards."""

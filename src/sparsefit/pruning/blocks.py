@@ -178,6 +178,8 @@ def capture_calls(
             output = call.run(original, hidden.clone())
             if to_the_end:
                 _check_no_other_stream(call, outputs)
+                if calls[:-1] and any(tensor is hidden for tensor in tensors_in(arguments)):
+                    raise NotSweepable("blocks are given their hidden state in more than one place")
                 if index != last and hidden_of(output).shape != hidden.shape:
                     raise NotSweepable("blocks change the shape of the hidden state")
             outputs[1:] = [output]
