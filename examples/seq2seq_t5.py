@@ -47,7 +47,7 @@ data = LabelledTextDataModule(str(folder / "t5"), "seq2seq", **sources, batch_si
 Trainer(max_epochs=12, **QUIET).fit(Seq2SeqModule(t5, learning_rate=5e-3), data)
 t5.save_pretrained(folder / "t5")
 
-# What this page is about: of every four weights two stay, and learn from the words and from the dense model.
+# Of every four weights two stay. They learn from the words and from the dense model.
 module = Seq2SeqModule(str(folder / "t5"), distill=DistillSettings(0.5), generated_tokens=4, learning_rate=2e-3)
 callbacks = [WandaPruning(pattern="2:4"), RunReport(str(folder / "run"))]
 Trainer(max_epochs=3, callbacks=callbacks, **QUIET).fit(module, data)
