@@ -44,13 +44,13 @@ for part, count in (("train", 400), ("test", 40)):
     (folder / f"{part}.jsonl").write_text("\n".join(json.dumps(pair()) for _ in range(count)))
 sources = {"train_source": str(folder / "train.jsonl"), "test_source": str(folder / "test.jsonl")}
 data = LabelledTextDataModule(str(folder / "t5"), "seq2seq", **sources, batch_size=32)
-Trainer(max_epochs=12, **QUIET).fit(Seq2SeqModule(t5, learning_rate=5e-3), data)
+Trainer(max_epochs=20, **QUIET).fit(Seq2SeqModule(t5, learning_rate=5e-3), data)
 t5.save_pretrained(folder / "t5")
 
 # Of every four weights two stay. They learn from the words and from the dense model.
 module = Seq2SeqModule(str(folder / "t5"), distill=DistillSettings(0.5), generated_tokens=4, learning_rate=2e-3)
 callbacks = [WandaPruning(pattern="2:4"), RunReport(str(folder / "run"))]
-Trainer(max_epochs=3, callbacks=callbacks, **QUIET).fit(module, data)
+Trainer(max_epochs=5, callbacks=callbacks, **QUIET).fit(module, data)
 
 recovered = AutoModelForSeq2SeqLM.from_pretrained(folder / "run/model")
 written = recovered.generate(**tokenizer("drei vier blau", return_tensors="pt"), max_new_tokens=4)
