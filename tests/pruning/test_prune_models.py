@@ -239,7 +239,7 @@ def test_weights_tied_to_an_embedding_stay_dense(tiny_model):
     model = tiny_model("llama", tie_word_embeddings=True)
     config = PruningConfig(targets=("lm_head", "q_proj"))
     result = prune(model, samples_for("llama"), config)
-    assert result.left_dense["lm_head.weight"] == "shared with an embedding"
+    assert result.left_dense["lm_head.weight"] == "output layer, shared with the embedding"
     assert {name.split(".")[-2] for name in result.masks} == {"q_proj"}
     assert bool((model.model.embed_tokens.weight != 0).all())
 

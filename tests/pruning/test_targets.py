@@ -325,6 +325,16 @@ def test_zeros_of_dense_matrices_are_counted_too():
     assert prune(model, [rows(5, 6)]).overall_sparsity == pytest.approx((108 + 6000) / 6216)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_embedding_counts_as_a_matrix_where_it_is_the_output_layer(tied):
+    model = transformers_model("Llama", "ForCausalLM", **(SIZES | {"vocab_size": 611, "tie_word_embeddings": tied}))
+    result = prune(model, [{"input_ids": IDS}])
+    pruned = sum(mask.numel() for _, mask in result.masks.items())
+    assert result.coverage == pytest.approx(pruned / (pruned + 611 * 16))
+    assert result.coverage < 0.5
+    assert any("output layer" in note and "lm_head.weight" in note for note in result.notes)
+
+
 def test_statistics_of_another_model_are_refused_before_a_weight_changes():
     config = PruningConfig(update="none")
     torch.manual_seed(0)

@@ -297,7 +297,7 @@ def test_after_a_resume_the_teacher_is_still_the_dense_model(tiny_model, tmp_pat
     fit(first, WandaPruning(calibration=list(rows(1))), max_epochs=1).save_checkpoint(tmp_path / "a.ckpt")
     again = module()
     fit(again, WandaPruning(), max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
-    with again.teacher.in_place(again.model):
+    with again.dense_teacher.in_place(again.model):
         assert torch.equal(again.model(input_ids=IDS).logits, logits(dense))
     straight = module()
     fit(straight, WandaPruning(calibration=list(rows(1))), max_epochs=2)

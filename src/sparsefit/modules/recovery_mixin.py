@@ -47,11 +47,11 @@ class RecoveryMixin(_Base):
 
     Attributes:
         distill: How the dense model teaches; None where it does not.
-        teacher: The dense model, once a fit has been set up.
+        dense_teacher: The dense model, once a fit has been set up.
     """
 
     distill: DistillSettings | None = None
-    teacher: DenseTeacher | None = None
+    dense_teacher: DenseTeacher | None = None
 
     def setup(self, stage: str) -> None:
         """Take the module as it is now, before it is pruned or a checkpoint is read, as the teacher.
@@ -67,14 +67,16 @@ class RecoveryMixin(_Base):
                 f"{type(self).__name__} has no parameters when the fit is set up, so there is no dense model to learn "
                 "from: make the network in __init__, not in configure_model, or leave out `distill`"
             )
-        with self.teacher.in_place(self) if self.teacher is not None else nullcontext():  # of an earlier fit
-            self.teacher = DenseTeacher(self)
+        with (
+            self.dense_teacher.in_place(self) if self.dense_teacher is not None else nullcontext()
+        ):  # of an earlier fit
+            self.dense_teacher = DenseTeacher(self)
 
     def on_train_start(self) -> None:
         """Let the teacher go of all that it shares with the module."""
         super().on_train_start()
-        if self.teacher is not None:
-            self.teacher.settle(self)
+        if self.dense_teacher is not None:
+            self.dense_teacher.settle(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Fill up a checkpoint that holds only what changes, and give masked adapters their masks: for
@@ -95,14 +97,14 @@ class RecoveryMixin(_Base):
         Raises:
             ConfigError: where the teacher still shares its weights with the student.
         """
-        if self.teacher is None:
+        if self.dense_teacher is None:
             return None
-        if not self.teacher.settled:
+        if not self.dense_teacher.settled:
             raise ConfigError(
                 f"the dense teacher of {type(self).__name__} is the student itself: where on_train_start is "
                 "overridden, it must call super().on_train_start()"
             )
-        with self.teacher.in_place(self):
+        with self.dense_teacher.in_place(self):
             return call(*args, **kwargs)
 
     def distilled(self, loss: Tensor, student: Tensor, taught: Tensor | None, counted: Tensor | None = None) -> Tensor:

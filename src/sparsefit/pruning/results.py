@@ -28,7 +28,7 @@ class PruningResult:
         seconds: Wall time of the whole pruning.
         notes: What did not go as asked, and why.
         left_dense: The model's other matrices and why they were not pruned.
-        dense_sizes: How many weights each of those has, but for embeddings, which nothing is multiplied by.
+        dense_sizes: How many weights each of those has, but for embeddings that nothing is multiplied by.
         dense_zeros: How many of these are zero all the same.
         layer_errors: For each pruned matrix the squared error of its outputs on the calibration inputs as a share of
             the squared outputs; only where the method takes Gram matrices (swaps, reconstruction).
@@ -76,8 +76,8 @@ class PruningResult:
         )
         self.note(
             f"only {self.coverage:.1%} of the weights in the model's matrices were pruned, so that "
-            f"{self.overall_sparsity:.1%} of them are zero. Dense stayed: {dense}. What can be pruned of it is, where "
-            "`targets` name it"
+            f"{self.overall_sparsity:.1%} of them are zero. Dense stayed: {dense}. Name in `targets` what shall be "
+            "pruned of it; calibration data must reach it"
         )
 
     def note(self, note: str) -> None:

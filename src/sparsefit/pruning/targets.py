@@ -21,7 +21,7 @@ from sparsefit.pruning.naming import base_modules, copied_modules, layer_name, m
 from sparsefit.pruning.tracing import Trace, matrix_names
 
 EXCLUDED = "excluded by the configuration"
-EMBEDDED = "shared with an embedding"
+EMBEDDED = "output layer, shared with the embedding"
 OUTPUT = "output layer"
 UNREACHED = "not reached by the calibration data"
 
@@ -33,7 +33,7 @@ class Targets:
     Attributes:
         weights: Those that are, in the order of the model.
         left_dense: For each other matrix its name and the reason.
-        sizes: How many weights each of those has, but for embeddings, which nothing is multiplied by.
+        sizes: How many weights each of those has, but for embeddings that nothing is multiplied by.
         zeros: How many of these are zero.
     """
 
@@ -265,17 +265,15 @@ def _left_dense(model: nn.Module, pruned: set[int], reasons: dict[int, str]) -> 
 def _counted(
     model: nn.Module, candidates: Sequence[PrunableWeight], left_dense: dict[str, str]
 ) -> tuple[dict[str, int], int]:
-    """How many weights what is left dense has, and how many zeros in all."""
-    names = {
+    """How many weights what is left dense has, a shared one once, and how many zeros in all."""
+    parameters = {
         f"{path}.{name}".lstrip("."): p
         for path, m in base_modules(model).items()
         for name, p in m.named_parameters(recurse=False)
     }
-    counted = {
-        name: names[name]
-        for name, reason in left_dense.items()
-        if reason not in (EMBEDDED, "embedding") and name in names
-    }
+    matrices = [name for name, reason in left_dense.items() if reason != "embedding" and name in parameters]
+    once = {id(parameters[name]): name for name in matrices}
+    counted = {name: parameters[name] for name in once.values()}
     packed = {weight.name: weight.shape[0] * weight.shape[1] for weight in candidates if weight.index is None}
     sizes = {name: packed.get(name, parameter.numel()) for name, parameter in counted.items()}
     zeros = sum(int((p == 0).sum()) for p in counted.values() if is_dense(p) and p.device.type != "meta")
