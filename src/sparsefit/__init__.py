@@ -10,6 +10,10 @@ from sparsefit.pruning import (
     prune_from_statistics,
     register_score,
 )
+from sparsefit.pruning.targets import CHECKS
+from sparsefit.recovery.tuners import check_tuners
+
+CHECKS.append(check_tuners)
 
 __all__ = [
     "DenseStatistics",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -19,6 +19,8 @@ from sparsefit.pruning.layers.quantized import awaits_quantization
 from sparsefit.pruning.naming import base_modules, copied_modules, layer_name, matches
 
 EXCLUDED = "excluded by the configuration"
+CHECKS: list[Callable[[nn.Module, PruningConfig], None]] = []
+"""What else is seen to before a weight changes: each raises a ConfigError for a model that must not be pruned so."""
 HEAD_NAMES = frozenset({"lm_head", "head", "classifier", "score", "embed_out", "output_projection", "qa_outputs"})
 
 
@@ -57,6 +59,8 @@ def find_weights(
         )
     _check_names_exist((*(config.targets or ()), *config.exclude), [layer_name(w.name) for w in candidates])
     _check_unmerged(model)
+    for check in CHECKS:
+        check(model, config)
     copied = copied_modules(model)
     inside = {id(module) for block in blocks for module in block.modules()}
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
