@@ -234,15 +234,10 @@ class RunReport(Callback):
     def _reserve(self, trainer: Trainer, module: LightningModule, ahead: int = 0) -> None:
         """Have the budget keep the time of the evaluations before training and of all that comes after it."""
         if (budget := budget_of(trainer)) is not None:
-            merges = form_of(module) is not None and self._merges(trainer, module)
+            form, masks = form_of(module), masks_of(trainer)  # none before the pruning
+            merges = form in LOSSLESS if masks is None else form is not None and not lossy_layers(module, masks)
             closing = (1 + merges) * (self._seconds["evaluation"] + self._seconds["export"])
             budget.keep(_MARGIN * (ahead * self._seconds["evaluation"] + closing), "closing")
-
-    @staticmethod
-    def _merges(trainer: Trainer, module: LightningModule) -> bool:
-        """Whether the adapters will merge without a loss; before there are masks, as far as their form says it."""
-        masks = masks_of(trainer)
-        return form_of(module) in LOSSLESS if masks is None else not lossy_layers(module, masks)
 
     @staticmethod
     def _reconstructs(trainer: Trainer) -> bool:

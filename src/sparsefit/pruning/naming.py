@@ -7,7 +7,9 @@ from collections.abc import Iterable
 
 from torch import nn
 
-_WRAPPERS = re.compile(r"(?<![^.])(?:base_model\.model\.|_orig_mod\.)|(?<=\.)(?:base_layer|original_module|token_adapter)\.")
+_WRAPPERS = re.compile(
+    r"(?<![^.])(?:base_model\.model\.|_orig_mod\.)|(?<=\.)(?:base_layer|original_module|token_adapter)\."
+)
 
 
 def canonical_name(name: str) -> str:

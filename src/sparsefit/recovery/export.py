@@ -133,6 +133,8 @@ def _bare_names(module: nn.Module) -> dict[str, str]:
             continue
         outer = f"{canonical_name(path)}." if path else ""
         own = {id(weight): canonical_name(name) for name, weight in part.get_base_model().named_parameters()}
-        within = [(canonical_name(f"{path}.{name}".lstrip(".")), id(weight)) for name, weight in part.named_parameters()]
+        within = [
+            (canonical_name(f"{path}.{name}".lstrip(".")), id(weight)) for name, weight in part.named_parameters()
+        ]
         return {name: f"{outer}{own[key]}" for name, key in within if key in own}
     return {}

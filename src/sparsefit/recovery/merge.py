@@ -14,7 +14,7 @@ from sparsefit.pruning.layers.quantized import is_quantized
 from sparsefit.pruning.masks import pack_bits
 from sparsefit.pruning.naming import canonical_name
 from sparsefit.recovery.export import adapted_part, base_state_dict
-from sparsefit.recovery.tuners import fills_zeros
+from sparsefit.recovery.tuner_trials import fills_zeros
 
 
 def lossy_layers(model: nn.Module, masks: MaskSet) -> list[str]:
@@ -23,7 +23,11 @@ def lossy_layers(model: nn.Module, masks: MaskSet) -> list[str]:
 
     lossy, kinds = [], set()
     for name, layer in _adapted_layers(model):
-        if name not in masks.parameters or isinstance(layer, HiraLayer) or getattr(layer, "mask_bits", None) is not None:
+        if (
+            name not in masks.parameters
+            or isinstance(layer, HiraLayer)
+            or getattr(layer, "mask_bits", None) is not None
+        ):
             continue
         if type(layer) in kinds or fills_zeros(layer):
             lossy.append(name)
@@ -80,8 +84,11 @@ def merged_in_place(module: nn.Module, masks: MaskSet) -> Iterator[None]:
         yield
         return
     layers = [layer for _, layer in _adapted_layers(module)]
-    before = [weight for layer in layers for weight in layer.get_base_layer().parameters()]  # IA3 scales biases, too
-    kept = [weight.detach().to("cpu", copy=True) for weight in before]
+    # All of a layer's, as IA3 scales biases, too; by name, as PEFT gives torch's attention new ones.
+    before = [
+        (base, {name: weight.detach().to("cpu", copy=True) for name, weight in base.named_parameters()})
+        for base in (layer.get_base_layer() for layer in layers)
+    ]
     try:
         with torch.no_grad():
             _merge_adapter(adapted)
@@ -92,8 +99,9 @@ def merged_in_place(module: nn.Module, masks: MaskSet) -> Iterator[None]:
             for layer in layers:
                 if layer.merged:
                     layer.unmerge()
-            for weight, old in zip(before, kept, strict=True):
-                weight.copy_(old)
+            for base, kept in before:
+                for name, weight in base.named_parameters():
+                    weight.copy_(kept[name])
 
 
 def _merge_adapter(adapted: nn.Module) -> None:

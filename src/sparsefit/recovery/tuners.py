@@ -1,4 +1,4 @@
-"""PEFT's tuners on a base that is pruned under them: which come back from their files, and which merge with no zero lost.
+"""PEFT's tuners on a base that is pruned under them: which are refused, and how the others are written.
 
 What a tuner does is found out by trying it on a layer of its own kind, not by its name, so that tuners to come are
 judged by the same rules: see docs/adapters.md for what that gives on those of today.
@@ -6,48 +6,25 @@ judged by the same rules: see docs/adapters.md for what that gives on those of t
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from sparsefit.errors import ConfigError
 from sparsefit.pruning.naming import base_modules, canonical_name
+from sparsefit.recovery.tuner_trials import BEGUN, begins_in_its_own_way, own_randomness, set_values, try_reload
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
     from sparsefit.pruning import PruningConfig
 
-_NAME = "probe"
-_PLACES = {  # where adapters go; the trial has one layer
-    "target_modules": [_NAME],
-    "feedforward_modules": [],
-    "exclude_modules": None,
-    "layers_to_transform": None,
-    "layers_pattern": None,
-    "modules_to_save": None,
-    "target_parameters": None,
-    "trainable_token_indices": None,
-    "layer_replication": None,
-    "task_type": None,
-}
 _LEFT = "The model was left as it was."
-_FIRST = (
-    "Prune it first, without the adapter, and make the adapter on the pruned model, whose weights stay frozen and sparse"
-)
+_FIRST = "Prune it first, without the adapter, and make the adapter on the pruned model, which stays frozen and sparse"
 _TOLD_AT_EACH_CALL = ("PREFIX_TUNING", "CARTRIDGE", "POLY")  # keys and values; the task
-_BEGUN = {  # how an adapter begins, by which nothing in its file goes
-    "init_lora_weights": True,
-    "loftq_config": {},
-    "eva_config": None,
-    "corda_config": None,
-    "lora_ga_config": None,
-}
 
 
 def check_tuners(model: nn.Module, pruning: PruningConfig) -> None:
@@ -70,6 +47,29 @@ def check_tuners(model: nn.Module, pruning: PruningConfig) -> None:
                 _check_reload(config, layer)
 
 
+def forbidden_targets(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Which names of linear layers PEFT refuses in a model of this type: asked on a layer of that name alone.
+
+    AdaLoRA is asked, whatever the adapter: where a model reads a weight past its layer no adapter is seen, and of LoRA
+    PEFT has opinions on names of experts, too.
+    """
+    from peft import AdaLoraConfig, get_peft_model
+
+    forbidden = set()
+    if not hasattr(model, "config"):
+        return forbidden
+    with own_randomness(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in names:
+            trial = nn.ModuleDict({name: nn.Linear(1, 1)})
+            trial.config = model.config
+            try:
+                get_peft_model(trial, AdaLoraConfig(init_r=1, tinit=1, tfinal=1, total_step=9, target_modules=[name]))
+            except ValueError:
+                forbidden.add(name)
+    return forbidden
+
+
 @contextmanager
 def begun(model: PeftModel) -> Iterator[None]:
     """The configurations of a model's adapters as they are written: of LoRA that it has begun.
@@ -77,33 +77,15 @@ def begun(model: PeftModel) -> Iterator[None]:
     PiSSA, OLoRA, CorDA, LoftQ and their like change the base as they are made. The base on disk has been changed, and
     PEFT, which reads how an adapter began, would change it once more.
     """
-    configs = [config for config in model.peft_config.values() if _begins_in_its_own_way(config)]
-    before = [{key: getattr(config, key) for key in _BEGUN if hasattr(config, key)} for config in configs]
+    configs = [config for config in model.peft_config.values() if begins_in_its_own_way(config)]
+    before = [{key: getattr(config, key) for key in BEGUN if hasattr(config, key)} for config in configs]
     try:
         for config, kept in zip(configs, before, strict=True):
-            _set(config, {key: _BEGUN[key] for key in kept})
+            set_values(config, {key: BEGUN[key] for key in kept})
         yield
     finally:
         for config, kept in zip(configs, before, strict=True):
-            _set(config, kept)
-
-
-@torch.no_grad()
-def fills_zeros(layer: nn.Module) -> bool:
-    """Whether merging what such an adapter may become writes into zeros of its weights; True if it cannot be merged.
-
-    Args:
-        layer: A layer of PEFT on a pruned weight; it stays as it is, and a copy of it is merged.
-    """
-    with _own_randomness():
-        trial = copy.deepcopy(layer)
-        _train(trial, frozen=True)  # as an adapter is that was read from a file
-        zeros = {name: weight == 0 for name, weight in _base_weights(trial)}
-        try:
-            trial.merge()
-        except (NotImplementedError, ValueError, RuntimeError, AttributeError, TypeError):
-            return True
-        return any(bool((weight[zeros[name]] != 0).any()) for name, weight in _base_weights(trial) if name in zeros)
+            set_values(config, kept)
 
 
 def _check_names(part: PeftModel) -> None:
@@ -177,115 +159,5 @@ def _check_reload(config: PeftConfig, layer: nn.Module) -> None:
     )
 
 
-def try_reload(config: PeftConfig, base: nn.Module) -> tuple[float, bool]:
-    """Make an adapter on a layer, prune the layer under it, write both and read them: all on a small copy, in memory.
-
-    Args:
-        config: Of the adapter.
-        base: A layer that it is for.
-
-    Returns:
-        The largest difference of an output between the adapter in memory and the one read, and whether reading it
-        changes weights of the layer.
-    """
-    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-
-    with _own_randomness(), warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        config = copy.deepcopy(config)
-        _set(config, {key: value for key, value in _PLACES.items() if hasattr(config, key)})
-        if _begins_in_its_own_way(config):
-            _set(config, {key: value for key, value in _BEGUN.items() if hasattr(config, key)})
-        layer = _small_copy(base)
-        inputs = _inputs_of(layer)
-        # With autograd: some tuners hook the gradients of what they train.
-        with torch.enable_grad():
-            made = get_peft_model(nn.ModuleDict({_NAME: layer}), copy.deepcopy(config))
-        _train(made)
-        weights = dict(_base_weights(made))
-        for weight in weights.values():
-            weight[torch.rand(weight.shape) < 0.5] = 0
-        sparse = [weight.clone() for weight in weights.values()]
-        again = _small_copy(base)
-        again.load_state_dict(_bare_state(made))
-        with torch.enable_grad():
-            read = get_peft_model(nn.ModuleDict({_NAME: again}), copy.deepcopy(config))
-        set_peft_model_state_dict(read, get_peft_model_state_dict(made))
-        now = [weight for _, weight in _base_weights(read)]
-        changed = any(not torch.equal(old, new) for old, new in zip(sparse, now, strict=True))
-        if inputs is None:
-            return float(changed), changed
-        one, other = (_layer_of(model).eval()(inputs) for model in (made, read))
-        return float((one - other).abs().max()), changed
-
-
-def _layer_of(model: nn.Module) -> nn.Module:
-    return next(module for name, module in model.named_modules() if name.rpartition(".")[2] == _NAME)
-
-
-def _bare_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state of the layer under an adapter, by its own names."""
-    own = _layer_of(model)
-    inner = {
-        canonical_name(f"{_NAME}.{name}").removeprefix(f"{_NAME}."): tensor for name, tensor in own.named_parameters()
-    }
-    bare = {
-        f"{path}.{name}".removeprefix(f"{_NAME}.")
-        for path, module in base_modules(nn.ModuleDict({_NAME: own})).items()
-        for name, _ in module.named_parameters(recurse=False)
-    }
-    return {name: tensor for name, tensor in inner.items() if name in bare}
-
-
-def _base_weights(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """The weights under the adapters in a model or layer."""
-    return [
-        (f"{path}.{name}", parameter)
-        for path, module in base_modules(model).items()
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim >= 2
-    ]
-
-
-def _train(model: nn.Module, frozen: bool = False) -> None:
-    """Give the adapters, or also what is frozen of them, other values, as training does; their bases stay."""
-    under = {id(parameter) for module in base_modules(model).values() for parameter in module.parameters(recurse=False)}
-    for parameter in model.parameters():
-        trains = frozen or parameter.requires_grad
-        if trains and id(parameter) not in under and parameter.is_floating_point():
-            parameter.add_(0.1 * torch.randn(parameter.shape).to(parameter))
-
-
-def _small_copy(base: nn.Module) -> nn.Module:
-    """A layer like this one on the CPU, in floats."""
-    if isinstance(base, nn.Linear):  # quantized ones, too
-        return nn.Linear(base.in_features, base.out_features, bias=base.bias is not None)
-    return copy.deepcopy(base).cpu().float()
-
-
-def _inputs_of(base: nn.Module) -> Tensor | None:
-    if isinstance(base, nn.Linear):
-        return torch.randn(4, base.in_features)
-    if isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return torch.randn(2, base.in_channels, *(2 * size + 1 for size in base.kernel_size))
-    return torch.randn(4, base.weight.shape[0]) if type(base).__name__ == "Conv1D" else None
-
-
-def _begins_in_its_own_way(config: PeftConfig) -> bool:
-    return isinstance(getattr(config, "init_lora_weights", None), str)
-
-
-def _set(config: PeftConfig, values: dict[str, Any]) -> None:
-    for key, value in values.items():
-        setattr(config, key, value)
-
-
 def _title(config: PeftConfig) -> str:
     return f"PEFT's {type(config).__name__.removesuffix('Config')}"
-
-
-@contextmanager
-def _own_randomness() -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
