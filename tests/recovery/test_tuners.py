@@ -105,6 +105,26 @@ def test_what_is_told_at_each_call_wants_one_pass(name):
     check_tuners(model, PruningConfig(score="magnitude"))
 
 
+def mixed(model):
+    model = peft.PeftMixedModel(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model.add_adapter("other", peft.LoHaConfig(r=2, target_modules=["v_proj"]))
+    return model
+
+
+def added(model):
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    return model
+
+
+@pytest.mark.parametrize("wrap", [mixed, added])
+def test_adapters_that_peft_does_not_write_are_refused(wrap):
+    model = wrap(dense_model("llama"))
+    before = snapshot(model)
+    with pytest.raises(ConfigError, match=r"cannot be written apart.*get_peft_model"):
+        prune(model, [{"input_ids": IDS}])
+    assert_untouched(model, before)
+
+
 def test_looking_takes_no_random_numbers():
     model = made("LoRA DoRA")
     torch.manual_seed(3)

@@ -37,9 +37,13 @@ def check_tuners(model: nn.Module, pruning: PruningConfig) -> None:
     Raises:
         ConfigError: if not; names the tuner and the way out.
     """
-    for part in [part for part in model.modules() if hasattr(part, "peft_config")]:
+    part = next((part for part in model.modules() if hasattr(part, "peft_config")), None)
+    if part is not None:
         if not callable(getattr(part, "get_base_model", None)):
-            continue  # adapters without a PeftModel around them, which their owner saves
+            raise ConfigError(
+                f"the adapters in {type(part).__name__} cannot be written apart from their base, which PEFT does for a "
+                f"PeftModel alone. {_LEFT} Put them on with peft.get_peft_model(model, config)"
+            )
         _check_names(part)
         for adapter, config in part.peft_config.items():
             _check_order(config, pruning)
