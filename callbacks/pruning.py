@@ -18,6 +18,8 @@ from sparsefit.errors import ConfigError, MaskError
 from sparsefit.pruning import MaskSet, PruningConfig, PruningResult, prune
 from sparsefit.recovery.adapters import bind_masks
 from sparsefit.recovery.guard import MaskGuard
+from sparsefit.recovery.magnitudes import magnitudes_follow
+from sparsefit.recovery.tuners import check_tuners
 from sparsefit.reporting.console import stage_progress
 from sparsefit.reporting.machine import peak_memory
 from sparsefit.settings import as_number, named_settings
@@ -197,6 +199,7 @@ class WandaPruning(Callback):
             )
         if trainer.ckpt_path is not None:
             rank_zero_info("The checkpoint holds no masks: it was saved before any pruning. The model is pruned now.")
+        check_tuners(module, self.config)
         bind_masks(module, None)  # those of an earlier fit
         self._bound = None
         _tell_callbacks(trainer, "on_pruning_start", module)
@@ -207,7 +210,8 @@ class WandaPruning(Callback):
             rank_zero_info(f"Calibrating on {source}.")
             forward = calibration_forward(trainer, module)
             # Blocks are run alone, too, so the precision is set for all of the pruning and not for each forward.
-            with self._progress(trainer) as progress, trainer.precision_plugin.predict_step_context():
+            precision = trainer.precision_plugin.predict_step_context()
+            with self._progress(trainer) as progress, precision, magnitudes_follow(module):
                 self.result = prune(module, batches, self.config, forward=forward, progress=progress)
         self.masks = self.result.masks
         self.summary = self._account(trainer, source)

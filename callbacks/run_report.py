@@ -27,7 +27,7 @@ from sparsefit.recovery.adapter_files import form_of
 from sparsefit.recovery.adapters import LOSSLESS
 from sparsefit.recovery.export import exported_masks, trains_base
 from sparsefit.recovery.inspection import inspect_folder
-from sparsefit.recovery.merge import merged_in_place
+from sparsefit.recovery.merge import lossy_layers, merged_in_place
 from sparsefit.recovery.quantize import in_floats
 from sparsefit.reporting.console import console, stage_progress, summary
 from sparsefit.reporting.html import render_html
@@ -247,7 +247,8 @@ class RunReport(Callback):
     def _reserve(self, trainer: Trainer, module: LightningModule, ahead: int = 0) -> None:
         """Have the budget keep the time of the evaluations before training and of all that comes after it."""
         if (budget := budget_of(trainer)) is not None:
-            merges = form_of(module) in LOSSLESS
+            form, masks = form_of(module), masks_of(trainer)  # none before the pruning
+            merges = form in LOSSLESS if masks is None else form is not None and not lossy_layers(module, masks)
             closing = (1 + merges) * (self._seconds["evaluation"] + self._seconds["export"])
             budget.keep(_MARGIN * (ahead * self._seconds["evaluation"] + closing), "closing")
 

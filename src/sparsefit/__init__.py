@@ -13,6 +13,10 @@ from sparsefit.pruning import (
     prune_from_statistics,
     register_score,
 )
+from sparsefit.pruning.targets import CHECKS
+from sparsefit.recovery.tuners import check_tuners
+
+CHECKS.append(check_tuners)
 
 if TYPE_CHECKING:
     from sparsefit.callbacks import (

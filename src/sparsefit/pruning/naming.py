@@ -11,7 +11,9 @@ from torch import nn
 REGEX = "re:"
 """What a pattern that is a regular expression begins with."""
 
-_WRAPPERS = re.compile(r"(?<![^.])(?:base_model\.model\.|_orig_mod\.)|(?<=\.)(?:base_layer|original_module)\.")
+_WRAPPERS = re.compile(
+    r"(?<![^.])(?:base_model\.model\.|_orig_mod\.)|(?<=\.)(?:base_layer|original_module|token_adapter)\."
+)
 
 
 def canonical_name(name: str) -> str:

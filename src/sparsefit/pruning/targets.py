@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +24,8 @@ EXCLUDED = "excluded by the configuration"
 EMBEDDED = "output layer, shared with the embedding"
 OUTPUT = "output layer"
 UNREACHED = "not reached by the calibration data"
+CHECKS: list[Callable[[nn.Module, PruningConfig], None]] = []
+"""What else is seen to before a weight changes: each raises a ConfigError for a model that must not be pruned so."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ def find_weights(
     (['body.weight'], {'top.weight': 'output layer'})
     """
     candidates = find_candidates(model, config)
+    for check in CHECKS:
+        check(model, config)
     rule = _Rule(model, list(blocks), config, candidates, trace)
     reasons: dict[int, str] = {}
     found: dict[tuple[int, int | None], PrunableWeight] = {}

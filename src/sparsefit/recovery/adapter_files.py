@@ -14,6 +14,7 @@ from sparsefit.pruning import MaskSet
 from sparsefit.recovery.adapters import bind_masks, masked_layer_types
 from sparsefit.recovery.export import adapted_part, exported_masks
 from sparsefit.recovery.inspection import files_digest
+from sparsefit.recovery.tuners import begun
 
 NOTES_FILE = "sparsefit.json"
 
@@ -48,7 +49,8 @@ def export_adapter(
         return False
     for config in model.peft_config.values():
         config.base_model_name_or_path = str(base.resolve())
-    model.save_pretrained(folder)
+    with begun(model):
+        model.save_pretrained(folder)
     digest = exported_masks(module, masks).digest()
     written = files_digest(base) if base.is_dir() else None
     known = {"form": form_of(module), "base": base.name, "base_digest": written, "masks": digest, **(notes or {})}

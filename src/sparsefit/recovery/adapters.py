@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -15,6 +16,7 @@ from sparsefit.pruning.heads import output_layers
 from sparsefit.pruning.layers.experts import find_stacks
 from sparsefit.pruning.naming import canonical_name
 from sparsefit.recovery.model_kinds import task_type
+from sparsefit.recovery.tuners import forbidden_targets
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -108,6 +110,7 @@ def attach_adapter(model: nn.Module, settings: AdapterSettings) -> nn.Module:
     if settings.form == "full":
         _train_kept_weights(model, settings, linears)
         return model
+    linears = _without_forbidden(model, settings, linears)
     norms = _norms(model) if settings.train_norms else {}
     _check_norms(norms, model)
     config = _peft_config(model, settings, linears, norms)
@@ -191,6 +194,31 @@ def _without_head(model: nn.Module, linears: dict[str, nn.Module]) -> list[str]:
     """The paths of linear layers that do not belong to the model's head."""
     head = output_layers(model, [block for blocks in find_block_lists(model) for block in blocks])
     return [path for path in linears if f"{path}.weight" not in head]
+
+
+def _without_forbidden(
+    model: nn.Module, settings: AdapterSettings, linears: dict[str, nn.Module]
+) -> dict[str, nn.Module]:
+    """The linear layers but for those on which PEFT allows no adapters, such as a Mamba's out_proj, whose weight its
+    kernels take past the layer."""
+    forbidden = forbidden_targets(model, {path.rpartition(".")[2] for path in linears})
+    left = {path: layer for path, layer in linears.items() if path.rpartition(".")[2] not in forbidden}
+    if settings.target_modules == ALL_LINEAR:
+        if len(left) < len(linears):
+            names = ", ".join(sorted(forbidden))
+            warnings.warn(
+                f"all-linear leaves out the {len(linears) - len(left)} layers named {names}: PEFT allows no adapters "
+                f"on them in a model of type {model.config.model_type}",
+                stacklevel=3,
+            )
+        return left
+    for path in linears.keys() - left.keys():
+        if _is_target(path, settings.target_modules):
+            raise ConfigError(
+                f"PEFT allows no adapters on {path} in a model of type {model.config.model_type}: leave "
+                f"{path.rpartition('.')[2]!r} out of target_modules, or take form full"
+            )
+    return left
 
 
 def _check_experts(targets: Iterable[str], model: nn.Module) -> None:

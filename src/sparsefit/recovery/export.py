@@ -116,4 +116,25 @@ def exported_masks(module: nn.Module, masks: MaskSet) -> MaskSet:
     """The masks of a module under the names that its weights have where `export_base` writes them."""
     found = pretrained_part(module)
     prefix = f"{found[0]}." if found is not None and found[0] else ""
-    return masks.renamed(lambda weight: weight.removeprefix(prefix))
+    bare = _bare_names(module)
+
+    def name_in_file(weight: str) -> str:
+        parameter, bracket, expert = weight.partition("[")
+        return f"{bare.get(parameter, parameter)}{bracket}{expert}".removeprefix(prefix)
+
+    return masks.renamed(name_in_file)
+
+
+def _bare_names(module: nn.Module) -> dict[str, str]:
+    """What the base's weights are called without their PEFT model, where that is not what `canonical_name` makes of
+    their name in it: prompts and prefixes stand beside the base and not around its layers."""
+    for path, part in module.named_modules():
+        if not callable(getattr(part, "get_base_model", None)):
+            continue
+        outer = f"{canonical_name(path)}." if path else ""
+        own = {id(weight): canonical_name(name) for name, weight in part.get_base_model().named_parameters()}
+        within = [
+            (canonical_name(f"{path}.{name}".lstrip(".")), id(weight)) for name, weight in part.named_parameters()
+        ]
+        return {name: f"{outer}{own[key]}" for name, key in within if key in own}
+    return {}

@@ -14,17 +14,25 @@ from sparsefit.pruning.layers.quantized import is_quantized
 from sparsefit.pruning.masks import pack_bits
 from sparsefit.pruning.naming import canonical_name
 from sparsefit.recovery.export import adapted_part, base_state_dict
+from sparsefit.recovery.tuner_trials import fills_zeros
 
 
 def lossy_layers(model: nn.Module, masks: MaskSet) -> list[str]:
-    """The pruned weights that merging a model's adapters would fill again, by name."""
+    """The pruned weights that merging a model's adapters would fill again, or cannot be merged into, by name."""
     from peft.tuners.hira.layer import HiraLayer
 
-    return [
-        name
-        for name, layer in _adapted_layers(model)
-        if name in masks.parameters and not isinstance(layer, HiraLayer) and getattr(layer, "mask_bits", None) is None
-    ]
+    lossy, kinds = [], set()
+    for name, layer in _adapted_layers(model):
+        if (
+            name not in masks.parameters
+            or isinstance(layer, HiraLayer)
+            or getattr(layer, "mask_bits", None) is not None
+        ):
+            continue
+        if type(layer) in kinds or fills_zeros(layer):
+            lossy.append(name)
+            kinds.add(type(layer))  # one of a kind that fills zeros says it for all
+    return lossy
 
 
 def merge(model: nn.Module, masks: MaskSet, reapply_masks: bool = False) -> nn.Module:
@@ -48,7 +56,10 @@ def merge(model: nn.Module, masks: MaskSet, reapply_masks: bool = False) -> nn.M
     lossy = check_mergeable(model, masks, reapply_masks)
     if not hasattr(model, "peft_config"):
         return model
-    merged = model.merge_and_unload(safe_merge=True)
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+    except (NotImplementedError, AttributeError) as error:
+        raise MergeError(f"{_form(model)} adapters cannot be merged, says PEFT: {error}") from error
     if lossy:
         masks.apply(merged)
     masks.verify(merged)
@@ -72,18 +83,36 @@ def merged_in_place(module: nn.Module, masks: MaskSet) -> Iterator[None]:
     if adapted is None:
         yield
         return
-    before = [(layer.get_base_layer().weight, layer) for _, layer in _adapted_layers(module)]
-    kept = [weight.detach().to("cpu", copy=True) for weight, _ in before]
+    layers = [layer for _, layer in _adapted_layers(module)]
+    # All of a layer's, as IA3 scales biases, too; by name, as PEFT gives torch's attention new ones.
+    before = [
+        (base, {name: weight.detach().to("cpu", copy=True) for name, weight in base.named_parameters()})
+        for base in (layer.get_base_layer() for layer in layers)
+    ]
     try:
         with torch.no_grad():
-            adapted.merge_adapter(safe_merge=True)
+            _merge_adapter(adapted)
         masks.verify(module)
         yield
     finally:
         with torch.no_grad():
-            adapted.unmerge_adapter()
-            for (weight, _), old in zip(before, kept, strict=True):
-                weight.copy_(old)
+            for layer in layers:
+                if layer.merged:
+                    layer.unmerge()
+            for base, kept in before:
+                for name, weight in base.named_parameters():
+                    weight.copy_(kept[name])
+
+
+def _merge_adapter(adapted: nn.Module) -> None:
+    try:
+        adapted.merge_adapter(safe_merge=True)
+    except (NotImplementedError, AttributeError) as error:
+        raise MergeError(f"{_form(adapted)} adapters cannot be merged, says PEFT: {error}") from error
+
+
+def _form(adapted: nn.Module) -> str:
+    return " and ".join(sorted({config.peft_type.value for config in adapted.peft_config.values()}))
 
 
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -131,9 +160,10 @@ def check_mergeable(model: nn.Module, masks: MaskSet, reapply_masks: bool = Fals
     lossy = lossy_layers(model, masks)
     if lossy and not reapply_masks:
         raise MergeError(
-            f"merging would fill pruned weights of {len(lossy)} matrices ({lossy[0]}, ...): their adapters are plain "
-            "LoRA, W + s B A. Keep the adapter apart, train form masked_lora or hira, which merge without a loss, or "
-            "ask for the masks to be applied again (--reapply-masks), which makes another, worse model"
+            f"merging would fill pruned weights of {len(lossy)} matrices ({lossy[0]}, ...): their adapters, of the "
+            f"kind {_form(adapted_part(model))}, do not keep zeros, as W + s B A does not. Keep the adapter apart, "
+            "train form masked_lora or hira, which merge without a loss, or ask for the masks to be applied again "
+            "(--reapply-masks), which makes another, worse model"
         )
     return lossy
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparsefit.errors import MaskError, RunFolderError
 from sparsefit.pruning import MaskSet
 from sparsefit.pruning.naming import canonical_name
-from sparsefit.recovery.export import exported_masks, pretrained_part
+from sparsefit.recovery.export import pretrained_part
 from sparsefit.recovery.inspection import BASE_FOLDER, MASKS_FILE, SavedTensors
 from sparsefit.recovery.quantize import scale_keys
 
@@ -79,10 +79,11 @@ def compare(
     if len(files) < 2 or MASKS_FILE not in files:  # the masks are written last
         return None
     try:
-        if MaskSet.load(folder / MASKS_FILE).digest() != exported_masks(module, masks).digest():
-            return None
         found = pretrained_part(module)
         prefix = f"{found[0]}." if found is not None and found[0] else ""
+        # Under a prompt the base has other names in the file: such a checkpoint is whole.
+        if _under_prefix(MaskSet.load(folder / MASKS_FILE), prefix).digest() != masks.digest():
+            return None
         with ExitStack() as stack:
             tensors = SavedTensors((folder / BASE_FOLDER).glob("*.safetensors"), stack)
             entries = dict(_equal(module, state, tensors, prefix, origins or {}))
@@ -187,7 +188,7 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 def _read(folder: Path, left_out: Mapping[str, Any]) -> tuple[MaskSet, dict[str, Tensor]]:
     if not (folder / BASE_FOLDER).is_dir():
         raise RunFolderError(f"no {BASE_FOLDER}/")
-    masks = MaskSet.load(folder / MASKS_FILE).renamed(lambda name: left_out["prefix"] + name)
+    masks = _under_prefix(MaskSet.load(folder / MASKS_FILE), left_out["prefix"])
     if masks.digest() != left_out["masks"]:
         raise RunFolderError(f"its {MASKS_FILE} is that of another model or run")
     with ExitStack() as stack:
@@ -199,6 +200,10 @@ def _read(folder: Path, left_out: Mapping[str, Any]) -> tuple[MaskSet, dict[str,
             if checksum(tensors[key]) != expected:
                 raise RunFolderError(f"{name} in its {BASE_FOLDER}/ is damaged, or that of another run")
     return masks, tensors
+
+
+def _under_prefix(masks: MaskSet, prefix: str) -> MaskSet:
+    return masks.renamed(lambda name: prefix + name)
 
 
 def _files(folder: Path) -> dict[str, tuple[int, int]]:

@@ -1,0 +1,61 @@
+"""DoRA on a base that is pruned under it: its magnitudes follow the weights that they were taken from.
+
+DoRA computes with m (W + s B A) / ||W + s B A||, row by row, and takes m = ||W|| as it is made (Liu et al. 2024, arXiv
+2402.09353). With the norms of the dense W every pruned row would be scaled up to the length it had.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def magnitudes_follow(model: nn.Module) -> Iterator[None]:
+    """While its base is pruned, what DoRA makes of a row's length stays: m / ||W + s B A|| as it was before.
+
+    An adapter that has not been trained stays one that changes nothing, with the magnitudes that it would have if it
+    were made on the pruned base, to the bit. Whatever goes wrong, they are as they were.
+
+    Args:
+        model: A LightningModule or model, dense, with or without such adapters.
+    """
+    found = [(layer, name) for layer in model.modules() for name in getattr(layer, "lora_magnitude_vector", None) or ()]
+    found = [(layer, name) for layer, name in found if name in layer.lora_A]  # not those of embeddings
+    before = [layer.lora_magnitude_vector[name].weight.detach().clone() for layer, name in found]
+    with ExitStack() as hooks, torch.no_grad():
+        gains = [old / _lengths(layer, name) for (layer, name), old in zip(found, before, strict=True)]
+        for (layer, name), gain in zip(found, gains, strict=True):
+            hook = layer.register_forward_pre_hook(partial(_follow, name=name, gain=gain))
+            hooks.callback(hook.remove)
+        try:
+            yield
+        except BaseException:
+            for (layer, name), old in zip(found, before, strict=True):
+                layer.lora_magnitude_vector[name].weight.copy_(old)
+            raise
+        for (layer, name), gain in zip(found, gains, strict=True):
+            _follow(layer, name=name, gain=gain)
+
+
+@torch.no_grad()
+def _follow(layer: nn.Module, *_: Any, name: str, gain: Tensor) -> None:
+    layer.lora_magnitude_vector[name].weight.copy_(gain * _lengths(layer, name))
+
+
+def _lengths(layer: nn.Module, name: str) -> Tensor:
+    """||W + s B A|| as PEFT takes it, which is what it would start from on the weights of now."""
+    start = copy.deepcopy(layer.lora_magnitude_vector[name])
+    start.update_layer(
+        base_layer=layer.get_base_layer(),
+        lora_A=layer.lora_A[name].weight,
+        lora_B=layer.lora_B[name].weight,
+        scaling=layer.scaling[name],
+    )
+    return start.weight.detach().to(layer.lora_magnitude_vector[name].weight)
