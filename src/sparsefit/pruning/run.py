@@ -24,7 +24,7 @@ from sparsefit.pruning.ranks import of_first_rank
 from sparsefit.pruning.results import PruningResult
 from sparsefit.pruning.scores import SCORES
 from sparsefit.pruning.steps import Steps
-from sparsefit.pruning.targets import find_candidates, find_weights
+from sparsefit.pruning.targets import CHECKS, find_candidates, find_weights
 from sparsefit.pruning.tracing import Trace
 from sparsefit.pruning.undo import Undo
 
@@ -45,6 +45,8 @@ class PruningRun:
         self._block_lists = find_block_lists(model)
         self._blocks = [block for blocks in self._block_lists for block in blocks]
         find_candidates(model, config)  # what is wrong with the names of targets is told before any data is read
+        for check in CHECKS:
+            check(model, config)
         self.weights: list[PrunableWeight] = []
         self.counts: dict[str, int] = {}
         self.result = PruningResult(config, "none" if self.takes_one_pass else config.update)

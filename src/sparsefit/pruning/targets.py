@@ -96,8 +96,6 @@ def find_weights(
     (['body.weight'], {'top.weight': 'output layer'})
     """
     candidates = find_candidates(model, config)
-    for check in CHECKS:
-        check(model, config)
     rule = _Rule(model, list(blocks), config, candidates, trace)
     reasons: dict[int, str] = {}
     found: dict[tuple[int, int | None], PrunableWeight] = {}
