@@ -129,7 +129,6 @@ class InputCollector:
         self._share, self._check = share, check
         self.notes: set[str] = set()
         self._batch: MicroBatch | None = None
-        self._padding: Tensor | None = None
         self._shared: dict[Key, _Shared] = {}
         self._last: tuple[Seen, _Shared] | None = None
         once = until is not None and all(count == 1 for count in until.values())
@@ -139,7 +138,8 @@ class InputCollector:
     def next_batch(self, batch: MicroBatch) -> None:
         """Say which micro-batch runs next."""
         self.settle()
-        self._batch, self._padding, self._last = batch, batch.padding_mask, None
+        self._batch, self._last = batch, None
+        batch.begin()
         self._waiting = None if self._until is None else set(self._until)
 
     def record(self, seen: Seen) -> None:
@@ -149,6 +149,8 @@ class InputCollector:
             AllSeen: if it was the last one and no more is needed.
             CalibrationError: if it is not finite and is to be checked.
         """
+        if self._batch is not None:  # what is padding shows now: an input that is shared is added later
+            seen = seen._replace(real=self._batch.real_rows(seen))
         key = (seen.weight.name, seen.rows)
         shared = self._shared.get(key)
         if shared is None:
@@ -213,17 +215,18 @@ class InputCollector:
 
     def _real_tokens(self, seen: Seen) -> Iterable[Tensor]:
         """(tokens, in) inputs without the positions that are padding; a note if these could not be told."""
-        if self._padding is None:
+        if seen.real is None:
             return seen.tokens()
         pieces = list(seen.tokens())
-        # An expert's tokens come in an order of their own, even where it gets all of them.
-        if len(pieces) > 1 or len(pieces[0]) != self._padding.numel() or seen.weight.index is not None:
+        sizes = [len(piece) for piece in pieces]
+        if isinstance(seen.real, str) or sum(sizes) != len(seen.real):
             self.notes.add(
                 f"{seen.weight.name}: padding could not be told from tokens in inputs of shape "
                 f"{tuple(seen.inputs.shape)}"
             )
             return pieces
-        return [pieces[0][self._padding.flatten().to(pieces[0].device)]]
+        real = seen.real.to(pieces[0].device).split(sizes)
+        return [piece[own] for piece, own in zip(pieces, real, strict=True)]
 
     def all_finite(self) -> bool:
         """Whether all inputs were: looked at once, so that no pass waits for it."""

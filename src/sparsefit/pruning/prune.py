@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from sparsefit.pruning.block_sweep import BlockSweep
-from sparsefit.pruning.calibration import Forward, MicroBatch, forward_of
+from sparsefit.pruning.calibration import Forward, MicroBatch, forward_of, passing
 from sparsefit.pruning.config import PruningConfig
 from sparsefit.pruning.evaluating import evaluating
 from sparsefit.pruning.groups import InputGroup, Parts, input_groups
+from sparsefit.pruning.padding import watching_padding
 from sparsefit.pruning.results import DenseStatistics, PruningResult
 from sparsefit.pruning.run import PruningRun
 from sparsefit.pruning.steps import Steps
@@ -35,8 +36,9 @@ def prune(
     Args:
         model: Any module; transformers decoders and PEFT-wrapped models among them (their base is pruned).
         batches: Calibration data: each a mapping (keyword arguments of the model), a tuple (its positional
-            arguments) or one tensor. The first dimension of each tensor counts the samples; positions at which
-            `attention_mask` is 0 are padding. Read once. Not needed for magnitude pruning.
+            arguments) or one tensor. The first dimension of each tensor counts the samples, or lists hold a mapping
+            for each; other batches go through whole. What a padding mask leaves out, whichever the model is called
+            with, counts for nothing. Read once. Not needed for magnitude pruning.
         config: What to prune and how; by default Wanda at 50% per output, block by block.
         forward: How a batch goes through the model; by default the model is called with it, on its device.
         progress: Called with (steps done, steps in all) as calibration goes on, and with both equal once all
@@ -54,12 +56,13 @@ def prune(
     0.5
     """
     run = PruningRun(model, config or PruningConfig(), progress)
-    with run.undone_by_errors(), torch.no_grad(), evaluating(model):
-        data = run.calibration_data(batches, forward)
+    with run.undone_by_errors(), torch.no_grad(), evaluating(model), watching_padding(model) as watch:
+        data = run.calibration_data(batches, forward, watch)
+        through = passing(data, watch, forward_of(model, forward))
         if run.takes_one_pass:
-            _in_one_pass(run, data, forward_of(model, forward))
+            _in_one_pass(run, data, through)
         else:
-            _block_by_block(run, data, forward_of(model, forward))
+            _block_by_block(run, data, through)
     return run.result
 
 
@@ -153,9 +156,9 @@ def collect_statistics(
     weights = list({weight.name: weight for run in runs for weight in run.weights}.values())
     kinds = frozenset({"squared_norm"}).union(*(config.statistics for config in configs))
     run = runs[0]
-    with torch.no_grad(), evaluating(model):
-        data = run.calibration_data(batches, forward)
-        parts = run.collect_whole(weights, kinds, data, forward_of(model, forward))
+    with torch.no_grad(), evaluating(model), watching_padding(model) as watch:
+        data = run.calibration_data(batches, forward, watch)
+        parts = run.collect_whole(weights, kinds, data, passing(data, watch, forward_of(model, forward)))
     run.finish()
     result = run.result
     return DenseStatistics(parts, kinds, result.samples, result.seconds, tuple(result.notes))

@@ -19,6 +19,7 @@ from sparsefit.pruning.config import PruningConfig
 from sparsefit.pruning.groups import InputGroup, Parts
 from sparsefit.pruning.inputs import collect
 from sparsefit.pruning.layers.base import PrunableWeight
+from sparsefit.pruning.padding import PaddingWatch
 from sparsefit.pruning.ranks import of_first_rank
 from sparsefit.pruning.results import PruningResult
 from sparsefit.pruning.scores import SCORES
@@ -86,12 +87,14 @@ class PruningRun:
         if self._progress is not None:
             self._progress(self._steps_in_all, self._steps_in_all)
 
-    def calibration_data(self, batches: Iterable[Any] | None, forward: Forward | None) -> list[MicroBatch]:
+    def calibration_data(
+        self, batches: Iterable[Any] | None, forward: Forward | None, watch: PaddingWatch
+    ) -> list[MicroBatch]:
         """The calibration data in micro-batches; nothing if none is needed."""
         if not self.config.needs_inputs:
             return []
         size, needed_by = self.config.micro_batch_size, _what_needs_inputs(self.config)
-        data = calibration_data(self._model, batches, size, forward, needed_by)
+        data = calibration_data(self._model, batches, size, forward, needed_by, watch)
         self.result.samples = sum(len(batch.origin) for batch in data)
         passes = 1
         if not self.takes_one_pass:

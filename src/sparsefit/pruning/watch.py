@@ -26,6 +26,7 @@ class Seen(NamedTuple):
         version: Grows when that tensor is changed in place.
         tokens: Gives the rows that the matrix multiplies, (tokens, in), in one or several pieces.
         key: Tells apart what is taken from one tensor in different ways.
+        real: Which of the tokens are no padding, (tokens,) bool; None if all are; or why that cannot be told.
     """
 
     weight: PrunableWeight
@@ -34,6 +35,7 @@ class Seen(NamedTuple):
     version: int
     tokens: Callable[[], Iterator[Tensor]]
     key: Hashable
+    real: Tensor | str | None = None
 
     def same_input(self, other: Seen | None) -> bool:
         """Whether another weight is multiplied by the very same."""
