@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from sparsefit.callbacks.averages import restart_averages
-from sparsefit.callbacks.calibration import calibration_batches, calibration_forward, predicting
+from sparsefit.callbacks.calibration import calibration_batches, calibration_forward, check_forward, predicting
 from sparsefit.callbacks.ledgers import budget_of, ledger_of
 from sparsefit.errors import ConfigError, MaskError
 from sparsefit.pruning import MaskSet, PruningConfig, PruningResult, prune
@@ -32,7 +32,7 @@ class WandaPruning(Callback):
     checkpoint and at the end of training.
 
     Other callbacks take part by hooks of these names, wherever they stand in the list of callbacks:
-    `on_pruning_start(trainer, module)` sees the dense model, `on_pruning_end(trainer, module, result)` the pruned one,
+    `on_pruning_check(trainer, module)` may refuse before anything is spent, `on_pruning_start(trainer, module)` sees the dense model, `on_pruning_end(trainer, module, result)` the pruned one,
     `on_reconstruction(trainer, module, masks)` may tune its kept weights before anything else is trained, and
     `on_base_ready(trainer, module, masks)` finds the sparse base as it will stay, for a callback that writes it.
 
@@ -166,16 +166,24 @@ class WandaPruning(Callback):
             rank_zero_info("The checkpoint holds no masks: it was saved before any pruning. The model is pruned now.")
         bind_masks(module, None)  # those of an earlier fit
         self._bound = None
-        _tell_callbacks(trainer, "on_pruning_start", module)
+        forward = calibration_forward(trainer, module)
         with ledger_of(trainer).stage("calibration and pruning"), predicting(trainer):
             batches, source = None, "nothing: this method needs no data"
             if self.config.needs_inputs:
                 batches, source = calibration_batches(trainer, self.calibration, self.calibration_samples)
+                check_forward(trainer, module, forward, batches)
+        _tell_callbacks(trainer, "on_pruning_check", module)
+        _tell_callbacks(trainer, "on_pruning_start", module)
+        with ledger_of(trainer).stage("calibration and pruning"), predicting(trainer):
             rank_zero_info(f"Calibrating on {source}.")
-            forward = calibration_forward(trainer, module)
             # Blocks are run alone, too, so the precision is set for all of the pruning and not for each forward.
             with self._progress(trainer) as progress, trainer.precision_plugin.predict_step_context():
                 self.result = prune(module, batches, self.config, forward=forward, progress=progress)
+        if batches is not None and self.calibration_samples not in (None, self.result.samples):
+            self.result.note(
+                f"{self.result.samples} calibration samples were used where {self.calibration_samples} were asked for: "
+                "a batch whose samples cannot be told apart counts as a whole, and samples of padding alone do not"
+            )
         self.masks = self.result.masks
         self.summary = self._account(trainer, source)
         for note in self.result.notes:
