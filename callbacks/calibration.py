@@ -171,8 +171,8 @@ def predicting(trainer: Trainer) -> Iterator[None]:
 
 
 def calibration_forward(trainer: Trainer, module: LightningModule) -> Callable[[Any], Any]:
-    """How a batch goes through the model: on the way on which Lightning sends it to `predict_step`, to what of the module
-    takes it (see `ModelCall`)."""
+    """How a batch goes through the model: as Lightning would send it to `predict_step`, to that method of the module
+    that takes it (see `ModelCall`)."""
     call = ModelCall(module)
 
     def forward(batch: Any) -> Any:
@@ -187,9 +187,7 @@ def calibration_forward(trainer: Trainer, module: LightningModule) -> Callable[[
     return forward
 
 
-def check_forward(
-    trainer: Trainer, module: LightningModule, forward: Callable[[Any], Any], batches: list[Any]
-) -> None:
+def check_forward(trainer: Trainer, module: LightningModule, forward: Callable[[Any], Any], batches: list[Any]) -> None:
     """Send one sample through the model, before anything is spent.
 
     Raises:
@@ -197,6 +195,6 @@ def check_forward(
     """
     samples = split_samples(batches[0])
     sample = samples[0] if samples else batches[0]
-    with torch.no_grad(), evaluating(module), trainer.precision_plugin.predict_step_context(), isolate_rng():
-        with errors_on_all_ranks():
-            forward(sample)
+    precision = trainer.precision_plugin.predict_step_context()
+    with torch.no_grad(), evaluating(module), precision, isolate_rng(), errors_on_all_ranks():
+        forward(sample)

@@ -19,8 +19,8 @@ _CALLS = 3
 """How often a step may call its model (two towers, several views) until it is taken to generate."""
 
 _HOW = (
-    "Define calibration_step(self, batch) in the module: it calls the model with a batch of the calibration data, which "
-    "is on its device, and returns nothing of interest"
+    "Give the module a forward or a predict_step that takes such a batch, or a calibration_step(self, batch), which "
+    "comes before all others: it calls the model with what of the batch belongs there"
 )
 
 

@@ -32,7 +32,8 @@ class WandaPruning(Callback):
     checkpoint and at the end of training.
 
     Other callbacks take part by hooks of these names, wherever they stand in the list of callbacks:
-    `on_pruning_check(trainer, module)` may refuse before anything is spent, `on_pruning_start(trainer, module)` sees the dense model, `on_pruning_end(trainer, module, result)` the pruned one,
+    `on_pruning_check(trainer, module)` may refuse before anything is spent,
+    `on_pruning_start(trainer, module)` sees the dense model, `on_pruning_end(trainer, module, result)` the pruned one,
     `on_reconstruction(trainer, module, masks)` may tune its kept weights before anything else is trained, and
     `on_base_ready(trainer, module, masks)` finds the sparse base as it will stay, for a callback that writes it.
 
@@ -166,13 +167,13 @@ class WandaPruning(Callback):
             rank_zero_info("The checkpoint holds no masks: it was saved before any pruning. The model is pruned now.")
         bind_masks(module, None)  # those of an earlier fit
         self._bound = None
+        _tell_callbacks(trainer, "on_pruning_check", module)
         forward = calibration_forward(trainer, module)
         with ledger_of(trainer).stage("calibration and pruning"), predicting(trainer):
             batches, source = None, "nothing: this method needs no data"
             if self.config.needs_inputs:
                 batches, source = calibration_batches(trainer, self.calibration, self.calibration_samples)
                 check_forward(trainer, module, forward, batches)
-        _tell_callbacks(trainer, "on_pruning_check", module)
         _tell_callbacks(trainer, "on_pruning_start", module)
         with ledger_of(trainer).stage("calibration and pruning"), predicting(trainer):
             rank_zero_info(f"Calibrating on {source}.")

@@ -61,7 +61,7 @@ class BlockwiseReconstruction(Callback):
             CalibrationError: if that cannot be done.
         """
         if self.settings.passes:
-            with ledger_of(trainer).stage("reconstruction"), predicting(trainer):
+            with ledger_of(trainer).stage("calibration and pruning"), predicting(trainer):
                 batches, _ = self._data = calibration_batches(trainer, self.calibration, self.calibration_samples)
                 check_forward(trainer, pl_module, calibration_forward(trainer, pl_module), batches)
 

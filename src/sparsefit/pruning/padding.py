@@ -75,8 +75,8 @@ class Scope:
         return Scope(main, memory, ahead, decoder, self.states | {storage_of(s) for s in states}, foreign)
 
     def _goes_on(self, given: Mapping[str, Tensor]) -> bool:
-        """Whether a module that is given no mask works on the same sequences, or on some of their tokens: not on images,
-        for one."""
+        """Whether a module that is given no mask works on the same sequences, or on some of their tokens: one that sees
+        images does not."""
         if not any(tensor.ndim > 1 for tensor in given.values()):
             return True
         own = [tensor for tensor in given.values() if tensor.shape not in self.foreign]

@@ -59,8 +59,8 @@ class Given:
 def masks_given(given: Mapping[str, Tensor], names: frozenset[str], seq_first: bool = False) -> Given:
     """The padding masks among the tensors that a module is called with.
 
-    By torch's convention True is padding in masks named like `key_padding_mask`, by that of transformers 1 is real in an
-    `attention_mask`. One that fits no other tensor (tokens by tokens, or of a cache) is none; nor is one of other
+    By torch's convention True is padding in masks named like `key_padding_mask`, by that of transformers 1 is real in
+    an `attention_mask`. One that fits no other tensor (tokens by tokens, or of a cache) is none; nor is one of other
     dimensions.
 
     Args:
@@ -85,7 +85,8 @@ def masks_given(given: Mapping[str, Tensor], names: frozenset[str], seq_first: b
             main = PaddingMask(real, given[name], seq_first, kind == "signal")
     labels = given.get("labels")
     if ahead is None and "decoder_input_ids" in names and labels is not None and labels.ndim == 2:
-        ahead = PaddingMask(until_last(labels != -100), labels)
+        real = until_last(labels != -100)
+        ahead = PaddingMask(real, real)
     return Given(main, memory, ahead)
 
 

@@ -141,9 +141,9 @@ def _trimmed_by_names(sample: Mapping[str, Any], encoder_decoder: bool) -> Mappi
 
 def _is_sound(sample: Mapping[str, Any], mask: Tensor) -> bool:
     """Whether a mask is about frames of sound, (batch, channels, frames), which models take at one length only."""
-    return any(isinstance(v, Tensor) and v.ndim == 3 and v.shape[::2] == mask.shape for v in sample.values()) and not any(
-        isinstance(v, Tensor) and v is not mask and v.shape[:2] == mask.shape for v in sample.values()
-    )
+    return any(
+        isinstance(v, Tensor) and v.ndim == 3 and v.shape[::2] == mask.shape for v in sample.values()
+    ) and not any(isinstance(v, Tensor) and v is not mask and v.shape[:2] == mask.shape for v in sample.values())
 
 
 def _ends(mask: Tensor) -> tuple[int, int]:
@@ -166,6 +166,8 @@ def _trimmed_as_seen(sample: Any, seen: MaskSeen) -> Any | None:
         if len(fitting) > 1 or (fitting and _is_doubtful(tensor, fitting[0], bool(names))):
             return None
         sides[id(tensor)] = fitting[0] if fitting else None
+    leading = {id(sides[id(t)]) for t in tensors_in(sample) if not _is_mask(t, sides[id(t)])}
+    sides = {key: side if id(side) in leading else None for key, side in sides.items()}  # not a mask alone
     if not any(side is not None for side in sides.values()):
         return None
 
@@ -174,6 +176,10 @@ def _trimmed_as_seen(sample: Any, seen: MaskSeen) -> Any | None:
         return tensor if side is None else tensor[:, slice(*spans[id(side)])]
 
     return map_tensors(trim, sample)
+
+
+def _is_mask(tensor: Tensor, side: PaddingMask | None) -> bool:
+    return side is None or _same(side.source, tensor)
 
 
 def _is_doubtful(tensor: Tensor, mask: PaddingMask, is_given: bool) -> bool:
