@@ -58,9 +58,8 @@ def count_samples(batch: Any) -> int:
         for key in _MAIN:
             if isinstance(batch.get(key), Tensor) and batch[key].ndim:
                 return len(batch[key])
-    texts = [
-        tensor for tensor in tensors if not tensor.is_floating_point() and tensor.ndim <= 2
-    ]  # masks and labels too
+    # Tokens, masks and labels.
+    texts = [tensor for tensor in tensors if not tensor.is_floating_point() and tensor.ndim <= 2]
     first = Counter(len(tensor) for tensor in (tensors if _agree(tensors) else texts or tensors))
     return first.most_common(1)[0][0] if first else 1
 

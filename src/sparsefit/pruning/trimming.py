@@ -78,8 +78,8 @@ def join_masks(masks: Iterable[PaddingMask | None]) -> PaddingMask | None:
 
 
 def without_padding(sample: Any, encoder_decoder: bool, look: Look | None) -> tuple[Any, PaddingMask | None] | None:
-    """A sample of one sequence without the padding at its ends, and the mask of what padding is left in it; other samples
-    as they are. None for a sample of padding alone.
+    """A sample of one sequence without the padding at its ends, and the mask of what padding is left in it; other
+    samples as they are. None for a sample of padding alone.
 
     Args:
         sample: A batch of one sample.
@@ -141,9 +141,10 @@ def _trimmed_by_names(sample: Mapping[str, Any], encoder_decoder: bool) -> Mappi
 
 def _is_sound(sample: Mapping[str, Any], mask: Tensor) -> bool:
     """Whether a mask is about frames of sound, (batch, channels, frames), which models take at one length only."""
-    return any(
-        isinstance(v, Tensor) and v.ndim == 3 and v.shape[::2] == mask.shape for v in sample.values()
-    ) and not any(isinstance(v, Tensor) and v is not mask and v.shape[:2] == mask.shape for v in sample.values())
+    others = [value for value in sample.values() if isinstance(value, Tensor) and value is not mask]
+    if any(other.shape[:2] == mask.shape for other in others):
+        return False
+    return any(other.ndim == 3 and other.shape[::2] == mask.shape for other in others)
 
 
 def _ends(mask: Tensor) -> tuple[int, int]:
@@ -194,7 +195,7 @@ def _same(given: Tensor, tensor: Tensor) -> bool:
 
 
 def _still_seen(trimmed: Any, before: MaskSeen, look: Look) -> PaddingMask | bool | None:
-    """The mask that a model makes of a trimmed sample, None if nothing is padding; False if it is not the trimmed one."""
+    """The mask that a model makes of a trimmed sample, None if none; False if it is another than before."""
     again = look(trimmed)
     if again is None:
         return None if _spared(before) else False
