@@ -11,7 +11,6 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
-from torchmetrics import Metric
 
 from sparsefit.errors import CalibrationError
 
@@ -128,7 +127,8 @@ def _train_step(module: LightningModule, batch: Any) -> Any:
     if "dataloader_iter" in names:
         raise CalibrationError("it takes batches from a loader by itself")
     further = [0] if len(_positional(list(parameters))) > 1 else []
-    counting = [part for part in module.modules() if isinstance(part, Metric) and not part.update_called]
+    # Metrics of torchmetrics, that have counted nothing yet.
+    counting = [part for part in module.modules() if getattr(part, "update_called", None) is False]
     try:
         with _not_logging(module):
             return module.training_step(batch, *further)
