@@ -34,6 +34,7 @@ class Scope:
         ahead: Of those of the decoder in it.
         decoder: Whether it is one, or is in one.
         states: What a decoder attends to, by storage.
+        own: The first two dimensions of a decoder's own states.
         foreign: The shapes of what the model was given beside the sequences (images).
     """
 
@@ -42,6 +43,7 @@ class Scope:
     ahead: PaddingMask | None = None
     decoder: bool = False
     states: frozenset[int] = frozenset()
+    own: torch.Size | None = None
     foreign: frozenset[torch.Size] = frozenset()
 
     @property
@@ -72,7 +74,8 @@ class Scope:
         foreign = self.foreign
         if found.main is not None:
             foreign |= {t.shape for t in given.values() if t.is_floating_point() and not _leads(t, found.main)}
-        return Scope(main, memory, ahead, decoder, self.states | {storage_of(s) for s in states}, foreign)
+        attended = self.states | {storage_of(state) for state in states}
+        return Scope(main, memory, ahead, decoder, attended, _own(given, states) if states else self.own, foreign)
 
     def _goes_on(self, given: Mapping[str, Tensor]) -> bool:
         """Whether a module that is given no mask works on the same sequences, or on some of their tokens: one that sees
@@ -84,9 +87,24 @@ class Scope:
 
     def real_rows(self, seen: Seen) -> Tensor | str | None:
         """Which rows of a weight's inputs are no padding: see `padding_masks.real_rows`."""
-        is_memory = storage_of(seen.inputs) in self.states
-        mask = self.memory if is_memory else self.main
+        mask = self.memory if self._is_memory(seen.inputs) else self.main
         return None if mask is None else real_rows(mask, seen)
+
+    def _is_memory(self, inputs: Tensor) -> bool:
+        """Whether a weight sees what a decoder attends to: this itself, or with something (positions) added."""
+        if storage_of(inputs) in self.states:
+            return True
+        if not self.decoder or self.memory is None or inputs.ndim != 3:
+            return False
+        lead, turned = inputs.shape[:2], inputs.shape[1::-1]
+        return self.memory.real.shape in (lead, turned) and self.own not in (lead, turned)
+
+
+def _own(given: Mapping[str, Tensor], states: list[Tensor]) -> torch.Size | None:
+    """The first two dimensions of the first tensor in a decoder's call that is none of what it attends to."""
+    known = {storage_of(state) for state in states}
+    others = (t for name, t in given.items() if not may_be_mask(name) and storage_of(t) not in known)
+    return next((tensor.shape[:2] for tensor in others), None)
 
 
 def _are_some_tokens(tensor: Tensor, mask: PaddingMask) -> bool:
