@@ -24,6 +24,9 @@ from sparsefit.pruning.padding_masks import (
 from sparsefit.pruning.watch import Seen
 
 
+_SEQUENCES = ("input_ids", "inputs_embeds", "input_values", "input_features")
+
+
 @dataclass(frozen=True)
 class Scope:
     """The masks that hold while a module runs.
@@ -173,7 +176,8 @@ class PaddingWatch:
             kwargs: The others.
 
         Raises:
-            MaskSeen: if a mask is among them and the pass is to stop at it.
+            MaskSeen: if the pass is to stop at the first mask, and one is among them, or is left out where a model
+                of transformers takes it.
         """
         if self._scopes:
             outer = self._known[id(module)] = self._scopes[-1]
@@ -182,7 +186,7 @@ class PaddingWatch:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         given = {name: value for name, value in given.items() if isinstance(value, Tensor)}
         found = masks_given(given, frozenset(names), seq_first)
-        if self.stops and found.any():
+        if self.stops and (found.any() or _goes_without(given, names)):
             raise MaskSeen(given, found)
         self._scopes.append(outer.entered(given, found))
 
@@ -216,6 +220,11 @@ def watching_padding(model: nn.Module) -> Iterator[PaddingWatch]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _goes_without(given: Mapping[str, Tensor], names: list[str]) -> bool:
+    """Whether a model of transformers gets sequences and no mask: then nothing in them is padding."""
+    return "attention_mask" in names and "attention_mask" not in given and any(name in given for name in _SEQUENCES)
 
 
 def _parameters(forward: Callable[..., Any]) -> list[str]:

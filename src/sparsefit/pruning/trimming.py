@@ -14,7 +14,7 @@ from sparsefit.pruning.samples import map_tensors, tensors_in
 
 Look = Callable[[Any], MaskSeen | None]
 
-_TRIES = 4
+_TRIES = 2
 """Samples that a model gets without any mask before it is taken to give itself none."""
 
 
