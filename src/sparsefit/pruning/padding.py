@@ -23,7 +23,6 @@ from sparsefit.pruning.padding_masks import (
 )
 from sparsefit.pruning.watch import Seen
 
-
 _SEQUENCES = ("input_ids", "inputs_embeds", "input_values", "input_features")
 
 
