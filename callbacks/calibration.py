@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader, IterableDataset
 from sparsefit.callbacks.model_call import ModelCall
 from sparsefit.errors import CalibrationError
 from sparsefit.pruning.evaluating import evaluating
-from sparsefit.pruning.ranks import errors_on_all_ranks
 from sparsefit.pruning.samples import count_samples, cut_batch, split_samples
 
 TRAINING_SAMPLES = 128
@@ -191,10 +190,10 @@ def check_forward(trainer: Trainer, module: LightningModule, forward: Callable[[
     """Send one sample through the model, before anything is spent.
 
     Raises:
-        CalibrationError: on every rank, if it does not go through on one.
+        CalibrationError: if it does not go through.
     """
     samples = split_samples(batches[0])
     sample = samples[0] if samples else batches[0]
     precision = trainer.precision_plugin.predict_step_context()
-    with torch.no_grad(), evaluating(module), precision, isolate_rng(), errors_on_all_ranks():
+    with torch.no_grad(), evaluating(module), precision, isolate_rng():
         forward(sample)

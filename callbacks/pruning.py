@@ -16,6 +16,7 @@ from sparsefit.callbacks.calibration import calibration_batches, calibration_for
 from sparsefit.callbacks.ledgers import budget_of, ledger_of
 from sparsefit.errors import ConfigError, MaskError
 from sparsefit.pruning import MaskSet, PruningConfig, PruningResult, prune
+from sparsefit.pruning.ranks import errors_on_all_ranks
 from sparsefit.recovery.adapters import bind_masks
 from sparsefit.recovery.guard import MaskGuard
 from sparsefit.reporting.console import stage_progress
@@ -172,8 +173,9 @@ class WandaPruning(Callback):
         with ledger_of(trainer).stage("calibration and pruning"), predicting(trainer):
             batches, source = None, "nothing: this method needs no data"
             if self.config.needs_inputs:
-                batches, source = calibration_batches(trainer, self.calibration, self.calibration_samples)
-                check_forward(trainer, module, forward, batches)
+                with errors_on_all_ranks():
+                    batches, source = calibration_batches(trainer, self.calibration, self.calibration_samples)
+                    check_forward(trainer, module, forward, batches)
         _tell_callbacks(trainer, "on_pruning_start", module)
         with ledger_of(trainer).stage("calibration and pruning"), predicting(trainer):
             rank_zero_info(f"Calibrating on {source}.")

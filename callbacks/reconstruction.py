@@ -15,6 +15,7 @@ from sparsefit.callbacks.ledgers import budget_of, ledger_of
 from sparsefit.errors import ConfigError
 from sparsefit.pruning import MaskSet
 from sparsefit.pruning.blocks import find_block_lists
+from sparsefit.pruning.ranks import errors_on_all_ranks
 from sparsefit.recovery.reconstruct import ReconstructSettings, dense_weights, reconstruct
 from sparsefit.reporting.console import stage_progress
 
@@ -61,7 +62,7 @@ class BlockwiseReconstruction(Callback):
             CalibrationError: if that cannot be done.
         """
         if self.settings.passes:
-            with ledger_of(trainer).stage("calibration and pruning"), predicting(trainer):
+            with ledger_of(trainer).stage("calibration and pruning"), predicting(trainer), errors_on_all_ranks():
                 batches, _ = self._data = calibration_batches(trainer, self.calibration, self.calibration_samples)
                 check_forward(trainer, pl_module, calibration_forward(trainer, pl_module), batches)
 
