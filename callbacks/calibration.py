@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,11 +15,12 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from sparsefit.callbacks.model_call import ModelCall
 from sparsefit.errors import CalibrationError
-from sparsefit.pruning.calibration import tensors_in
+from sparsefit.pruning.evaluating import evaluating
+from sparsefit.pruning.samples import count_samples, cut_batch, split_samples
 
 TRAINING_SAMPLES = 128
 """How many samples are taken where nobody said and the training data must serve (the paper's number)."""
@@ -34,7 +34,7 @@ def calibration_batches(trainer: Trainer, source: Iterable[Any] | None, samples:
         trainer: A trainer that is about to fit.
         source: Batches given by the user, or None.
         samples: How many samples to take; None takes everything from a source made for calibration, and 128
-            from training data.
+            from training data. A batch whose samples cannot be told apart is taken whole.
 
     Returns:
         The batches, and in words where they come from.
@@ -55,7 +55,7 @@ def calibration_batches(trainer: Trainer, source: Iterable[Any] | None, samples:
         with isolate_rng(), _generators_restored(loader):
             _check_rereadable(loader)
             batches = list(_first(_single_process(loader), samples or TRAINING_SAMPLES))
-    available = sum(map(_size, batches))
+    available = sum(map(count_samples, batches))
     if source is None and not callable(own) and samples is None and 0 < available < TRAINING_SAMPLES:
         rank_zero_warn(f"{name} gives only {available} calibration samples; {TRAINING_SAMPLES} are usual")
     if not batches or (samples is not None and available < samples):
@@ -67,35 +67,17 @@ def calibration_batches(trainer: Trainer, source: Iterable[Any] | None, samples:
 
 
 def _first(source: Iterable[Any], samples: int | None) -> Iterator[Any]:
-    """Whole batches until they hold the number of samples; the last one is cut."""
+    """Whole batches until they hold the number of samples; the last one is cut, if it can be."""
     taken = 0
     for batch in source:
-        if samples is not None and taken + _size(batch) > samples:
-            yield _cut(batch, samples - taken)
+        size = count_samples(batch)
+        if samples is not None and taken + size > samples:
+            yield cut_batch(batch, samples - taken)
             return
         yield batch
-        taken += _size(batch)
+        taken += size
         if taken == samples:
             return
-
-
-def _size(batch: Any) -> int:
-    """Samples in a batch: the first dimension of its first tensor; 1 if it holds none."""
-    return next((len(tensor) for tensor in tensors_in(batch) if tensor.ndim), 1)
-
-
-def _cut(batch: Any, size: int) -> Any:
-    if isinstance(batch, torch.Tensor):
-        return batch[:size] if batch.ndim else batch
-    if isinstance(batch, Mapping):
-        return {key: _cut(value, size) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_cut(value, size) for value in batch))
-    if isinstance(batch, list | tuple):
-        # A list of tensors is a batch's parts; a list of anything else holds one entry a sample.
-        is_structure = any(isinstance(value, torch.Tensor | Mapping | list | tuple) for value in batch)
-        return type(batch)(_cut(value, size) for value in batch) if is_structure else batch[:size]
-    return batch
 
 
 def _training_loader(trainer: Trainer) -> Any:
@@ -188,13 +170,9 @@ def predicting(trainer: Trainer) -> Iterator[None]:
 
 
 def calibration_forward(trainer: Trainer, module: LightningModule) -> Callable[[Any], Any]:
-    """How a batch goes through the model: as Lightning sends it to `predict_step`, or to the module's own
-    `calibration_step(batch)`.
-
-    Raises:
-        CalibrationError: as `module_call`.
-    """
-    call = module_call(module)
+    """How a batch goes through the model: as Lightning would send it to `predict_step`, to that method of the module
+    that takes it (see `ModelCall`)."""
+    call = ModelCall(module)
 
     def forward(batch: Any) -> Any:
         batch = trainer.precision_plugin.convert_input(batch)
@@ -208,37 +186,14 @@ def calibration_forward(trainer: Trainer, module: LightningModule) -> Callable[[
     return forward
 
 
-def module_call(module: LightningModule) -> Callable[[Any], Any]:
-    """What a module does with a batch that is on its device: its `calibration_step(batch)`, else its `predict_step`.
-
-    Where the module defines neither, Lightning's `predict_step` would hand the whole batch to `forward`; a
-    labelled batch is then reduced to what `forward` takes: (x, y) to x, a mapping to its arguments.
+def check_forward(trainer: Trainer, module: LightningModule, forward: Callable[[Any], Any], batches: list[Any]) -> None:
+    """Send one sample through the model, before anything is spent.
 
     Raises:
-        CalibrationError: if it defines no `forward` either.
+        CalibrationError: if it does not go through.
     """
-    own_step = getattr(module, "calibration_step", None)
-    if callable(own_step):
-        return own_step
-    if is_overridden("predict_step", module):
-        return lambda batch: module.predict_step(batch, 0)
-    if type(module).forward in (LightningModule.forward, nn.Module.forward):
-        raise CalibrationError(
-            f"{type(module).__name__} has no forward and no predict_step, so calibration cannot call its model. Give "
-            "it one of them, or a calibration_step(batch)"
-        )
-    return lambda batch: _call_forward(module, batch)
-
-
-def _call_forward(module: LightningModule, batch: Any) -> Any:
-    parameters = list(inspect.signature(module.forward).parameters.values())
-    takes_any_name = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    if isinstance(batch, Mapping) and (takes_any_name or set(named) & set(batch)):
-        return module(**{key: value for key, value in batch.items() if takes_any_name or key in named})
-    required = [
-        p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
-    ]
-    if isinstance(batch, list | tuple) and len(required) == 1:
-        return module(batch[0])
-    return module(batch)
+    samples = split_samples(batches[0])
+    sample = samples[0] if samples else batches[0]
+    precision = trainer.precision_plugin.predict_step_context()
+    with torch.no_grad(), evaluating(module), precision, isolate_rng():
+        forward(sample)

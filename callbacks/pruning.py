@@ -12,10 +12,11 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from sparsefit.callbacks.averages import restart_averages
-from sparsefit.callbacks.calibration import calibration_batches, calibration_forward, predicting
+from sparsefit.callbacks.calibration import calibration_batches, calibration_forward, check_forward, predicting
 from sparsefit.callbacks.ledgers import budget_of, ledger_of
-from sparsefit.errors import ConfigError, MaskError
+from sparsefit.errors import CalibrationError, ConfigError, MaskError
 from sparsefit.pruning import MaskSet, PruningConfig, PruningResult, prune
+from sparsefit.pruning.ranks import errors_on_all_ranks
 from sparsefit.recovery.adapters import bind_masks
 from sparsefit.recovery.guard import MaskGuard
 from sparsefit.recovery.magnitudes import magnitudes_follow
@@ -36,6 +37,7 @@ class WandaPruning(Callback):
     checkpoint and at the end of training.
 
     Other callbacks take part by hooks of these names, wherever they stand in the list of callbacks:
+    `on_pruning_check(trainer, module)` may refuse before anything is spent,
     `on_pruning_start(trainer, module)` sees the dense model, `on_pruning_end(trainer, module, result)` the pruned one,
     `on_reconstruction(trainer, module, masks)` may tune its kept weights before anything else is trained, and
     `on_base_ready(trainer, module, masks)` finds the sparse base as it will stay, for a callback that writes it.
@@ -202,17 +204,23 @@ class WandaPruning(Callback):
         check_tuners(module, self.config)
         bind_masks(module, None)  # those of an earlier fit
         self._bound = None
+        _tell_callbacks(trainer, "on_pruning_check", module)
+        forward = calibration_forward(trainer, module)
+        with ledger_of(trainer).stage("calibration and pruning"), predicting(trainer):
+            batches, source = self._batches(trainer, module, forward)
         _tell_callbacks(trainer, "on_pruning_start", module)
         with ledger_of(trainer).stage("calibration and pruning"), predicting(trainer):
-            batches, source = None, "nothing: this method needs no data"
             if self.config.needs_inputs:
-                batches, source = calibration_batches(trainer, self.calibration, self.calibration_samples)
-            rank_zero_info(f"Calibrating on {source}.")
-            forward = calibration_forward(trainer, module)
+                rank_zero_info(f"Calibrating on {source}.")
             # Blocks are run alone, too, so the precision is set for all of the pruning and not for each forward.
             precision = trainer.precision_plugin.predict_step_context()
             with self._progress(trainer) as progress, precision, magnitudes_follow(module):
                 self.result = prune(module, batches, self.config, forward=forward, progress=progress)
+        if self.config.needs_inputs and self.calibration_samples not in (None, self.result.samples):
+            self.result.note(
+                f"{self.result.samples} calibration samples were used where {self.calibration_samples} were asked for: "
+                "a batch whose samples cannot be told apart counts as a whole, and samples of padding alone do not"
+            )
         self.masks = self.result.masks
         self.summary = self._account(trainer, source)
         rank_zero_info(
@@ -228,6 +236,23 @@ class WandaPruning(Callback):
         _tell_callbacks(trainer, "on_reconstruction", module, self.masks)
         restart_averages(trainer, module)
         _tell_callbacks(trainer, "on_base_ready", module, self.masks)
+
+    def _batches(
+        self, trainer: Trainer, module: LightningModule, forward: Callable[[Any], Any]
+    ) -> tuple[list[Any] | None, str]:
+        """The calibration data, once they are seen to fit, and where they come from. Where none are needed, one sample
+        that shows what of the model is reached, if there is one that fits."""
+        if not self.config.needs_inputs:
+            try:
+                batches, _ = calibration_batches(trainer, self.calibration, 1)
+                check_forward(trainer, module, forward, batches)
+            except CalibrationError:
+                batches = None
+            return batches, "nothing: this method needs no data"
+        with errors_on_all_ranks():
+            batches, source = calibration_batches(trainer, self.calibration, self.calibration_samples)
+            check_forward(trainer, module, forward, batches)
+        return batches, source
 
     @contextmanager
     def _progress(self, trainer: Trainer) -> Iterator[Callable[[int, int], None]]:

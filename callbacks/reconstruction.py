@@ -10,11 +10,12 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from sparsefit.callbacks.calibration import calibration_batches, calibration_forward, predicting
+from sparsefit.callbacks.calibration import calibration_batches, calibration_forward, check_forward, predicting
 from sparsefit.callbacks.ledgers import budget_of, ledger_of
 from sparsefit.errors import ConfigError
 from sparsefit.pruning import MaskSet
 from sparsefit.pruning.blocks import find_block_lists
+from sparsefit.pruning.ranks import errors_on_all_ranks
 from sparsefit.recovery.reconstruct import ReconstructSettings, dense_weights, reconstruct
 from sparsefit.reporting.console import stage_progress
 from sparsefit.settings import named_settings
@@ -54,6 +55,18 @@ class BlockwiseReconstruction(Callback):
         self.calibration_samples = calibration_samples
         self.account: dict[str, Any] = {}
         self._dense: dict[str, Tensor] = {}
+        self._data: tuple[list[Any], str] | None = None
+
+    def on_pruning_check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read the calibration data, and send a sample through the model.
+
+        Raises:
+            CalibrationError: if that cannot be done.
+        """
+        if self.settings.passes:
+            with ledger_of(trainer).stage("calibration and pruning"), predicting(trainer), errors_on_all_ranks():
+                batches, _ = self._data = calibration_batches(trainer, self.calibration, self.calibration_samples)
+                check_forward(trainer, pl_module, calibration_forward(trainer, pl_module), batches)
 
     def on_pruning_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the dense weights.
@@ -75,7 +88,8 @@ class BlockwiseReconstruction(Callback):
         with ledger.stage("reconstruction"), predicting(trainer):
             seconds = None if budget is None else budget.share_of(trainer, "reconstruction")
             start = time.monotonic()
-            batches, source = calibration_batches(trainer, self.calibration, self.calibration_samples)
+            batches, source = self._data or calibration_batches(trainer, self.calibration, self.calibration_samples)
+            self._data = None
             seconds = None if seconds is None else max(0.0, seconds - (time.monotonic() - start))
             shown = stage_progress("reconstructing block by block", None, visible=trainer.is_global_zero)
             with shown as advance, trainer.precision_plugin.predict_step_context():

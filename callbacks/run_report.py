@@ -93,9 +93,12 @@ class RunReport(Callback):
         if masks is not None and not self.folder.masks.exists() and not trains_base(pl_module):
             self._export_base(trainer, pl_module, masks)
 
+    def on_pruning_check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the run, which may end here: the report says why."""
+        self._begin(trainer, pl_module)
+
     def on_pruning_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate the dense model."""
-        self._begin(trainer, pl_module)
         self._evaluate(trainer, pl_module, "dense")
         self._reserve(trainer, pl_module, ahead=1 + self._reconstructs(trainer))
 

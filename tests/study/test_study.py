@@ -7,7 +7,7 @@ import torch
 from subjects import finetune, subject
 
 from sparsefit import PruningConfig, prune, register_score
-from sparsefit.errors import SparsefitError
+from sparsefit.errors import CalibrationError, SparsefitError
 from sparsefit.pruning.scores import SCORES
 from sparsefit.study import Grid, Results, study
 
@@ -43,7 +43,8 @@ def test_one_calibration_pass_and_one_evaluation_a_point(results):
     net, data = subject()
     study(net, data, GRID.points(), results)
     assert data.calibrations == 1
-    assert net.module.runs == len(data.x) // 8  # micro-batches of the dense network, and nothing else
+    # One sample before anything is evaluated, the micro-batches of the dense network, and nothing else.
+    assert net.module.runs == 1 + len(data.x) // 8
     assert net.module.evaluations == 1 + len(GRID.points()) == len(results.rows)
     assert net.calibration["samples"] == 64
     assert net.prunable == 3 * 2 * 16 * 32
@@ -62,6 +63,17 @@ def test_each_point_is_the_pruning_of_a_fresh_model_and_the_model_is_dense_again
         assert row["digest"] == result.masks.digest()
         assert row["counted"] == pytest.approx(result.masks.sparsity)
         assert row["accuracy"] == pytest.approx(other.module.evaluate(data.test_dataloader())["accuracy"])
+
+
+@pytest.mark.parametrize("wrong", ["none", "of another form"])
+def test_wrong_calibration_data_are_told_before_the_dense_model_is_evaluated(results, wrong):
+    net, data = subject()
+    batches = [] if wrong == "none" else [(torch.randn(4, 7), torch.ones(4))]
+    data.calibration_dataloader = lambda: batches
+    with pytest.raises((CalibrationError, RuntimeError)):
+        study(net, data, GRID.points(), results)
+    assert net.module.evaluations == 0
+    assert not results.rows
 
 
 def test_finetuned_points_are_measured_twice_and_all_is_put_back(results):

@@ -20,7 +20,7 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from rich.markup import escape
 
-from sparsefit.callbacks.calibration import module_call
+from sparsefit.callbacks.model_call import ModelCall
 from sparsefit.cli.fitting_data import check_data
 from sparsefit.cli.quiet import quieten
 from sparsefit.cli.study_data import StudyData
@@ -114,7 +114,7 @@ def _study_model(
     module.to(device)
     train = partial(finetune, given.data, given.finetuning, new_trainer, seed, device)
     epochs = given.finetuning.epochs
-    subject = Subject(name, module, module_call(module), train if epochs else None, given.finetuning.takes, epochs)
+    subject = Subject(name, module, ModelCall(module), train if epochs else None, given.finetuning.takes, epochs)
     try:
         study(subject, data, points, results, partial(_tell, about["metrics"]))
     finally:

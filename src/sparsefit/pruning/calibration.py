@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby, islice
 from typing import Any
 
@@ -12,7 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from sparsefit.errors import CalibrationError
+from sparsefit.pruning.padding import PaddingWatch, Scope
+from sparsefit.pruning.padding_masks import PaddingMask
 from sparsefit.pruning.ranks import errors_on_all_ranks
+from sparsefit.pruning.samples import count_samples, join_samples, map_tensors, split_samples, tensors_in
+from sparsefit.pruning.trimming import Look, Looking, join_masks, mask_named, without_padding
+from sparsefit.pruning.watch import Seen
 
 Forward = Callable[[Any], Any]
 
@@ -23,136 +28,78 @@ class MicroBatch:
 
     Attributes:
         data: In the form of the batches it comes from.
-        origin: For each sample (or once, if the batch was not taken apart) the index of its batch.
+        origin: For each sample the index of its batch.
+        mask: What is known of the padding in it before the model runs.
+        watch: Sees what the model says of that.
+        scopes: What it has said, by id of a module.
     """
 
     data: Any
     origin: tuple[int, ...]
+    mask: PaddingMask | None = None
+    watch: PaddingWatch | None = None
+    scopes: dict[int, Scope] = field(default_factory=dict, compare=False, repr=False)
 
     def first_sample(self) -> Any:
         """A batch of its first sample alone, or all of it if it cannot be taken apart."""
-        samples = _split_samples(self.data)
+        samples = split_samples(self.data)
         return samples[0] if samples else self.data
 
-    @property
-    def padding_mask(self) -> Tensor | None:
-        """(batch, sequence) bool, True = a real token; None if all are."""
-        mask = self.data.get("attention_mask") if isinstance(self.data, Mapping) else None
-        if not isinstance(mask, Tensor) or mask.ndim != 2 or bool(mask.all()):
-            return None
-        return mask.bool()
+    def begin(self) -> None:
+        """It is what runs next."""
+        if self.watch is not None:
+            self.watch.begin(self.mask, self.scopes)
+
+    def real_rows(self, seen: Seen) -> Tensor | str | None:
+        """Which rows of a weight's inputs are no padding: see `padding_masks.real_rows`."""
+        return (Scope(self.mask) if self.watch is None else self.watch.scope).real_rows(seen)
 
 
-def regroup(batches: Iterable[Any], size: int, encoder_decoder: bool = False) -> Iterator[MicroBatch]:
+def regroup(
+    batches: Iterable[Any],
+    size: int,
+    encoder_decoder: bool = False,
+    look: Look | None = None,
+    watch: PaddingWatch | None = None,
+) -> Iterator[MicroBatch]:
     """The samples of all batches in micro-batches of one size, however the batches were cut.
 
     Samples lose their padding; consecutive ones of equal shape go together. So the same samples go through
     the model in the same company, and give the same masks to the bit, whatever the loader's batch size.
     A batch whose structure does not show its samples goes through whole.
 
+    Args:
+        batches: The batches.
+        size: Samples in a micro-batch.
+        encoder_decoder: Whether the model is one.
+        look: Shows what masks the model makes of a batch that does not name one.
+        watch: For the micro-batches.
+
     >>> [batch.origin for batch in regroup([torch.zeros(2, 5), torch.zeros(3, 5)], size=4)]
     [(0, 0, 1, 1), (1,)]
     """
-    for shapes, alike in groupby(_samples(batches, encoder_decoder), key=lambda found: found[0]):
+    for shapes, alike in groupby(_samples(batches, encoder_decoder, look), key=lambda found: found[0]):
         while group := list(islice(alike, 1 if shapes is None else size)):
-            samples = [sample for _, sample, _ in group]
-            data = samples[0] if shapes is None else map_tensors(lambda *parts: torch.cat(parts), *samples)
-            yield MicroBatch(data, tuple(index for _, _, index in group))
+            samples, masks, origins = zip(*(found[1:] for found in group), strict=True)
+            origin = tuple(index for own in origins for index in own)
+            yield MicroBatch(join_samples(list(samples)), origin, join_masks(masks), watch)
 
 
-def _samples(batches: Iterable[Any], encoder_decoder: bool) -> Iterator[tuple[list[torch.Size] | None, Any, int]]:
-    """The shapes of each sample, the sample without padding and the index of its batch; shapes None for a batch that
-    goes through whole. Samples of padding alone are left out."""
+def _samples(
+    batches: Iterable[Any], encoder_decoder: bool, look: Look | None
+) -> Iterator[tuple[list[torch.Size] | None, Any, PaddingMask | None, tuple[int, ...]]]:
+    """The shapes of each sample, the sample without padding, the mask of what is left of that, and the index of its
+    batch; shapes None for a batch that goes through whole. Samples of padding alone are left out."""
     for index, batch in enumerate(batches):
-        samples = _split_samples(batch)
+        samples = split_samples(batch)
         if samples is None:
-            yield None, batch, index
+            yield None, batch, mask_named(batch), (index,) * count_samples(batch)
             continue
         for padded in samples:
-            sample = _without_padding(padded, encoder_decoder)
-            mask = sample.get("attention_mask") if isinstance(sample, Mapping) else None
-            if not isinstance(mask, Tensor) or mask.numel():
-                yield [tensor.shape for tensor in tensors_in(sample)], sample, index
-
-
-def _split_samples(batch: Any) -> list[Any] | None:
-    """A batch as a list of batches of one sample, or None if its tensors do not agree on their first dimension, or
-    it holds something else for each sample (a list of texts)."""
-    tensors = list(tensors_in(batch))
-    if not tensors or any(t.ndim == 0 for t in tensors) or len({len(t) for t in tensors}) != 1:
-        return None
-    if len(tensors[0]) in map(len, _lists_without_tensors(batch)):
-        return None
-    return [map_tensors(lambda t, i=i: t[i : i + 1], batch) for i in range(len(tensors[0]))]
-
-
-def _without_padding(sample: Any, encoder_decoder: bool) -> Any:
-    """A sample of one sequence without the padding at its ends; other samples as they are.
-
-    The labels of an encoder-decoder model are the decoder's, and padded with -100.
-    """
-    if not isinstance(sample, Mapping):
-        return sample
-    trimmed = dict(sample)
-    labels = sample.get("labels")
-    if encoder_decoder and isinstance(labels, Tensor) and labels.ndim == 2 and "decoder_attention_mask" not in sample:
-        real = (labels[0] != -100).nonzero().squeeze(1)
-        trimmed["labels"] = labels[:, : int(real[-1]) + 1 if len(real) else 0]
-    for key in ("attention_mask", "decoder_attention_mask"):
-        mask = sample.get(key)
-        if not isinstance(mask, Tensor) or mask.ndim != 2:
-            continue
-        real = mask[0].nonzero().squeeze(1)
-        start, end = (int(real[0]), int(real[-1]) + 1) if len(real) else (0, 0)
-        for name, value in sample.items():
-            of_decoder = name.startswith("decoder_") or (encoder_decoder and name == "labels")
-            same_side = of_decoder == key.startswith("decoder_")
-            if same_side and isinstance(value, Tensor) and value.shape[:2] == mask.shape:
-                trimmed[name] = value[:, start:end]
-    return trimmed
-
-
-def tensors_in(batch: Any) -> Iterator[Tensor]:
-    """The tensors of a batch, however its mappings, lists and tuples are nested.
-
-    >>> list(tensors_in({"text": "hello", "ids": [torch.tensor(1), (torch.tensor(2),)]}))
-    [tensor(1), tensor(2)]
-    """
-    if isinstance(batch, Tensor):
-        yield batch
-    for value in _members(batch):
-        yield from tensors_in(value)
-
-
-def _lists_without_tensors(batch: Any) -> Iterator[list[Any] | tuple[Any, ...]]:
-    if isinstance(batch, list | tuple) and not any(True for _ in tensors_in(batch)):
-        yield batch
-    else:
-        for value in _members(batch):
-            yield from _lists_without_tensors(value)
-
-
-def _members(batch: Any) -> Iterable[Any]:
-    if isinstance(batch, Mapping):
-        return batch.values()
-    return batch if isinstance(batch, list | tuple) else ()
-
-
-def map_tensors(function: Callable[..., Tensor], *batches: Any) -> Any:
-    """Apply a function to the corresponding tensors of batches of one structure; the rest is taken from the first.
-
-    >>> map_tensors(torch.add, {"ids": torch.tensor(1), "text": "a"}, {"ids": torch.tensor(2), "text": "b"})
-    {'ids': tensor(3), 'text': 'a'}
-    """
-    first = batches[0]
-    if isinstance(first, Tensor):
-        return function(*batches)
-    if isinstance(first, Mapping):
-        return {key: map_tensors(function, *(batch[key] for batch in batches)) for key in first}
-    if isinstance(first, list | tuple):
-        values = [map_tensors(function, *values) for values in zip(*batches, strict=True)]
-        return type(first)(*values) if hasattr(first, "_fields") else type(first)(values)
-    return first
+            found = without_padding(padded, encoder_decoder, look)
+            if found is not None:
+                sample, mask = found
+                yield [tensor.shape for tensor in tensors_in(sample)], sample, mask, (index,)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -207,7 +154,12 @@ def with_names(model: nn.Module, batch: Any) -> Any:
 
 
 def calibration_data(
-    model: nn.Module, batches: Iterable[Any] | None, size: int, forward: Forward | None, needed_by: str
+    model: nn.Module,
+    batches: Iterable[Any] | None,
+    size: int,
+    forward: Forward | None,
+    needed_by: str,
+    watch: PaddingWatch | None = None,
 ) -> list[MicroBatch]:
     """The calibration samples of a model in micro-batches.
 
@@ -217,6 +169,7 @@ def calibration_data(
         size: Samples in a micro-batch.
         forward: How a batch goes through the model, if not as its arguments.
         needed_by: What needs them, for the error.
+        watch: Sees the model's masks.
 
     Raises:
         CalibrationError: on every rank, if there are none on one.
@@ -236,13 +189,32 @@ def calibration_data(
             batches = (with_names(model, batch) for batch in batches)
         configs = (getattr(module, "config", None) for module in model.modules())
         encoder_decoder = any(getattr(config, "is_encoder_decoder", False) is True for config in configs)
-        data = list(regroup(batches, size, encoder_decoder))
+        look = Looking(watch, forward_of(model, forward)) if watch is not None and watch.follows else None
+        data = list(regroup(batches, size, encoder_decoder, look, watch))
         if not data:
             raise CalibrationError(
                 f"{needed_by} needs calibration data and there is none: the source yielded no batch (was an iterator "
                 "used up before?)"
             )
     return data
+
+
+def passing(data: Iterable[MicroBatch], watch: PaddingWatch, forward: Forward) -> Forward:
+    """The same way through a model, told to what watches its padding.
+
+    >>> passing([], PaddingWatch(follows=False), print)("batch")
+    batch
+    """
+    by_data = {id(batch.data): batch for batch in data}
+
+    def passed(batch: Any) -> Any:
+        if id(batch) in by_data:
+            by_data[id(batch)].begin()
+        else:
+            watch.begin(None, {})
+        return forward(batch)
+
+    return passed
 
 
 def forward_of(model: nn.Module, forward: Forward | None) -> Forward:

@@ -120,10 +120,12 @@ class _Collector:
 
     def next_batch(self, batch: MicroBatch) -> None:
         """Say which micro-batch runs next."""
-        self._batch, self._padding, self._awaited = batch, batch.padding_mask, set(self._ends_after)
+        self._batch, self._awaited = batch, set(self._ends_after)
+        batch.begin()
 
     def record(self, seen: Seen) -> None:
         """Take in the input of one weight."""
+        seen = seen._replace(real=self._batch.real_rows(seen))  # shows now: an input that is shared is added later
         key = (seen.weight.name, seen.rows)
         before, shared = self._last or (None, None)
         if key in self._shared or self._apart or not seen.same_input(before) or shared.inputs > 1:
@@ -174,14 +176,15 @@ class _Collector:
 
     def _real_tokens(self, seen: Seen) -> Iterable[Tensor]:
         """(tokens, in) inputs without the positions that are padding; a note if these could not be told."""
-        if self._padding is None:
+        if seen.real is None:
             return seen.tokens()
         pieces = list(seen.tokens())
-        # An expert's tokens come in an order of their own, even where it gets all of them.
-        if len(pieces) > 1 or len(pieces[0]) != self._padding.numel() or seen.weight.index is not None:
+        sizes = [len(piece) for piece in pieces]
+        if isinstance(seen.real, str) or sum(sizes) != len(seen.real):
             self._note(f"{seen.weight.name}: padding could not be told from tokens in its inputs")
             return pieces
-        return [pieces[0][self._padding.flatten().to(pieces[0].device)]]
+        real = seen.real.to(pieces[0].device).split(sizes)
+        return [piece[own] for piece, own in zip(pieces, real, strict=True)]
 
     def all_finite(self) -> bool:
         """Asked once, so that no pass waits for it."""

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from sparsefit.pruning.block_sweep import BlockSweep
-from sparsefit.pruning.calibration import Forward, MicroBatch, forward_of
+from sparsefit.pruning.calibration import Forward, MicroBatch, forward_of, passing
 from sparsefit.pruning.config import PruningConfig
 from sparsefit.pruning.evaluating import evaluating
 from sparsefit.pruning.groups import InputGroup, Parts, input_groups
+from sparsefit.pruning.padding import watching_padding
 from sparsefit.pruning.results import DenseStatistics, PruningResult, checksums
 from sparsefit.pruning.run import PruningRun
 from sparsefit.pruning.steps import Steps
@@ -36,9 +37,10 @@ def prune(
     Args:
         model: Any module; transformers decoders and PEFT-wrapped models among them (their base is pruned).
         batches: Calibration data: each a mapping (keyword arguments of the model), a tuple (its positional
-            arguments) or one tensor. The first dimension of each tensor counts the samples; positions at which
-            `attention_mask` is 0 are padding. Read once. Not needed for magnitude pruning, which then cannot tell what
-            data reaches.
+            arguments) or one tensor. The first dimension of each tensor counts the samples, or lists hold a mapping
+            for each; other batches go through whole. What a padding mask leaves out, whichever the model is called
+            with, counts for nothing. Read once. Not needed for magnitude pruning, which then cannot tell what data
+            reaches.
         config: What to prune and how; by default Wanda at 50% per output, block by block.
         forward: How a batch goes through the model; by default the model is called with it, on its device.
         progress: Called with (steps done, steps in all) as calibration goes on, and with both equal once all
@@ -56,13 +58,14 @@ def prune(
     0.5
     """
     run = PruningRun(model, config or PruningConfig(), progress)
-    with run.undone_by_errors(), torch.no_grad(), evaluating(model):
-        data, forward = run.calibration_data(batches, forward), forward_of(model, forward)
-        run.find_targets(trace(model, data, forward))
+    with run.undone_by_errors(), torch.no_grad(), evaluating(model), watching_padding(model) as watch:
+        data = run.calibration_data(batches, forward, watch)
+        through = passing(data, watch, forward_of(model, forward))
+        run.find_targets(trace(model, data, through))
         if run.takes_one_pass:
-            _in_one_pass(run, data, forward)
+            _in_one_pass(run, data, through)
         else:
-            _block_by_block(run, data, forward)
+            _block_by_block(run, data, through)
     return run.result
 
 
@@ -157,13 +160,14 @@ def collect_statistics(
     runs = [PruningRun(model, config, progress) for config in configs]
     kinds = frozenset({"squared_norm"}).union(*(config.statistics for config in configs))
     run = runs[0]
-    with torch.no_grad(), evaluating(model):
-        data, forward = run.calibration_data(batches, forward), forward_of(model, forward)
-        found = trace(model, data, forward)
+    with torch.no_grad(), evaluating(model), watching_padding(model) as watch:
+        data = run.calibration_data(batches, forward, watch)
+        through = passing(data, watch, forward_of(model, forward))
+        found = trace(model, data, through)
         for one in runs:
             one.find_targets(found)
         weights = list({weight.name: weight for one in runs for weight in one.weights}.values())
-        parts = run.collect_whole(weights, kinds, data, forward)
+        parts = run.collect_whole(weights, kinds, data, through)
     run.finish()
     result = run.result
     return DenseStatistics(parts, kinds, found, checksums(weights), result.samples, result.seconds, tuple(result.notes))

@@ -20,6 +20,7 @@ from sparsefit.pruning.config import PruningConfig
 from sparsefit.pruning.groups import InputGroup, Parts
 from sparsefit.pruning.inputs import Key, collect
 from sparsefit.pruning.layers.base import PrunableWeight, is_dense
+from sparsefit.pruning.padding import PaddingWatch
 from sparsefit.pruning.ranks import of_first_rank
 from sparsefit.pruning.results import PruningResult
 from sparsefit.pruning.scores import SCORES
@@ -112,13 +113,18 @@ class PruningRun:
         self.result.seconds = time.perf_counter() - self._start
         self._progress(self._steps_in_all, self._steps_in_all)
 
-    def calibration_data(self, batches: Iterable[Any] | None, forward: Forward | None) -> list[MicroBatch]:
+    def calibration_data(
+        self, batches: Iterable[Any] | None, forward: Forward | None, watch: PaddingWatch
+    ) -> list[MicroBatch]:
         """The calibration data in micro-batches; if none is needed, a batch of what there is, to look at the model."""
-        config = self.config
+        config, needed_by = self.config, _what_needs_inputs(self.config)
         if not config.needs_inputs:
-            first = list(itertools.islice(batches or (), 1))
-            return calibration_data(self._model, first, config.micro_batch_size, forward, "") if first else []
-        data = calibration_data(self._model, batches, config.micro_batch_size, forward, _what_needs_inputs(config))
+            batches = list(itertools.islice(batches or (), 1))
+            if not batches:
+                return []
+        data = calibration_data(self._model, batches, config.micro_batch_size, forward, needed_by, watch)
+        if not config.needs_inputs:
+            return data
         self.result.samples = sum(len(batch.origin) for batch in data)
         passes = 1
         if not self.takes_one_pass:

@@ -27,6 +27,7 @@ class Seen(NamedTuple):
         version: Grows when that tensor is changed in place.
         tokens: What the matrix multiplies.
         key: Tells apart what is taken from one tensor in different ways.
+        real: Which of the tokens are no padding, (tokens,) bool; None if all are; or why that cannot be told.
     """
 
     weight: PrunableWeight
@@ -35,6 +36,7 @@ class Seen(NamedTuple):
     version: int
     tokens: Tokens
     key: Hashable = None
+    real: Tensor | str | None = None
 
     def same_input(self, other: Seen | None) -> bool:
         """Whether another weight is multiplied by the very same."""

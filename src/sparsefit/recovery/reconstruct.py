@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsefit.errors import CalibrationError, ConfigError
+from sparsefit.errors import ConfigError
 from sparsefit.pruning import MaskSet
 from sparsefit.pruning.blocks import find_block_lists, hidden_of
-from sparsefit.pruning.calibration import call_model, device_of, regroup, to_device, with_names
+from sparsefit.pruning.calibration import calibration_data, forward_of
 from sparsefit.pruning.evaluating import evaluating
 from sparsefit.pruning.naming import base_modules, canonical_name
+from sparsefit.pruning.padding import watching_padding
 from sparsefit.pruning.ranks import of_first_rank
 from sparsefit.recovery.block_runs import BlockRun, adapters_off, in_float32, sweep, sweepable_lists
 from sparsefit.recovery.guard import MaskGuard
@@ -111,13 +112,9 @@ def reconstruct(
         CalibrationError: if there is no calibration data.
     """
     settings = settings or ReconstructSettings()
-    device = device_of(model)
-    pass_on = forward or (lambda batch: call_model(model, to_device(batch, device)))
-    if forward is None:
-        batches = (with_names(model, batch) for batch in batches)
-    data = list(regroup(batches, settings.batch_size))
-    if not data:
-        raise CalibrationError("the reconstruction needs calibration data and there is none: give `batches`")
+    pass_on = forward_of(model, forward)
+    with torch.no_grad(), evaluating(model), watching_padding(model) as watch:
+        data = calibration_data(model, batches, settings.batch_size, forward, "the reconstruction", watch)
     names = {id(module): canonical_name(name) for name, module in base_modules(model).items()}
     tuner = _Tuner(model, dense, masks, settings, seconds)
     errors: list[BlockError] = []

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from sparsefit.errors import ConfigError, SparsefitError
+from sparsefit.errors import CalibrationError, ConfigError, SparsefitError
 from sparsefit.pruning import (
     DenseStatistics,
     MaskSet,
@@ -25,6 +25,8 @@ from sparsefit.pruning import (
 )
 from sparsefit.pruning.blocks import find_block_lists
 from sparsefit.pruning.calibration import device_of
+from sparsefit.pruning.evaluating import evaluating
+from sparsefit.pruning.samples import split_samples
 from sparsefit.pruning.targets import find_weights
 from sparsefit.study.grid import Point
 from sparsefit.study.results import Results
@@ -111,12 +113,14 @@ def study(
         results.add(row)
         done(row)
 
+    calibration = _calibration(subject, data, missing)
     if results.find(**subject.key(None, "dense")) is None:
         figures, seconds = _evaluated(subject.module, data, results.metrics)
         add({**subject.key(None, "dense"), **figures, "evaluation_seconds": seconds})
     if not missing:
         return
-    statistics = _calibrated(subject, data, missing)
+    statistics = _calibrated(subject, calibration, missing)
+    calibration = []
     dense = {name: tensor.detach().clone() for name, tensor in _tensors(subject.module).items()}
     for point in missing:
         with _restored(subject.module, dense):
@@ -164,14 +168,31 @@ def _pruned(
     return result, row | {"selection_seconds": result.seconds}
 
 
-def _calibrated(subject: Subject, data: Data, points: Iterable[Point]) -> DenseStatistics | None:
+def _calibration(subject: Subject, data: Data, points: Iterable[Point]) -> list[Any]:
+    """The calibration batches, if points need any; one sample has gone through the model.
+
+    Raises:
+        CalibrationError: before anything is evaluated, if there are none, or the sample does not go through.
+    """
+    if not any(point.config.needs_inputs for point in points):
+        return []
+    batches = list(data.calibration_dataloader())
+    if not batches:
+        raise CalibrationError("the study needs calibration data and there is none: calibration_dataloader() is empty")
+    samples = split_samples(batches[0])
+    with torch.no_grad(), evaluating(subject.module):
+        subject.forward(samples[0] if samples else batches[0])
+    return batches
+
+
+def _calibrated(subject: Subject, batches: list[Any], points: Iterable[Point]) -> DenseStatistics | None:
     """The statistics of the dense network that some points need; None where none does."""
     configs = [point.config for point in points if point.config.update == "none" and point.config.needs_inputs]
     # What does not fit the model fails as a point of its own.
     configs = [config for config in configs if _fits(subject.module, config)]
     if not configs:
         return None
-    statistics = collect_statistics(subject.module, data.calibration_dataloader(), configs, forward=subject.forward)
+    statistics = collect_statistics(subject.module, batches, configs, forward=subject.forward)
     subject.calibration = {"samples": statistics.samples, "seconds": statistics.seconds}
     subject.notes += [note for note in statistics.notes if note not in subject.notes]
     return statistics

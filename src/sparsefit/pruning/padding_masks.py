@@ -1,0 +1,228 @@
+"""Reading padding masks: from the arguments with which a module is called, and for the inputs of a weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sparsefit.pruning.watch import Seen
+
+_MEMORY = ("encoder_hidden_states", "memory")
+"""What decoders call the states that they attend to."""
+
+
+@dataclass(frozen=True, eq=False)
+class PaddingMask:
+    """What is no padding in some sequences.
+
+    Attributes:
+        real: (batch, sequence) bool, True = a real token.
+        source: The tensor that a module was given.
+        seq_first: Whether the hidden states are (sequence, batch, width) where these sizes are the same.
+        of_signal: Whether it is about samples of sound, of which several make one state.
+    """
+
+    real: Tensor
+    source: Tensor
+    seq_first: bool = False
+    of_signal: bool = False
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether there is any."""
+        return not bool(self.real.all())
+
+
+@dataclass(frozen=True)
+class Given:
+    """The masks among the arguments of one call.
+
+    Attributes:
+        main: Of the sequences that the module works on.
+        memory: Of those that a decoder attends to.
+        ahead: Of those of the decoder that an encoder-decoder model contains.
+    """
+
+    main: PaddingMask | None = None
+    memory: PaddingMask | None = None
+    ahead: PaddingMask | None = None
+
+    def any(self) -> bool:
+        """Whether there is one."""
+        return self.main is not None or self.memory is not None or self.ahead is not None
+
+
+def masks_given(given: Mapping[str, Tensor], names: frozenset[str], seq_first: bool = False) -> Given:
+    """The padding masks among the tensors that a module is called with.
+
+    By torch's convention True is padding in masks named like `key_padding_mask`, by that of transformers 1 is real in
+    an `attention_mask`. One that fits no other tensor (tokens by tokens, or of a cache) is none; nor is one of other
+    dimensions.
+
+    Args:
+        given: The tensors, by the names of the module's parameters.
+        names: All names of its parameters.
+        seq_first: Whether the module's hidden states are (sequence, batch, width).
+
+    >>> ids, mask = torch.ones(1, 3), torch.tensor([[False, False, True]])
+    >>> masks_given({"src": ids, "src_key_padding_mask": mask}, frozenset()).main.real
+    tensor([[ True,  True, False]])
+    """
+    main = memory = ahead = None
+    for name in sorted((name for name in given if may_be_mask(name)), key=_rank):
+        real = _real(name, given[name])
+        if real is None:
+            continue
+        if name.startswith(("encoder_", "memory_")):
+            memory = memory or PaddingMask(real, given[name], seq_first)
+        elif name.startswith("decoder_") or (name.startswith("tgt_") and "src" in names):
+            ahead = ahead or PaddingMask(real, given[name], seq_first)
+        elif main is None and (kind := _fits_call(real, name, given)) is not None:
+            main = PaddingMask(real, given[name], seq_first, kind == "signal")
+    labels = given.get("labels")
+    if ahead is None and "decoder_input_ids" in names and labels is not None and labels.ndim == 2:
+        real = until_last(labels != -100)
+        ahead = PaddingMask(real, real)
+    return Given(main, memory, ahead)
+
+
+def until_last(found: Tensor) -> Tensor:
+    """(batch, sequence) bool: True up to the last True of each row.
+
+    >>> until_last(torch.tensor([[False, True, False]]))
+    tensor([[ True,  True, False]])
+    """
+    return found.flip(1).cumsum(1).flip(1) > 0
+
+
+def memory_of(given: Mapping[str, Tensor]) -> list[Tensor]:
+    """The states that a decoder or a cross-attention, called with these tensors, attends to.
+
+    >>> memory_of({"tgt": torch.ones(1), "memory": torch.zeros(1)})
+    [tensor([0.])]
+    """
+    found = [given[name] for name in _MEMORY if name in given]
+    query = given.get("query")
+    if query is not None and "key" in given and storage_of(query) != storage_of(given["key"]):
+        found += [given[name] for name in ("key", "value") if name in given]
+    return found
+
+
+def storage_of(tensor: Tensor) -> int:
+    """What views of one tensor have in common.
+
+    >>> tensor = torch.zeros(2, 3)
+    >>> storage_of(tensor.t()) == storage_of(tensor)
+    True
+    """
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else id(tensor)
+
+
+def in_sequence(tensor: Tensor, mask: PaddingMask) -> bool:
+    """Whether a tensor can be hidden states, or a part of them, of the sequences that a mask is about.
+
+    >>> mask = PaddingMask(torch.ones(2, 5) > 0, torch.ones(2, 5))
+    >>> [in_sequence(torch.ones(*shape), mask) for shape in ((2, 5, 8), (5, 2, 8), (10, 8), (2, 3, 16, 16))]
+    [True, True, True, False]
+    """
+    (batch, length), shape = mask.real.shape, tensor.shape
+    if mask.of_signal:
+        return True
+    if len(shape) < 2:
+        return False
+    if shape[:2] == (length, batch) or shape[0] == batch * length or (shape[0] == batch and length in shape[1:]):
+        return True
+    return len(shape) == 3 and shape[0] * shape[1] == batch * length
+
+
+def real_rows(mask: PaddingMask, seen: Seen) -> Tensor | str | None:
+    """Which of the rows that a weight multiplies are no padding, in their order.
+
+    Returns:
+        (tokens,) bool; None if the inputs are none of the mask's sequences; a word for why it cannot be told.
+
+    >>> from sparsefit.pruning.layers import matrices_of
+    >>> [weight], mask = matrices_of(nn.Linear(4, 4)), torch.tensor([[True, False], [True, True]])
+    >>> seen = Seen(weight, None, torch.ones(2, 2, 4), 0, lambda: iter(()), None)
+    >>> real_rows(PaddingMask(mask, mask), seen)
+    tensor([ True, False,  True,  True])
+    """
+    real, layer, inputs = mask.real, seen.weight.layers[0], seen.inputs
+    if seen.weight.index is not None:
+        return "experts get tokens in an order of their own"
+    if isinstance(layer, nn.RNNBase | nn.MultiheadAttention):  # these give theirs sequence by sequence
+        return real.flatten() if inputs.ndim == 3 and inputs.shape[:2] in (real.shape, real.t().shape) else None
+    if seen.weight.view.ndim > 2:  # (batch, channels, positions)
+        lead = (inputs.shape[0], *inputs.shape[2:])
+        return real.flatten() if lead == real.shape else "of a signal" if mask.of_signal else None
+    lead = tuple(inputs.shape[:-1])
+    if mask.of_signal and len(lead) == 2 and lead[0] == len(real) and real.shape[1] % lead[1] == 0:
+        real = real[:, :: real.shape[1] // lead[1]]  # as a convolution of that stride goes over them
+    return _expanded(real, lead, mask)
+
+
+def _expanded(real: Tensor, lead: tuple[int, ...], mask: PaddingMask) -> Tensor | str | None:
+    """A (batch, sequence) mask for inputs (*lead, in)."""
+    (batch, length), total = real.shape, real.numel()
+    by_step = lead[:2] == (length, batch)
+    if by_step and (mask.seq_first or lead[:2] != (batch, length)):
+        return _spread(real.t(), lead, (0, 1))
+    if len(lead) > 1 and lead[0] == batch and length in lead[1:]:
+        return _spread(real, lead, (0, lead.index(length, 1)))
+    if math.prod(lead) == total:
+        return (real.t() if mask.seq_first and len(lead) == 1 else real).flatten()
+    if mask.of_signal:
+        return "several samples of a signal make one state"
+    if len(lead) == 1 and lead[0] < total and lead[0] not in (batch, int(real.sum())):
+        return "only some tokens come"
+    return None
+
+
+def _spread(real: Tensor, lead: tuple[int, ...], places: tuple[int, int]) -> Tensor:
+    shape = [size if place in places else 1 for place, size in enumerate(lead)]
+    return real.reshape(shape).expand(lead).flatten()
+
+
+def may_be_mask(name: str) -> bool:
+    """Whether a parameter has the name of a padding mask.
+
+    >>> [name for name in ("attention_mask", "src_key_padding_mask", "mask", "attn_mask") if may_be_mask(name)]
+    ['attention_mask', 'src_key_padding_mask']
+    """
+    return name.endswith("attention_mask") or ("pad" in name and "mask" in name)
+
+
+def _rank(name: str) -> tuple[int, str]:
+    """Those of a single modality last."""
+    order = ("attention_mask", "src_key_padding_mask", "tgt_key_padding_mask", "key_padding_mask", "padding_mask")
+    return (order.index(name) if name in order else len(order)), name
+
+
+def _real(name: str, mask: Tensor) -> Tensor | None:
+    if name == "patch_attention_mask" and mask.ndim == 3:
+        mask = mask.flatten(1)
+    if mask.ndim != 2:
+        return None
+    if mask.is_floating_point():
+        if bool(((mask == 0) | (mask == 1)).all()) and "key_padding" not in name:
+            return mask == 1
+        # Added to the scores of attention: minus infinity is padding.
+        return mask == 0 if "pad" in name else None
+    # A `padding_mask` of integers is an attention mask by another name (EnCodec's).
+    return ~mask if "pad" in name and mask.dtype is torch.bool else mask != 0
+
+
+def _fits_call(real: Tensor, name: str, given: Mapping[str, Tensor]) -> str | None:
+    """What else in a call a mask fits: "tokens", a "signal", or nothing."""
+    batch, length = real.shape
+    others = [tensor for other, tensor in given.items() if not may_be_mask(other)]
+    sound = [t for t in others if t.is_floating_point() and (t.shape == real.shape or t.shape[::2] == real.shape)]
+    if any(t.ndim >= 2 and t.shape[:2] in ((batch, length), (length, batch)) for t in others):
+        return "signal" if any(t.shape == real.shape for t in sound) and "input_values" in given else "tokens"
+    if name == "patch_attention_mask":
+        return "tokens"
+    return "signal" if any(t.ndim == 3 for t in sound) else None

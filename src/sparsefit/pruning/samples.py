@@ -1,0 +1,181 @@
+"""The samples of a batch, however its tensors, mappings and lists are nested: counting, cutting, joining them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_MAIN = ("input_ids", "inputs_embeds", "attention_mask", "labels", "label", "targets", "target")
+
+
+def tensors_in(batch: Any) -> Iterator[Tensor]:
+    """The tensors of a batch, however its mappings, lists and tuples are nested.
+
+    >>> list(tensors_in({"text": "hello", "ids": [torch.tensor(1), (torch.tensor(2),)]}))
+    [tensor(1), tensor(2)]
+    """
+    if isinstance(batch, Tensor):
+        yield batch
+    for value in _members(batch):
+        yield from tensors_in(value)
+
+
+def map_tensors(function: Callable[..., Tensor], *batches: Any) -> Any:
+    """Apply a function to the corresponding tensors of batches of one structure; the rest is taken from the first.
+
+    >>> map_tensors(torch.add, {"ids": torch.tensor(1), "text": "a"}, {"ids": torch.tensor(2), "text": "b"})
+    {'ids': tensor(3), 'text': 'a'}
+    """
+    first = batches[0]
+    if isinstance(first, Tensor):
+        return function(*batches)
+    if isinstance(first, Mapping):
+        return {key: map_tensors(function, *(batch[key] for batch in batches)) for key in first}
+    if isinstance(first, list | tuple):
+        return _like(first, [map_tensors(function, *values) for values in zip(*batches, strict=True)])
+    return first
+
+
+def count_samples(batch: Any) -> int:
+    """How many samples a batch holds.
+
+    A list of one mapping for each sample says so itself. Tensors do by their first dimension; where they differ in it,
+    as patches of images and texts do, `input_ids`, masks and labels do, and else what most of them say.
+
+    >>> count_samples({"pixel_values": torch.zeros(40, 12), "input_ids": torch.ones(2, 9, dtype=torch.long)})
+    2
+    >>> count_samples(([torch.zeros(3, 8, 8), torch.zeros(3, 9, 9)], [{"boxes": torch.zeros(5, 4)}, {}]))
+    2
+    """
+    if (listed := _listed(batch)) is not None:
+        return listed
+    tensors = [tensor for tensor in tensors_in(batch) if tensor.ndim]
+    if isinstance(batch, Mapping) and not _agree(tensors):
+        for key in _MAIN:
+            if isinstance(batch.get(key), Tensor) and batch[key].ndim:
+                return len(batch[key])
+    # Tokens, masks and labels.
+    texts = [tensor for tensor in tensors if not tensor.is_floating_point() and tensor.ndim <= 2]
+    first = Counter(len(tensor) for tensor in (tensors if _agree(tensors) else texts or tensors))
+    return first.most_common(1)[0][0] if first else 1
+
+
+def split_samples(batch: Any) -> list[Any] | None:
+    """A batch as a list of batches of one sample; None if its structure does not show what belongs to which sample:
+    its tensors differ in their first dimension, one has none, or a list of numbers could be of each sample or of all.
+
+    >>> split_samples({"x": torch.tensor([[1], [2]]), "text": ["a", "b"]})
+    [{'x': tensor([[1]]), 'text': ['a']}, {'x': tensor([[2]]), 'text': ['b']}]
+    >>> split_samples({"patches": torch.zeros(12, 4), "grids": torch.ones(2, 3)}) is None
+    True
+    """
+    size, listed = count_samples(batch), _listed(batch) is not None
+    if not _can_be_split(batch, size, listed):
+        return None
+    return [_cut(batch, size, listed, index, index + 1) for index in range(size)]
+
+
+def cut_batch(batch: Any, size: int) -> Any:
+    """The first samples of a batch; all of them where it cannot be cut.
+
+    >>> cut_batch([torch.zeros(4, 2), torch.zeros(4)], 3)[0].shape
+    torch.Size([3, 2])
+    """
+    whole, listed = count_samples(batch), _listed(batch) is not None
+    return _cut(batch, whole, listed, 0, size) if _can_be_split(batch, whole, listed) else batch
+
+
+def join_samples(samples: list[Any]) -> Any:
+    """Batches of one sample, as `split_samples` gives them, and alike, as one batch.
+
+    >>> join_samples([{"x": torch.tensor([1]), "text": ["a"]}, {"x": torch.tensor([2]), "text": ["b"]}])
+    {'x': tensor([1, 2]), 'text': ['a', 'b']}
+    """
+    return samples[0] if len(samples) == 1 else _join(samples, _listed(samples[0]) is not None)
+
+
+def _join(samples: list[Any], listed: bool) -> Any:
+    first = samples[0]
+    if isinstance(first, Tensor):
+        return torch.cat(samples)
+    if isinstance(first, Mapping):
+        return {key: _join([sample[key] for sample in samples], listed) for key in first}
+    if _one_each(first, 1, listed):
+        return type(first)(value for sample in samples for value in sample)
+    if isinstance(first, list | tuple):
+        return _like(first, [_join(list(values), listed) for values in zip(*samples, strict=True)])
+    return first
+
+
+def _cut(batch: Any, size: int, listed: bool, start: int, stop: int) -> Any:
+    """Some samples of a batch of `size` that can be split."""
+    if isinstance(batch, Tensor) or _one_each(batch, size, listed):
+        return batch[start:stop]
+    if isinstance(batch, Mapping):
+        return {key: _cut(value, size, listed, start, stop) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return _like(batch, [_cut(value, size, listed, start, stop) for value in batch])
+    return batch
+
+
+def _can_be_split(batch: Any, size: int, listed: bool) -> bool:
+    if isinstance(batch, Tensor):
+        return batch.ndim > 0 and len(batch) == size
+    if _one_each(batch, size, listed):
+        return True
+    if isinstance(batch, list | tuple) and len(batch) == size and not any(True for _ in tensors_in(batch)):
+        return False
+    return all(_can_be_split(value, size, listed) for value in _members(batch))
+
+
+def _one_each(value: Any, size: int, listed: bool) -> bool:
+    """Whether this is a list that holds one thing for each of `size` samples: mappings or tensors where the batch is
+    `listed`, or texts. Other lists of tensors are parts of the batch."""
+    if not isinstance(value, list | tuple) or len(value) != size or hasattr(value, "_fields"):
+        return False
+    kinds = (Mapping, Tensor) if listed else ()
+    return any(all(isinstance(each, kind) for each in value) for kind in (str, *kinds))
+
+
+def _listed(batch: Any) -> int | None:
+    """The number of samples, where a list holds one mapping for each: there is a tensor or a list of so many beside it,
+    or the tensors in the mappings are no batches of one size (then the mappings are those of several loaders)."""
+    for found in _lists(batch):
+        if found and all(isinstance(each, Mapping) for each in found):
+            beside = [value for value in _lists(batch) if value is not found and value is not batch]
+            beside += [tensor for tensor in _tensors_outside(batch, found) if tensor.ndim]
+            if any(len(value) == len(found) for value in beside) or not _agree(list(tensors_in(found))):
+                return len(found)
+    return None
+
+
+def _lists(batch: Any) -> Iterator[Any]:
+    if isinstance(batch, list | tuple):
+        yield batch
+    for value in _members(batch):
+        yield from _lists(value)
+
+
+def _tensors_outside(batch: Any, left_out: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    for value in _members(batch) if batch is not left_out else ():
+        yield from _tensors_outside(value, left_out)
+
+
+def _agree(tensors: list[Tensor]) -> bool:
+    return all(tensor.ndim for tensor in tensors) and len({len(tensor) for tensor in tensors}) <= 1
+
+
+def _members(batch: Any) -> Iterable[Any]:
+    if isinstance(batch, Mapping):
+        return batch.values()
+    return batch if isinstance(batch, list | tuple) else ()
+
+
+def _like(first: list[Any] | tuple[Any, ...], values: list[Any]) -> Any:
+    return type(first)(*values) if hasattr(first, "_fields") else type(first)(values)
