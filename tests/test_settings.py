@@ -1,0 +1,114 @@
+"""Settings as people write them: numbers of any kind, patterns as YAML reads them, and names with a slip."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+import sparsefit
+from sparsefit import GPUHourBudget, PruningConfig, RunReport, WandaPruning
+from sparsefit.errors import ConfigError
+from sparsefit.settings import as_number
+
+NUMBERS = [np.float16(0.57), np.float32(0.57), np.float64(0.57), np.array(0.57), torch.tensor(0.57), Fraction(57, 100)]
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda number: type(number).__name__)
+def test_numbers_of_every_kind_are_the_decimal_that_they_are_written_as(number):
+    config = PruningConfig(sparsity=number, damping=number)
+    assert (config.sparsity, config.damping) == (0.57, 0.57)
+    assert config.exact_sparsity == Fraction(57, 100)
+
+
+@pytest.mark.parametrize("number", [np.int8(3), np.int64(3), np.uint16(3), np.array(3), torch.tensor(3)], ids=repr)
+def test_whole_numbers_of_every_kind(number):
+    config = PruningConfig(swaps=number, micro_batch_size=number)
+    assert (config.swaps, config.micro_batch_size) == (3, 3)
+    assert type(config.swaps) is int
+    assert WandaPruning(0.5, calibration_samples=number).calibration_samples == 3
+
+
+@pytest.mark.parametrize("value", ["0.5", None, True, np.bool_(True), np.nan, np.inf, np.ones(2), torch.ones(1), 1j])
+def test_what_is_no_number(value):
+    assert as_number(value) is None
+    with pytest.raises(ConfigError):
+        PruningConfig(damping=value)
+
+
+@pytest.mark.parametrize(
+    ("given", "pattern", "sparsity"),
+    [
+        ("2:4", "2:4", 0.5),
+        (2 * 60 + 4, "2:4", 0.5),
+        (4 * 60 + 8, "4:8", 0.5),
+        (16 * 60 + 32, "16:32", 0.5),
+        (64, "1:4", 0.75),
+    ],
+)
+def test_patterns_as_they_are_quoted_and_as_yaml_reads_them_unquoted(given, pattern, sparsity):
+    config = PruningConfig(pattern=given)
+    assert (config.pattern, config.sparsity) == (pattern, sparsity)
+    assert WandaPruning(pattern=given).config == config
+
+
+def test_an_unquoted_pattern_in_a_recipe(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("pruning:\n  pattern: 2:4\n", encoding="utf-8")
+    code = (
+        "import sys; from unittest import mock; from sparsefit.cli import main; from lightning.pytorch import Trainer\n"
+        f"sys.argv = ['sparsefit', 'fit', '--config', 'configs/quickstart.yaml', '--config', {str(recipe)!r},\n"
+        f"            '--pruning.sparsity', 'null', '--run.folder', {str(tmp_path / 'run')!r}]\n"
+        "with mock.patch.object(Trainer, 'fit', autospec=True) as fit: main()\n"
+        "callbacks = fit.call_args.args[0].callbacks\n"
+        "print('config', next(c.config.pattern for c in callbacks if type(c).__name__ == 'WandaPruning'))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "config 2:4" in run.stdout, run.stdout + run.stderr
+
+
+def test_a_pattern_needs_no_sparsity_and_bears_none_that_contradicts():
+    assert PruningConfig(sparsity=None, pattern="1:4").sparsity == 0.75
+    assert PruningConfig(sparsity=0.75, pattern="1:4").sparsity == 0.75
+    assert PruningConfig().sparsity == 0.5
+    with pytest.raises(ConfigError, match=r"sparsity 0\.5 contradicts pattern '1:4', which is 0\.75"):
+        PruningConfig(sparsity=0.5, pattern="1:4")
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "near"),
+    [
+        (PruningConfig, "sparsty", "sparsity"),
+        (WandaPruning, "granularty", "granularity"),
+        (WandaPruning, "calibration_sample", "calibration_samples"),
+        (GPUHourBudget, "gpu_hour", "gpu_hours"),
+        (RunReport, "foldr", "folder"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_a_slip_in_a_name_is_told_with_the_nearest_one(make, name, near):
+    with pytest.raises(ConfigError, match=f"{make.__name__} has no setting '{name}': did you mean '{near}'"):
+        make(**{name: 1})
+
+
+def test_the_callback_names_every_setting_of_a_pruning():
+    import inspect
+
+    names = set(inspect.signature(WandaPruning).parameters)
+    assert set(PruningConfig.__dataclass_fields__) | {"calibration", "calibration_samples"} == names
+    for name in names:
+        assert f"        {name}: " in WandaPruning.__doc__, name
+
+
+def test_what_most_need_is_at_the_top_of_the_package():
+    for name in ("WandaPruning", "GPUHourBudget", "RunReport", "AdapterSettings", "MaskSet"):
+        assert name in sparsefit.__all__
+        assert name in dir(sparsefit)
+    for name in sparsefit.__all__:
+        assert getattr(sparsefit, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'WandaPrunning'"):
+        sparsefit.WandaPrunning  # noqa: B018
