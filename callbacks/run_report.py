@@ -20,6 +20,7 @@ from sparsefit.callbacks.quantization import QuantizedBase
 from sparsefit.callbacks.reconstruction import BlockwiseReconstruction
 from sparsefit.callbacks.run_account import beginning, standing
 from sparsefit.callbacks.run_folder import RunFolder
+from sparsefit.callbacks.task_figures import LEDGER_STAGE, METRIC, TaskFigures
 from sparsefit.callbacks.validating import better, logged_as, validated
 from sparsefit.errors import MergeError, RunFolderError
 from sparsefit.pruning import MaskSet, PruningResult
@@ -52,17 +53,31 @@ class RunReport(Callback):
     Args:
         folder: The run folder: new or empty, unless a run is resumed.
         name: What the report is titled with; by default the folder's name.
+        tasks: Zero-shot tasks of lm-eval that a language model is measured by, too: dense, pruned, reconstructed and
+            recovered. Their time is kept from the budget like that of other evaluations.
+        tasks_folder: A folder with files of their items, for use without the hub.
+        tasks_limit: The first so many items of each task; None takes all.
+        tasks_batch_size: Requests of the tasks that are sent through the model at once.
 
     Raises:
         RunFolderError: at the start of the fit, if the folder cannot be used.
     """
 
-    def __init__(self, folder: str = "runs/sparsefit", name: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: str = "runs/sparsefit",
+        name: str | None = None,
+        tasks: list[str] | None = None,
+        tasks_folder: str | None = None,
+        tasks_limit: int | None = None,
+        tasks_batch_size: int = 8,
+    ) -> None:
         self.folder = RunFolder(folder)
+        self.tasks = TaskFigures(tasks, tasks_folder, tasks_limit, tasks_batch_size)
         self.name = name or self.folder.path.name
         self.report: dict[str, Any] = {}
         self._history: list[dict[str, float]] = []
-        self._seconds = {"evaluation": 0.0, "export": 0.0}  # the longest of each
+        self._seconds = {"evaluation": 0.0, "export": 0.0, LEDGER_STAGE: 0.0}  # the longest of each
         self._configuration: str | None = None
         self._claimed = False
         self._begun = False  # from here on the run writes to the folder
@@ -75,6 +90,7 @@ class RunReport(Callback):
         self._claimed = self._begun = False
         self.folder.image_processor = getattr(trainer.datamodule, "image_processor", None)
         self.report = beginning(self.name, self.folder.path, pl_module)
+        self.tasks.load(pl_module)
 
     def take_configuration(self, text: str) -> None:
         """Keep the YAML of the run in the report, and beside it as a file that a new run can start from."""
@@ -171,7 +187,9 @@ class RunReport(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The figures so far, for a run that is resumed."""
         figures = {metric: self.report.get(metric) for metric in self.report.get("metrics", {})}
-        kept = {key: self.report[key] for key in ("timeline", "reconstruction", "metrics") if key in self.report}
+        kept = {
+            key: self.report[key] for key in ("timeline", "reconstruction", "metrics", "tasks") if key in self.report
+        }
         return {"figures": figures, "history": self._history, "kept": kept, "id": self.report.get("id")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -218,7 +236,7 @@ class RunReport(Callback):
             )
 
     def _evaluate(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        figures = self._figures(trainer, module, stage)
+        figures = self._figures(trainer, module, stage) | self._task_figures(trainer, module, stage)
         for metric, value in figures.items():
             self.report.setdefault(metric, {})[stage] = value
             self._note(trainer, stage, metric, value)
@@ -242,6 +260,15 @@ class RunReport(Callback):
             with stage_progress(f"evaluating the {stage} model", total, visible=trainer.is_global_zero) as advance:
                 return evaluate(loader, progress=lambda _: advance())
 
+    def _task_figures(self, trainer: Trainer, module: LightningModule, stage: str) -> dict[str, float]:
+        if not self.tasks.names or stage not in self.tasks.stages:
+            return {}
+        with self._charged(trainer, LEDGER_STAGE), trainer.precision_plugin.val_step_context():
+            figures, results = self.tasks.measure(module, stage, visible=trainer.is_global_zero)
+        self.report.setdefault("tasks", {})[stage] = results
+        self.report["metrics"] |= {METRIC: "higher"}
+        return figures
+
     def _note(self, trainer: Trainer, stage: str, metric: str, value: float) -> None:
         """A point of the curve of quality against GPU-hours."""
         point = {"stage": stage, "gpu_hours": ledger_of(trainer).hours, "step": trainer.global_step}
@@ -253,7 +280,8 @@ class RunReport(Callback):
             form, masks = form_of(module), masks_of(trainer)  # none before the pruning
             merges = form in LOSSLESS if masks is None else form is not None and not lossy_layers(module, masks)
             closing = (1 + merges) * (self._seconds["evaluation"] + self._seconds["export"])
-            budget.keep(_MARGIN * (ahead * self._seconds["evaluation"] + closing), "closing")
+            tasks = (ahead + 1) * self._seconds[LEDGER_STAGE]  # of what is ahead, and of the recovered model
+            budget.keep(_MARGIN * (ahead * self._seconds["evaluation"] + tasks + closing), "closing")
 
     @staticmethod
     def _reconstructs(trainer: Trainer) -> bool:

@@ -27,6 +27,7 @@ HEAVY = (
     "sklearn",
     "PIL",
     "triton",
+    "lm_eval",
 )
 
 # Beside the standard library, what all share (COMMON) and itself, a package may import these and no others. Whoever may
@@ -38,7 +39,7 @@ ALLOWED = {
     "pruning": {"torch", "numpy", "safetensors", "bitsandbytes", "triton", "sparsefit.pruning.layers"},
     "pruning.layers": {"torch", "bitsandbytes"},
     "recovery": {"torch", "safetensors", "transformers", "peft", "bitsandbytes", "sparsefit.pruning"},
-    "evaluation": {"torch", "transformers", "datasets", "torchmetrics", "lightning"},
+    "evaluation": {"torch", "transformers", "datasets", "torchmetrics", "lightning", "lm_eval"},
     "modules": {"torch", "transformers", "datasets", "torchmetrics", "lightning", "huggingface_hub", "bitsandbytes"}
     | {"sparsefit.evaluation", "sparsefit.recovery", "sparsefit.pruning"},
     "data": {"torch", "transformers", "datasets", "torchmetrics", "lightning", "huggingface_hub"}
@@ -52,6 +53,7 @@ ALLOWED = {
         "safetensors",
         "sparsefit.pruning",
         "sparsefit.recovery",
+        "sparsefit.evaluation",
         "sparsefit.reporting",
     },
 }

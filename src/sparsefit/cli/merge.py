@@ -57,7 +57,7 @@ def merge_run(arguments: list[str]) -> int:
 
 def _merge(folder: RunFolder, output: Path, reapply_masks: bool, evaluate: bool) -> None:
     masks = _masks_of(folder)
-    model, base = _recovered_model(folder, masks)
+    model, base = recovered_model(folder, masks)
     check_mergeable(model, masks, reapply_masks)
     measure, why = _measure_of(folder, model) if evaluate else (None, "not asked for")
     before = measure(model, "with the adapter apart") if measure is not None else None
@@ -98,7 +98,7 @@ def _masks_of(folder: RunFolder) -> MaskSet:
     return MaskSet.load(folder.masks)
 
 
-def _recovered_model(folder: RunFolder, masks: MaskSet) -> tuple[torch.nn.Module, Path]:
+def recovered_model(folder: RunFolder, masks: MaskSet) -> tuple[torch.nn.Module, Path]:
     """The model that was trained, on the CPU, and the folder of its base."""
     from sparsefit.modules.loading import load_model
     from sparsefit.recovery.quantize import dequantize_base, quantize_base

@@ -21,6 +21,7 @@ from sparsefit.reporting.study_findings import findings
 from sparsefit.reporting.study_progress import progress
 from sparsefit.reporting.study_table import Table as StudyTable
 from sparsefit.reporting.study_table import in_order, read_results, results_table, seconds_by_kind, unique
+from sparsefit.reporting.task_table import task_rows
 
 console = Console()
 """The console that everything of a run prints to."""
@@ -56,13 +57,18 @@ def _row(table: Table, *cells: str, style: str | None = None) -> None:
 
 def _quality(report: Mapping[str, Any]) -> Table:
     measured = {metric: _report.metric_values(report, metric) for metric in _report.metrics(report)}
-    found = set(_report.STAGES).union(*measured.values())
+    tasks = task_rows(report)
+    found = set(_report.STAGES).union(*measured.values(), *(row.values for row in tasks))
     stages = [stage for stage in _report.ALL_STAGES if stage in found]
     table = _table("", *stages, "won back")
     for metric, values in measured.items():
         cells = [_formats.metric(metric, values.get(stage), _MISSING) for stage in stages]
         if values:
             _row(table, metric, *cells, _formats.percent(_report.won_back(report, metric), 1, _MISSING))
+    for row in tasks:
+        cells = [_formats.percent(row.values.get(stage), missing=_MISSING) for stage in stages]
+        share = _report.share_won_back(*map(row.values.get, _report.STAGES), row.metric, "higher")
+        _row(table, f"{row.task} {row.metric}", *cells, _formats.percent(share, 1, _MISSING))
     return table
 
 

@@ -12,6 +12,7 @@ from sparsefit.reporting import report as _report
 from sparsefit.reporting.drawing import STAGE_COLOURS
 from sparsefit.reporting.markup import header, page, tile
 from sparsefit.reporting.sparsity_figure import sparsity as _sparsity_figure
+from sparsefit.reporting.task_table import tasks as _tasks
 from sparsefit.reporting.timeline_figure import timeline as _timeline_figure
 
 _FIGURES = (figures.quality, _timeline_figure, figures.loss, _sparsity_figure, figures.gpu_hours)
@@ -36,6 +37,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         f'<div class="tiles">{"".join(_tiles(report))}</div>',
         _figures(report),
         sections.timeline(report),
+        _tasks(report),
         f'<div class="grid wide">{"".join(tables)}</div>' if any(tables) else "",
         *(section(report) for section in sections.DETAILS),
     ]

@@ -26,7 +26,7 @@ ALL_STAGES = ("dense", "pruned", "reconstructed", "recovered", "merged")
 
 _METRICS = {"perplexity": "lower", "accuracy": "higher"}
 _RUN_ORDER = ("setup", "calibration and pruning", "reconstruction", "training", "validation", "evaluation")
-_RUN_ORDER += ("export", "closing", "merge")
+_RUN_ORDER += ("zero-shot tasks", "export", "closing", "merge")
 # Names that layers of one block share (attn.c_proj and mlp.c_proj of GPT-2): the path before them tells them apart.
 _SHARED_NAMES = frozenset({"c_proj", "dense", "proj", "linear"})
 

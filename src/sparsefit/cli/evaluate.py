@@ -1,0 +1,151 @@
+"""`sparsefit evaluate MODEL`: zero-shot tasks and the perplexity of any saved language model."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich import box
+from rich.table import Table
+
+from sparsefit.callbacks.run_folder import RunFolder
+from sparsefit.cli.merge import recovered_model
+from sparsefit.cli.quiet import quieten
+from sparsefit.errors import ConfigError, DataError
+from sparsefit.evaluation.perplexity import perplexity
+from sparsefit.evaluation.zero_shot import check_counts, load_tasks, mean_accuracy, zero_shot
+from sparsefit.pruning import MaskSet
+from sparsefit.reporting.console import console, stage_progress
+from sparsefit.reporting.machine import machine, versions
+from sparsefit.reporting.report import write_json
+from sparsefit.reporting.task_table import task_rows, truncated_notes, with_error
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_WINDOW = 2048  # of the papers, where the model's context has room for it
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Measure a model and print what was found; with `--output`, write it as JSON."""
+    given = _parsed(arguments)
+    quieten()
+    names = [name.strip() for name in (given.tasks or "").split(",") if name.strip()]
+    if not names and given.perplexity is None:
+        raise ConfigError("there is nothing to evaluate: give --tasks NAMES, --perplexity FILE, or both")
+    if given.tasks_folder is not None and not names:
+        raise ConfigError("--tasks-folder holds the items of tasks: name them by --tasks")
+    check_counts(given.limit, given.batch_size)
+    tasks = load_tasks(names, given.tasks_folder) if names else {}  # before a large model is read
+    model, tokenizer, told = _model_of(given.model, given.dtype)
+    batches = _windows(given.perplexity, tokenizer, model, given) if given.perplexity is not None else []
+    model.to(_device(given.device))
+    console.print(f"{told}: {model.dtype} on {model.device}".replace("torch.", ""), markup=False, soft_wrap=True)
+
+    report: dict[str, Any] = {"model": given.model, "evaluated": told, "dtype": str(model.dtype).removeprefix("torch.")}
+    report |= {"limit": given.limit, "batch_size": given.batch_size}
+    report |= {"command": shlex.join(["sparsefit", "evaluate", *arguments])}
+    report |= {"versions": versions(), "machine": machine()}
+    if batches:
+        with stage_progress("perplexity", len(batches)) as advance:
+            value = perplexity(model, batches, lambda _: advance())
+        length = batches[0]["input_ids"].shape[1]
+        windows = sum(len(batch["input_ids"]) for batch in batches)
+        report["perplexity"] = {"value": value, "text": given.perplexity, "length": length, "windows": windows}
+    if tasks:
+        with stage_progress("zero-shot tasks", len(tasks)) as advance:
+            report["tasks"] = zero_shot(model, tokenizer, tasks, given.limit, given.batch_size, lambda _: advance())
+        report["mean_acc"] = mean_accuracy(report["tasks"])
+    _tell(report)
+    if given.output is not None:
+        console.print(f"written to {write_json(report, given.output)}", markup=False, soft_wrap=True)
+    return 0
+
+
+def _tell(report: dict[str, Any]) -> None:
+    if text := report.get("perplexity"):
+        cut = f"{text['windows']:,} windows of {text['length']:,} tokens"
+        console.print(f"perplexity: {text['value']:.4f} on {text['text']}, {cut}", markup=False, soft_wrap=True)
+    if not report.get("tasks"):
+        return
+    rows = {(row.task, row.metric): row for row in task_rows({"tasks": {"dense": report["tasks"]}})}
+    table = Table("task", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("acc", "acc_norm", "items", "version"):
+        table.add_column(column, justify="right")
+    for task, told in report["tasks"].items():
+        found = (rows.get((task, metric)) for metric in ("acc", "acc_norm"))
+        accuracies = (with_error(row.accuracies["dense"] if row is not None else None, "-") for row in found)
+        table.add_row(task, *accuracies, f"{told['items']:,}", str(told["version"]))
+    if report["mean_acc"] is not None:
+        table.add_section()
+        table.add_row("mean", f"{report['mean_acc']:.2%}", style="bold")
+    console.print(table)
+    for note in truncated_notes(list(rows.values())):
+        console.print(note, markup=False, soft_wrap=True)
+
+
+def _parsed(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "sparsefit evaluate",
+        description="Zero-shot tasks by lm-eval, and perplexity, of a saved language model. Of a run the recovered "
+        "model is measured, or else its sparse base.",
+    )
+    parser.add_argument("model", help="a run folder, a model folder in Hugging Face layout, or a name on the hub")
+    parser.add_argument("--tasks", help="tasks of lm-eval, with commas: boolq,rte,hellaswag,winogrande,arc_easy,...")
+    parser.add_argument("--tasks-folder", help="a folder with files of the tasks' items, for use without the hub")
+    parser.add_argument("--limit", type=int, help="only the first so many items of each task")
+    parser.add_argument("--perplexity", metavar="SOURCE", help="a text, as a recipe names it: a file, wikitext:FILE")
+    parser.add_argument("--length", type=int, help=f"tokens in a window; by default the context, at most {_WINDOW}")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto is what it was saved in")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1; by default a GPU where there is one")
+    parser.add_argument("--output", type=Path, help="a JSON file to write")
+    return parser.parse_args(arguments)
+
+
+def _model_of(name: str, dtype: str) -> tuple[Any, PreTrainedTokenizerBase | None, str]:
+    """The model, its tokenizer, and which model it is."""
+    from sparsefit.modules.loading import find_tokenizer, load_causal_lm, torch_dtype
+
+    run = RunFolder(Path(name).expanduser())
+    if not run.holds_run():
+        return load_causal_lm(name, dtype), find_tokenizer(name), name
+    if not run.model.is_dir() and run.adapter.is_dir():
+        model, base = recovered_model(run, MaskSet.load(run.masks))
+        model = model.eval() if dtype == "auto" else model.eval().to(torch_dtype(dtype))
+        return model, find_tokenizer(str(base)), f"{base} with {run.adapter}"
+    found = next((place for place in (run.model, run.trained_base, run.base) if place.is_dir()), None)
+    if found is None:
+        raise ConfigError(f"the run in {run.path} has written no model: it ended before it was pruned")
+    return load_causal_lm(str(found), dtype), find_tokenizer(str(found)), str(found)
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # a name that is none, or a device that is not there
+        raise ConfigError(f"the device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _windows(
+    source: str, tokenizer: PreTrainedTokenizerBase | None, model: Any, given: argparse.Namespace
+) -> list[Any]:
+    """Batches of the text's windows, as a recipe's test data are cut."""
+    from sparsefit.data.text import shards_of
+    from sparsefit.data.windows import Windows, evaluation_windows, loader
+
+    if tokenizer is None:
+        raise ConfigError(f"there is no tokenizer beside the model {given.model} to read {source} with")
+    context = getattr(model.config, "max_position_embeddings", None) or _WINDOW
+    length = given.length or min(context, _WINDOW)
+    if length < 2:
+        raise ConfigError(f"--length {length}: a window needs at least 2 tokens")
+    windows = list(evaluation_windows(shards_of(source), tokenizer, length))
+    if not windows:
+        raise DataError(f"{source} has fewer than the {length} tokens of one window: give a longer text, or --length")
+    return list(loader(Windows(windows), given.batch_size, num_workers=0))
