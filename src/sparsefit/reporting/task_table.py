@@ -41,7 +41,7 @@ def task_rows(report: Mapping[str, Any]) -> list[TaskRow]:
     rows = []
     for task in dict.fromkeys(task for results in stages.values() for task in results):
         told = {stage: _report.section(results, task) for stage, results in stages.items()}
-        first = next(known for known in told.values() if known)
+        first = next((known for known in told.values() if known), {})
         for metric in _METRICS:
             found = {
                 stage: Accuracy(value, _report.number(known.get(f"{metric}_stderr")))
