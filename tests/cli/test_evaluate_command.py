@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
-from conftest import WORDS
 
 from sparsefit.evaluation import perplexity
 from sparsefit.modules.loading import load_causal_lm, load_tokenizer
 
+WORDS = "the quick brown fox jumps over a lazy dog while seven wizards read the documentation of python aloud"
 ITEMS = {
     "rte": {"sentence1": "It rains.", "sentence2": "It is wet.", "label": 0},
     "openbookqa": {"query": "Predators eat", "choices": ["lions", "bunnies"], "gold": 1},
