@@ -71,6 +71,28 @@ def test_a_log_of_unknown_length_gets_two_lines(lines):
     assert "2000" in lines()[-1]
 
 
+def test_a_log_tells_the_time_left_soon_and_at_each_quarter(lines, monkeypatch):
+    clock = iter([0.0, 4.0, 12.0, 16.0, 24.0, 28.0, 400.0, 400.0, 400.0, 400.0, 400.0])
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
+    with stage_progress("evaluating", 100) as advance:
+        for units in (1, 2, 1, 21, 1):
+            advance(units)
+    assert lines()[1:3] == [
+        "evaluating: 3 of 100, 12.0 s, about 6 min 28 s left",
+        "evaluating: 25 of 100, 24.0 s, about 1 min 12 s left",
+    ]
+    assert len(lines()) == 4
+
+
+def test_a_total_may_come_to_be_known_on_the_way(lines):
+    with stage_progress("reconstructing") as advance:
+        for _ in range(4):
+            advance(total=4)
+    assert lines()[0] == "reconstructing: started"
+    assert lines()[1].startswith("reconstructing: 1 of 4, ")
+    assert lines()[-1].startswith("reconstructing: done, 4 of 4, ")
+
+
 def test_a_stage_that_fails_is_not_reported_as_done(lines):
     def fail():
         with stage_progress("pruning", 8) as advance:
