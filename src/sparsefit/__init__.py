@@ -17,6 +17,7 @@ from sparsefit.pruning import (
 if TYPE_CHECKING:
     from sparsefit.callbacks import (
         BlockwiseReconstruction,
+        DenseControl,
         GPUHourBudget,
         QuantizedBase,
         RunReport,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _ON_DEMAND = {
     "AdapterSettings": "sparsefit.recovery.adapters",
     "BlockwiseReconstruction": "sparsefit.callbacks",
+    "DenseControl": "sparsefit.callbacks",
     "DistillSettings": "sparsefit.recovery.distill",
     "GPUHourBudget": "sparsefit.callbacks",
     "QuantizedBase": "sparsefit.callbacks",
@@ -42,6 +44,7 @@ _ON_DEMAND = {
 __all__ = [
     "AdapterSettings",
     "BlockwiseReconstruction",
+    "DenseControl",
     "DenseStatistics",
     "DistillSettings",
     "GPUHourBudget",

@@ -67,12 +67,33 @@ def _quality(report: Mapping[str, Any]) -> Table:
     measured = {metric: _report.metric_values(report, metric) for metric in _report.metrics(report)}
     found = set(_report.STAGES).union(*measured.values())
     stages = [stage for stage in _report.ALL_STAGES if stage in found]
-    table = _table("", *stages, "won back")
+    against = ["above control"] if _report.CONTROL in found else []
+    table = _table("", *stages, "won back", *against)
     for metric, values in measured.items():
         cells = [_formats.metric(metric, values.get(stage), _MISSING) for stage in stages]
+        cells.append(_formats.percent(_report.won_back(report, metric), 1, _MISSING))
+        distance = _report.distance_from_control(report, metric)
         if values:
-            _row(table, metric, *cells, _formats.percent(_report.won_back(report, metric), 1, _MISSING))
+            _row(table, metric, *cells, *(_formats.distance(metric, distance, _MISSING) for _ in against))
     return table
+
+
+def control_summary(report: Mapping[str, Any]) -> Group:
+    """What a control ends with: quality beside that of its run, and what it took."""
+    return Group(
+        Text("control: the dense model, trained by the same recipe", "bold"), _quality(report), _control(report)
+    )
+
+
+def _control(report: Mapping[str, Any]) -> Text:
+    control = _report.section(report, "control")
+    steps, hours = (
+        _formats.count(control.get("steps"), _MISSING),
+        _formats.hours(_report.number(control.get("gpu_hours"))),
+    )
+    known = [str(control.get("status")), f"{steps} steps", f"{hours} GPU-hours, which are no part of the run's"]
+    known += ["without the teacher"] if control.get("without_teacher") else []
+    return Text(f"control: {', '.join(known)}", overflow="fold")
 
 
 def _timelines(report: Mapping[str, Any]) -> list[Table]:
@@ -143,6 +164,8 @@ def _closing_lines(report: Mapping[str, Any]) -> list[Text]:
     if merged:
         title = "merged model" if merged.get("folder") else "not merged"
         lines.append(Text(f"{title}: {_merged(report, merged)}", overflow="fold"))
+    if _report.section(report, "control"):
+        lines.append(_control(report))
     peak = _report.number(memory.get("peak_bytes"))
     if peak is not None:
         lines.append(Text(f"peak memory: {_formats.size(peak)} {memory.get('kind') or ''}".rstrip()))
@@ -264,7 +287,8 @@ def _plain_lines(description: str, total: int | None) -> Iterator[Callable[..., 
         soon = whole and not estimated and spent >= _SOON
         if (quarter < reached or soon) and reached < 4:
             quarter, estimated = reached, True
-            say(f"{done} of {whole}, {_formats.seconds(spent)}, about {_left(spent, done, whole)} left")
+            left = f", about {_left(spent, done, whole)} left" if spent >= 1 else ""
+            say(f"{done} of {whole}, {_formats.seconds(spent)}{left}")
 
     say(f"started, {total} to do" if total else "started")
     try:
