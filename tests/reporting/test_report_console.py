@@ -40,6 +40,16 @@ def test_the_summary_holds_the_values(report):
         assert value in text
 
 
+def test_a_control_stands_beside_what_was_recovered(report, controlled):
+    rows = [" ".join(row.split()) for row in printed(summary(controlled), width=120).splitlines()]
+    # As before, and ln 20.5 - ln 16 beside it.
+    assert "perplexity 18.25 26.75 20.50 16.00 69.6% +0.248 nats" in rows
+    assert "dense pruned recovered control won back above control" in rows
+    assert "control: finished, 200 steps, 0.0250 GPU-hours, which are no part of the run's, without the teacher" in rows
+    assert "total 2 min 29 s 0.0415 83.0%" in rows
+    assert "control" not in printed(summary(report))
+
+
 def test_a_summary_prints_whatever_is_missing(any_report):
     text = printed(summary(any_report))
     assert str(any_report.get("name", "run")) in text
