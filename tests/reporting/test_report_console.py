@@ -48,6 +48,10 @@ def test_a_control_stands_beside_what_was_recovered(report, controlled):
     assert "control: finished, 200 steps, 0.0250 GPU-hours, which are no part of the run's, without the teacher" in rows
     assert "total 2 min 29 s 0.0415 83.0%" in rows
     assert "control" not in printed(summary(report))
+    assert "hold recovery against dense" not in printed(summary(controlled))
+    controlled["perplexity"]["control"] = 19.0  # above dense
+    told = " ".join(printed(summary(controlled)).split())
+    assert "this recipe makes the dense model worse in perplexity: hold recovery against dense" in told
 
 
 def test_a_summary_prints_whatever_is_missing(any_report):

@@ -48,6 +48,9 @@ def test_a_control_has_its_figures_and_costs_apart(report, controlled):
         assert shown in text
     assert "of 0.0500 (83.0%)" in text
     assert "recovered above control" not in Page(render_html(report)).text
+    assert "made the dense model worse" not in text
+    controlled["perplexity"]["control"] = 19.0  # above dense
+    assert "made the dense model worse in perplexity" in Page(render_html(controlled)).text
     controlled["perplexity"].pop("control")
     controlled["control"] = {"status": "failed", "steps": 7, "error": "RuntimeError: no memory"}
     text = Page(render_html(controlled)).text

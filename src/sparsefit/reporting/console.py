@@ -93,7 +93,10 @@ def _control(report: Mapping[str, Any]) -> Text:
     )
     known = [str(control.get("status")), f"{steps} steps", f"{hours} GPU-hours, which are no part of the run's"]
     known += ["without the teacher"] if control.get("without_teacher") else []
-    return Text(f"control: {', '.join(known)}", overflow="fold")
+    text = f"control: {', '.join(known)}"
+    if harmed := _report.control_harmed(report):
+        text += f"; this recipe makes the dense model worse in {', '.join(harmed)}: hold recovery against dense"
+    return Text(text, overflow="fold")
 
 
 def _timelines(report: Mapping[str, Any]) -> list[Table]:

@@ -243,6 +243,22 @@ def distance_from_control(report: Mapping[str, Any], metric: str) -> float | Non
     return math.log(recovered) - math.log(control) if min(recovered, control) > 0 else None
 
 
+def control_harmed(report: Mapping[str, Any]) -> list[str]:
+    """The metrics by which the control is worse than the dense model: its recipe taught it nothing, so that it is no
+    measure of recovery, and the dense model is.
+
+    >>> control_harmed({"metrics": {"perplexity": "lower"}, "perplexity": {"dense": 20.0, "control": 25.0}})
+    ['perplexity']
+    """
+    worse = []
+    for metric, way in metrics(report).items():
+        values = metric_values(report, metric)
+        dense, control = values.get("dense"), values.get(CONTROL)
+        if dense is not None and control is not None and (control > dense if way == "lower" else control < dense):
+            worse.append(metric)
+    return worse
+
+
 def _path(name: str) -> list[str]:
     """The name's segments, without the parameter's own `weight` and without PEFT's `base_layer`."""
     parts = [part for part in name.split(".") if part != "base_layer"]

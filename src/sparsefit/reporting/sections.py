@@ -218,6 +218,8 @@ def control(report: Mapping[str, Any]) -> str:
         facts.append(("broken off by", done["error"]))
     told = "The dense model, trained by the same recipe: data, learning rates and steps as in the recovery, no masks"
     told += ", and on the labels alone, without the teacher" if done.get("without_teacher") else ""
+    if harmed := _report.control_harmed(report):
+        told += f". It made the dense model worse in {escape(', '.join(harmed))}: hold recovery against dense there"
     note = f'<p class="muted small">{told}. Its GPU-hours are no part of the run\'s.</p>'
     return card("Control", as_facts(facts) + note)
 
