@@ -23,8 +23,8 @@ class DenseControl(Callback):
     The control is the dense model, trained without pruning by the same recipe: a new module with the same settings, the
     same data from their start, the random numbers and learning rates of the run, and as many optimizer steps. Recovery
     that goes below the dense model on text that it had not learnt shows there, too; what the masks cost is the distance
-    between the two. Where the control is worse than the dense model, as a rate made for the pruned one can leave it, the
-    report says so: then the dense model stays what recovery is held against.
+    between the two. Where the control is worse than the dense model, as a rate made for the pruned one can leave it,
+    the report says so: then the dense model stays what recovery is held against.
 
     ```python
     report = RunReport("runs/mine")
