@@ -102,6 +102,30 @@ class RunFolder:
                 f"checkpoints need about {needed / 1e9:.1f} GB. Free some space or choose another folder"
             )
 
+    def check_same_run(self, run: str | None, masks: MaskSet) -> None:
+        """See that a base in the folder, if there is one, is that of a run which is resumed.
+
+        Args:
+            run: The id of that run, if it is known.
+            masks: Its masks, under the names that they are written with.
+
+        Raises:
+            RunFolderError: if the folder holds another run.
+        """
+        if not self.masks.exists():
+            return
+        there = self.run_id()
+        if there is not None and run is not None and there != run:
+            raise RunFolderError(
+                f"the run folder {self.path} holds another run than the one that the checkpoint is from. Give "
+                "the folder of that run, or a new one"
+            )
+        if MaskSet.load(self.masks).digest() != masks.digest():
+            raise RunFolderError(
+                f"the run folder {self.path} holds another run: its masks are not those of the checkpoint. Give "
+                "the folder of the run that the checkpoint is from, or a new one"
+            )
+
     def holds_run(self) -> bool:
         """Whether anything of a run lies in the folder."""
         return any(path.exists() for path in (self.json, self.configuration, self.masks, self.base))

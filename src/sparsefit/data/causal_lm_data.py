@@ -43,7 +43,7 @@ class TextDataModule(ResumableDataModule):
     Documents that calibration draws are never trained on.
 
     Args:
-        tokenizer: "tiny-llama", a folder or a hub name; in Python also a tokenizer.
+        tokenizer: "tiny-llama", a folder, a .gguf file or a hub name; in Python also a tokenizer.
         train_source: text to train on.
         calibration_source: text to calibrate on; None takes the training text.
         val_source: text to validate on; None validates on nothing.

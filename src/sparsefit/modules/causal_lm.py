@@ -28,7 +28,7 @@ class CausalLMModule(RecoverableModule):
         tokenizer: the model's tokenizer; None for a model without one, or built in Python.
 
     Args:
-        model: "tiny-llama", a folder or a hub name; in Python also a model.
+        model: "tiny-llama", a folder, a .gguf file or a hub name; in Python also a model.
         adapter: what is trained while the rest is frozen; None trains all of the model.
         distill: learn from the model as it was when the fit began (dense, if the fit prunes it), and not from the
             text alone.
