@@ -112,3 +112,18 @@ def test_what_most_need_is_at_the_top_of_the_package():
         assert getattr(sparsefit, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'WandaPrunning'"):
         sparsefit.WandaPrunning  # noqa: B018
+
+
+def test_a_path_does_where_a_folder_or_file_is_named(tmp_path):
+    from sparsefit.data import TextDataModule
+    from sparsefit.modules import CausalLMModule
+    from sparsefit.modules.loading import load_causal_lm, load_tokenizer
+
+    load_causal_lm("tiny-llama").save_pretrained(tmp_path / "model")
+    load_tokenizer("tiny-llama").save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("A sentence of some words. " * 200, encoding="utf-8")
+    module = CausalLMModule(tmp_path / "model")
+    data = TextDataModule(tmp_path / "model", tmp_path / "text.txt", sequence_length=32)
+    assert module.hparams.model == data.hparams.tokenizer == str(tmp_path / "model")
+    data.setup("fit")
+    assert next(iter(data.train_dataloader()))["input_ids"].shape[1] == 32

@@ -6,6 +6,7 @@ import difflib
 import functools
 import inspect
 import math
+import os
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
@@ -40,6 +41,18 @@ def named_settings(cls: _Class) -> _Class:
 
     cls.__init__ = __init__
     return cls
+
+
+def as_text(name: Any) -> Any:
+    """A path as text, in lists too; what is none as it is.
+
+    >>> from pathlib import PurePosixPath
+    >>> as_text(PurePosixPath("models/llama")), as_text(["a", PurePosixPath("b")]), as_text(3)
+    ('models/llama', ['a', 'b'], 3)
+    """
+    if isinstance(name, list | tuple):
+        return type(name)(map(as_text, name)) if not hasattr(name, "_fields") else name
+    return os.fspath(name) if isinstance(name, os.PathLike) else name
 
 
 def as_number(value: object) -> float | int | None:

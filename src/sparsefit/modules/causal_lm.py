@@ -13,6 +13,7 @@ from sparsefit.modules.loading import find_tokenizer, load_causal_lm
 from sparsefit.modules.recoverable import RecoverableModule
 from sparsefit.recovery.adapters import AdapterSettings
 from sparsefit.recovery.distill import DistillSettings
+from sparsefit.settings import as_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,6 +47,7 @@ class CausalLMModule(RecoverableModule):
         distill: DistillSettings | None = None,
         **settings: Any,
     ) -> None:
+        model = as_text(model)
         super().__init__(model, adapter, distill, **settings)
         named = isinstance(model, str)
         dtype, attention = self.hparams.dtype, self.hparams.attn_implementation
