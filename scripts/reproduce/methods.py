@@ -102,6 +102,15 @@ def without_impossible(row: Settings, column: Settings) -> Settings | None:
     return None if fixed else settings
 
 
+def chosen(table: Table, rows: list[str] | None, columns: list[str] | None) -> Table:
+    """Some rows and columns of a table."""
+    return {
+        row: {column: cell for column, cell in cells.items() if not columns or column in columns}
+        for row, cells in table.items()
+        if not rows or row in rows
+    }
+
+
 TABLES: dict[str, Table] = {
     "methods": {
         method: {name: cell for name, column in SPARSITIES.items() if (cell := without_impossible(row, column))}
@@ -251,7 +260,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128, help="calibration samples")
     parser.add_argument("--length", type=int, default=2048, help="tokens in a sample or window of a named model")
     parser.add_argument("--windows", type=int, help="test windows of a named model (default: all)")
-    parser.add_argument("--methods", nargs="+", help="rows of the tables (default: all)")
+    parser.add_argument("--rows", nargs="+", help="of the tables (default: all)")
+    parser.add_argument("--columns", nargs="+", help="of the tables (default: all)")
     parser.add_argument("--table", choices=TABLES)
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
@@ -269,11 +279,11 @@ def main() -> None:
     models = [args.model] if args.model else list(MODELS)
     points = {model: Points(args.output / f"{model}.jsonl", args.samples) for model in models}
     for title, table in TABLES.items():
-        table = {row: cells for row, cells in table.items() if not args.methods or row in args.methods}
+        table = chosen(table, args.rows, args.columns)
         for model, measured in points.items():
             if args.table in (None, title):
                 print_table(title, table, measured, model)
-            if title == "methods" and args.table in (None, title) and not args.methods:
+            if title == "methods" and args.table in (None, title) and not (args.rows or args.columns):
                 print_costs(measured, model)
     if args.table in (None, "samples"):
         draw_samples(points, args.output / "samples.svg")
