@@ -16,7 +16,7 @@ _Class = TypeVar("_Class", bound=type)
 
 
 def named_settings(cls: _Class) -> _Class:
-    """Class decorator: an argument that the class does not know is a `ConfigError` which names the nearest one.
+    """Class decorator: arguments that do not fit are a `ConfigError`, which names the nearest of an unknown name.
 
     >>> @named_settings
     ... class Settings:
@@ -29,14 +29,16 @@ def named_settings(cls: _Class) -> _Class:
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        parameters = inspect.signature(original).parameters
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-            names = [name for name in parameters if name != "self"]
-            for name in kwargs:
-                if name not in names:
-                    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-                    hint = f"did you mean {near[0]!r}?" if near else f"its settings are {', '.join(names)}"
-                    raise ConfigError(f"{cls.__name__} has no setting {name!r}: {hint}")
+        signature = inspect.signature(original)
+        names = [name for name in signature.parameters if name != "self"]
+        for name in kwargs.keys() - {*names}:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"its settings are {', '.join(names)}"
+            raise ConfigError(f"{cls.__name__} has no setting {name!r}: {hint}")
+        try:
+            signature.bind(self, *args, **kwargs)
+        except TypeError as error:
+            raise ConfigError(f"{cls.__name__}: {error}; give its settings by name: {', '.join(names)}") from error
         original(self, *args, **kwargs)
 
     cls.__init__ = __init__
