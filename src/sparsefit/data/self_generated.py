@@ -10,6 +10,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
@@ -163,9 +164,10 @@ class SelfGeneratedDataModule(TextDataModule):
         if self._found("training") is None and trainer is not None and trainer.ckpt_path is None and _trains(trainer):
             rank_zero_info("The model writes its training text.")
             self.write_with(trainer.lightning_module)
-        if trainer is None or _trains(trainer):
-            self._of("training")
-        windows = WrittenWindows(lambda: self._of("training").read(), self.hparams.seed, *self.rank_and_world_size())
+        # Lightning asks for the data of a fit that takes no step, too.
+        idle = trainer is not None and not _trains(trainer)
+        text = numpy.empty((0, 1), dtype=numpy.int32) if idle else self._of("training").read()
+        windows = WrittenWindows(text, self.hparams.seed, *self.rank_and_world_size())
         return loader(windows, self.hparams.batch_size, self.hparams.num_workers, self.position)
 
     def test_dataloader(self) -> DataLoader | None:  # type: ignore[override]

@@ -162,14 +162,14 @@ class WrittenWindows(IterableDataset[Tensor]):
     """One epoch of windows that a model wrote, shuffled; ranks and workers share them out among themselves.
 
     Args:
-        open_text: gives the windows, int32 (windows, length), when they are first read.
+        text: the windows, int32 (windows, length).
         seed: of the order, beside the epoch.
         rank: of this process.
         world_size: number of processes.
     """
 
-    def __init__(self, open_text: Callable[[], numpy.ndarray], seed: int, rank: int = 0, world_size: int = 1) -> None:
-        self.open_text = open_text
+    def __init__(self, text: numpy.ndarray, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        self.text = text
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
@@ -178,9 +178,8 @@ class WrittenWindows(IterableDataset[Tensor]):
     def __iter__(self) -> Iterator[Tensor]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        text = self.open_text()
-        order = torch.randperm(len(text), generator=generator_of(self.seed, self.epoch)).tolist()
-        return (as_window(text[number]) for number in deal(order[worker::workers], self.rank, self.world_size))
+        order = torch.randperm(len(self.text), generator=generator_of(self.seed, self.epoch)).tolist()
+        return (as_window(self.text[number]) for number in deal(order[worker::workers], self.rank, self.world_size))
 
 
 def as_window(row: numpy.ndarray) -> Tensor:
