@@ -196,11 +196,13 @@ def test_a_resumed_run_reads_its_text_and_ends_as_one_that_never_stopped(module,
 def test_a_run_that_goes_on_elsewhere_finds_its_text(module, tmp_path, unwritten):
     checkpoint = interrupted(module(), tmp_path / "run")
     unwritten()
-    first, second = Seen(), Seen()
+    first, second, third = Seen(), Seen(), Seen()
     resume(module(), checkpoint, tmp_path / "other", first)
+    shutil.copy(checkpoint, tmp_path / "copied.ckpt")
+    resume(module(), tmp_path / "copied.ckpt", tmp_path / "another", second)
     shutil.move(tmp_path / "run", tmp_path / "moved")
-    resume(module(), tmp_path / "moved/checkpoints" / checkpoint.name, tmp_path / "third", second)
-    assert first.windows == second.windows
+    resume(module(), tmp_path / "moved/checkpoints" / checkpoint.name, tmp_path / "third", third)
+    assert first.windows == second.windows == third.windows
     assert len(first.windows) == 16
 
 
@@ -216,6 +218,15 @@ def test_a_pruned_model_is_not_asked_to_write_again(module, tmp_path, with_spars
     if with_sparse_checkpoints:  # it looks before anything is restored
         assert_equal(weights(resumed), before)
     assert not list((tmp_path / "run").rglob("*.npy"))
+
+
+def test_a_checkpoint_of_a_run_on_other_data_has_no_text_written(module, tmp_path):
+    saver = ModelCheckpoint(tmp_path / "checkpoints", save_last=True)
+    loader = DataLoader([{"input_ids": torch.randint(3, 61, (2, 10))} for _ in range(3)], batch_size=None)
+    fit(module(), loader, WandaPruning(0.5), saver, max_epochs=1, enable_checkpointing=True)
+    with pytest.raises(ConfigError, match="the training text that the dense model wrote is not in"):
+        fit(module(), data_of(tmp_path), WandaPruning(0.5), ckpt_path=tmp_path / "checkpoints/last.ckpt")
+    assert not list(tmp_path.rglob("*.npy*"))
 
 
 def test_other_settings_are_refused(module, tmp_path):
