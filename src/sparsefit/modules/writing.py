@@ -117,7 +117,6 @@ def sample_windows(
         top_p=top_p,
         top_k=0,
         use_cache=True,
-        min_new_tokens=length - starts.shape[1],
         max_new_tokens=length - starts.shape[1],
     )
     starts = starts.to(model.device)
