@@ -164,6 +164,14 @@ def test_a_second_fit_of_the_pruned_model_reads_it_too(module, tmp_path, unwritt
     assert len(seen.windows) == 24
 
 
+def test_a_model_that_is_pruned_already_is_not_asked_to_write(module, tmp_path):
+    pruned, pruning = module(), WandaPruning(0.5)
+    fit(pruned, data_of(tmp_path / "a"), pruning, max_epochs=1)
+    with pytest.raises(ConfigError, match=r"is not in .* and the model can be pruned by now"):
+        fit(pruned, data_of(tmp_path / "b"), pruning, max_epochs=2)
+    assert not list((tmp_path / "b").rglob("*.npy*"))
+
+
 # Resuming.
 
 
@@ -227,6 +235,25 @@ def test_a_checkpoint_of_a_run_on_other_data_has_no_text_written(module, tmp_pat
     with pytest.raises(ConfigError, match="the training text that the dense model wrote is not in"):
         fit(module(), data_of(tmp_path), WandaPruning(0.5), ckpt_path=tmp_path / "checkpoints/last.ckpt")
     assert not list(tmp_path.rglob("*.npy*"))
+
+
+def test_a_checkpoint_from_before_any_pruning(module, tmp_path):
+    """Its model writes if it is the one that is named."""
+    saver = ModelCheckpoint(tmp_path / "checkpoints", save_last=True)
+    loader = DataLoader([{"input_ids": torch.randint(3, 61, (2, 10))} for _ in range(3)], batch_size=None)
+    fit(module(), loader, saver, max_steps=1, enable_checkpointing=True)
+    checkpoint = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    seen = Seen()
+    resume = {"ckpt_path": tmp_path / "checkpoints/last.ckpt", "max_epochs": 1}
+    fit(module(), data_of(tmp_path / "a"), WandaPruning(0.5), seen, **resume)
+    assert len(list((tmp_path / "a").glob("*.npy"))) == 2
+    name = next(name for name in checkpoint["state_dict"] if "lm_head" in name)
+    checkpoint["state_dict"][name] += 1
+    torch.save(checkpoint, tmp_path / "other.ckpt")
+    resume["ckpt_path"] = tmp_path / "other.ckpt"
+    with pytest.raises(ConfigError, match="saved before the model was pruned, and has other weights"):
+        fit(module(), data_of(tmp_path / "b"), WandaPruning(0.5), **resume)
+    assert not list((tmp_path / "b").rglob("*.npy*"))
 
 
 def test_other_settings_are_refused(module, tmp_path):
@@ -294,9 +321,13 @@ class Record(Callback):
 
 def test_ranks_write_their_shares_of_the_same_text(module, tiny_model, tmp_path):
     settings = {"devices": 2, "strategy": "ddp_spawn", "max_epochs": 1}
-    trainer_with(WandaPruning(0.5), Record(tmp_path), **settings).fit(module(), data_of(tmp_path / "text"))
+    # Two batches to calibrate on, and one to train on, which the first rank writes while the second has nothing to do.
+    sizes = {"calibration_samples": 24, "writing_batch_size": 12}
+    callbacks = [WandaPruning(0.5), GPUHourBudget(1.0), Record(tmp_path)]
+    trainer_with(*callbacks, **settings).fit(module(), data_of(tmp_path / "text", **sizes))
     shares = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    alone = data_written(tiny_model, tmp_path / "alone")
+    alone = data_of(tmp_path / "alone", **sizes)
+    alone.write_with(tiny_model("llama"))
     trained = [tuple(window) for share in shares for window in share["windows"]]
     assert sorted(trained) == sorted(windows(alone.train_dataloader()))
     assert len(shares[0]["windows"]) == len(shares[1]["windows"]) == 6

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sparsefit.data.causal_lm_data import TextDataModule
-from sparsefit.data.counts import check_counts
+from sparsefit.data.counts import check_writing
 from sparsefit.data.first_tokens import from_prompts, start_of
 from sparsefit.data.position import Settings, text_digest, vocabulary_digest
 from sparsefit.data.windows import Calibration, generator_of, loader
@@ -98,7 +99,7 @@ class SelfGeneratedDataModule(TextDataModule):
         own = {"train_tokens": train_tokens, "writing_batch_size": writing_batch_size, "temperature": temperature}
         own |= {"top_p": top_p, "first_tokens": first_tokens, "prompts": prompts, "prompt_tokens": prompt_tokens}
         self.save_hyperparameters(own | {"folder": folder})
-        _check(self.hparams)
+        check_writing(self.hparams)
         self._texts: dict[str, WrittenText] = {}
         self._writer: weakref.ref[PreTrainedModel] | None = None
         self._kept: Path | None = None  # where the run that is resumed had its training text
@@ -125,24 +126,26 @@ class SelfGeneratedDataModule(TextDataModule):
 
         Args:
             module: The dense model, or a module that holds it.
-            progress: Told how many batches of this rank are done, and how many there are.
+            progress: Told how many batches of this rank are done, and how many there are; by all ranks at the end.
 
         Raises:
-            ConfigError: where the model cannot write.
+            ConfigError: where the model cannot write, or is another than the one that the fit was set up with.
             DataError: where the folder cannot be written to.
         """
         self._look_at(module)
         rank, world_size = self.rank_and_world_size()
         missing = [self._texts[kind] for kind in self._wanted() if self._found(kind) is None]
-        total = sum(len(range(rank, text.batches, world_size)) for text in missing)
         if not missing:
             return
-        done = 0
+        if self.trainer is not None and self.trainer.ckpt_path is not None:
+            self._check_unchanged(module)
+        total, done = sum(len(range(rank, text.batches, world_size)) for text in missing), 0
 
         def advance() -> None:
             nonlocal done
             done += 1
-            if progress is not None:
+            # The last time is told below: ranks agree on it, and one that has less to do is not to wait for it alone.
+            if progress is not None and done < total:
                 progress(done, total)
 
         precision = self.trainer.precision_plugin.predict_step_context() if self.trainer is not None else nullcontext()
@@ -151,6 +154,8 @@ class SelfGeneratedDataModule(TextDataModule):
             for text in missing:
                 write_batch = partial(self._write_batch, model, text, self._begun(model, text))
                 text.write(write_batch, advance, rank, world_size, barrier)
+        if progress is not None:
+            progress(total, total)
 
     def train_dataloader(self) -> DataLoader:
         """An epoch of the model's own text, shuffled; the next epoch has another order.
@@ -161,7 +166,7 @@ class SelfGeneratedDataModule(TextDataModule):
         if self.hparams.train_source is not None:
             return super().train_dataloader()
         trainer = self.trainer
-        if self._found("training") is None and trainer is not None and trainer.ckpt_path is None and _trains(trainer):
+        if trainer is not None and self._found("training") is None and _trains(trainer) and _as_it_began(trainer):
             rank_zero_info("The model writes its training text.")
             self.write_with(trainer.lightning_module)
         # Lightning asks for the data of a fit that takes no step, too.
@@ -242,6 +247,15 @@ class SelfGeneratedDataModule(TextDataModule):
         self._writer = weakref.ref(writer)
         self.__dict__.pop("_calibration", None)  # of another model
 
+    def _check_unchanged(self, module: nn.Module) -> None:
+        """See that a checkpoint from before any pruning brought the weights that the files are named by."""
+        if weights_digest(module) != self._texts["training"].decided_by["model"]:
+            raise ConfigError(
+                "the checkpoint was saved before the model was pruned, and has other weights (or another precision) "
+                "than the model that is named: its text would pass for that model's. Start a new run with the model as "
+                "it was trained (model=FOLDER), or name real text"
+            )
+
     def _folder(self) -> Path:
         if self.hparams.folder is not None:
             return Path(self.hparams.folder).expanduser()
@@ -291,25 +305,11 @@ class SelfGeneratedDataModule(TextDataModule):
         return sample_windows(model, starts[start:stop], text.length, seed, settings.temperature, settings.top_p)
 
 
-def _trains(trainer: Any) -> bool:
+def _trains(trainer: Trainer) -> bool:
     return trainer.max_steps != 0 and trainer.max_epochs != 0
 
 
-def _check(settings: Mapping[str, Any]) -> None:
-    check_counts(settings, ("train_tokens", "writing_batch_size", "prompt_tokens"), ())
-    first_tokens = settings["first_tokens"]
-    if not isinstance(first_tokens, int) or first_tokens < 0:
-        raise ConfigError(
-            f"first_tokens is {first_tokens!r}: it must be a whole number, 0 to draw the first token, too"
-        )
-    if first_tokens and settings["prompts"] is not None:
-        raise ConfigError("windows begin with prompts or with the likeliest first_tokens, not with both: leave one out")
-    if not settings["temperature"] > 0:
-        raise ConfigError(f"temperature is {settings['temperature']!r}: it must be above 0")
-    if not 0 < settings["top_p"] <= 1:
-        raise ConfigError(f"top_p is {settings['top_p']!r}: it must be above 0 and at most 1")
-    if settings["train_source"] is not None and settings["calibration_source"] is not None:
-        raise ConfigError(
-            "train_source and calibration_source both name real text, so the model has nothing to write: use "
-            "TextDataModule, or leave one of them out"
-        )
+def _as_it_began(trainer: Trainer) -> bool:
+    """Whether neither a checkpoint nor masks have changed the model."""
+    pruned = any(getattr(callback, "masks", None) is not None for callback in trainer.callbacks)
+    return trainer.ckpt_path is None and not pruned
