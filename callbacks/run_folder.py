@@ -22,6 +22,8 @@ from sparsefit.recovery.merge import merged_state_dict
 from sparsefit.recovery.quantize import in_floats
 
 LOGS = "logs"
+TEXT = "written_text"
+"""What the dense model wrote (`SelfGeneratedDataModule`): a run that takes the place of one that broke off reads it."""
 
 
 class RunFolder:
@@ -71,7 +73,7 @@ class RunFolder:
 
     def _is_free(self) -> bool:
         """Whether there is nothing to lose: no files, or those of a run that broke off before it had a base."""
-        names = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
+        names = {entry.name for entry in self.path.iterdir()} - {TEXT} if self.path.is_dir() else set()
         told = {file.name for file in (self.json, self.html, self.configuration)}
         broke_off = self._read("status") in ("interrupted", "failed") and names <= {LOGS, *told}
         killed = names == {LOGS, self.configuration.name}  # before there was anything to report

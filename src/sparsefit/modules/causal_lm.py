@@ -62,15 +62,18 @@ class CausalLMModule(RecoverableModule):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """The model's own mean next-token loss, logged as train_loss; mixed with the divergence from the teacher,
-        logged as train_divergence, where there is one."""
+        logged as train_divergence, where there is one. With a weight of 1 that alone is computed."""
         inputs, labels = model_inputs(batch), labels_of(batch)
         taught = self.taught(self.model, **inputs)
+        # Where the loss on the text counts: what stands before a token that counts.
+        counted = labels[:, 1:] != IGNORED
+        if self.taught_alone(taught):
+            output = self.model(**inputs)
+            return self.distilled(None, output.logits[:, :-1], taught.logits[:, :-1], counted)
         output = self.model(**inputs, labels=labels)
         self.log("train_loss", output.loss, prog_bar=True, batch_size=len(labels))
         if taught is None:
             return output.loss
-        # Where the loss on the text counts: what stands before a token that counts.
-        counted = labels[:, 1:] != IGNORED
         return self.distilled(output.loss, output.logits[:, :-1], taught.logits[:, :-1], counted)
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
