@@ -3,6 +3,7 @@
 from sparsefit.callbacks.budget import GPUHourBudget
 from sparsefit.callbacks.checkpoint_io import AtomicCheckpointIO
 from sparsefit.callbacks.checkpoints import SparseCheckpoints
+from sparsefit.callbacks.control import DenseControl
 from sparsefit.callbacks.pruning import WandaPruning
 from sparsefit.callbacks.quantization import QuantizedBase
 from sparsefit.callbacks.reconstruction import BlockwiseReconstruction
@@ -11,6 +12,7 @@ from sparsefit.callbacks.run_report import RunReport
 __all__ = [
     "AtomicCheckpointIO",
     "BlockwiseReconstruction",
+    "DenseControl",
     "GPUHourBudget",
     "QuantizedBase",
     "RunReport",

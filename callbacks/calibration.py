@@ -17,7 +17,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, IterableDataset
 
+from sparsefit.callbacks.ledgers import ledger_of
 from sparsefit.callbacks.model_call import ModelCall
+from sparsefit.callbacks.progress import paid_progress
 from sparsefit.errors import CalibrationError
 from sparsefit.pruning.evaluating import evaluating
 from sparsefit.pruning.samples import count_samples, cut_batch, split_samples
@@ -29,6 +31,8 @@ TRAINING_SAMPLES = 128
 def calibration_batches(trainer: Trainer, source: Iterable[Any] | None, samples: int | None) -> tuple[list[Any], str]:
     """The batches to calibrate on: from `source`, else the datamodule's `calibration_dataloader()`, else the
     first batches of the training data, which training then sees again from its start, in the same order.
+
+    A datamodule whose data the dense model writes has a method `write_with(module, progress)`; it is called first.
 
     Args:
         trainer: A trainer that is about to fit.
@@ -42,6 +46,10 @@ def calibration_batches(trainer: Trainer, source: Iterable[Any] | None, samples:
     Raises:
         CalibrationError: if the source is empty, has fewer than `samples`, or can be read only once.
     """
+    if callable(write := getattr(trainer.datamodule, "write_with", None)):
+        shown = paid_progress(trainer, "the dense model writes text", "writing text")
+        with ledger_of(trainer).stage("writing text"), shown as progress:
+            write(trainer.lightning_module, progress)
     own = getattr(trainer.datamodule, "calibration_dataloader", None)
     with isolate_rng():
         if source is not None:

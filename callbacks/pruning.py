@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import asdict
 from typing import Any
 
@@ -13,7 +12,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from sparsefit.callbacks.averages import restart_averages
 from sparsefit.callbacks.calibration import calibration_batches, calibration_forward, check_forward, predicting
-from sparsefit.callbacks.ledgers import budget_of, ledger_of
+from sparsefit.callbacks.ledgers import ledger_of
+from sparsefit.callbacks.progress import paid_progress
 from sparsefit.errors import CalibrationError, ConfigError, MaskError
 from sparsefit.pruning import MaskSet, PruningConfig, PruningResult, prune
 from sparsefit.pruning.ranks import errors_on_all_ranks
@@ -21,7 +21,6 @@ from sparsefit.recovery.adapters import bind_masks
 from sparsefit.recovery.guard import MaskGuard
 from sparsefit.recovery.magnitudes import magnitudes_follow
 from sparsefit.recovery.tuners import check_tuners
-from sparsefit.reporting.console import stage_progress
 from sparsefit.reporting.machine import peak_memory
 from sparsefit.settings import as_number, named_settings
 
@@ -214,7 +213,8 @@ class WandaPruning(Callback):
                 rank_zero_info(f"Calibrating on {source}.")
             # Blocks are run alone, too, so the precision is set for all of the pruning and not for each forward.
             precision = trainer.precision_plugin.predict_step_context()
-            with self._progress(trainer) as progress, precision, magnitudes_follow(module):
+            shown = paid_progress(trainer, "calibrating and pruning", "calibration")
+            with shown as progress, precision, magnitudes_follow(module):
                 self.result = prune(module, batches, self.config, forward=forward, progress=progress)
         if self.config.needs_inputs and self.calibration_samples not in (None, self.result.samples):
             self.result.note(
@@ -253,27 +253,6 @@ class WandaPruning(Callback):
             batches, source = calibration_batches(trainer, self.calibration, self.calibration_samples)
             check_forward(trainer, module, forward, batches)
         return batches, source
-
-    @contextmanager
-    def _progress(self, trainer: Trainer) -> Iterator[Callable[[int, int], None]]:
-        """Shows the progress, and ends the pruning with the model still dense where the budget cannot pay for it."""
-        budget = budget_of(trainer)
-        with ExitStack() as stack:
-            shown: list[Callable[..., None]] = []
-            last = 0
-
-            def progress(done: int, total: int) -> None:
-                nonlocal last
-                if not shown:
-                    bar = stage_progress("calibrating and pruning", total, visible=trainer.is_global_zero)
-                    shown.append(stack.enter_context(bar))
-                shown[0](done - last)
-                last = done
-                # Ranks may have different numbers of steps, but all come to the last one.
-                if budget is not None and (trainer.world_size == 1 or done == total):
-                    budget.check_before(trainer, "calibration")
-
-            yield progress
 
     def _account(self, trainer: Trainer, source: str) -> dict[str, Any]:
         result = self.result

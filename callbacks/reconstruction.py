@@ -102,7 +102,7 @@ class BlockwiseReconstruction(Callback):
                     self.settings,
                     forward=forward,
                     seconds=seconds,
-                    progress=lambda done, total: advance(),
+                    progress=lambda done, total: advance(total=total),
                 )
         self._dense = {}
         self.account = {

@@ -22,6 +22,8 @@ from sparsefit.recovery.merge import merged_state_dict
 from sparsefit.recovery.quantize import in_floats
 
 LOGS = "logs"
+TEXT = "written_text"
+"""What the dense model wrote (`SelfGeneratedDataModule`): a run that takes the place of one that broke off reads it."""
 
 
 class RunFolder:
@@ -71,7 +73,7 @@ class RunFolder:
 
     def _is_free(self) -> bool:
         """Whether there is nothing to lose: no files, or those of a run that broke off before it had a base."""
-        names = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
+        names = {entry.name for entry in self.path.iterdir()} - {TEXT} if self.path.is_dir() else set()
         told = {file.name for file in (self.json, self.html, self.configuration)}
         broke_off = self._read("status") in ("interrupted", "failed") and names <= {LOGS, *told}
         killed = names == {LOGS, self.configuration.name}  # before there was anything to report
@@ -100,6 +102,30 @@ class RunFolder:
             raise RunFolderError(
                 f"the disk of the run folder {self.path} has {free / 1e9:.1f} GB free; the sparse model and its "
                 f"checkpoints need about {needed / 1e9:.1f} GB. Free some space or choose another folder"
+            )
+
+    def check_same_run(self, run: str | None, masks: MaskSet) -> None:
+        """See that a base in the folder, if there is one, is that of a run which is resumed.
+
+        Args:
+            run: The id of that run, if it is known.
+            masks: Its masks, under the names that they are written with.
+
+        Raises:
+            RunFolderError: if the folder holds another run.
+        """
+        if not self.masks.exists():
+            return
+        there = self.run_id()
+        if there is not None and run is not None and there != run:
+            raise RunFolderError(
+                f"the run folder {self.path} holds another run than the one that the checkpoint is from. Give "
+                "the folder of that run, or a new one"
+            )
+        if MaskSet.load(self.masks).digest() != masks.digest():
+            raise RunFolderError(
+                f"the run folder {self.path} holds another run: its masks are not those of the checkpoint. Give "
+                "the folder of the run that the checkpoint is from, or a new one"
             )
 
     def holds_run(self) -> bool:

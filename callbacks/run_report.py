@@ -14,7 +14,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
 
+from sparsefit.callbacks.course import Course
 from sparsefit.callbacks.ledgers import budget_of, ledger_of, masks_of
 from sparsefit.callbacks.quantization import QuantizedBase
 from sparsefit.callbacks.reconstruction import BlockwiseReconstruction
@@ -22,7 +24,7 @@ from sparsefit.callbacks.run_account import beginning, standing
 from sparsefit.callbacks.run_folder import RunFolder
 from sparsefit.callbacks.task_figures import LEDGER_STAGE, METRIC, TaskFigures
 from sparsefit.callbacks.validating import better, logged_as, validated
-from sparsefit.errors import MergeError, RunFolderError
+from sparsefit.errors import MergeError
 from sparsefit.pruning import MaskSet, PruningResult
 from sparsefit.recovery.adapter_files import form_of
 from sparsefit.recovery.adapters import LOSSLESS
@@ -32,7 +34,7 @@ from sparsefit.recovery.merge import lossy_layers, merged_in_place
 from sparsefit.recovery.quantize import in_floats
 from sparsefit.reporting.console import console, stage_progress, summary
 from sparsefit.reporting.html import render_html
-from sparsefit.reporting.report import write_json
+from sparsefit.reporting.report import read_json, write_json
 from sparsefit.settings import named_settings
 
 _MARGIN = 1.25  # the last evaluation may be somewhat slower than the ones it is measured by
@@ -49,6 +51,9 @@ class RunReport(Callback):
     sparse base is written once, as soon as it is ready, so a run that breaks off later leaves it; what was trained
     until then is written too. The folder `model` holds the recovered model, exactly sparse, where the adapters merge
     without a loss or there are none.
+
+    What recovery is worth shows beside a control, the dense model trained by the same recipe: see `DenseControl`, which
+    adds it to the report of a run that has ended.
 
     Args:
         folder: The run folder: new or empty, unless a run is resumed.
@@ -76,6 +81,9 @@ class RunReport(Callback):
         self.tasks = TaskFigures(tasks, tasks_folder, tasks_limit, tasks_batch_size)
         self.name = name or self.folder.path.name
         self.report: dict[str, Any] = {}
+        self.course = Course()
+        """What the training is repeated by."""
+
         self._history: list[dict[str, float]] = []
         self._seconds = {"evaluation": 0.0, "export": 0.0, LEDGER_STAGE: 0.0}  # the longest of each
         self._configuration: str | None = None
@@ -88,6 +96,7 @@ class RunReport(Callback):
             return
         ledger_of(trainer)
         self._claimed = self._begun = False
+        self.course = Course()
         self.folder.image_processor = getattr(trainer.datamodule, "image_processor", None)
         self.report = beginning(self.name, self.folder.path, pl_module)
         self.tasks.load(pl_module)
@@ -98,6 +107,7 @@ class RunReport(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the folder before anything is spent."""
+        self.course.note_random("fit")
         # Where a strategy restores late, it shows only when training starts whether a run is resumed.
         if not trainer.strategy.restore_checkpoint_after_setup:
             self._claim(trainer, pl_module)
@@ -105,6 +115,7 @@ class RunReport(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The same, with a strategy that restores late; and a base for a run that goes on in another folder."""
         self._begin(trainer, pl_module)
+        self.course.note_random("training")
         masks = masks_of(trainer)
         if masks is not None and not self.folder.masks.exists() and not trains_base(pl_module):
             self._export_base(trainer, pl_module, masks)
@@ -130,6 +141,10 @@ class RunReport(Callback):
             self._evaluate(trainer, pl_module, "reconstructed")
         self._reserve(trainer, pl_module)
         self._write(trainer, pl_module, "running")
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Note the learning rates of the step."""
+        self.course.note_rates(trainer.global_step, optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -168,6 +183,9 @@ class RunReport(Callback):
         """Print the report's summary."""
         if self.report.get("status") == "running":  # nothing was trained
             self._write(trainer, pl_module, "finished")
+        elif not self.report.get("status") and self.folder.json.exists():  # resumed with nothing left to do
+            self.report = read_json(self.folder.json)
+        self.course.steps, self.course.masks = trainer.global_step, masks_of(trainer)
         if trainer.is_global_zero and self.report.get("status"):
             console.print(summary(self.report))
 
@@ -184,66 +202,7 @@ class RunReport(Callback):
         except Exception as error:  # whatever it is, the checkpoint that follows must be written
             rank_zero_warn(f"What was trained could not be exported or reported: {error!r}")
 
-    def state_dict(self) -> dict[str, Any]:
-        """The figures so far, for a run that is resumed."""
-        figures = {metric: self.report.get(metric) for metric in self.report.get("metrics", {})}
-        kept = {
-            key: self.report[key] for key in ("timeline", "reconstruction", "metrics", "tasks") if key in self.report
-        }
-        return {"figures": figures, "history": self._history, "kept": kept, "id": self.report.get("id")}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the figures of the run before."""
-        self.report.update({metric: values for metric, values in state_dict["figures"].items() if values})
-        self.report.update(state_dict.get("kept", {}))
-        self.report["id"] = state_dict.get("id")
-        self._history = list(state_dict["history"])
-
-    def _claim(self, trainer: Trainer, module: LightningModule) -> None:
-        if self._claimed:
-            return
-        if trainer.is_global_zero:
-            self.folder.claim(module, resuming=trainer.ckpt_path is not None)
-            self._check_same_run(trainer, module)
-            self.report["id"] = self.report["id"] or self.folder.run_id() or uuid4().hex
-        self._claimed = True
-
-    def _begin(self, trainer: Trainer, module: LightningModule) -> None:
-        """Claim the folder, and write to it what the run goes by; a resumed run has restored all by then."""
-        self._claim(trainer, module)
-        if self._begun:
-            return
-        if trainer.is_global_zero and self._configuration is not None:
-            self.folder.configuration.write_text(self._configuration, encoding="utf-8")
-        self.report["configuration"] = self._configuration
-        self._begun = True
-
-    def _check_same_run(self, trainer: Trainer, module: LightningModule) -> None:
-        """A base that lies in the folder must be the one that the resumed run trains its adapter for."""
-        masks = masks_of(trainer)
-        if trainer.ckpt_path is None or masks is None or not self.folder.masks.exists():
-            return
-        there = self.folder.run_id()
-        if there is not None and self.report["id"] is not None and there != self.report["id"]:
-            raise RunFolderError(
-                f"the run folder {self.folder.path} holds another run than the one that the checkpoint is from. Give "
-                "the folder of that run, or a new one"
-            )
-        if MaskSet.load(self.folder.masks).digest() != exported_masks(module, masks).digest():
-            raise RunFolderError(
-                f"the run folder {self.folder.path} holds another run: its masks are not those of the checkpoint. Give "
-                "the folder of the run that the checkpoint is from, or a new one"
-            )
-
-    def _evaluate(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        figures = self._figures(trainer, module, stage) | self._task_figures(trainer, module, stage)
-        for metric, value in figures.items():
-            self.report.setdefault(metric, {})[stage] = value
-            self._note(trainer, stage, metric, value)
-            for logger in trainer.loggers:
-                logger.log_metrics({f"{metric}/{stage}": value}, step=trainer.global_step)
-
-    def _figures(self, trainer: Trainer, module: LightningModule, stage: str) -> dict[str, float]:
+    def measure(self, trainer: Trainer, module: LightningModule, stage: str) -> dict[str, float]:
         """What the module measures on the test data; of one that declares nothing, what its validation logs."""
         evaluate = getattr(module, "evaluate", None)
         if not callable(evaluate):
@@ -259,6 +218,56 @@ class RunReport(Callback):
             total = len(loader) if hasattr(loader, "__len__") else None
             with stage_progress(f"evaluating the {stage} model", total, visible=trainer.is_global_zero) as advance:
                 return evaluate(loader, progress=lambda _: advance())
+
+    def write(self) -> None:
+        """Write the report as it is to the run folder."""
+        write_json(self.report, self.folder.json)
+        self.folder.html.write_text(render_html(self.report), encoding="utf-8")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The figures so far, for a run that is resumed."""
+        figures = {metric: self.report.get(metric) for metric in self.report.get("metrics", {})}
+        lasting = ("timeline", "reconstruction", "metrics", "tasks")
+        kept = {key: self.report[key] for key in lasting if key in self.report}
+        state = {"figures": figures, "history": self._history, "kept": kept, "id": self.report.get("id")}
+        return state | {"course": self.course.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the figures of the run before."""
+        self.report.update({metric: values for metric, values in state_dict["figures"].items() if values})
+        self.report.update(state_dict.get("kept", {}))
+        self.report["id"] = state_dict.get("id")
+        self._history = list(state_dict["history"])
+        if "course" in state_dict:
+            self.course.load_state_dict(state_dict["course"])
+
+    def _claim(self, trainer: Trainer, module: LightningModule) -> None:
+        if self._claimed:
+            return
+        if trainer.is_global_zero:
+            self.folder.claim(module, resuming=trainer.ckpt_path is not None)
+            if trainer.ckpt_path is not None and (masks := masks_of(trainer)) is not None:
+                self.folder.check_same_run(self.report["id"], exported_masks(module, masks))
+            self.report["id"] = self.report["id"] or self.folder.run_id() or uuid4().hex
+        self._claimed = True
+
+    def _begin(self, trainer: Trainer, module: LightningModule) -> None:
+        """Claim the folder, and write to it what the run goes by; a resumed run has restored all by then."""
+        self._claim(trainer, module)
+        if self._begun:
+            return
+        if trainer.is_global_zero and self._configuration is not None:
+            self.folder.configuration.write_text(self._configuration, encoding="utf-8")
+        self.report["configuration"] = self._configuration
+        self._begun = True
+
+    def _evaluate(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        figures = self.measure(trainer, module, stage) | self._task_figures(trainer, module, stage)
+        for metric, value in figures.items():
+            self.report.setdefault(metric, {})[stage] = value
+            self._note(trainer, stage, metric, value)
+            for logger in trainer.loggers:
+                logger.log_metrics({f"{metric}/{stage}": value}, step=trainer.global_step)
 
     def _task_figures(self, trainer: Trainer, module: LightningModule, stage: str) -> dict[str, float]:
         if not self.tasks.names or stage not in self.tasks.stages:
@@ -337,5 +346,4 @@ class RunReport(Callback):
     def _write(self, trainer: Trainer, module: LightningModule, status: str) -> None:
         self.report |= {"status": status} | standing(trainer, module, self.report, self._history)
         if trainer.is_global_zero:
-            write_json(self.report, self.folder.json)
-            self.folder.html.write_text(render_html(self.report), encoding="utf-8")
+            self.write()

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Runs the linter and the tests. Arguments go to pytest: bash scripts/test.sh tests/pruning
+# Runs the linter and the tests, a process on each core. Arguments go to pytest: bash scripts/test.sh tests/pruning
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-.venv/bin/python -m pytest "$@"
+# One thread each: more would wait for one another. A file stays in one process, as its tests share models and runs.
+OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" .venv/bin/python -m pytest --numprocesses auto --dist loadfile "$@"

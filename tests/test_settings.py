@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import sparsefit
-from sparsefit import GPUHourBudget, PruningConfig, RunReport, WandaPruning
+from sparsefit import AdapterSettings, DistillSettings, GPUHourBudget, PruningConfig, RunReport, WandaPruning
 from sparsefit.errors import ConfigError
 from sparsefit.settings import as_number
 
@@ -87,12 +87,26 @@ def test_a_pattern_needs_no_sparsity_and_bears_none_that_contradicts():
         (WandaPruning, "calibration_sample", "calibration_samples"),
         (GPUHourBudget, "gpu_hour", "gpu_hours"),
         (RunReport, "foldr", "folder"),
+        (AdapterSettings, "aplha", "alpha"),
+        (DistillSettings, "temprature", "temperature"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
 def test_a_slip_in_a_name_is_told_with_the_nearest_one(make, name, near):
     with pytest.raises(ConfigError, match=f"{make.__name__} has no setting '{name}': did you mean '{near}'"):
         make(**{name: 1})
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: WandaPruning(0.5, "2:4"), "WandaPruning: too many positional arguments; give its settings by name"),
+        (GPUHourBudget, "GPUHourBudget: missing a required argument: 'gpu_hours'"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_an_error_of_the_projects_own(make, words):
+    with pytest.raises(ConfigError, match=words):
+        make()
 
 
 def test_the_callback_names_every_setting_of_a_pruning():
@@ -112,3 +126,18 @@ def test_what_most_need_is_at_the_top_of_the_package():
         assert getattr(sparsefit, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'WandaPrunning'"):
         sparsefit.WandaPrunning  # noqa: B018
+
+
+def test_a_path_does_where_a_folder_or_file_is_named(tmp_path):
+    from sparsefit.data import TextDataModule
+    from sparsefit.modules import CausalLMModule
+    from sparsefit.modules.loading import load_causal_lm, load_tokenizer
+
+    load_causal_lm("tiny-llama").save_pretrained(tmp_path / "model")
+    load_tokenizer("tiny-llama").save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("A sentence of some words. " * 200, encoding="utf-8")
+    module = CausalLMModule(tmp_path / "model")
+    data = TextDataModule(tmp_path / "model", tmp_path / "text.txt", sequence_length=32)
+    assert module.hparams.model == data.hparams.tokenizer == str(tmp_path / "model")
+    data.setup("fit")
+    assert next(iter(data.train_dataloader()))["input_ids"].shape[1] == 32

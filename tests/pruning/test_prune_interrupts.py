@@ -375,6 +375,6 @@ def test_quantized_layers_are_put_back_code_by_code(monkeypatch, reconstruction,
     snapshot = QuantizedWeight.snapshot
     monkeypatch.setattr(QuantizedWeight, "snapshot", lambda weight: partial(pressed, snapshot(weight)))
     with pytest.raises((OwnError, KeyboardInterrupt)):
-        prune(model, data, PruningConfig(reconstruction=reconstruction), progress=at_the_end)
+        prune(model, data, PruningConfig(reconstruction=reconstruction, targets="*"), progress=at_the_end)
     assert [quantized_layers.held_bits(layer) for layer in model] == before
     assert next(calls) >= len(kinds) + presses

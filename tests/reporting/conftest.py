@@ -148,6 +148,20 @@ def reconstructed_report() -> dict:
     return report
 
 
+def controlled_report() -> dict:
+    report = build_report() | {"name": "with a control"}
+    report["perplexity"] = report["perplexity"] | {"control": 16.0}
+    report["control"] = {
+        "status": "finished",
+        "steps": 200,
+        "gpu_hours": 0.025,
+        "seconds": 90.0,
+        "without_teacher": True,
+        "distance": {"perplexity": math.log(20.5 / 16.0)},
+    }
+    return report
+
+
 def interrupted_report() -> dict:
     report = build_report() | {
         "name": "interrupted",
@@ -214,6 +228,7 @@ KINDS = {
     "accuracy": accuracy_report,
     "plain": plain_report,
     "reconstructed": reconstructed_report,
+    "controlled": controlled_report,
     "empty": dict,
 }
 
@@ -226,6 +241,11 @@ def report() -> dict:
 @pytest.fixture
 def reconstructed() -> dict:
     return reconstructed_report()
+
+
+@pytest.fixture
+def controlled() -> dict:
+    return controlled_report()
 
 
 @pytest.fixture(params=list(KINDS))

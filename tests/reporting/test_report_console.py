@@ -40,6 +40,20 @@ def test_the_summary_holds_the_values(report):
         assert value in text
 
 
+def test_a_control_stands_beside_what_was_recovered(report, controlled):
+    rows = [" ".join(row.split()) for row in printed(summary(controlled), width=120).splitlines()]
+    # As before, and ln 20.5 - ln 16 beside it.
+    assert "perplexity 18.25 26.75 20.50 16.00 69.6% +0.248 nats" in rows
+    assert "dense pruned recovered control won back above control" in rows
+    assert "control: finished, 200 steps, 0.0250 GPU-hours, which are no part of the run's, without the teacher" in rows
+    assert "total 2 min 29 s 0.0415 83.0%" in rows
+    assert "control" not in printed(summary(report))
+    assert "hold recovery against dense" not in printed(summary(controlled))
+    controlled["perplexity"]["control"] = 19.0  # above dense
+    told = " ".join(printed(summary(controlled)).split())
+    assert "this recipe makes the dense model worse in perplexity: hold recovery against dense" in told
+
+
 def test_a_summary_prints_whatever_is_missing(any_report):
     text = printed(summary(any_report))
     assert str(any_report.get("name", "run")) in text
@@ -69,6 +83,28 @@ def test_a_log_of_unknown_length_gets_two_lines(lines):
             advance(2)
     assert [line.split(",")[0] for line in lines()] == ["evaluation: started", "evaluation: done"]
     assert "2000" in lines()[-1]
+
+
+def test_a_log_tells_the_time_left_soon_and_at_each_quarter(lines, monkeypatch):
+    clock = iter([0.0, 4.0, 12.0, 16.0, 24.0, 28.0, 400.0, 400.0, 400.0, 400.0, 400.0])
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
+    with stage_progress("evaluating", 100) as advance:
+        for units in (1, 2, 1, 21, 1):
+            advance(units)
+    assert lines()[1:3] == [
+        "evaluating: 3 of 100, 12.0 s, about 6 min 28 s left",
+        "evaluating: 25 of 100, 24.0 s, about 1 min 12 s left",
+    ]
+    assert len(lines()) == 4
+
+
+def test_a_total_may_come_to_be_known_on_the_way(lines):
+    with stage_progress("reconstructing") as advance:
+        for _ in range(4):
+            advance(total=4)
+    assert lines()[0] == "reconstructing: started"
+    assert lines()[1].startswith("reconstructing: 1 of 4, ")
+    assert lines()[-1].startswith("reconstructing: done, 4 of 4, ")
 
 
 def test_a_stage_that_fails_is_not_reported_as_done(lines):

@@ -12,6 +12,7 @@ import torch
 from sparsefit.errors import RunFolderError
 from sparsefit.reporting import formats, layer_type, read_json, share_won_back, write_json
 from sparsefit.reporting import report as reading
+from sparsefit.reporting.report import distance_from_control
 
 
 def test_a_report_reads_back_as_it_was_written(report, tmp_path):
@@ -95,6 +96,22 @@ def test_reading_what_is_no_report_says_so(tmp_path, content):
 )
 def test_share_won_back_by_hand(values, metric, better, share):
     assert share_won_back(*values, metric, better) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "distance"),
+    [
+        ("perplexity", {"recovered": 20.0, "control": 10.0}, math.log(2)),
+        ("val_perplexity", {"recovered": 10.0, "control": 20.0}, -math.log(2)),
+        ("accuracy", {"recovered": 0.5, "control": 0.75}, -0.25),
+        ("perplexity", {"recovered": 20.0}, None),
+        ("perplexity", {"recovered": 0.0, "control": 10.0}, None),
+        ("accuracy", {"control": 0.75}, None),
+    ],
+)
+def test_distance_from_the_control(metric, values, distance):
+    found = distance_from_control({"metrics": {metric: "lower"}, metric: values}, metric)
+    assert found == (None if distance is None else pytest.approx(distance))
 
 
 @pytest.mark.parametrize(

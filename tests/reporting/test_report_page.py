@@ -42,6 +42,22 @@ def test_the_page_shows_the_key_figures(report):
     assert all(layer["name"] in text for layer in report["sparsity"]["layers"])
 
 
+def test_a_control_has_its_figures_and_costs_apart(report, controlled):
+    text = Page(render_html(controlled)).text
+    for shown in ("16.00", "69.6%", "recovered above control", "+0.248 nats", "0.0250", "without the teacher"):
+        assert shown in text
+    assert "of 0.0500 (83.0%)" in text
+    assert "recovered above control" not in Page(render_html(report)).text
+    assert "made the dense model worse" not in text
+    controlled["perplexity"]["control"] = 19.0  # above dense
+    assert "made the dense model worse in perplexity" in Page(render_html(controlled)).text
+    controlled["perplexity"].pop("control")
+    controlled["control"] = {"status": "failed", "steps": 7, "error": "RuntimeError: no memory"}
+    text = Page(render_html(controlled)).text
+    assert "RuntimeError: no memory" in text
+    assert "recovered above control" not in text
+
+
 def test_accuracies_read_as_percentages():
     report = {"accuracy": {"dense": 0.8, "pruned": 0.6, "recovered": 0.75}, "metrics": {"accuracy": "higher"}}
     text = Page(render_html(report)).text

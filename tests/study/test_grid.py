@@ -34,7 +34,7 @@ def test_granularities_of_their_own_and_settings_of_all():
         ({"scores": ["wandaa"]}, "unknown score 'wandaa'"),
         ({"sparsities": [1.5]}, r"sparsity is 1.5"),
         ({"settings": {"sparsity": 0.5}}, "sparsity, which the grid's own lists say"),
-        ({"settings": {"swops": 2}}, "does not fit PruningConfig"),
+        ({"settings": {"swops": 2}}, "no setting 'swops': did you mean 'swaps'"),
         ({"patterns": ["4:2"]}, "keeps 4 of every 2"),
     ],
 )

@@ -43,8 +43,8 @@ def test_one_calibration_pass_and_one_evaluation_a_point(results):
     net, data = subject()
     study(net, data, GRID.points(), results)
     assert data.calibrations == 1
-    # One sample before anything is evaluated, the micro-batches of the dense network, and nothing else.
-    assert net.module.runs == 1 + len(data.x) // 8
+    # One sample before anything is evaluated and one that shows what is reached, the micro-batches, and nothing else.
+    assert net.module.runs == 2 + len(data.x) // 8
     assert net.module.evaluations == 1 + len(GRID.points()) == len(results.rows)
     assert net.calibration["samples"] == 64
     assert net.prunable == 3 * 2 * 16 * 32

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -17,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from sparsefit.callbacks import (
     AtomicCheckpointIO,
     BlockwiseReconstruction,
+    DenseControl,
     GPUHourBudget,
     QuantizedBase,
     RunReport,
@@ -29,6 +31,8 @@ from sparsefit.cli.quiet import interrupts, quieten
 from sparsefit.cli.resuming import check_checkpoint, move_paths, moved_run
 
 CHECKPOINT_INTERVAL = timedelta(minutes=15)
+_OF_THE_RUN = (Checkpoint, ProgressBar, ModelSummary, WandaPruning, BlockwiseReconstruction, QuantizedBase)
+_OF_THE_RUN += (GPUHourBudget, RunReport, SparseCheckpoints)
 
 
 def fit(arguments: list[str], train: bool) -> int:
@@ -36,7 +40,7 @@ def fit(arguments: list[str], train: bool) -> int:
     quieten()
     sys.argv[1:] = ["fit", *arguments, *([] if train else ["--trainer.max_steps=0"])]  # LightningCLI reads it there
     with interrupts():
-        SparsefitCLI(
+        command = SparsefitCLI(
             LightningModule,
             LightningDataModule,
             subclass_mode_model=True,
@@ -46,6 +50,7 @@ def fit(arguments: list[str], train: bool) -> int:
             seed_everything_default=0,
             auto_configure_optimizers=False,  # the module has its own
         )
+        command.train_control()
     return 0
 
 
@@ -59,6 +64,13 @@ class SparsefitCLI(LightningCLI):
         parser.add_lightning_class_args(WandaPruning, "pruning")
         parser.add_lightning_class_args(BlockwiseReconstruction, "reconstruction")
         parser.add_lightning_class_args(QuantizedBase, "quantization")
+        parser.add_argument(
+            "--control",
+            type=bool,
+            default=False,
+            help="Train the dense model by the same recipe afterwards, and report it beside the recovered one; what it "
+            "takes is no part of the budget.",
+        )
         parser.set_defaults({"reconstruction.passes": 0})  # only where a recipe asks for it
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -89,6 +101,30 @@ class SparsefitCLI(LightningCLI):
         settings = self.config_init.fit
         if self.trainer.is_global_zero:
             settings.run.folder.check(resuming=settings.ckpt_path is not None)
+
+    def train_control(self) -> None:
+        """Train the control, where the recipe asks for one: all of the run is written by now."""
+        report: RunReport = self.config_init.fit.run
+        if not self.config.fit.control or not report.course.steps:
+            return
+        self.model = self.datamodule = self.trainer = self.config_init = None  # with its optimizer
+        gc.collect()
+        if (seed := self.config.fit.seed_everything) is not None and seed is not False:
+            seed_everything(seed, workers=True)
+        fresh = self.parser.instantiate_classes(self.config).fit
+        folder = report.folder.path
+        others = [callback for callback in _listed(fresh.trainer.callbacks) if not isinstance(callback, _OF_THE_RUN)]
+        logger = TensorBoardLogger(folder, name=f"{LOGS}/control", version="")
+        settings = {
+            "callbacks": [*others, DenseControl(report)],
+            "logger": False if fresh.trainer.logger is False else logger,
+            "default_root_dir": str(folder),
+            "num_sanity_val_steps": 0,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        }
+        Trainer(**{**fresh.trainer, **settings}).fit(fresh.model, datamodule=fresh.get("data"))
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:

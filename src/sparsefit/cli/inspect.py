@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sparsefit.recovery.inspection import inspect_folder
+from sparsefit.recovery.inspection import Inspection, inspect_folder, inspect_tensors
 from sparsefit.reporting.console import console, summary
 
 
@@ -14,10 +14,13 @@ def inspect(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         "sparsefit inspect", description="Count the zeros of a saved model and check them against its masks."
     )
-    parser.add_argument("folder", type=Path, help="a run folder, or a model folder in Hugging Face layout")
+    parser.add_argument(
+        "folder", type=Path, help="a run folder, a model folder in Hugging Face layout, or a .gguf file"
+    )
     folder = parser.parse_args(arguments).folder
 
-    inspection = inspect_folder(folder)
+    is_gguf = folder.suffix.lower() == ".gguf" and not folder.is_dir()
+    inspection = _inspect_gguf(folder) if is_gguf else inspect_folder(folder)
     status = f"counted on {', '.join(str(file) for file in inspection.files)}"
     console.print(summary({"name": str(folder), "status": status, "sparsity": inspection.account()}))
     if inspection.masks is None:
@@ -30,3 +33,11 @@ def inspect(arguments: list[str]) -> int:
         return 1
     console.print(f"All {len(inspection.masks)} masks hold: every weight that they prune is exactly zero.")
     return 0
+
+
+def _inspect_gguf(file: Path) -> Inspection:
+    from sparsefit.cli.quiet import quieten
+    from sparsefit.modules.loading import load_model
+
+    quieten()
+    return inspect_tensors(dict(load_model(str(file)).named_parameters()), file)

@@ -5,6 +5,7 @@ from sparsefit.data.corpora import C4DataModule, PythonDocsDataModule, TextFiles
 from sparsefit.data.digits import DigitsDataModule
 from sparsefit.data.image_data import ImageDataModule
 from sparsefit.data.labelled_text import LabelledTextDataModule
+from sparsefit.data.self_generated import SelfGeneratedDataModule
 
 __all__ = [
     "C4DataModule",
@@ -12,6 +13,7 @@ __all__ = [
     "ImageDataModule",
     "LabelledTextDataModule",
     "PythonDocsDataModule",
+    "SelfGeneratedDataModule",
     "TextDataModule",
     "TextFilesDataModule",
     "WikiTextDataModule",

@@ -25,6 +25,7 @@ from sparsefit.data.windows import (
 )
 from sparsefit.errors import CalibrationError, ConfigError, DataError
 from sparsefit.modules.loading import load_tokenizer
+from sparsefit.settings import as_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,7 +44,7 @@ class TextDataModule(ResumableDataModule):
     Documents that calibration draws are never trained on.
 
     Args:
-        tokenizer: "tiny-llama", a folder or a hub name; in Python also a tokenizer.
+        tokenizer: "tiny-llama", a folder, a .gguf file or a hub name; in Python also a tokenizer.
         train_source: text to train on.
         calibration_source: text to calibrate on; None takes the training text.
         val_source: text to validate on; None validates on nothing.
@@ -86,7 +87,8 @@ class TextDataModule(ResumableDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        tokenizer = as_text(tokenizer)
+        settings = {name: as_text(value) for name, value in locals().items() if name not in ("self", "__class__")}
         _check(settings)
         named = isinstance(tokenizer, str)
         self.save_hyperparameters(settings | {"tokenizer": tokenizer if named else type(tokenizer).__name__})

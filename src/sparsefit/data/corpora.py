@@ -26,7 +26,7 @@ class C4DataModule(TextDataModule):
         """Takes what `TextDataModule` takes.
 
         Args:
-            tokenizer: "tiny-llama", a folder or a hub name; in Python also a tokenizer.
+            tokenizer: "tiny-llama", a folder, a .gguf file or a hub name; in Python also a tokenizer.
             train_source: text to train on.
             calibration_source: text to calibrate on; None takes `c4:calibration` if `train_source` is `c4:train`,
                 else the training text.
@@ -68,7 +68,7 @@ class WikiTextDataModule(TextDataModule):
         """Takes what `TextDataModule` takes.
 
         Args:
-            tokenizer: "tiny-llama", a folder or a hub name; in Python also a tokenizer.
+            tokenizer: "tiny-llama", a folder, a .gguf file or a hub name; in Python also a tokenizer.
             train_source: text to train on.
             val_source: text to validate on; None validates on nothing.
             test_source: text to test on.
@@ -84,7 +84,7 @@ class TextFilesDataModule(TextDataModule):
         """Takes what `TextDataModule` takes.
 
         Args:
-            tokenizer: "tiny-llama", a folder or a hub name; in Python also a tokenizer.
+            tokenizer: "tiny-llama", a folder, a .gguf file or a hub name; in Python also a tokenizer.
             train_source: files, folders or patterns to train on.
             settings: see `TextDataModule`.
         """
@@ -106,7 +106,7 @@ class PythonDocsDataModule(TextDataModule):
         """Takes what `TextDataModule` takes.
 
         Args:
-            tokenizer: "tiny-llama", a folder or a hub name; in Python also a tokenizer.
+            tokenizer: "tiny-llama", a folder, a .gguf file or a hub name; in Python also a tokenizer.
             train_source: text to train on.
             calibration_source: text to calibrate on; None takes the training text.
             test_source: text to test on.

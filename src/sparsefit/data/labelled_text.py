@@ -20,6 +20,7 @@ from sparsefit.data.resumable import ResumableDataModule
 from sparsefit.data.windows import generator_of
 from sparsefit.errors import CalibrationError, ConfigError
 from sparsefit.modules.loading import load_tokenizer
+from sparsefit.settings import as_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -86,7 +87,8 @@ class LabelledTextDataModule(ResumableDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        tokenizer = as_text(tokenizer)
+        settings = {name: as_text(value) for name, value in locals().items() if name not in ("self", "__class__")}
         _check(settings)
         named = isinstance(tokenizer, str)
         self.save_hyperparameters(

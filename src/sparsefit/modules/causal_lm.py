@@ -13,6 +13,7 @@ from sparsefit.modules.loading import find_tokenizer, load_causal_lm
 from sparsefit.modules.recoverable import RecoverableModule
 from sparsefit.recovery.adapters import AdapterSettings
 from sparsefit.recovery.distill import DistillSettings
+from sparsefit.settings import as_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,7 +29,7 @@ class CausalLMModule(RecoverableModule):
         tokenizer: the model's tokenizer; None for a model without one, or built in Python.
 
     Args:
-        model: "tiny-llama", a folder or a hub name; in Python also a model.
+        model: "tiny-llama", a folder, a .gguf file or a hub name; in Python also a model.
         adapter: what is trained while the rest is frozen; None trains all of the model.
         distill: learn from the model as it was when the fit began (dense, if the fit prunes it), and not from the
             text alone.
@@ -46,6 +47,7 @@ class CausalLMModule(RecoverableModule):
         distill: DistillSettings | None = None,
         **settings: Any,
     ) -> None:
+        model = as_text(model)
         super().__init__(model, adapter, distill, **settings)
         named = isinstance(model, str)
         dtype, attention = self.hparams.dtype, self.hparams.attn_implementation
@@ -60,15 +62,18 @@ class CausalLMModule(RecoverableModule):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """The model's own mean next-token loss, logged as train_loss; mixed with the divergence from the teacher,
-        logged as train_divergence, where there is one."""
+        logged as train_divergence, where there is one. With a weight of 1 that alone is computed."""
         inputs, labels = model_inputs(batch), labels_of(batch)
         taught = self.taught(self.model, **inputs)
+        # Where the loss on the text counts: what stands before a token that counts.
+        counted = labels[:, 1:] != IGNORED
+        if self.taught_alone(taught):
+            output = self.model(**inputs)
+            return self.distilled(None, output.logits[:, :-1], taught.logits[:, :-1], counted)
         output = self.model(**inputs, labels=labels)
         self.log("train_loss", output.loss, prog_bar=True, batch_size=len(labels))
         if taught is None:
             return output.loss
-        # Where the loss on the text counts: what stands before a token that counts.
-        counted = labels[:, 1:] != IGNORED
         return self.distilled(output.loss, output.logits[:, :-1], taught.logits[:, :-1], counted)
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:

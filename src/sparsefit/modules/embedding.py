@@ -15,6 +15,7 @@ from sparsefit.modules.loading import find_tokenizer, load_body
 from sparsefit.modules.measured import Batch, MeasuredModule, check_loss, inputs_of, labels_of
 from sparsefit.recovery.adapters import AdapterSettings
 from sparsefit.recovery.distill import DistillSettings
+from sparsefit.settings import as_text
 
 
 class EmbeddingModule(MeasuredModule):
@@ -45,6 +46,7 @@ class EmbeddingModule(MeasuredModule):
         drop_head: bool = False,
         **settings: Any,
     ) -> None:
+        model = as_text(model)
         super().__init__(model, adapter, distill, **settings)
         self.save_hyperparameters({"drop_head": drop_head})
         if drop_head and isinstance(model, str):
@@ -89,8 +91,8 @@ class EmbeddingModule(MeasuredModule):
         inputs = inputs_of(batch)
         taught = self.taught(self.embed, inputs)
         embedded = self.embed(inputs)
-        if taught is not None and self.distill is not None and self.distill.weight == 1:
-            return self.distilled(embedded.new_zeros(()), embedded, taught)
+        if self.taught_alone(taught):
+            return self.distilled(None, embedded, taught)
         labels = labels_of(batch).float()
         loss = F.mse_loss(self._cosines(embedded), labels)
         check_loss(loss, batch_idx)

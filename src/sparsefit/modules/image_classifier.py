@@ -27,6 +27,7 @@ from sparsefit.modules.optimizers import build_optimizer, matrices_decay, traine
 from sparsefit.modules.recoverable import RecoverableModule
 from sparsefit.recovery.adapters import AdapterSettings
 from sparsefit.recovery.distill import DistillSettings
+from sparsefit.settings import as_text
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor
@@ -92,6 +93,7 @@ class ImageClassifierModule(RecoverableModule):
         distill: DistillSettings | None = None,
         new_head: bool = False,
     ) -> None:
+        model = as_text(model)
         super().__init__(
             model, adapter, distill, learning_rate, weight_decay, optimizer, dtype, False, attn_implementation
         )

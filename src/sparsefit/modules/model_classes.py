@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from sparsefit.errors import ConfigError
+from sparsefit.modules.gguf import as_plain
 from sparsefit.recovery.model_kinds import KINDS, classes_of, kind_of
 
 if TYPE_CHECKING:
@@ -28,19 +29,19 @@ _SHOWN = 4
 def whole_model(
     path: str, kind: str | None = None, allow_unused: bool = False, local_files_only: bool = False, **settings: Any
 ) -> PreTrainedModel:
-    """The model in a folder or on the hub, of the class that its config.json names.
+    """The model in a folder, a GGUF file or on the hub, of the class that its config.json names.
 
     Args:
         path: Folder or hub name.
         kind: A key of `KINDS` that the class must be of; None takes any.
         allow_unused: Let the weights of parts go that the class has not.
         local_files_only: Ask no hub.
-        settings: For `from_pretrained`.
+        settings: For `from_pretrained`; with `gguf_file`, a file in `path`, in the place of a config.json.
 
     Raises:
         ConfigError: where the class is unknown or of another kind, or weights are missing or would be dropped.
     """
-    model_class = named_class(path, kind, local_files_only)
+    model_class = named_class(path, kind, local_files_only, settings.get("gguf_file"))
     model, info = model_class.from_pretrained(
         path, output_loading_info=True, local_files_only=local_files_only, **settings
     )
@@ -56,7 +57,7 @@ def whole_model(
             f"{unused}. They would be dropped. Correct `architectures` in config.json; or load the model in Python, "
             "where load_model(..., allow_unused=True) lets them go"
         )
-    return model
+    return as_plain(model)
 
 
 def model_with_new_head(
@@ -76,7 +77,7 @@ def model_with_new_head(
     """
     import transformers
 
-    config = _config(path, local_files_only)
+    config = _config(path, local_files_only, settings.get("gguf_file"))
     named = (config.architectures or [None])[0]
     model_class = getattr(transformers, named if named in classes_of(kind) else KINDS[kind].auto)
     model, info = model_class.from_pretrained(
@@ -99,7 +100,7 @@ def model_with_new_head(
             f"{path} has a trained head of {num_labels} classes already: leave new_head out to keep it. For another "
             "one of as many classes, save the body alone (model.base_model.save_pretrained(FOLDER)) and give FOLDER"
         )
-    return model, sorted(_outermost(key.rpartition(".")[0] for key in new))
+    return as_plain(model), sorted(_outermost(key.rpartition(".")[0] for key in new))
 
 
 def body_of_model(path: str, local_files_only: bool = False, **settings: Any) -> PreTrainedModel:
@@ -117,17 +118,23 @@ def body_of_model(path: str, local_files_only: bool = False, **settings: Any) ->
     )
     if missing := _short(key for key in info["missing_keys"] if not key.startswith("pooler.")):
         raise ConfigError(f"{path} has no weights for {missing} of {type(model).__name__}: they would be random")
-    return model
+    return as_plain(model)
 
 
-def named_class(path: str, kind: str | None, local_files_only: bool = False) -> type[PreTrainedModel]:
-    """The class of transformers that a model's config.json names.
+def named_class(
+    path: str, kind: str | None, local_files_only: bool = False, gguf_file: str | None = None
+) -> type[PreTrainedModel]:
+    """The class of transformers that a model's config.json names; for a GGUF file, which names none, that of its kind.
+
+    A GGUF file of no given kind is taken for a causal language model.
 
     Raises:
         ConfigError: where it names none, one that transformers has not, or one of another kind.
     """
     import transformers
 
+    if gguf_file is not None:
+        return getattr(transformers, KINDS[kind or "causal_lm"].auto)  # that weights are missing still shows
     config = _config(path, local_files_only)
     name = (config.architectures or [None])[0]
     if name is None and kind is not None:
@@ -162,10 +169,10 @@ def _way_to_new(kind: str | None) -> str:
     return ""
 
 
-def _config(path: str, local_files_only: bool) -> PreTrainedConfig:
+def _config(path: str, local_files_only: bool, gguf_file: str | None = None) -> PreTrainedConfig:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(path, local_files_only=local_files_only)
+    return AutoConfig.from_pretrained(path, local_files_only=local_files_only, gguf_file=gguf_file)
 
 
 def _of_parts_it_has_not(model: PreTrainedModel, keys: Iterable[str]) -> list[str]:

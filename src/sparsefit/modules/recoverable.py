@@ -31,7 +31,7 @@ class RecoverableModule(RecoveryMixin, LightningModule):
         teacher: the dense model that the loss looks at, where `distill` is given and a fit has begun.
 
     Args:
-        model: "tiny-llama", a folder or a hub name; in Python also a model.
+        model: "tiny-llama", a folder, a .gguf file or a hub name; in Python also a model.
         adapter: what is trained while the rest is frozen; None trains all of the model.
         distill: learn from the model as it was when the fit began (dense, if the fit prunes it), and not from the
             labels alone.

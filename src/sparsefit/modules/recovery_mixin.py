@@ -107,20 +107,30 @@ class RecoveryMixin(_Base):
         with self.dense_teacher.in_place(self):
             return call(*args, **kwargs)
 
-    def distilled(self, loss: Tensor, student: Tensor, taught: Tensor | None, counted: Tensor | None = None) -> Tensor:
+    def taught_alone(self, taught: Any) -> bool:
+        """Whether what the teacher gives is all that the loss looks at, and no labels are needed (a weight of 1)."""
+        return taught is not None and self.distill is not None and self.distill.weight == 1
+
+    def distilled(
+        self, loss: Tensor | None, student: Tensor, taught: Tensor | None, counted: Tensor | None = None
+    ) -> Tensor:
         """The loss, mixed with the distance from the teacher, which is logged as train_divergence.
 
         Args:
-            loss: On the labels.
+            loss: On the labels; it may be None where `taught_alone`.
             student: What the student gives: logits (..., classes), unless `distance` says otherwise.
             taught: What the teacher gives, of the same shape; None leaves the loss as it is.
             counted: (...) bool; False leaves a place out. None counts all.
         """
         if taught is None or self.distill is None:
+            if loss is None:
+                raise ConfigError(
+                    f"{type(self).__name__} computed no loss on the labels, and there is no dense teacher"
+                )
             return loss
         away = self.distance(student, taught, counted)
         self.log("train_divergence", away, prog_bar=True, batch_size=len(student))
-        return (1 - self.distill.weight) * loss + self.distill.weight * away
+        return away if loss is None else (1 - self.distill.weight) * loss + self.distill.weight * away
 
     def distance(self, student: Tensor, taught: Tensor, counted: Tensor | None = None) -> Tensor:
         """How far the student is from the teacher: the divergence of logits. For other outputs override it."""

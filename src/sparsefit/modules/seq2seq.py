@@ -16,6 +16,7 @@ from sparsefit.modules.loading import find_feature_extractor
 from sparsefit.modules.measured import Batch, MeasuredModule, check_loss, inputs_of, labels_of
 from sparsefit.recovery.adapters import AdapterSettings
 from sparsefit.recovery.distill import DistillSettings
+from sparsefit.settings import as_text
 
 
 class Seq2SeqModule(MeasuredModule):
@@ -51,6 +52,7 @@ class Seq2SeqModule(MeasuredModule):
         generated_tokens: int = 0,
         **settings: Any,
     ) -> None:
+        model = as_text(model)
         super().__init__(model, adapter, distill, **settings)
         if generated_tokens < 0:
             raise ConfigError(f"generated_tokens is {generated_tokens}: it must be at least 0")

@@ -14,6 +14,7 @@ from sparsefit.evaluation.perplexity import IGNORED
 from sparsefit.modules.measured import Batch, MeasuredModule, check_loss, inputs_of, labels_of
 from sparsefit.recovery.adapters import AdapterSettings
 from sparsefit.recovery.distill import DistillSettings
+from sparsefit.settings import as_text
 
 
 class _ClassifierModule(MeasuredModule):
@@ -31,6 +32,7 @@ class _ClassifierModule(MeasuredModule):
         label_smoothing: float = 0.0,
         **settings: Any,
     ) -> None:
+        model = as_text(model)
         super().__init__(model, adapter, distill, **settings)
         if not 0 <= label_smoothing < 1:
             raise ConfigError(f"label_smoothing is {label_smoothing}: it must be in [0, 1)")

@@ -17,6 +17,7 @@ from sparsefit.pruning.layers.experts import find_stacks
 from sparsefit.pruning.naming import canonical_name
 from sparsefit.recovery.model_kinds import task_type
 from sparsefit.recovery.tuners import forbidden_targets
+from sparsefit.settings import named_settings
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -30,6 +31,7 @@ LOSSLESS = ("masked_lora", "hira", "full")
 """The forms that merge into the sparse base without bringing a weight back."""
 
 
+@named_settings
 @dataclass
 class AdapterSettings:
     """What is trained, and where. The defaults are those by which the paper of Wanda recovers pruned models.

@@ -13,8 +13,10 @@ from sparsefit.errors import ConfigError
 from sparsefit.pruning.masks import pack_bits
 from sparsefit.pruning.undo import Removed
 from sparsefit.recovery.export import adapted_part
+from sparsefit.settings import named_settings
 
 
+@named_settings
 @dataclass
 class DistillSettings:
     """How the dense model teaches (Hinton et al. 2015, arXiv 1503.02531).

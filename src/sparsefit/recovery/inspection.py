@@ -106,6 +106,19 @@ def inspect_folder(folder: str | Path) -> Inspection:
     return inspection
 
 
+def inspect_tensors(tensors: Mapping[str, torch.Tensor], file: Path) -> Inspection:
+    """Count the zeros of tensors that were read from a file of another format, which has no masks.
+
+    Args:
+        tensors: By name, each once.
+        file: Where they are from.
+    """
+    inspection = Inspection([file])
+    for name in sorted(tensors):
+        _look_at(inspection, tensors, name, {})
+    return inspection
+
+
 class SavedTensors(Mapping[str, torch.Tensor]):
     """The tensors in safetensors files, read when they are asked for.
 
@@ -128,7 +141,9 @@ class SavedTensors(Mapping[str, torch.Tensor]):
         return len(self._files)
 
 
-def _look_at(inspection: Inspection, tensors: SavedTensors, name: str, masked: Mapping[str, list[str]]) -> None:
+def _look_at(
+    inspection: Inspection, tensors: Mapping[str, torch.Tensor], name: str, masked: Mapping[str, list[str]]
+) -> None:
     tensor = stored_matrix(tensors, name) if name in masked else tensors[name]
     inspection.parameters += tensor.numel()
     if tensor.ndim >= 2:

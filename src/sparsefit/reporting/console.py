@@ -11,7 +11,15 @@ from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.errors import LiveError
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -27,6 +35,7 @@ console = Console()
 """The console that everything of a run prints to."""
 
 _MISSING = "-"
+_SOON = 10.0  # seconds after which a log gets a first estimate, before a quarter is done
 _STATUS_STYLE = {"finished": "bold green", "interrupted": "bold yellow", "failed": "bold red"}
 
 
@@ -60,16 +69,40 @@ def _quality(report: Mapping[str, Any]) -> Table:
     tasks = task_rows(report)
     found = set(_report.STAGES).union(*measured.values(), *(row.values for row in tasks))
     stages = [stage for stage in _report.ALL_STAGES if stage in found]
-    table = _table("", *stages, "won back")
+    against = ["above control"] if _report.CONTROL in found else []
+    table = _table("", *stages, "won back", *against)
     for metric, values in measured.items():
         cells = [_formats.metric(metric, values.get(stage), _MISSING) for stage in stages]
+        cells.append(_formats.percent(_report.won_back(report, metric), 1, _MISSING))
+        distance = _report.distance_from_control(report, metric)
         if values:
-            _row(table, metric, *cells, _formats.percent(_report.won_back(report, metric), 1, _MISSING))
+            _row(table, metric, *cells, *(_formats.distance(metric, distance, _MISSING) for _ in against))
     for row in tasks:
         cells = [_formats.percent(row.values.get(stage), missing=_MISSING) for stage in stages]
         share = _report.share_won_back(*map(row.values.get, _report.STAGES), row.metric, "higher")
-        _row(table, f"{row.task} {row.metric}", *cells, _formats.percent(share, 1, _MISSING))
+        _row(table, f"{row.task} {row.metric}", *cells, _formats.percent(share, 1, _MISSING), *("" for _ in against))
     return table
+
+
+def control_summary(report: Mapping[str, Any]) -> Group:
+    """What a control ends with: quality beside that of its run, and what it took."""
+    return Group(
+        Text("control: the dense model, trained by the same recipe", "bold"), _quality(report), _control(report)
+    )
+
+
+def _control(report: Mapping[str, Any]) -> Text:
+    control = _report.section(report, "control")
+    steps, hours = (
+        _formats.count(control.get("steps"), _MISSING),
+        _formats.hours(_report.number(control.get("gpu_hours"))),
+    )
+    known = [str(control.get("status")), f"{steps} steps", f"{hours} GPU-hours, which are no part of the run's"]
+    known += ["without the teacher"] if control.get("without_teacher") else []
+    text = f"control: {', '.join(known)}"
+    if harmed := _report.control_harmed(report):
+        text += f"; this recipe makes the dense model worse in {', '.join(harmed)}: hold recovery against dense"
+    return Text(text, overflow="fold")
 
 
 def _timelines(report: Mapping[str, Any]) -> list[Table]:
@@ -140,6 +173,8 @@ def _closing_lines(report: Mapping[str, Any]) -> list[Text]:
     if merged:
         title = "merged model" if merged.get("folder") else "not merged"
         lines.append(Text(f"{title}: {_merged(report, merged)}", overflow="fold"))
+    if _report.section(report, "control"):
+        lines.append(_control(report))
     peak = _report.number(memory.get("peak_bytes"))
     if peak is not None:
         lines.append(Text(f"peak memory: {_formats.size(peak)} {memory.get('kind') or ''}".rstrip()))
@@ -212,18 +247,18 @@ def _study_table(study: StudyTable, stage: str) -> list[RenderableType]:
 def stage_progress(
     description: str, total: int | None = None, *, visible: bool = True
 ) -> Iterator[Callable[..., None]]:
-    """Show the progress of one stage: a bar on a terminal, at most five plain lines anywhere else.
+    """Show the progress of one stage and the time left: a bar on a terminal, at most six plain lines anywhere else.
 
     Args:
         description: What is being done, e.g. "calibration".
-        total: How many units there are, or None where nobody knows.
+        total: How many units there are, or None where nobody knows yet.
         visible: False shows nothing, for the ranks that keep silent.
 
     Yields:
-        `advance(n=1)`, to be called when `n` more units are done.
+        `advance(n=1, total=None)`, to be called when `n` more units are done; it may bring a total that is known now.
     """
     if not visible:
-        yield lambda n=1: None
+        yield lambda n=1, total=None: None
         return
     bar = _start_bar() if console.is_terminal else None
     if bar is None:
@@ -231,7 +266,7 @@ def stage_progress(
         return
     task = bar.add_task(description, total=total)
     try:
-        yield lambda n=1: bar.advance(task, n)
+        yield lambda n=1, total=None: bar.update(task, advance=n, total=total)
     finally:
         bar.stop()
 
@@ -239,7 +274,8 @@ def stage_progress(
 def _start_bar() -> Progress | None:
     """A running progress bar, or None where another live display already holds the terminal."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    bar = Progress(SpinnerColumn(), *columns, console=console)
+    left = (TextColumn("left:"), TimeRemainingColumn())
+    bar = Progress(SpinnerColumn(), *columns, *left, console=console)
     try:
         bar.start()
     except LiveError:
@@ -248,26 +284,30 @@ def _start_bar() -> Progress | None:
 
 
 def _plain_lines(description: str, total: int | None) -> Iterator[Callable[..., None]]:
-    start, done, quarter, ended = time.monotonic(), 0, 0, "stopped"
+    start, whole, done, quarter, estimated, ended = time.monotonic(), total, 0, 0, False, "stopped"
 
     def say(text: str) -> None:
         console.print(Text(f"{description}: {text}"), soft_wrap=True)
 
-    def elapsed() -> str:
-        return _formats.seconds(time.monotonic() - start)
-
-    def advance(n: int = 1) -> None:
-        nonlocal done, quarter
-        done += n
-        reached = 4 * done // total if total else 0
-        if quarter < reached < 4:
-            quarter = reached
-            say(f"{done} of {total}, {elapsed()}")
+    def advance(n: int = 1, total: int | None = None) -> None:
+        nonlocal whole, done, quarter, estimated
+        whole, done = whole if total is None else total, done + n
+        reached, spent = 4 * done // whole if whole else 0, time.monotonic() - start
+        soon = whole and not estimated and spent >= _SOON
+        if (quarter < reached or soon) and reached < 4:
+            quarter, estimated = reached, True
+            left = f", about {_left(spent, done, whole)} left" if spent >= 1 else ""
+            say(f"{done} of {whole}, {_formats.seconds(spent)}{left}")
 
     say(f"started, {total} to do" if total else "started")
     try:
         yield advance
         ended = "done"
     finally:
-        count = f"{done} of {total}, " if total else f"{done}, " if done else ""
-        say(f"{ended}, {count}{elapsed()}")
+        count = f"{done} of {whole}, " if whole else f"{done}, " if done else ""
+        say(f"{ended}, {count}{_formats.seconds(time.monotonic() - start)}")
+
+
+def _left(spent: float, done: int, total: int) -> str:
+    """The time that the rest takes if it goes on as it went."""
+    return _formats.seconds(spent * (total - done) / max(1, done))

@@ -29,6 +29,7 @@ STAGE_COLOURS = {
     "reconstructed": "#c9a227",
     "recovered": "#2a9d8f",
     "merged": "#4f83d6",
+    "control": "#9b6bc4",
 }
 INK, MUTED, LINE, CARD = "#1c2733", "#66727f", "#dfe4e9", "#fefefe"
 _THEMED = {INK: "--ink", MUTED: "--muted", LINE: "--line", CARD: "--card"}

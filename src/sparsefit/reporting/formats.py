@@ -19,6 +19,15 @@ def metric(metric: str, value: float | None, missing: str = "—") -> str:
     return f"{value:,.{3 if abs(value) < 1 else 2 if abs(value) < 100 else 1}f}"
 
 
+def distance(metric: str, distance: float | None, missing: str = "—") -> str:
+    """A distance between two values of a metric: nats of perplexities, points of accuracies, else as it is."""
+    if distance is None:
+        return missing
+    if "perplexity" in metric:
+        return f"{distance:+.3f} nats"
+    return f"{100 * distance:+.2f} points" if "accuracy" in metric else f"{distance:+.4g}"
+
+
 def percent(share: float | None, digits: int = 2, missing: str = "—") -> str:
     """A share as a percentage."""
     return missing if share is None else f"{share:.{digits}%}"

@@ -72,12 +72,13 @@ def _metric_tiles(report: Mapping[str, Any], metric: str) -> list[str]:
     values, share = _report.metric_values(report, metric), _report.won_back(report, metric)
     if not values:
         return []
-    steps = '<span class="muted">→</span>'.join(
-        f'<div><div class="muted small">{stage}</div>'
-        f'<b style="border-bottom:3px solid {STAGE_COLOURS[stage]}">'
-        f"{_formats.metric(metric, value)}</b></div>"
+    shown = {
+        stage: f'<div><div class="muted small">{stage}</div>'
+        f'<b style="border-bottom:3px solid {STAGE_COLOURS[stage]}">{_formats.metric(metric, value)}</b></div>'
         for stage, value in values.items()
-    )
+    }
+    control = shown.pop(_report.CONTROL, "")
+    steps = '<span class="muted">→</span>'.join(shown.values()) + control
     text = _report.section(report, "evaluation").get("text")
     note = f'<div class="muted small" style="margin-top:8px">{escape(str(text))}</div>' if text else ""
     label = f'<div class="muted small">{escape(metric)}</div>'
@@ -85,6 +86,11 @@ def _metric_tiles(report: Mapping[str, Any], metric: str) -> list[str]:
     if share is not None:
         how = "of the log-perplexity lost to pruning" if "perplexity" in metric else f"of the {metric} lost to pruning"
         tiles.append(tile("won back by recovery", _formats.percent(share, 1), how))
+    distance = _report.distance_from_control(report, metric)
+    if distance is not None:
+        how = "ln recovered - ln control" if "perplexity" in metric else "recovered - control"
+        note = f"{how}; control: the dense model, trained by the same recipe"
+        tiles.append(tile("recovered above control", _formats.distance(metric, distance), note))
     return tiles
 
 

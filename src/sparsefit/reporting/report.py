@@ -21,8 +21,11 @@ from sparsefit.errors import RunFolderError
 STAGES = ("dense", "pruned", "recovered")
 """What `share_won_back` compares."""
 
-ALL_STAGES = ("dense", "pruned", "reconstructed", "recovered", "merged")
-"""What a metric may be measured on, in the order of a run."""
+CONTROL = "control"
+"""The dense model trained by the recipe of the run."""
+
+ALL_STAGES = ("dense", "pruned", "reconstructed", "recovered", "merged", CONTROL)
+"""What a metric may be measured on, in the order of a run, and on its control."""
 
 _METRICS = {"perplexity": "lower", "accuracy": "higher"}
 _RUN_ORDER = ("setup", "calibration and pruning", "reconstruction", "training", "validation", "evaluation")
@@ -220,6 +223,40 @@ def won_back(report: Mapping[str, Any], metric: str) -> float | None:
     """`share_won_back` of one of the report's metrics."""
     values = metric_values(report, metric)
     return share_won_back(*(values.get(stage) for stage in STAGES), metric, metrics(report).get(metric, "lower"))
+
+
+def distance_from_control(report: Mapping[str, Any], metric: str) -> float | None:
+    """How far the recovered model is above the control: what the masks cost, whatever both have learnt.
+
+    Of perplexities in nats, ln recovered - ln control; of other metrics the difference. None where either is missing.
+
+    >>> report = {"metrics": {"accuracy": "higher"}, "accuracy": {"recovered": 0.75, "control": 1.0}}
+    >>> distance_from_control(report, "accuracy")
+    -0.25
+    """
+    values = metric_values(report, metric)
+    recovered, control = values.get("recovered"), values.get(CONTROL)
+    if recovered is None or control is None:
+        return None
+    if "perplexity" not in metric:
+        return recovered - control
+    return math.log(recovered) - math.log(control) if min(recovered, control) > 0 else None
+
+
+def control_harmed(report: Mapping[str, Any]) -> list[str]:
+    """The metrics by which the control is worse than the dense model: its recipe taught it nothing, so that it is no
+    measure of recovery, and the dense model is.
+
+    >>> control_harmed({"metrics": {"perplexity": "lower"}, "perplexity": {"dense": 20.0, "control": 25.0}})
+    ['perplexity']
+    """
+    worse = []
+    for metric, way in metrics(report).items():
+        values = metric_values(report, metric)
+        dense, control = values.get("dense"), values.get(CONTROL)
+        if dense is not None and control is not None and (control > dense if way == "lower" else control < dense):
+            worse.append(metric)
+    return worse
 
 
 def _path(name: str) -> list[str]:

@@ -199,6 +199,31 @@ def training(report: Mapping[str, Any]) -> str:
     return card("Recovery training", as_facts(facts))
 
 
+def control(report: Mapping[str, Any]) -> str:
+    """What the dense model, trained by the same recipe, came to."""
+    done = _report.section(report, "control")
+    if not done:
+        return ""
+    facts: list[tuple[str, Any]] = [("status", done.get("status"))]
+    for metric in _report.metrics(report):
+        values = _report.metric_values(report, metric)
+        if _report.CONTROL in values:
+            facts.append((metric, _formats.metric(metric, values[_report.CONTROL])))
+            distance = _report.distance_from_control(report, metric)
+            facts.append((f"recovered {metric} above it", _formats.distance(metric, distance)))
+    facts.append(("steps", _formats.count(done.get("steps"))))
+    facts.append(("GPU-hours", _formats.hours(_report.number(done.get("gpu_hours")))))
+    facts.append(("time", _formats.seconds(_report.number(done.get("seconds")))))
+    if done.get("error"):
+        facts.append(("broken off by", done["error"]))
+    told = "The dense model, trained by the same recipe: data, learning rates and steps as in the recovery, no masks"
+    told += ", and on the labels alone, without the teacher" if done.get("without_teacher") else ""
+    if harmed := _report.control_harmed(report):
+        told += f". It made the dense model worse in {escape(', '.join(harmed))}: hold recovery against dense there"
+    note = f'<p class="muted small">{told}. Its GPU-hours are no part of the run\'s.</p>'
+    return card("Control", as_facts(facts) + note)
+
+
 def configuration(report: Mapping[str, Any]) -> str:
     """The recipe, folded up."""
     configuration = report.get("configuration")
@@ -223,5 +248,5 @@ def surroundings(report: Mapping[str, Any]) -> str:
     return f'<div class="grid">{cards}</div>' if cards else ""
 
 
-DETAILS = (layers, pruning, reconstruction, training, merge, configuration, surroundings)
+DETAILS = (layers, pruning, reconstruction, training, merge, control, configuration, surroundings)
 """The sections of a report that stand one below the other, in the order of a run."""

@@ -75,15 +75,8 @@ class Grid:
         points: dict[tuple[Any, ...], Point] = {}
         for score, update, share in product(self.scores, self.updates, shares):
             own = {name: value for name, value in share.items() if value != "own"}
-            point = Point(_config({**self.settings, **own, "score": score, "update": update}))
+            point = Point(PruningConfig(**{**self.settings, **own, "score": score, "update": update}))
             points.setdefault(tuple(point.key.values()), point)
         if not points:
             raise ConfigError("the grid is empty: give at least one score, one update, and a sparsity or a pattern")
         return list(points.values())
-
-
-def _config(settings: Mapping[str, Any]) -> PruningConfig:
-    try:
-        return PruningConfig(**settings)
-    except TypeError as error:
-        raise ConfigError(f"grid.settings does not fit PruningConfig: {error}") from error

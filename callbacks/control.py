@@ -1,0 +1,149 @@
+"""`DenseControl`: the dense model trained as the pruned one was, so that further training is not taken for recovery."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.optim import Optimizer
+
+from sparsefit.callbacks.ledgers import budget_of, ledger_of, masks_of
+from sparsefit.callbacks.random_states import RandomStates
+from sparsefit.callbacks.run_report import RunReport
+from sparsefit.errors import ConfigError, MaskError
+from sparsefit.reporting.console import console, control_summary, stage_progress
+from sparsefit.reporting.report import distance_from_control, metrics
+
+
+class DenseControl(Callback):
+    """Makes of a fit the control of one that has ended, and adds it to its report.
+
+    The control is the dense model, trained without pruning by the same recipe: a new module with the same settings, the
+    same data from their start, the random numbers and learning rates of the run, and as many optimizer steps. Recovery
+    that goes below the dense model on text that it had not learnt shows there, too; what the masks cost is the distance
+    between the two. Where the control is worse than the dense model, as a rate made for the pruned one can leave it,
+    the report says so: then the dense model stays what recovery is held against.
+
+    ```python
+    report = RunReport("runs/mine")
+    Trainer(callbacks=[WandaPruning(0.5), report], **settings).fit(MyModule(), MyData())
+    Trainer(callbacks=[DenseControl(report)], **settings).fit(MyModule(), MyData())
+    ```
+
+    A module that learns from its dense self (`distill`) learns from the labels alone here: to learn from what it is
+    itself would be no training. Blocks are not reconstructed, and the base is not quantized. Nothing is saved: a
+    control that was broken off is trained anew by the next one. All of the run is written by then, and stays.
+
+    Args:
+        report: That of the run, which has ended in this process.
+
+    Raises:
+        ConfigError: as the fit is set up, if there is no such run, its learning rates are not known from the start, the
+            trainer prunes or has a budget, or the module is pruned.
+    """
+
+    def __init__(self, report: RunReport) -> None:
+        self.report = report
+        self.course = report.course
+        self._shown = ExitStack()
+        self._advance: Any = None
+        self._after_batch: RandomStates | None = None
+        self._account: dict[str, Any] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what is no control, and leave out the teacher."""
+        if stage != TrainerFn.FITTING:
+            return
+        self._check(trainer, pl_module)
+        ledger_of(trainer)
+        taught = getattr(pl_module, "distill", None) is not None
+        if taught:
+            pl_module.distill = None
+        self._account = {"status": "running", "steps": 0, "without_teacher": taught}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Have the random numbers be those of the run."""
+        self.course.set_random("fit")
+        self._write(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same."""
+        self.course.set_random("training")
+        if trainer.progress_bar_callback is None:
+            shown = stage_progress("training the dense control", self.course.steps, visible=trainer.is_global_zero)
+            self._advance = self._shown.enter_context(shown)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Take the learning rates of the run."""
+        self.course.set_rates(trainer.global_step, optimizer)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Stop after as many steps as the run took."""
+        self._after_batch = RandomStates.now()
+        if self._advance is not None and (new := trainer.global_step - self._account["steps"]):
+            self._advance(new)
+        self._account["steps"] = trainer.global_step
+        if trainer.global_step >= self.course.steps:
+            trainer.should_stop = True
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on with the random numbers of the training."""
+        if not trainer.sanity_checking and self._after_batch is not None:
+            self._after_batch.set()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the control and add it to the report."""
+        self._shown.close()
+        figures = self.report.measure(trainer, pl_module, "control")
+        for metric, value in figures.items():
+            self.report.report.setdefault(metric, {})["control"] = value
+        distances = {name: distance_from_control(self.report.report, name) for name in metrics(self.report.report)}
+        self._account["distance"] = {name: value for name, value in distances.items() if value is not None}
+        self._account["status"] = "finished"
+        self._write(trainer)
+        if trainer.is_global_zero:
+            console.print(control_summary(self.report.report))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Report how far the control came; the run is not touched."""
+        self._shown.close()
+        if self._account:
+            self._account["status"] = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
+            self._account["error"] = f"{type(exception).__name__}: {exception}"
+            self._write(trainer)
+
+    def _check(self, trainer: Trainer, module: LightningModule) -> None:
+        if not self.course.steps:
+            raise ConfigError(
+                "there is no training to be a control of: fit with this RunReport first, in this process, for a step "
+                "at least"
+            )
+        if not self.course.whole:
+            raise ConfigError(
+                "the run was resumed from a checkpoint of an earlier version, which does not tell its learning rates, "
+                "so a control cannot take the same. Start the run anew, or leave the control out"
+            )
+        if masks_of(trainer) is not None or any(hasattr(callback, "masks") for callback in trainer.callbacks):
+            raise ConfigError("a control is not pruned: leave WandaPruning out of the callbacks of its trainer")
+        if budget_of(trainer) is not None:
+            raise ConfigError(
+                "a control takes as many steps as its run, whatever they cost: leave GPUHourBudget out of the "
+                "callbacks of its trainer"
+            )
+        if self.course.masks is None or not self.course.masks.sparsity:
+            return
+        try:
+            self.course.masks.verify(module)
+        except MaskError:  # it has weights that are pruned in the run
+            return
+        raise ConfigError("the module is pruned already: a control needs a new, dense one with the same settings")
+
+    def _write(self, trainer: Trainer) -> None:
+        ledger = ledger_of(trainer)
+        hours = ledger.hours
+        self._account |= {"gpu_hours": hours, "seconds": ledger.seconds_of(hours)}
+        self.report.report["control"] = dict(self._account)
+        if trainer.is_global_zero:
+            self.report.write()

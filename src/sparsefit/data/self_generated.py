@@ -1,0 +1,315 @@
+"""A LightningDataModule of text that the dense model writes itself: no data set is needed to calibrate and to train."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from functools import cached_property, partial
+from itertools import cycle, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from sparsefit.data.causal_lm_data import TextDataModule
+from sparsefit.data.counts import check_writing
+from sparsefit.data.first_tokens import from_prompts, start_of
+from sparsefit.data.position import Settings, text_digest, vocabulary_digest
+from sparsefit.data.windows import Calibration, generator_of, loader
+from sparsefit.data.written_text import Progress, WrittenText, WrittenWindows, as_window
+from sparsefit.errors import ConfigError
+from sparsefit.modules.writing import check_length, likely_tokens, sample_windows, weights_digest, writer_in, writing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FOLDER = "written_text"
+"""In the folder of a run."""
+
+_KINDS = ("calibration", "training")
+
+
+class SelfGeneratedDataModule(TextDataModule):
+    """Windows of text that the dense model samples from its own distribution, before anything is pruned.
+
+    They calibrate the pruning, and the pruned model trains on them: best with the dense model as its teacher
+    (`distill`), which is then asked about text of its own kind, as much of it as is wanted. Validation and test are on
+    real text, where it is given; without any, nothing is evaluated. `train_source` or `calibration_source` may name
+    real text in place of one of the two.
+
+    The text is written when `WandaPruning` asks for calibration data, on the model's device; a fit without it writes
+    as training asks for data. It is kept in a file whose name stands for the weights of the model and all settings: a
+    run that finds its file reads it. What a run that was broken off has written of it is not written again.
+
+    Args:
+        tokenizer: "tiny-llama", a folder or a hub name; in Python also a tokenizer.
+        train_tokens: tokens to write for training, rounded up to whole windows.
+        calibration_samples: windows to write for calibration.
+        sequence_length: tokens in a training window, and in a calibration window unless `calibration_length` says so.
+        writing_batch_size: windows that are written at once.
+        temperature: logits are divided by it as tokens are drawn; 1 is the model's own distribution.
+        top_p: only the likeliest tokens that together have this probability are drawn; 1 draws from all.
+        first_tokens: begin windows with each of the so many likeliest first tokens in turn; 0 draws the first, too.
+        prompts: real text whose documents' first tokens begin the windows; None begins them with the start token.
+        prompt_tokens: how many of its first tokens.
+        folder: where the files lie, for runs to share; None is `written_text` in the run folder (the Trainer's
+            `default_root_dir`).
+        train_source: real text to train on in place of the model's own.
+        calibration_source: real text to calibrate on in place of the model's own.
+        test_source: real text to test on; None tests on nothing.
+        settings: see `TextDataModule`.
+
+    Raises:
+        ConfigError: if a setting cannot work.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        train_tokens: int = 1_000_000,
+        calibration_samples: int = 128,
+        sequence_length: int = 1024,
+        writing_batch_size: int = 32,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        first_tokens: int = 0,
+        prompts: str | list[str] | None = None,
+        prompt_tokens: int = 8,
+        folder: str | None = None,
+        train_source: str | list[str] | None = None,
+        calibration_source: str | list[str] | None = None,
+        test_source: str | list[str] | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(
+            tokenizer,
+            train_source,
+            calibration_source,
+            test_source=test_source,
+            sequence_length=sequence_length,
+            calibration_samples=calibration_samples,
+            **settings,
+        )
+        own = {"train_tokens": train_tokens, "writing_batch_size": writing_batch_size, "temperature": temperature}
+        own |= {"top_p": top_p, "first_tokens": first_tokens, "prompts": prompts, "prompt_tokens": prompt_tokens}
+        self.save_hyperparameters(own | {"folder": folder})
+        check_writing(self.hparams)
+        self._texts: dict[str, WrittenText] = {}
+        self._writer: weakref.ref[PreTrainedModel] | None = None
+        self._kept: Path | None = None  # where the run that is resumed had its training text
+
+    def setup(self, stage: str | None = None) -> None:
+        """Looks at the model while it is dense, in a run that is resumed, too, and at the sources of real text.
+
+        Raises:
+            ConfigError: where the model cannot write.
+        """
+        super().setup(stage)
+        if stage not in ("fit", None):
+            return
+        for name in ("val_source", "test_source", "prompts"):
+            if self.hparams[name] is not None:
+                self._shards(name)
+        if self.trainer is not None:
+            self._look_at(self.trainer.lightning_module)
+
+    def write_with(self, module: nn.Module, progress: Progress | None = None) -> None:
+        """Has a dense model write what is not in its file yet; all ranks must call it.
+
+        `WandaPruning` calls it. Without a Trainer, call it before the loaders are asked for.
+
+        Args:
+            module: The dense model, or a module that holds it.
+            progress: Told how many batches of this rank are done, and how many there are; by all ranks at the end.
+
+        Raises:
+            ConfigError: where the model cannot write, or is another than the one that the fit was set up with.
+            DataError: where the folder cannot be written to.
+        """
+        self._look_at(module)
+        rank, world_size = self.rank_and_world_size()
+        missing = [self._texts[kind] for kind in self._wanted() if self._found(kind) is None]
+        if not missing:
+            return
+        if self.trainer is not None and self.trainer.ckpt_path is not None:
+            self._check_unchanged(module)
+        total, done = sum(len(range(rank, text.batches, world_size)) for text in missing), 0
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            # The last time is told below: ranks agree on it, and one that has less to do is not to wait for it alone.
+            if progress is not None and done < total:
+                progress(done, total)
+
+        precision = self.trainer.precision_plugin.predict_step_context() if self.trainer is not None else nullcontext()
+        barrier = self.trainer.strategy.barrier if self.trainer is not None else lambda: None
+        with writing(module) as model, precision:
+            for text in missing:
+                write_batch = partial(self._write_batch, model, text, self._begun(model, text))
+                text.write(write_batch, advance, rank, world_size, barrier)
+        if progress is not None:
+            progress(total, total)
+
+    def train_dataloader(self) -> DataLoader:
+        """An epoch of the model's own text, shuffled; the next epoch has another order.
+
+        Raises:
+            ConfigError: where the text is not there, and the model is no longer as it was.
+        """
+        if self.hparams.train_source is not None:
+            return super().train_dataloader()
+        trainer = self.trainer
+        if trainer is not None and self._found("training") is None and _trains(trainer) and _as_it_began(trainer):
+            rank_zero_info("The model writes its training text.")
+            self.write_with(trainer.lightning_module)
+        # Lightning asks for the data of a fit that takes no step, too.
+        idle = trainer is not None and not _trains(trainer)
+        text = numpy.empty((0, 1), dtype=numpy.int32) if idle else self._of("training").read()
+        windows = WrittenWindows(text, self.hparams.seed, *self.rank_and_world_size())
+        return loader(windows, self.hparams.batch_size, self.hparams.num_workers, self.position)
+
+    def test_dataloader(self) -> DataLoader | None:  # type: ignore[override]
+        """The test text in non-overlapping windows; None where there is no such text."""
+        return super().test_dataloader() if self.hparams.test_source is not None else None
+
+    @property
+    def deciding(self) -> Settings:  # type: ignore[override]
+        """The settings that decide which windows a position stands for."""
+        if self.hparams.train_source is not None:
+            return super().deciding
+        given, text = self.hparams, self._texts.get("training")
+        if text is None:
+            return {}
+        settings = {
+            name: (given[name], given[name]) for name in ("batch_size", "sequence_length", "train_tokens", "seed")
+        }
+        settings["num_workers"] = (given.num_workers, max(1, given.num_workers))  # one worker reads as none does
+        decided = {name: (given.get(name, value), value) for name, value in text.decided_by.items()}
+        return settings | decided | {"writing_batch_size": (given.writing_batch_size, given.writing_batch_size)}
+
+    def state_after(self, batches: int) -> dict[str, Any]:
+        """As `ResumableDataModule`; and where the text lies that the run trains on."""
+        found = self._found("training") if self.hparams.train_source is None else None
+        return super().state_after(batches) | {"written": None if found is None else str(found.path.absolute())}
+
+    def check_resumable(self, state_dict: Mapping[str, Any]) -> None:
+        """As `ResumableDataModule`; and see that the text is there: the model that would write it again is pruned.
+
+        Raises:
+            ConfigError: where it is not.
+        """
+        super().check_resumable(state_dict)
+        if state_dict.get("written") and self.hparams.train_source is None:
+            self._kept = Path(state_dict["written"]).parent
+            self._of("training")
+
+    @cached_property
+    def _calibration(self) -> Calibration:
+        if self.hparams.calibration_source is not None:
+            return super()._calibration
+        return Calibration([as_window(row) for row in self._of("calibration").read()], frozenset())
+
+    def _calibration_documents(self) -> frozenset[tuple[str, int]]:
+        return super()._calibration_documents() if self.hparams.calibration_source is not None else frozenset()
+
+    def _wanted(self) -> Iterator[str]:
+        """The kinds of text that the model is to write."""
+        if self.hparams.calibration_source is None:
+            yield "calibration"
+        if self.hparams.train_source is None and (self.trainer is None or _trains(self.trainer)):
+            yield "training"
+
+    def _look_at(self, module: nn.Module) -> None:
+        """Name the files of a model's text; those of the model as it was first seen stay, however it is changed."""
+        writer, settings = writer_in(module), self.hparams
+        if self._writer is not None and self._writer() is writer:
+            return
+        lengths = {"calibration": settings.calibration_length or settings.sequence_length}
+        lengths["training"] = settings.sequence_length
+        check_length(writer, max(lengths.values()))
+        counts = {"calibration": settings.calibration_samples}
+        counts["training"] = -(-settings.train_tokens // settings.sequence_length)
+        decided_by = {name: settings[name] for name in ("seed", "temperature", "top_p", "first_tokens")}
+        decided_by |= {"model": weights_digest(module), "tokenizer": vocabulary_digest(self.tokenizer)}
+        if settings.prompts is not None:
+            decided_by |= {"prompts": text_digest(self._shards("prompts")), "prompt_tokens": settings.prompt_tokens}
+        batch_size, folder = settings.writing_batch_size, self._folder()
+        self._texts = {
+            kind: WrittenText(folder, kind, counts[kind], lengths[kind], batch_size, decided_by) for kind in _KINDS
+        }
+        self._writer = weakref.ref(writer)
+        self.__dict__.pop("_calibration", None)  # of another model
+
+    def _check_unchanged(self, module: nn.Module) -> None:
+        """See that a checkpoint from before any pruning brought the weights that the files are named by."""
+        if weights_digest(module) != self._texts["training"].decided_by["model"]:
+            raise ConfigError(
+                "the checkpoint was saved before the model was pruned, and has other weights (or another precision) "
+                "than the model that is named: its text would pass for that model's. Start a new run with the model as "
+                "it was trained (model=FOLDER), or name real text"
+            )
+
+    def _folder(self) -> Path:
+        if self.hparams.folder is not None:
+            return Path(self.hparams.folder).expanduser()
+        return Path(self.trainer.default_root_dir if self.trainer is not None else ".") / FOLDER
+
+    def _found(self, kind: str) -> WrittenText | None:
+        """A text whose file is there, where this run or the one that it resumes has it; else None."""
+        text = self._texts.get(kind)
+        if text is None:
+            return None
+        folders = [text.folder, *([self._kept] if self._kept is not None else [])]
+        if self.trainer is not None and self.trainer.ckpt_path is not None:  # of a run that was moved
+            folders.append(Path(self.trainer.ckpt_path).absolute().parent.parent / FOLDER)
+        places = [text.lying_in(folder) for folder in folders]
+        return next((place for place in places if place.path.is_file()), None)
+
+    def _of(self, kind: str) -> WrittenText:
+        found = self._found(kind)
+        if found is not None:
+            return found
+        if kind not in self._texts:
+            raise ConfigError(
+                f"the {kind} text is not written yet: fit with it, or call write_with(model) while the model is dense"
+            )
+        raise ConfigError(
+            f"the {kind} text that the dense model wrote is not in {self._texts[kind].path}, and the model can be "
+            "pruned by now: bring the file back, or name its folder (folder=...). A new run, in another run folder, "
+            "writes it anew"
+        )
+
+    def _begun(self, model: PreTrainedModel, text: WrittenText) -> Tensor:
+        """The first tokens of each window: int64 (windows, first tokens)."""
+        settings = self.hparams
+        if settings.prompts is not None:
+            generator = generator_of(settings.seed, _KINDS.index(text.kind))
+            shards = self._shards("prompts")
+            begun = from_prompts(shards, self.tokenizer, settings.prompt_tokens, text.windows, text.length, generator)
+        else:
+            start = start_of(self.tokenizer)
+            likely = likely_tokens(model, start, settings.first_tokens) if settings.first_tokens else []
+            begun = [[start, token] for token in likely] or [[start]]
+        return torch.tensor(list(islice(cycle(begun), text.windows)))
+
+    def _write_batch(self, model: PreTrainedModel, text: WrittenText, starts: Tensor, start: int, stop: int) -> Tensor:
+        settings = self.hparams
+        seed = generator_of(settings.seed, _KINDS.index(text.kind), start).initial_seed()
+        return sample_windows(model, starts[start:stop], text.length, seed, settings.temperature, settings.top_p)
+
+
+def _trains(trainer: Trainer) -> bool:
+    return trainer.max_steps != 0 and trainer.max_epochs != 0
+
+
+def _as_it_began(trainer: Trainer) -> bool:
+    """Whether neither a checkpoint nor masks have changed the model."""
+    pruned = any(getattr(callback, "masks", None) is not None for callback in trainer.callbacks)
+    return trainer.ckpt_path is None and not pruned
