@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,6 +15,15 @@ from sparsefit.cli import main
 from sparsefit.modules.loading import load_tokenizer
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards read the documentation of python aloud"
+
+
+@pytest.fixture(autouse=True)
+def lightning_speaks() -> Iterator[None]:
+    """A study hushes Lightning for as long as its process lives: here that is the process of other tests, too."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="module")
