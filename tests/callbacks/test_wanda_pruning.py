@@ -198,6 +198,8 @@ def test_what_is_decided_is_logged_and_saved(tmp_path):
     with open(f"{logger.log_dir}/metrics.csv") as file:
         row = next(csv.DictReader(file))
     assert float(row["pruning/sparsity"]) == 0.25
+    assert float(row["pruning/coverage"]) == pruning.summary["coverage"] == pruning.result.coverage < 1
+    assert float(row["pruning/overall_sparsity"]) == pruning.summary["overall_sparsity"] < 0.25
     assert float(row["pruning/seconds"]) > 0
     assert float(row["pruning/peak_memory_bytes"]) > 1e6
     layers = {key: float(value) for key, value in row.items() if key.startswith("sparsity/")}

@@ -61,6 +61,8 @@ def build_report() -> dict:
             "by_type": {},
             "layers": layers,
             "counted_on": "base/model.safetensors",
+            "coverage": 0.4,
+            "overall_sparsity": 0.2,
         },
         "pruning": {
             "config": {"sparsity": 0.5, "pattern": None, "score": "wanda", "granularity": "output", "update": "block"},

@@ -40,6 +40,7 @@ def test_the_page_shows_the_key_figures(report):
     for shown in (report["folder"], report["command"], "gpu_hours budget reached", "tied to the embedding", "2.8.0"):
         assert shown in text
     assert all(layer["name"] in text for layer in report["sparsity"]["layers"])
+    assert "20.00% over all matrices of the model" in text
 
 
 def test_a_control_has_its_figures_and_costs_apart(report, controlled):
