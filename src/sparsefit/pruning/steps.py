@@ -159,7 +159,8 @@ class Steps:
         if zeros is not None:  # they go before anything else, and all of them
             least = 0 if granularity.axis == "variant" else -torch.inf
             scores = scores.scores() if isinstance(scores, Products) else scores
-            return self._select(scores.masked_fill(zeros, least), count, None) & ~zeros
+            chosen = self._select(scores.masked_fill(zeros, least), count, None)
+            return chosen & ~zeros if self._pattern else _with_all_zeros(chosen, scores, zeros)
         if self._pattern:
             return select_n_of_m(scores, self._pattern.n, self._pattern.m)
         if count is not None:
@@ -217,6 +218,16 @@ class Steps:
 
     def _empty(self, dtype: torch.dtype) -> ByWeight:
         return {name: torch.empty(dense.shape, dtype=dtype, device=dense.device) for name, dense in self._dense.items()}
+
+
+def _with_all_zeros(kept: Tensor, scores: Tensor, zeros: Tensor) -> Tensor:
+    """A mask without any of the zeros. For those that their comparison groups had no room for, as many other weights
+    stay, those with the highest scores, so that no more go in all."""
+    surplus = int((kept & zeros).sum())
+    mask, going = (kept & ~zeros).contiguous(), ~(kept | zeros)
+    order = scores.masked_fill(~going, -torch.inf).flatten().argsort(descending=True, stable=True)
+    mask.view(-1)[order[: min(surplus, int(going.sum()))]] = True
+    return mask
 
 
 def _joined(parts: list[Scores]) -> Scores:
