@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from sparsefit import prune
+from sparsefit.cli.study_data import StudyData
 from sparsefit.data import DigitsDataModule, ImageDataModule
 from sparsefit.modules import ImageClassifierModule
 from sparsefit.study import Grid, Results, Subject, study
@@ -67,7 +68,7 @@ def shared(module: ImageClassifierModule, data: ImageDataModule, counter: ImageC
     subject = Subject("model", module, lambda batch: module.predict_step(batch, 0))
     with tempfile.TemporaryDirectory() as folder:
         results = Results(Path(folder) / "results.csv", module.metrics)
-        study(subject, data, GRID.points(), results)
+        study(subject, StudyData(data, module, module.device, 0), GRID.points(), results)
     seconds = time.perf_counter() - start
     spent = {kind: sum(row[f"{kind}_seconds"] or 0 for row in results.rows) for kind in ("selection", "evaluation")}
     spent["calibration"] = subject.calibration["seconds"]

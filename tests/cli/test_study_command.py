@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import statistics
 
 import pytest
 from lightning.pytorch import LightningDataModule
@@ -99,6 +100,36 @@ def test_a_study_measures_each_point_and_reports(sparsefit, recipe, tmp_path):
     assert "net: wanda layer 0.8 finetuned: accuracy" in output
 
 
+def test_seeds_draw_other_calibration_images_and_other_trainings(sparsefit, recipe, tmp_path):
+    recipe["grid"] = {"scores": ["magnitude", "wanda"], "granularities": ["layer"], "sparsities": [0.8]}
+    assert sparsefit("study", recipe=recipe)[0] == 0
+    first, page = table(tmp_path), (tmp_path / "study/study.html").read_text()
+    assert "Single-run differences" in page
+    recipe["study"]["calibration_seeds"], recipe["finetuning"]["seeds"] = 2, 3
+    status, output, errors = sparsefit("study", recipe=recipe)
+    assert status == 0, errors
+    rows = table(tmp_path)
+    assert rows[: len(first)] == first
+    found = {(row["score"], row["stage"], row["calibration_seed"], row["training_seed"]): row for row in rows}
+    assert len({found["wanda", "pruned", seed, ""]["digest"] for seed in "01"}) == 2
+    assert ("magnitude", "pruned", "1", "") not in found
+    tuned = [(row["accuracy"], row["top5_accuracy"]) for row in rows if row["stage"] == "finetuned"]
+    assert len(rows) == about(tmp_path)["planned"] == 1 + 3 + 6
+    assert len(set(tuned)) > 2
+    assert "net: wanda layer 0.8 finetuned, seed 2: accuracy" in output
+    with (tmp_path / "study/summary.csv").open(newline="") as lines:
+        means = {(row["score"], row["stage"]): row for row in csv.DictReader(lines)}
+    wanda = means["wanda", "after 1 epoch"]
+    values = [float(row["accuracy"]) for row in rows if (row["score"], row["stage"]) == ("wanda", "finetuned")]
+    assert wanda["seeds"] == "3"
+    assert float(wanda["accuracy"]) == pytest.approx(statistics.mean(values))
+    assert float(wanda["accuracy_deviation"]) == pytest.approx(statistics.stdev(values))
+    assert means["magnitude", "pruned"]["accuracy_deviation"] == ""
+    page = (tmp_path / "study/study.html").read_text()
+    assert "3 seeds" in page
+    assert "<h2>Differences</h2>" in page
+
+
 def test_a_study_goes_on_with_the_model_that_it_trained(sparsefit, recipe, tmp_path):
     recipe["grid"]["sparsities"], recipe["finetuning"] = [0.5], {"epochs": 0}
     assert sparsefit("study", recipe=recipe)[0] == 0
@@ -171,6 +202,7 @@ def test_a_point_that_fails_is_told_and_the_rest_goes_on(sparsefit, recipe, tmp_
         ({"models": {"net": {"class_path": f"{__name__}.Unmeasured"}}}, "has no `metrics`"),
         ({"grid": {"scores": ["wonda"]}}, "unknown score 'wonda'"),
         ({"finetuning": {"epochs": -1}}, "epochs is -1"),
+        ({"finetuning": {"epochs": 1, "seeds": 0}}, "finetuning.seeds is 0"),
         ({"finetuning": {"epochs": 1, "scores": ["wnada"]}}, "finetuning takes no point"),
         ({"trainer": {"accelerator": "cpu", "fast_dev_run": True}}, "takes no trainer.fast_dev_run"),
         (

@@ -170,6 +170,19 @@ def test_any_number_of_models_fits(models):
     assert dict(matplotlib.rcParams) == before
 
 
+def test_seeds_are_drawn_as_a_mean_with_a_bar():
+    values = {0.5: (0.6, 0.64), 0.6: (0.5, 0.5)}
+    rows = [pruned(sparsity=s, accuracy=v, calibration_seed=k) for s, own in values.items() for k, v in enumerate(own)]
+    (panel,) = score_panels(ONE, [*rows, pruned("magnitude", accuracy=0.4)])
+    lines = {line.name: line for line in panel.lines}
+    assert lines["wanda"].points == [(0.5, pytest.approx(0.62)), (0.6, 0.5)]
+    assert lines["wanda"].spreads == {0.5: pytest.approx(0.0283, abs=1e-4), 0.6: 0.0}
+    assert not lines["magnitude"].spreads
+    label = ElementTree.fromstring(draw_panels([panel])).get("aria-label")
+    assert "wanda, pruned: 50% 0.62 ± 0.028" in label
+    assert "magnitude, pruned: 50% 0.4;" in f"{label};".replace(".;", ";")
+
+
 def test_nothing_gives_no_figures():
     assert study_figures({}, []) == {}
     assert study_figures(ONE | {"seconds": {"other": 0.0}}, [row("deit", accuracy=0.8)]) == {}

@@ -291,14 +291,13 @@ def test_every_text_is_escaped():
         assert shown in page.text
 
 
-def test_the_terminal_shows_tables_and_findings():
+def test_the_terminal_shows_tables_and_differences():
     lines = printed(text_study(), text_rows())
     assert "tiny-llama: perplexity, pruned, dense 12.40" in lines
     assert any(line.startswith("70% 4,990.5 x402") for line in lines)
     assert any(line.startswith("80% inf") for line in lines)
-    assert any(
-        line.startswith("Order: Update block beats update none at 5 of 5 sparsities with wanda") for line in lines
-    )
+    assert "Single-run differences" in lines
+    assert any("update block against update none" in line and line.endswith("%") for line in lines)
     assert "time: 3 min 29 s" in lines
     assert "study folder: runs/vision-study" in lines
 

@@ -5,15 +5,25 @@ import math
 import pytest
 from study_rows import plain, pruned, row, vision_study
 
-from sparsefit.reporting.study_findings import findings
+from sparsefit.reporting.study_differences import differences
 from sparsefit.reporting.study_page import render_study
-from sparsefit.reporting.study_table import change, per, results_table
+from sparsefit.reporting.study_results import per
+from sparsefit.reporting.study_table import change, results_table
 
 ONE = vision_study(("deit",))
 
 
-def said(study, rows):
-    return {topic: list(map(plain, told)) for topic, told in findings(study, rows)}
+def told(study, rows):
+    """The cells of each comparison, by stage and what is compared."""
+    return {
+        (row.model, row.stage, row.compared): {amount: plain(cell) for amount, cell in row.cells.items()}
+        for row in differences(study, rows).rows
+    }
+
+
+def seeds(values, name="calibration_seed", **known):
+    """A run of a point for each value, with seeds 0, 1, ..."""
+    return [pruned(**known, accuracy=value, **{name: str(seed)}) for seed, value in enumerate(values)]
 
 
 def test_the_best_of_a_row_and_stage_is_marked():
@@ -75,68 +85,44 @@ def test_granularities_read_as_words(granularity, told):
     assert per(granularity) == told
 
 
-def test_findings_count_and_average():
+def test_of_rows_of_one_point_the_last_counts():
+    rows = [pruned(accuracy=None, error="out of memory"), pruned(accuracy=0.7)]
+    assert results_table(ONE, rows)[0].rows[0][1][0].value == 0.7
+    assert "out of memory" not in render_study(ONE, rows)
+
+
+def test_scores_granularities_and_orders_are_compared_with_the_first_of_each():
     rows = [row("deit", accuracy=0.8)]
-    wanda, output, magnitude = (0.78, 0.75, 0.60), (0.77, 0.76, 0.55), (0.70, 0.75, 0.40)
-    for sparsity, *values in zip((0.5, 0.6, 0.7), wanda, output, magnitude, strict=True):
-        ways = (("wanda", "layer"), ("wanda", "output"), ("magnitude", "layer"))
-        for (score, granularity), value in zip(ways, values, strict=True):
-            rows.append(pruned(score, sparsity, granularity=granularity, accuracy=value, counted=sparsity - 0.002))
-    rows.append(pruned("wanda", 0.7, stage="finetuned", epochs=2, accuracy=0.75))
-    rows.append(pruned("wanda", 0.5, granularity="", pattern="2:4", accuracy=0.74, counted=0.5))
-    told = said(ONE, rows)
-    assert told["Scores"] == ["Wanda beats magnitude at 2 of 3 sparsities, 1 tied, per layer (mean +9.33 points)"]
-    assert told["Granularities"] == ["Per layer beats per output at 2 of 3 sparsities with wanda (mean +1.67 points)"]
-    assert told["N:M patterns"] == ["2:4 against 50% without a pattern: wanda per layer -4.00 points"]
-    assert told["Fine-tuning"] == [
-        "At 70% (wanda per layer), -20.00 points from the dense model right after pruning, "
-        "-5.00 points after 2 epochs, 25% of the loss is left"
-    ]
-    assert told["Sparsity at little cost"] == [
-        "Within 1 point of the dense accuracy: none of those tried, nearest 50% (wanda per layer: -2.00 points); "
-        "after 2 epochs, none of those tried, nearest 70% (wanda per layer: -5.00 points)"
-    ]
-    assert told["Counted"][0].startswith(
-        "The zeros counted in 11 measured models are within 0.2 points of the sparsity"
-    )
+    for sparsity, magnitude, output, layer in ((0.5, 0.7, 0.75, 0.78), (0.6, 0.75, 0.76, 0.75)):
+        rows.append(pruned("magnitude", sparsity, accuracy=magnitude))
+        rows.append(pruned("wanda", sparsity, granularity="output", accuracy=output))
+        rows.append(pruned("wanda", sparsity, accuracy=layer))
+    rows += [pruned(s, granularity="", pattern="2:4", accuracy=v) for s, v in (("magnitude", 0.6), ("wanda", 0.62))]
+    assert told(ONE, rows) == {
+        ("deit", "pruned", "wanda against magnitude, per layer"): {"50%": "+8.00", "60%": "+0.00", "2:4": "+2.00"},
+        ("deit", "pruned", "per layer against per output, wanda"): {"50%": "+3.00", "60%": "-1.00"},
+    }
+    found = differences(ONE, rows)
+    assert (found.title, found.amounts) == ("Single-run differences", ["50%", "2:4", "60%"])
+    assert "no spread" in found.note
 
 
-def test_findings_take_perplexities_as_ratios_and_an_infinite_one_as_lost():
+def test_a_perplexity_is_compared_in_per_cent_and_an_infinite_one_is_not():
     study = ONE | {"metrics": {"perplexity": "lower"}}
-    rows = [row("deit", perplexity=10.0)]
-    for sparsity, better, worse in ((0.5, 10.5, 21.0), (0.6, 12.0, math.inf)):
-        rows += [pruned("wanda", sparsity, perplexity=better), pruned("magnitude", sparsity, perplexity=worse)]
-    told = said(study, rows)
-    assert told["Scores"] == ["Wanda beats magnitude at 2 of 2 sparsities per layer (mean -50.0% perplexity)"]
-    assert told["Sparsity at little cost"] == [
-        "Within 10% of the dense perplexity: 50% (wanda per layer: +5.0% perplexity)"
-    ]
-
-
-def test_findings_over_models_name_those_that_differ():
-    rows = []
-    for model, values in {"a": (0.5, 0.4), "b": (0.5, 0.6)}.items():
-        rows += [pruned(s, model=model, accuracy=v) for s, v in zip(("wanda", "magnitude"), values, strict=True)]
-    even = said({"metrics": {"accuracy": "higher"}}, rows)["Scores"]
-    assert even == [
-        "Wanda and magnitude each win at 1 of 2 settings of 2 models per layer (mean +0.00 points; a 1 of 1, b 0 of 1)"
-    ]
-    rows[-1]["accuracy"] = 0.5
-    tied = said({"metrics": {"accuracy": "higher"}}, rows)["Scores"]
-    assert tied == [
-        "Wanda beats magnitude at 1 of 2 settings of 2 models, 1 tied, per layer "
-        "(mean +5.00 points; a 1 of 1, b 0 of 1)"
-    ]
+    rows = [pruned("magnitude", 0.5, perplexity=20.0), pruned("magnitude", 0.6, perplexity=math.inf)]
+    rows += [pruned("wanda", s, granularity="output", perplexity=10.0) for s in (0.5, 0.6)]
+    assert told(study, rows) == {("deit", "pruned", "wanda per output against magnitude per layer"): {"50%": "-50.0%"}}
 
 
 def test_models_of_different_metrics_are_compared_apart():
     study = {"metrics": {"accuracy": "higher", "perplexity": "lower"}}
-    rows = [pruned(s, model="net", accuracy=v) for s, v in (("wanda", 0.5), ("magnitude", 0.4))]
-    rows += [pruned(s, model="text", perplexity=v) for s, v in (("wanda", 40.0), ("magnitude", 20.0))]
-    assert said(study, rows)["Scores"] == [
-        "Wanda beats magnitude at 50% per layer (+10.00 points)",
-        "Magnitude beats wanda at 50% per layer (-50.0% perplexity)",
-    ]
+    rows = [pruned(s, model="net", accuracy=v) for s, v in (("magnitude", 0.4), ("wanda", 0.5))]
+    rows += [pruned(s, model="text", perplexity=v) for s, v in (("magnitude", 20.0), ("wanda", 40.0))]
+    compared = "wanda against magnitude, per layer"
+    assert told(study, rows) == {
+        ("net", "pruned", compared): {"50%": "+10.00"},
+        ("text", "pruned", compared): {"50%": "+100.0%"},
+    }
     assert [(table.model, table.metric) for table in results_table(study, rows)] == [
         ("net", "accuracy"),
         ("text", "perplexity"),
@@ -144,52 +130,60 @@ def test_models_of_different_metrics_are_compared_apart():
     assert "Also measured" not in render_study(study, rows)
 
 
-def test_of_rows_of_one_point_the_last_counts():
-    rows = [pruned(accuracy=None, error="out of memory"), pruned(accuracy=0.7)]
-    assert results_table(ONE, rows)[0].rows[0][1][0].value == 0.7
-    assert "out of memory" not in render_study(ONE, rows)
+def test_orders_are_compared_where_they_were_really_used():
+    rows = [pruned(sparsity=s, update="none", used_update="none", accuracy=0.6) for s in (0.5, 0.6)]
+    rows += [pruned(sparsity=0.5, update="block", used_update="block", accuracy=0.7)]
+    rows += [pruned(sparsity=0.6, update="block", used_update="none", accuracy=0.6)]
+    assert told(ONE, rows) == {
+        ("deit", "pruned", "update block against update none, wanda per layer"): {"50%": "+10.00"}
+    }
 
 
-def test_a_pattern_is_compared_with_points_of_its_own_order():
-    rows = []
-    for update, free, pattern in (("none", 0.7, 0.6), ("block", 0.75, 0.73)):
-        rows.append(pruned(update=update, accuracy=free))
-        rows.append(pruned(granularity="", pattern="2:4", update=update, accuracy=pattern))
-    against = "2:4 against 50% without a pattern: wanda per layer, update "
-    told = said(ONE, rows)["N:M patterns"]
-    assert told[-1] == f"{against}none -10.00 points; wanda per layer, update block -2.00 points"
-    # The other order of the pattern has nothing to be compared with.
-    assert said(ONE, [rows[0], *rows[1::2]])["N:M patterns"][-1] == f"{against}none -10.00 points"
+def test_a_difference_within_the_spread_of_the_seeds_is_not_told():
+    rows = [pruned("magnitude", s, accuracy=0.6, calibration_seed="", training_seed="") for s in (0.5, 0.6)]
+    rows += seeds((0.59, 0.61, 0.63), score="wanda", sparsity=0.5)
+    rows += seeds((0.69, 0.71, 0.73), score="wanda", sparsity=0.6)
+    rows += [*seeds((0.7,), score="wanda", sparsity=0.7), pruned("magnitude", 0.7, accuracy=0.5)]
+    assert told(ONE, rows) == {
+        ("deit", "pruned", "wanda against magnitude, per layer"): {
+            "50%": "within 2.00",
+            "60%": "+11.00 ± 2.00",
+            "70%": "+20.00 (one run)",
+        }
+    }
+    found = differences(ONE, rows)
+    assert found.title == "Differences"
+    assert "single" not in found.note.lower()
+    page = render_study(ONE, rows)
+    assert "within 2.00" in page
+    assert "+1.00" not in page  # what the means differ by
 
 
-def test_the_mean_of_a_pattern_counts_the_models_that_it_is_taken_over():
-    study = {"metrics": {"perplexity": "lower"}}
-    rows = [pruned(model=model, perplexity=10.0) for model in "abc"]
-    values = {"a": 20.0, "b": 9.8, "c": math.inf}
-    rows += [pruned(model=m, granularity="", pattern="2:4", perplexity=value) for m, value in values.items()]
-    (told,) = said(study, rows)["N:M patterns"]
-    assert told.endswith("wanda per layer +40.0% perplexity (mean of 2 models)")
+def test_two_spreads_add_up():
+    rows = seeds((0.50, 0.52), "training_seed", stage="finetuned", epochs=1, score="magnitude")
+    rows += seeds((0.52, 0.54), "training_seed", stage="finetuned", epochs=1, score="wanda")
+    (cells,) = told(ONE, rows).values()
+    assert cells == {"50%": "within 2.83"}
 
 
-def in_orders(used, sparsities=(0.5, 0.6)):
-    rows = [pruned(sparsity=s, update="none", used_update="none", accuracy=0.6) for s in sparsities]
-    return rows + [pruned(sparsity=s, update="block", used_update=used, accuracy=0.7) for s in sparsities]
+def test_a_table_of_seeds_shows_mean_deviation_and_count_and_marks_what_is_within_the_spread_of_the_best():
+    rows = [row("deit", accuracy=0.8), pruned("magnitude", accuracy=0.58), pruned("ria", accuracy=0.605)]
+    rows += seeds((0.59, 0.61, 0.63), score="wanda")
+    (table,) = results_table(ONE, rows)
+    cells = table.rows[0][1]
+    assert [tuple(map(plain, cell.told("accuracy"))) for cell in cells] == [
+        ("58.00%", "-22.00"),
+        ("60.50%", "-19.50"),
+        ("61.00% ± 2.00", "-19.00, 3 seeds"),
+    ]
+    assert [cell.best for cell in cells] == [False, True, True]
+    once = [line for line in rows if line.get("calibration_seed", "0") == "0"]
+    assert [cell.best for cell in results_table(ONE, once)[0].rows[0][1]] == [False, True, False]
+    assert "±" not in render_study(ONE, once)
 
 
-def test_findings_leave_out_points_that_were_not_pruned_in_their_order():
-    magnitude = [pruned("magnitude", s, accuracy=0.5) for s in (0.5, 0.6)]
-    for used in ("block", ""):
-        told = said(ONE, in_orders(used) + magnitude)
-        assert told["Order"] == [
-            "Update block beats update none at 2 of 2 sparsities with wanda per layer (mean +10.00 points)"
-        ]
-    told = said(ONE, in_orders("none") + magnitude)
-    assert "Order" not in told
-    assert told["Scores"] == ["Wanda beats magnitude at 2 of 2 sparsities per layer (mean +10.00 points)"]
-
-
-def test_a_point_counts_under_its_real_order_where_that_was_not_measured_itself():
-    rows = [pruned(update=update, used_update="none", accuracy=0.7) for update in ("block", "layer")]
-    told = said(ONE, [*rows, pruned("magnitude", accuracy=0.5)])
-    assert told["Scores"] == ["Wanda beats magnitude at 50% per layer (+20.00 points)"]
-    assert "Order" not in told
+def test_a_seed_that_failed_is_left_out_of_the_mean_and_listed():
+    rows = [*seeds((0.6, 0.62)), pruned(accuracy=None, error="out of memory", calibration_seed="2")]
+    (table,) = results_table(ONE, rows)
+    assert table.rows[0][1][0].told("accuracy") == ("61.00% ± 1.41", "2 seeds")
+    assert "out of memory" in render_study(ONE, rows)

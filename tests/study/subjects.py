@@ -59,20 +59,20 @@ class Data:
         self.x = torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
         self.y = model.eval()(self.x).argmax(1)
 
-    def calibration_dataloader(self) -> list[tuple[Tensor, Tensor]]:
+    def calibration_dataloader(self, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
         self.calibrations += 1
-        return [(x, x[:, 0]) for x in self.x.split(16)]
+        return [(x, x[:, 0]) for x in torch.roll(self.x[: 64 - 8 * seed], seed, 0).split(16)]
 
     def test_dataloader(self) -> list[tuple[Tensor, Tensor]]:
         return [(self.x, self.y)]
 
 
-def finetune(module: nn.Module, masks: MaskSet) -> None:
+def finetune(module: nn.Module, masks: MaskSet, seed: int = 0) -> None:
     """Changes what is kept, and a buffer, and leaves modes and gradients behind."""
     module.train()
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.add_(0.5)
+            parameter.add_(0.5 + seed)
         masks.apply(module)
         module.blocks[0].norm.running_mean.add_(1)
         module.seen.add_(1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+
 import pytest
 import torch
 from subjects import finetune, subject
@@ -69,7 +71,7 @@ def test_each_point_is_the_pruning_of_a_fresh_model_and_the_model_is_dense_again
 def test_wrong_calibration_data_are_told_before_the_dense_model_is_evaluated(results, wrong):
     net, data = subject()
     batches = [] if wrong == "none" else [(torch.randn(4, 7), torch.ones(4))]
-    data.calibration_dataloader = lambda: batches
+    data.calibration_dataloader = lambda seed: batches
     with pytest.raises((CalibrationError, RuntimeError)):
         study(net, data, GRID.points(), results)
     assert net.module.evaluations == 0
@@ -168,7 +170,7 @@ def test_the_order_that_was_really_used_is_told(results):
 
 
 def test_a_failed_finetuning_keeps_the_pruned_row(results):
-    def fail(module, masks):
+    def fail(module, masks, seed):
         with torch.no_grad():
             module.head.weight.fill_(torch.nan)
         raise ValueError("no kernel")
@@ -185,7 +187,7 @@ def test_a_failed_finetuning_keeps_the_pruned_row(results):
 
 
 def test_a_figure_that_is_nan_fails_the_point_and_the_dense_model(results):
-    net, data = subject(finetune=lambda module, masks: module.head.weight.data.fill_(torch.nan), epochs=1)
+    net, data = subject(finetune=lambda module, masks, seed: module.head.weight.data.fill_(torch.nan), epochs=1)
     study(net, data, Grid(["wanda"], ["layer"], [0.5]).points(), results)
     assert "margin is NaN" in results.rows[-1]["error"]
     net.module.head.weight.data.fill_(torch.nan)
@@ -203,6 +205,72 @@ def test_another_order_takes_passes_of_its_own(results):
         other, _ = subject()
         own = prune(other.module, [x for x, _ in data.calibration_dataloader()], point.config)
         assert results.find(stage="pruned", **point.key)["digest"] == own.masks.digest()
+
+
+def test_seeds_of_calibration_and_of_training_are_measured_apart(results):
+    net, data = subject(finetune=finetune, epochs=1, seed=3, calibration_seeds=2, training_seeds=3)
+    before = state_of(net.module)
+    points = Grid(["magnitude", "wanda"], ["output"], [0.5]).points()
+    study(net, data, points, results)
+    assert_state(net.module, before)
+    assert data.calibrations == 2
+    seeds = [(row["score"], row["stage"], row["calibration_seed"], row["training_seed"]) for row in results.rows[1:]]
+    assert sorted(seeds, key=str) == sorted(
+        [
+            ("magnitude", "pruned", "", ""),
+            *(("magnitude", "finetuned", "", seed) for seed in (3, 4, 5)),
+            *(("wanda", "pruned", seed, "") for seed in (3, 4)),
+            *(("wanda", "finetuned", 3, seed) for seed in (3, 4, 5)),
+        ],
+        key=str,
+    )
+    wanda = {row["calibration_seed"]: row["digest"] for row in results.rows if row["score"] == "wanda"}
+    assert wanda[3] != wanda[4]
+    tuned = [row["margin"] for row in results.rows if row["stage"] == "finetuned"]
+    assert len(set(tuned)) == 6
+    again, data = subject(finetune=finetune, epochs=1, seed=3, calibration_seeds=2, training_seeds=3)
+    study(again, data, points, Results(results.file, results.metrics))
+    assert (data.calibrations, again.module.evaluations) == (0, 0)
+
+
+def test_more_seeds_come_to_a_table_of_one_seed_and_leave_its_rows(results):
+    points = Grid(["magnitude", "wanda"], ["layer"], [0.5]).points()
+    once, data = subject(finetune=finetune, epochs=1)
+    study(once, data, points, results)
+    first = [dict(row) for row in results.rows]
+    more, data = subject(finetune=finetune, epochs=1, calibration_seeds=2, training_seeds=2)
+    study(more, data, points, results)
+    assert results.rows[: len(first)] == first
+    assert len(results.rows) == len(first) + 3  # Wanda calibrated again, and both fine-tuned again
+    assert more.module.evaluations == 3
+
+
+def test_a_table_without_seeds_is_taken_up_as_that_of_the_first_seed(results):
+    points = Grid(["magnitude", "wanda"], ["layer"], [0.5]).points()
+    settings = {"finetune": finetune, "epochs": 1}
+    study(*subject(**settings), points, results)
+    with results.file.open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    columns = [name for name in rows[0] if not name.endswith("_seed")]
+    with results.file.open("w", newline="") as lines:
+        table = csv.DictWriter(lines, columns, extrasaction="ignore")
+        table.writeheader()
+        table.writerows(rows)
+    old = Results(results.file, results.metrics)
+    net, data = subject(**settings)
+    study(net, data, points, old)
+    assert (data.calibrations, net.module.evaluations) == (0, 0)
+    study(*subject(**settings, calibration_seeds=2), points, old)
+    assert old.rows[: len(results.rows)] == results.rows
+    assert Results(old.file, old.metrics).rows == old.rows
+
+
+def test_calibration_that_does_not_depend_on_the_seed_is_refused(results):
+    net, data = subject(calibration_seeds=2)
+    draw = data.calibration_dataloader
+    data.calibration_dataloader = lambda seed: draw(0)
+    with pytest.raises(CalibrationError, match="same samples for the seeds 0 and 1"):
+        study(net, data, Grid(["wanda"], ["layer"], [0.5]).points(), results)
 
 
 def test_magnitude_alone_reads_no_data(results):

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from rich.markup import escape
 
@@ -62,8 +63,7 @@ def _run(given: Namespace, folder: StudyFolder, settings: Namespace, config: str
     """All models of a study, and the report; returns the exit status."""
     known = folder.open(config)
     about = known | _account(settings, config, known)
-    about["planned"] = len(given.models) * sum(_stages(given, point) for point in given.grid.points())
-    about["planned"] += len(given.models)
+    about["planned"] = len(given.models) * (1 + sum(_rows(given, point) for point in given.grid.points()))
     given.data.prepare_data()
     for stage in ("fit", "test"):
         # A split drawn here must be the one that Lightning's own call draws before each training.
@@ -87,8 +87,9 @@ def _run(given: Namespace, folder: StudyFolder, settings: Namespace, config: str
     return 1 if any(row["error"] and row["model"] in given.models for row in folder.rows) else 0
 
 
-def _stages(given: Namespace, point: Point) -> int:
-    return 2 if given.finetuning.epochs and given.finetuning.takes(point) else 1
+def _rows(given: Namespace, point: Point) -> int:
+    tuned = given.finetuning.seeds if given.finetuning.epochs and given.finetuning.takes(point) else 0
+    return tuned + (given.study.calibration_seeds if point.config.needs_inputs else 1)
 
 
 def _study_model(
@@ -112,9 +113,18 @@ def _study_model(
     _check_weights(name, module, model, results.rows)
     model["settings"] = yaml.safe_load(about["config"])["models"][name]
     module.to(device)
-    train = partial(finetune, given.data, given.finetuning, new_trainer, seed, device)
-    epochs = given.finetuning.epochs
-    subject = Subject(name, module, ModelCall(module), train if epochs else None, given.finetuning.takes, epochs)
+    tuning = given.finetuning
+    subject = Subject(
+        name,
+        module,
+        ModelCall(module),
+        partial(finetune, data, tuning, new_trainer, device) if tuning.epochs else None,
+        tuning.takes,
+        tuning.epochs,
+        seed,
+        given.study.calibration_seeds,
+        tuning.seeds,
+    )
     try:
         study(subject, data, points, results, partial(_tell, about["metrics"]))
     finally:
@@ -140,9 +150,16 @@ def _check_weights(name: str, module: LightningModule, model: dict[str, Any], ro
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="sparsefit study", description=__doc__)
     parser.add_argument("-c", "--config", action="config", help="a recipe in YAML")
-    parser.add_argument("--seed_everything", type=int, default=0, help="seed of every training")
+    seeds = "seed of all that is drawn; of several seeds, the first"
+    parser.add_argument("--seed_everything", type=int, default=0, help=seeds)
     parser.add_argument("--study.folder", type=str, required=True, help="where the results go")
     parser.add_argument("--study.name", type=str | None, default=None, help="title; by default the folder's name")
+    parser.add_argument(
+        "--study.calibration_seeds",
+        type=PositiveInt,
+        default=1,
+        help="draw the calibration samples with so many seeds: seed_everything and the numbers after it",
+    )
     parser.add_argument("--models", type=dict[str, Callable[[], LightningModule]], required=True, help="by name")
     parser.add_subclass_arguments(LightningDataModule, "data", fail_untyped=False, required=True)
     parser.add_class_arguments(Grid, "grid")
@@ -231,6 +248,8 @@ def _tell(metrics: Mapping[str, str], row: Mapping[str, Any]) -> None:
     share, order = row["pattern"] or f"{row['sparsity']:g}", "" if row["update"] == "none" else row["update"]
     what = " ".join(part for part in (row["score"], row["granularity"], share, order) if part)
     stage = row["stage"] if row["stage"] == "dense" else f"{what} {row['stage']}"
+    seed = row["training_seed" if row["stage"] == "finetuned" else "calibration_seed"]
+    stage += f", seed {seed}" if seed else ""
     found = row.get("error") or ", ".join(f"{name} {row[name]:.4g}" for name in metrics)
     console.print(f"{escape(row['model'])}: {escape(stage)}: {escape(found)}", highlight=False)
 

@@ -1,8 +1,9 @@
-"""A datamodule as a study reads it: again and again, without a Trainer, and the same each time."""
+"""A datamodule as a study reads it: again and again, without a Trainer, and the same each time for the same seed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,11 +20,11 @@ class StudyData:
         data: The datamodule, set up.
         module: What the batches are for.
         device: Where it is.
-        seed: Of whatever the loaders draw.
+        seed: The first seed, with which the datamodule is as it was given.
     """
 
     def __init__(self, data: LightningDataModule, module: LightningModule, device: torch.device, seed: int) -> None:
-        self._data, self._module, self._device, self._seed = data, module, device, seed
+        self.data, self._module, self._device, self._seed = data, module, device, seed
 
     def check(self, trains: bool, calibrates: bool) -> None:
         """See that there is what a study reads.
@@ -31,30 +32,43 @@ class StudyData:
         Raises:
             ConfigError: if the datamodule has no test data, or no training or calibration data where they are needed.
         """
-        kind = type(self._data).__name__
-        if trains and not is_overridden("train_dataloader", self._data):
+        kind = type(self.data).__name__
+        if trains and not is_overridden("train_dataloader", self.data):
             raise ConfigError(f"{kind} has no train_dataloader(), and the study trains: add one, or set epochs to 0")
-        if not is_overridden("test_dataloader", self._data):
+        if not is_overridden("test_dataloader", self.data):
             raise ConfigError(f"{kind} has no test_dataloader(), on which a study measures its models: add one")
-        if calibrates and not callable(getattr(self._data, "calibration_dataloader", None)):
+        if calibrates and not callable(getattr(self.data, "calibration_dataloader", None)):
             raise ConfigError(
                 f"{kind} has no calibration_dataloader(): add one that gives some 128 to 4,096 training samples, "
                 "prepared as for evaluation, or study scores that need no data, such as magnitude"
             )
 
-    def calibration_dataloader(self) -> Iterator[Any]:
-        """The calibration batches, the same each time."""
-        return self._batches(self._data.calibration_dataloader)
+    def calibration_dataloader(self, seed: int) -> Iterator[Any]:
+        """The calibration batches of a seed, the same each time."""
+        return self._batches(self.data.calibration_dataloader, seed)
 
     def test_dataloader(self) -> Iterator[Any]:
         """The test batches, the same each time."""
-        return self._batches(self._data.test_dataloader)
+        return self._batches(self.data.test_dataloader, self._seed)
 
-    def _batches(self, make: Callable[[], Any]) -> Iterator[Any]:
-        seed_everything(self._seed, verbose=False)
-        loaders = make()
-        for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
-            yield from map(self._transferred, loader)
+    @contextmanager
+    def seeded(self, seed: int) -> Iterator[None]:
+        """The datamodule meanwhile with its own `hparams.seed`, where it has one, moved as far as the first seed is."""
+        own = self.data.hparams.get("seed")
+        if isinstance(own, int):
+            self.data.hparams["seed"] = own + seed - self._seed
+        try:
+            yield
+        finally:
+            if isinstance(own, int):
+                self.data.hparams["seed"] = own
+
+    def _batches(self, make: Callable[[], Any], seed: int) -> Iterator[Any]:
+        seed_everything(seed, verbose=False)
+        with self.seeded(seed):
+            loaders = make()
+            for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
+                yield from map(self._transferred, loader)
 
     def _transferred(self, batch: Any) -> Any:
         batch = self._hook("on_before_batch_transfer")(batch, 0)
@@ -62,5 +76,5 @@ class StudyData:
         return self._hook("on_after_batch_transfer")(batch, 0)
 
     def _hook(self, name: str) -> Callable[..., Any]:
-        owner = self._data if is_overridden(name, self._data) else self._module
+        owner = self.data if is_overridden(name, self.data) else self._module
         return getattr(owner, name)

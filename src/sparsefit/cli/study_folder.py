@@ -14,6 +14,7 @@ from sparsefit.errors import ConfigError, RunFolderError
 from sparsefit.reporting.report import read_json, write_json, write_text
 from sparsefit.reporting.study_figures import study_figures
 from sparsefit.reporting.study_page import render_study
+from sparsefit.reporting.study_table import summary_csv
 from sparsefit.study.results import Results, Row
 
 _TIMED = ("selection", "evaluation", "finetuning")
@@ -21,7 +22,7 @@ _TIMED = ("selection", "evaluation", "finetuning")
 _OPEN = {
     "grid": {"scores", "granularities", "sparsities", "patterns", "updates"},
     "data": {"init_args.num_workers", "init_args.evaluation_batch_size", "init_args.calibration_batch_size"},
-    "finetuning": {"epochs", "sparsities", "scores", "granularities"},
+    "finetuning": {"epochs", "sparsities", "scores", "granularities", "seeds"},
     "trainer": {
         *("accelerator", "devices", "num_nodes", "strategy", "logger", "profiler", "default_root_dir", "benchmark"),
         *("log_every_n_steps", "enable_progress_bar", "enable_model_summary", "enable_checkpointing", "barebones"),
@@ -31,7 +32,8 @@ _LOCK = ".lock"
 
 
 class StudyFolder:
-    """Where a study keeps what it has found: `results.csv`, `study.json`, `study.html`, `figures/`, `models/`.
+    """Where a study keeps what it has found: `results.csv` (a row for each run), `summary.csv` (means
+    over seeds), `study.json`, `study.html`, `figures/`, `models/`.
 
     Args:
         path: The folder; new, empty, or of this study.
@@ -131,6 +133,7 @@ class StudyFolder:
         write_json(whole, self.json)
         if rows:
             write_text(render_study(whole, rows), self.page)
+            write_text(summary_csv(whole, rows), self.path / "summary.csv")
             for stem, figure in study_figures(whole, rows).items():
                 write_text(figure, self.path / "figures" / f"{stem}.svg")
         return whole

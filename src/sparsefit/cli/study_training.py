@@ -15,6 +15,7 @@ from safetensors.torch import load_model, save_model
 
 from sparsefit.callbacks import GPUHourBudget, WandaPruning
 from sparsefit.cli.quiet import interrupts
+from sparsefit.cli.study_data import StudyData
 from sparsefit.errors import ConfigError, RunFolderError
 from sparsefit.pruning import MaskSet
 from sparsefit.study import Point
@@ -55,11 +56,19 @@ class FinetuningSettings(TrainingSettings):
         sparsities: Only points of these are fine-tuned; a pattern's is its share of zeros. None: all.
         scores: Only points of these are fine-tuned; None: all.
         granularities: Only points of these are fine-tuned, and patterns; None: all.
+        seeds: Each point is fine-tuned with so many seeds: seed_everything and the numbers after it. They decide the
+            order of the training data and all else that is drawn. The pruned model is that of the first calibration.
     """
 
     sparsities: list[float] | None = None
     scores: list[str] | None = None
     granularities: list[str] | None = None
+    seeds: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seeds < 1:
+            raise ConfigError(f"finetuning.seeds is {self.seeds}: give how many seeds to fine-tune with, at least 1")
 
     def check(self, points: Iterable[Point]) -> None:
         """See that what is to be fine-tuned is in the grid.
@@ -130,18 +139,19 @@ def trained_dense(
 
 
 def finetune(
-    data: LightningDataModule,
+    data: StudyData,
     settings: TrainingSettings,
     new_trainer: NewTrainer,
-    seed: int,
     device: torch.device,
     module: LightningModule,
     masks: MaskSet,
+    seed: int,
 ) -> None:
     """Train a pruned module with its masks fixed."""
     pruned = WandaPruning()
     pruned.masks = masks
-    _fit(module, data, settings, new_trainer, seed, [pruned])
+    with data.seeded(seed):
+        _fit(module, data.data, settings, new_trainer, seed, [pruned])
     module.to(device)
 
 

@@ -25,10 +25,11 @@ from rich.text import Text
 
 from sparsefit.reporting import formats as _formats
 from sparsefit.reporting import report as _report
-from sparsefit.reporting.study_findings import findings
+from sparsefit.reporting.study_differences import Differences, differences
 from sparsefit.reporting.study_progress import progress
+from sparsefit.reporting.study_results import in_order, read_results, seconds_by_kind, unique
 from sparsefit.reporting.study_table import Table as StudyTable
-from sparsefit.reporting.study_table import in_order, read_results, results_table, seconds_by_kind, unique
+from sparsefit.reporting.study_table import results_table
 from sparsefit.reporting.task_table import task_rows
 
 console = Console()
@@ -202,8 +203,8 @@ def _merged(report: Mapping[str, Any], merged: Mapping[str, Any]) -> str:
 def study_summary(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Group:
     """The tables a study ends with: each model's metric by sparsity and way of pruning, right after pruning and tuned.
 
-    Above them how much was measured and what ended the study, below them what the rows say in sentences, the time and
-    the folder.
+    Above them how much was measured and what ended the study, below them the differences between the ways of pruning,
+    the time and the folder.
     """
     state = progress(study, read_results(study, rows))
     parts: list[RenderableType] = [Text.assemble((str(study.get("name") or "study"), "bold"), ": ", state.told)]
@@ -211,8 +212,7 @@ def study_summary(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -
     for table in results_table(study, rows):
         for stage in unique(column.stage for column in table.columns):
             parts += _study_table(table, stage)
-    for topic, sentences in findings(study, rows):
-        parts += [Text(f"{topic}: {'. '.join(sentences)}.")]
+    parts += _study_differences(differences(study, rows))
     spent = sum(seconds_by_kind(study).values())
     parts += [Text(f"time: {_formats.seconds(spent)}")] if spent else []
     parts += [Text(f"study folder: {study['folder']}", overflow="fold")] if study.get("folder") else []
@@ -228,11 +228,9 @@ def _study_table(study: StudyTable, stage: str) -> list[RenderableType]:
         texts = [
             Text("failed" if cell.failed else _MISSING)
             if cell.value is None
-            else Text.assemble(
-                (_formats.metric(study.metric, cell.value) + marks.get(cell.used, ""), "bold" if cell.best else ""),
-                (f" {cell.change}", "dim"),
-            )
+            else Text.assemble((told[0], "bold" if cell.best else ""), (f" {told[1]}", "dim"))
             for cell in (cells[index] for index in shown)
+            for told in [cell.told(study.metric, marks.get(cell.used, ""))]
         ]
         table.add_row(Text(amount), *texts)
     dense = f", dense {_formats.metric(study.metric, study.dense)}" if study.dense is not None else ""
@@ -241,6 +239,14 @@ def _study_table(study: StudyTable, stage: str) -> list[RenderableType]:
         Text(f"{mark} {in_order(order)}, not in the one asked for") for order, mark in marks.items() if order in used
     ]
     return [Text(f"\n{study.model}: {study.metric.replace('_', ' ')}, {stage}{dense}", "bold"), table, *notes]
+
+
+def _study_differences(found: Differences) -> list[RenderableType]:
+    table = _table("", "stage", *map(escape, found.amounts))
+    for row in found.rows:
+        cells = (row.cells.get(amount, _MISSING) for amount in found.amounts)
+        _row(table, f"{row.model}: {row.compared}", row.stage, *cells)
+    return [Text(f"\n{found.title}", "bold"), table, Text(found.note)] if found.rows else []
 
 
 @contextmanager

@@ -11,11 +11,11 @@ from sparsefit.reporting import formats as _formats
 from sparsefit.reporting import report as _report
 from sparsefit.reporting.drawing import CARD, INK, LINE, MUTED, SERIES, WIDTH, figure_of, grid, standalone, styled, svg
 from sparsefit.reporting.figures import time_by_kind
-from sparsefit.reporting.study_findings import headline
-from sparsefit.reporting.study_table import (
+from sparsefit.reporting.study_results import (
     PRUNED,
     Point,
     Results,
+    headline,
     is_log,
     per,
     read_results,
@@ -45,6 +45,7 @@ class Line(NamedTuple):
     order: str
     pattern: str
     points: list[tuple[float, float]]  # (sparsity, value)
+    spreads: Mapping[float, float] = {}  # by sparsity, of the values that have several runs
 
 
 class Kinds(NamedTuple):
@@ -147,15 +148,18 @@ def _lines(
 ) -> list[Line]:
     """Lines by score or by granularity, then by stage and order; the marks of patterns are lines of their own."""
     found: dict[tuple[str, str, str, str], list[tuple[float, float]]] = {}
+    spreads: dict[tuple[str, str, str, str], dict[float, float]] = {}
     for point in points:
         value = point.values.get(metric, -math.inf)
         name = point.way.score if by_score else per(point.way.granularity)
         key = (name, point.stage, results.order(point), point.pattern)
         if value > -math.inf:
             found.setdefault(key, []).append((point.sparsity, value))
+            if point.runs > 1 and metric in point.spreads:
+                spreads.setdefault(key, {})[point.sparsity] = point.spreads[metric]
     ranks, stages = list(colours), results.stages()
     keys = sorted(found, key=lambda key: (ranks.index(key[0]), stages.index(key[1])))
-    return [Line(key[0], colours[key[0]], *key[1:], sorted(found[key])) for key in keys]
+    return [Line(key[0], colours[key[0]], *key[1:], sorted(found[key]), spreads.get(key, {})) for key in keys]
 
 
 @styled
@@ -242,7 +246,8 @@ def _scale(axes: Axes, panel: Panel) -> float:
 
 
 def _draw_line(axes: Axes, line: Line, style: Mapping[str, Any], top: float) -> None:
-    """A line, cut between points that are both off the scale; those points are triangles at the upper edge."""
+    """A line with bars of a standard deviation, cut between points that are both off the scale; those points are
+    triangles at the upper edge."""
     path: list[tuple[float, float]] = []
     for (x, y), before in zip(line.points, [None, *line.points], strict=False):
         if before is not None and min(y, before[1]) > top:
@@ -250,6 +255,8 @@ def _draw_line(axes: Axes, line: Line, style: Mapping[str, Any], top: float) -> 
         path.append((x, min(y, top)))
         mark = {"marker": "^", "ms": 7} if y > top else {}
         axes.plot(x, min(y, top), **style | {"ls": ""} | mark, clip_on=False, zorder=3 + bool(line.pattern))
+        if y <= top and x in line.spreads:
+            axes.errorbar(x, y, line.spreads[x], fmt="none", ecolor=line.colour, elinewidth=1.2, capsize=3, zorder=2.6)
     axes.plot(*zip(*path, strict=True), **style | {"marker": ""}, zorder=2.5)
 
 
@@ -299,7 +306,8 @@ def _told(panel: Panel) -> str:
     """A panel in words."""
     parts = [f"dense {panel.dense:.4g}"] if panel.dense is not None else []
     for line in panel.lines:
-        values = ", ".join(f"{line.pattern or share(x)} {y:.4g}" for x, y in line.points)
+        spreads = {x: f" ± {spread:.2g}" for x, spread in line.spreads.items()}
+        values = ", ".join(f"{line.pattern or share(x)} {y:.4g}{spreads.get(x, '')}" for x, y in line.points)
         order = f", update {line.order}" if line.order else ""
         parts.append(f"{line.name}{order}, {line.stage}: {values}")
     return f"{panel.title}, {panel.subtitle}: {panel.metric} against sparsity; {'; '.join(parts)}."

@@ -12,21 +12,11 @@ from sparsefit.reporting import report as _report
 from sparsefit.reporting import sections
 from sparsefit.reporting.figures import time_by_kind
 from sparsefit.reporting.markup import MISSING, as_facts, as_table, as_text, card, header, page, tile
+from sparsefit.reporting.study_differences import differences
 from sparsefit.reporting.study_figures import Panel, draw_panels, granularity_panels, score_panels
-from sparsefit.reporting.study_findings import findings
 from sparsefit.reporting.study_progress import count_points, progress
-from sparsefit.reporting.study_table import (
-    PRUNED,
-    Cell,
-    Results,
-    Table,
-    in_order,
-    per,
-    read_results,
-    results_table,
-    seconds_by_kind,
-    unique,
-)
+from sparsefit.reporting.study_results import PRUNED, Results, in_order, per, read_results, seconds_by_kind, unique
+from sparsefit.reporting.study_table import Cell, Table, results_table
 
 _STYLE = """
 .panels{display:grid;gap:20px 24px;grid-template-columns:repeat(auto-fit,minmax(min(100%,380px),1fr))}
@@ -40,8 +30,6 @@ _STYLE = """
 .results .g{text-align:center;border-bottom:0;padding-bottom:0;color:var(--ink)}
 .results small{display:block;font-weight:400;color:var(--muted);font-size:.78rem;line-height:1.3}
 .bad{color:var(--bad)}
-.said h3{margin:14px 0 2px}.said h3:first-of-type{margin-top:0}.said li{margin:3px 0}
-.wide.said{columns:2 400px;column-gap:32px}.wide.said div{break-inside:avoid;margin-bottom:14px}
 .errors code{color:var(--bad)}
 """
 
@@ -54,8 +42,8 @@ def render_study(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
             (what is known of each), `finetuning`, `seconds` by kind of work, `versions`, `machine`, `config`;
             `planned`, `status` and `failure` as in `progress`.
         rows: One row for each point and stage: `model`, `stage`, `score`, `granularity`, `update`, `pattern`,
-            `sparsity`, `epochs`, `used_update` (the order that was really used), `counted`, the metrics, seconds and
-            `error`.
+            `sparsity`, `epochs`, `calibration_seed`, `training_seed`, `used_update` (the order that was really used),
+            `counted`, the metrics, seconds and `error`.
 
     Returns:
         The whole page; write it as UTF-8. Whatever study and rows do not hold is left out of it.
@@ -64,8 +52,9 @@ def render_study(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
     parts = [
         _header(study, results),
         f'<div class="tiles">{"".join(_tiles(study, results))}</div>',
-        *_figures_and_findings(study, rows),
-        card("Results", _tables(results_table(study, rows))),
+        *_figures(study, rows),
+        card("Results", _tables(results_table(study, rows)) + _counted(results)),
+        _differences(study, rows),
         _other_metrics(study, rows, results),
         _failures(results),
         _time(study, results),
@@ -117,16 +106,12 @@ def _tiles(study: Mapping[str, Any], results: Results) -> list[str]:
     return tiles
 
 
-def _figures_and_findings(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _figures(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """All panels of one model in one card; of several models the scores first, then the granularities."""
     scores, granularities = score_panels(study, rows), granularity_panels(study, rows)
-    if len(scores) == 1 and not granularities:
-        cards = _panels("", scores) + _findings(study, rows, wide=False)
-        return [f'<div class="grid" style="align-items:start">{cards}</div>']
-    said = _findings(study, rows, wide=True)
     if len(scores) == 1:
-        return [_panels("", [*scores, *granularities]), said]
-    return [_panels("Scores: ", scores), said, _panels("Granularities: ", granularities)]
+        return [_panels("", [*scores, *granularities])]
+    return [_panels("Scores: ", scores), _panels("Granularities: ", granularities)]
 
 
 def _panels(title: str, panels: Sequence[Panel]) -> str:
@@ -137,14 +122,27 @@ def _panels(title: str, panels: Sequence[Panel]) -> str:
     return card(heading[:1].upper() + heading[1:], f'<div class="panels">{drawn}</div>' if drawn else "")
 
 
-def _findings(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], wide: bool) -> str:
-    def listed(sentences: Sequence[str]) -> str:
-        return "".join(f"<li>{escape(sentence)}.</li>" for sentence in sentences)
+def _differences(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    found = differences(study, rows)
+    several = len(unique(row.model for row in found.rows)) > 1
+    lines = []
+    for row in found.rows:
+        name = f"{row.model}: {row.compared}" if several else row.compared
+        lines.append(
+            (escape(name), escape(row.stage), *(escape(row.cells.get(a, "")) or MISSING for a in found.amounts))
+        )
+    table = as_table(("", "stage", *map(escape, found.amounts)), lines)
+    body = f'<div class="results">{table}</div><p class="muted small">{escape(found.note)}</p>'
+    return card(found.title, body if lines else "")
 
-    said = "".join(f"<div><h3>{topic}</h3><ul>{listed(told)}</ul></div>" for topic, told in findings(study, rows))
-    note = "Counted and averaged over the measured points; each is measured once, so small differences may be chance."
-    body = f'<div class="said{" wide" if wide else ""}">{said}</div><p class="muted small">{note}</p>'
-    return card("Findings", body if said else "")
+
+def _counted(results: Results) -> str:
+    """How far the zeros that were counted are from the sparsity that was asked for."""
+    gaps = [abs(point.counted - point.sparsity) for point in results.points if point.counted is not None]
+    told = (
+        f"The zeros counted in the models are within {100 * max(gaps, default=0):.2g} points of the sparsity asked for."
+    )
+    return f'<p class="muted small">{told}</p>' if gaps else ""
 
 
 def _tables(tables: Sequence[Table]) -> str:
@@ -155,7 +153,10 @@ def _tables(tables: Sequence[Table]) -> str:
         dense = f", dense {_formats.metric(metric, own[0].dense)}" if own[0].dense is not None else ""
         shown += f"<h3>{escape(model)}: {escape(metric.replace('_', ' '))}{dense}</h3>{''.join(map(_table, own))}"
     unit = " in points" if tables and all("accuracy" in table.metric for table in tables) else ""
-    note = f"Bold: the best of a row. Small: the difference from the dense model{unit}."
+    cells = [cell for table in tables for _, line in table.rows for cell in line]
+    spread = " Behind ±: the standard deviation over seeds." if any(cell.runs > 1 for cell in cells) else ""
+    best = "the best of a row and what is within its spread" if spread else "the best of a row"
+    note = f"Bold: {best}. Small: the difference from the dense model{unit}.{spread}"
     return f'{shown}<p class="muted small">{note}</p>' if shown else ""
 
 
@@ -174,8 +175,8 @@ def _table(table: Table) -> str:
 def _cell(metric: str, cell: Cell, marks: Mapping[str, str]) -> str:
     if cell.value is None:
         return '<span class="bad">failed</span>' if cell.failed else MISSING
-    value = _formats.metric(metric, cell.value) + marks.get(cell.used, "")
-    return f"{f'<b>{value}</b>' if cell.best else value}<small>{cell.change or '&nbsp;'}</small>"
+    value, change = cell.told(metric, marks.get(cell.used, ""))
+    return f"{f'<b>{value}</b>' if cell.best else value}<small>{change or '&nbsp;'}</small>"
 
 
 def _other_metrics(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], results: Results) -> str:

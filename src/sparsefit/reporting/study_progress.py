@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from sparsefit.reporting import report as _report
-from sparsefit.reporting.study_table import DENSE, Results, unique
+from sparsefit.reporting.study_results import DENSE, Results, unique
 
 # A study that was killed had no time to say so: it stands as running.
 _STOPPED = {"interrupted": "interrupted", "failed": "ended by an error", "running": "not finished"}
@@ -92,4 +92,4 @@ def count_points(results: Results) -> tuple[int, int]:
 def _count_rows(results: Results) -> int:
     """How many rows hold a measurement; a dense model is one."""
     dense = len(results.dense) - sum(point.stage == DENSE for point, _ in results.failures)
-    return dense + sum(not point.error for point in results.points)
+    return dense + sum(point.runs for point in results.points if point.values)

@@ -1,89 +1,17 @@
-"""What a pruning study measured: its rows, read into points, and the short table that page and terminal show.
-
-A study prunes one or more models in many ways: each *point* is one way (score, granularity, order, sparsity or
-pattern), measured right after pruning and, if asked for, after fine-tuning. Any part of it may be missing: a study may
-have been stopped, a point may have failed, a perplexity may be infinite.
-"""
+"""The tables of a pruning study that page and terminal show: a metric by sparsity and way of pruning."""
 
 from __future__ import annotations
 
+import csv
+import io
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sparsefit.reporting import report as _report
+from sparsefit.reporting import formats as _formats
+from sparsefit.reporting.study_results import Point, Results, is_log, joint_spread, read_results, unique
 
-DENSE, PRUNED = "dense", "pruned"
-_KINDS = {"finetuning": "fine-tuning", "selection": "choosing weights"}
 TIMES, MINUS = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}"
-
-
-class Way(NamedTuple):
-    """How a model was pruned, but for how much of it."""
-
-    score: str
-    granularity: str
-    update: str
-
-
-class Point(NamedTuple):
-    """A model pruned in one way, at one stage: right after pruning, or after so many epochs of fine-tuning."""
-
-    model: str
-    stage: str
-    way: Way
-    pattern: str
-    sparsity: float
-    counted: float | None
-    values: Mapping[str, float]
-    seconds: Mapping[str, float]
-    error: str
-    used: str  # the order that it was pruned in, where that is not the one asked for
-
-    @property
-    def amount(self) -> str:
-        """How much was pruned, for people: 50%, or 2:4."""
-        return self.pattern or share(self.sparsity)
-
-
-class Results(NamedTuple):
-    """All that a study measured."""
-
-    metrics: dict[str, str]
-    models: list[str]
-    dense: dict[str, Mapping[str, float]]
-    points: list[Point]
-    failures: list[tuple[Point, str]]
-
-    def metric_of(self, model: str) -> str:
-        """The first of the metrics that was measured on a model."""
-        known = [self.dense.get(model, {}), *(point.values for point in self.points if point.model == model)]
-        return next((m for m in self.metrics if any(m in values for values in known)), next(iter(self.metrics), ""))
-
-    def stages(self) -> list[str]:
-        """The stages of the points, the pruned model first."""
-        return sorted(unique(point.stage for point in self.points), key=lambda stage: stage != PRUNED)
-
-    def updates(self, score: str) -> list[str]:
-        """The orders in which a score was used."""
-        return unique(point.way.update for point in self.points if point.way.score == score)
-
-    def order(self, point: Point) -> str:
-        """The order of a point, where others of its score have another or one of them fell back to another."""
-        used = any(other.used for other in self.points if other.way.score == point.way.score)
-        if len(self.updates(point.way.score)) <= 1 and not used:
-            return ""
-        return ", ".join([point.way.update or "none", *([in_order(point.used)] if point.used else [])])
-
-    def detail(self, way: Way) -> str:
-        """What beside its score tells a way of pruning from others: its granularity, its order where that varies."""
-        order = f"update {way.update or 'none'}" if len(self.updates(way.score)) > 1 else ""
-        return ", ".join(part for part in (per(way.granularity), order) if part)
-
-    def name(self, way: Way) -> str:
-        """A way of pruning for people: `wanda per layer`."""
-        return " ".join(part for part in (way.score, self.detail(way)) if part)
 
 
 class Column(NamedTuple):
@@ -95,13 +23,24 @@ class Column(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """One value; what it differs by from the dense model; whether it is the best of its row and stage."""
+    """One value, its spread and number of runs; what it differs by from the dense model; whether it is the best of
+    its row and stage, or within the spread of the best."""
 
     value: float | None
+    spread: float | None
+    runs: int
     change: str
     best: bool
     failed: bool
     used: str  # the order that it was pruned in, where that is not the one asked for
+
+    def told(self, metric: str, mark: str = "") -> tuple[str, str]:
+        """The value with its spread, and the change with the number of runs, for people."""
+        value = _formats.metric(metric, self.value) + mark
+        if self.runs == 1:
+            return value, self.change
+        spread = f" ± {spread_text(metric, self.spread)}" if self.spread is not None else ""
+        return value + spread, ", ".join(part for part in (self.change, f"{self.runs} seeds") if part)
 
 
 class Table(NamedTuple):
@@ -120,90 +59,9 @@ class Table(NamedTuple):
         return {order: "*" * index for index, order in enumerate(used, 1)}
 
 
-def unique(values: Iterable[Any]) -> list[Any]:
-    """The distinct values in the order in which they come."""
-    return list(dict.fromkeys(values))
-
-
-def share(sparsity: float) -> str:
-    """A sparsity for people: 50%, 62.5%."""
-    return f"{100 * sparsity:.4g}%"
-
-
-def per(granularity: str) -> str:
-    """A granularity for people: `per layer`, `per 128 outputs`."""
-    group = re.fullmatch(r"\(?(\w+)[,:] ?(\d+)\)?", granularity)
-    if group:
-        return f"per {group[2]} {group[1]}s"
-    return granularity if granularity in ("", "variant") else f"per {granularity}"
-
-
-def in_order(used: str) -> str:
-    """What marks a point that was not pruned in the order asked for."""
-    return f"pruned in the order {used}"
-
-
-def seconds_by_kind(study: Mapping[str, Any]) -> dict[str, float]:
-    """The seconds of a study by kind of work, without those that took none."""
-    spent = {str(kind): _report.number(value) for kind, value in _report.section(study, "seconds").items()}
-    return {_KINDS.get(kind, kind): value for kind, value in spent.items() if value and value > 0}
-
-
-def is_log(metric: str) -> bool:
-    """Whether a metric is the exponential of a loss, so that its ratios count and not its differences."""
-    return "perplexity" in metric
-
-
-def read_results(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Results:
-    """Read the rows of a study; of rows of the same point the last one counts."""
-    declared = _report.metrics(study)
-    if not declared:
-        known = {"accuracy": "higher", "perplexity": "lower"}
-        declared = {name: way for name, way in known.items() if any(name in row for row in rows)}
-    points = [_point(study, row, declared) for row in rows]
-    latest = {(p.model, p.stage, p.way, p.pattern, p.sparsity): p for p in points}.values()
-    return Results(
-        declared,
-        unique([*map(str, _report.section(study, "models")), *(point.model for point in points)]),
-        {point.model: point.values for point in latest if point.stage == DENSE},
-        [point for point in latest if point.stage != DENSE and point.way.score],
-        [(point, point.error) for point in latest if point.error],
-    )
-
-
-def _point(study: Mapping[str, Any], row: Mapping[str, Any], metrics: Mapping[str, str]) -> Point:
-    def text(key: str) -> str:
-        return "" if row.get(key) is None else str(row[key])
-
-    seconds = {key: _report.number(row.get(f"{key}_seconds")) for key in ("selection", "evaluation", "finetuning")}
-    values = {metric: _value(row.get(metric), better) for metric, better in metrics.items()}
-    used = text("used_update")
-    return Point(
-        text("model"),
-        _stage(study, text("stage") or (PRUNED if text("score") else DENSE), row.get("epochs")),
-        Way(text("score"), text("granularity"), text("update")),
-        text("pattern"),
-        _report.number(row.get("sparsity")) or 0.0,
-        _report.number(row.get("counted")),
-        {metric: value for metric, value in values.items() if value is not None},
-        {key: value for key, value in seconds.items() if value is not None},
-        text("error"),
-        used if used != (text("update") or "none") else "",
-    )
-
-
-def _stage(study: Mapping[str, Any], stage: str, epochs: Any) -> str:
-    """The stage for people: dense, pruned, after 2 epochs."""
-    if stage != "finetuned":
-        return stage
-    epochs = _report.number(epochs) or _report.number(_report.section(study, "finetuning").get("epochs"))
-    return f"after {epochs:g} epoch{'s' if epochs != 1 else ''}" if epochs else "fine-tuned"
-
-
-def _value(value: Any, better: str) -> float | None:
-    """The value as a float; an infinity only where it stands for the worst value there is."""
-    worst = math.inf if better == "lower" else -math.inf
-    return worst if isinstance(value, float) and value == worst else _report.number(value)
+def spread_text(metric: str, spread: float) -> str:
+    """A standard deviation for people: in points of an accuracy."""
+    return f"{100 * spread:.2f}" if "accuracy" in metric else f"{spread:.2f}" if is_log(metric) else f"{spread:.2g}"
 
 
 def results_table(
@@ -239,6 +97,24 @@ def results_table(
     return tables
 
 
+def summary_csv(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """The points of a study as CSV: the mean of each metric, its standard deviation and the number of seeds."""
+    results = read_results(study, rows)
+    lines = []
+    for point in results.points:
+        line = {"model": point.model, "stage": point.stage, **point.way._asdict(), "pattern": point.pattern}
+        line |= {"sparsity": point.sparsity, "seeds": point.runs}
+        for metric in results.metrics:
+            spread = point.spreads.get(metric) if point.runs > 1 else None
+            line |= {metric: point.values.get(metric), f"{metric}_deviation": spread}
+        lines.append(line)
+    buffer = io.StringIO()
+    table = csv.DictWriter(buffer, list(lines[0]) if lines else [], lineterminator="\n")
+    table.writeheader()
+    table.writerows(lines)
+    return buffer.getvalue()
+
+
 def _table(results: Results, model: str, metric: str, points: Sequence[Point]) -> Table:
     dense = results.dense.get(model, {}).get(metric)
     better = results.metrics.get(metric, "higher")
@@ -258,20 +134,27 @@ def _table(results: Results, model: str, metric: str, points: Sequence[Point]) -
 def _cell(metric: str, point: Point | None, dense: float | None) -> Cell:
     value = point.values.get(metric) if point else None
     failed, used = bool(point and point.error and value is None), point.used if point and value is not None else ""
-    return Cell(value, change(metric, value, dense), False, failed, used)
+    spread, runs = (point.spreads.get(metric), point.runs) if point else (None, 1)
+    return Cell(value, spread, runs, change(metric, value, dense), False, failed, used)
 
 
 def _mark_best(cells: Sequence[Cell], stages: Sequence[str], better: str) -> list[Cell]:
-    """Mark the best of the cells of each stage, and all that are as good, where there is something to compare."""
+    """Mark the best of the cells of each stage, and all that are as good or within the spread, unless all are."""
     pick = max if better == "higher" else min
-    best = {}
+    marked = list(cells)
     for stage in unique(stages):
-        values = [cell.value for cell, of in zip(cells, stages, strict=True) if of == stage and cell.value is not None]
-        best[stage] = pick(values) if len(set(values)) > 1 else None
-    return [
-        cell._replace(best=cell.value is not None and cell.value == best[stage])
-        for cell, stage in zip(cells, stages, strict=True)
-    ]
+        own = [place for place, of in enumerate(stages) if of == stage and cells[place].value is not None]
+        best = pick((cells[place] for place in own), key=lambda cell: cell.value, default=None)
+        good = [place for place in own if _as_good(cells[place], best)]
+        if len(good) < len(own):
+            for place in good:
+                marked[place] = cells[place]._replace(best=True)
+    return marked
+
+
+def _as_good(cell: Cell, best: Cell) -> bool:
+    spread = joint_spread(cell.spread, best.spread, cell.runs, best.runs) or 0.0
+    return cell.value == best.value or abs(cell.value - best.value) <= spread
 
 
 def change(metric: str, value: float | None, dense: float | None) -> str:

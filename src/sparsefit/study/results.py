@@ -13,14 +13,18 @@ from sparsefit.errors import ConfigError, RunFolderError
 from sparsefit.reporting.report import write_text
 from sparsefit.study.grid import AXES
 
-KEY = ("model", "stage", *AXES, "epochs")
+SEEDS = ("calibration_seed", "training_seed")
+KEY = ("model", "stage", *AXES, "epochs", *SEEDS)
 NUMBERS = ("sparsity", "counted", "selection_seconds", "evaluation_seconds", "finetuning_seconds")
+_TEXTS = ("score", "granularity", "update", "pattern", *SEEDS, "used_update", "digest", "error")
 _FIRST, _LAST = (*KEY, "used_update", "counted"), (*NUMBERS[2:], "digest", "error")
 Row = dict[str, Any]
 
 
 class Results:
-    """The rows of a study, each a point at one stage ("dense", "pruned" or "finetuned"), kept in a file.
+    """The rows of a study, kept in a file: each a point at one stage ("dense", "pruned" or "finetuned"), measured once.
+
+    The seeds of a row are empty where none had a part in it, and in tables of before there were several.
 
     Args:
         file: The CSV; what is in it is taken up. It is written anew, as a whole, after each row.
@@ -43,15 +47,22 @@ class Results:
         """The row with these values, if there is one that did not fail."""
         return next((row for row in self.rows if not row["error"] and self._has(row, key)), None)
 
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Add a row, in the place of an earlier one of the same key, and write the file."""
-        full = dict.fromkeys(self.columns) | {"used_update": "", "digest": "", "error": "", "epochs": 0} | dict(row)
+    def add(self, row: Mapping[str, Any]) -> Row:
+        """Add a row, in the place of an earlier one of the same key, and write the file; returns it, made whole."""
+        full = dict.fromkeys(self.columns) | dict.fromkeys(_TEXTS, "") | {"sparsity": 0.0, "epochs": 0} | dict(row)
         key = {name: full[name] for name in KEY}
         places = [place for place, other in enumerate(self.rows) if self._has(other, key)]
         place = places[0] if places else len(self.rows)
         rows = [*self.rows[:place], full, *self.rows[place + 1 :]]
         self._write(rows)
         self.rows = rows
+        return full
+
+    def adopt(self, keys: Iterable[Mapping[str, Any]]) -> None:
+        """Give rows of an older table, which has no seeds, those of their keys."""
+        for key in keys:
+            if self.find(**key) is None and (row := self.find(**{**key, **dict.fromkeys(SEEDS, "")})):
+                row.update({name: key[name] for name in SEEDS})
 
     def forget(self, model: str, keys: Iterable[Mapping[str, Any]]) -> None:
         """Drop the rows of a model that failed and are not among these keys: they are no longer asked for."""
@@ -72,20 +83,22 @@ class Results:
         try:
             with self.file.open(newline="", encoding="utf-8") as lines:
                 table = csv.DictReader(lines)
-                missing = [name for name in self.columns if name not in (table.fieldnames or ())]
+                found = {*(table.fieldnames or ()), *SEEDS}
+                missing = [name for name in self.columns if name not in found]
                 if missing:
                     raise RunFolderError(
                         f"{self.file} is no table of this study: it has no column {missing[0]!r}. Move it away, or "
                         "give the study another folder"
                     )
-                return [{name: self._value(name, row[name]) for name in self.columns} for row in table]
+                seedless = dict.fromkeys(SEEDS, "")
+                return [{name: self._value(name, (seedless | row)[name]) for name in self.columns} for row in table]
         except (UnicodeDecodeError, csv.Error, ValueError, TypeError) as error:
             raise RunFolderError(
                 f"{self.file} is damaged ({error}). Move it away, or give the study another folder"
             ) from error
 
     def _value(self, name: str, text: str) -> Any:
-        if name == "epochs":
+        if name == "epochs" or (name in SEEDS and text):
             return int(text)
         if name in self.metrics or name in NUMBERS:
             return float(text) if text else None

@@ -1,4 +1,4 @@
-"""Running a study: one dense calibration, then for each point a selection, an evaluation, and perhaps fine-tuning."""
+"""Running a study: a dense calibration for each seed, then for each point a selection, an evaluation, fine-tuning."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from sparsefit.pruning import (
 from sparsefit.pruning.blocks import find_block_lists
 from sparsefit.pruning.calibration import device_of
 from sparsefit.pruning.evaluating import evaluating
-from sparsefit.pruning.samples import split_samples
+from sparsefit.pruning.samples import split_samples, tensors_in
 from sparsefit.pruning.targets import find_weights
 from sparsefit.study.grid import Point
 from sparsefit.study.results import Results
@@ -35,8 +35,8 @@ from sparsefit.study.results import Results
 class Data(Protocol):
     """What a study reads: batches that the module takes as they are, the same each time."""
 
-    def calibration_dataloader(self) -> Iterable[Any]:
-        """Calibration batches."""
+    def calibration_dataloader(self, seed: int) -> Iterable[Any]:
+        """Calibration batches, other samples for another seed."""
 
     def test_dataloader(self) -> Iterable[Any]:
         """What models are evaluated on."""
@@ -50,38 +50,51 @@ class Subject:
         name: What the study calls it.
         module: Has `evaluate(batches)`, which gives figures by name.
         forward: How a calibration batch goes through it.
-        finetune: Trains a pruned module with its masks fixed; called with both.
+        finetune: Trains a pruned module with its masks fixed; called with both and with a seed.
         finetunes: Which points are fine-tuned.
         epochs: Of the fine-tuning, for the results.
+        seed: The first seed of calibrations and of fine-tunings.
+        calibration_seeds: How many seeds the calibration samples are drawn with: `seed` and the numbers after it.
+        training_seeds: How many seeds the points are fine-tuned with, from the pruning of the first calibration seed.
 
     Attributes:
         notes: What did not go as asked, and why.
         left_dense: Matrices that are not pruned, and why.
-        calibration: The account of the calibration: samples and seconds.
+        calibration: The account of the calibrations: samples of one, seconds of all.
         prunable: Weights that are pruned from; 0 as long as nothing was pruned.
     """
 
     name: str
     module: nn.Module
     forward: Callable[[Any], Any]
-    finetune: Callable[[nn.Module, MaskSet], None] | None = None
+    finetune: Callable[[nn.Module, MaskSet, int], None] | None = None
     finetunes: Callable[[Point], bool] = lambda point: True
     epochs: int = 0
+    seed: int = 0
+    calibration_seeds: int = 1
+    training_seeds: int = 1
     notes: list[str] = field(default_factory=list)
     left_dense: dict[str, str] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None
     prunable: int = 0
 
-    def stages(self, point: Point) -> list[str]:
-        """The stages at which a point is measured."""
-        return ["pruned", *(["finetuned"] if self.finetune is not None and self.finetunes(point) else [])]
+    def keys(self, point: Point, seed: int) -> list[dict[str, Any]]:
+        """What tells the rows of a point from others: pruned with a calibration seed, and fine-tuned with each seed.
 
-    def key(self, point: Point | None, stage: str) -> dict[str, Any]:
-        """What tells a row of the results from the others; the dense model has no point."""
-        of_point = {"score": "", "granularity": "", "update": "", "pattern": "", "sparsity": 0.0}
-        if point is not None:
-            of_point = point.key
-        return {"model": self.name, "stage": stage, "epochs": self.epochs if stage == "finetuned" else 0, **of_point}
+        A pruning that reads no data is the same for all calibration seeds: its row names none.
+        """
+        calibrated = seed if point.config.needs_inputs else ""
+        whole = {"model": self.name, **point.key, "calibration_seed": calibrated}
+        keys = [{**whole, "stage": "pruned", "epochs": 0, "training_seed": ""}]
+        if seed == self.seed and self.finetune is not None and self.finetunes(point):
+            seeds = range(self.seed, self.seed + self.training_seeds)
+            keys += [{**whole, "stage": "finetuned", "epochs": self.epochs, "training_seed": s} for s in seeds]
+        return keys
+
+    def runs(self, points: Iterable[Point]) -> Iterator[tuple[int, list[Point]]]:
+        """Each calibration seed and the points that are pruned with it."""
+        for seed in range(self.seed, self.seed + self.calibration_seeds):
+            yield seed, [point for point in points if seed == self.seed or point.config.needs_inputs]
 
 
 def study(
@@ -93,8 +106,9 @@ def study(
 ) -> None:
     """Measure every point of a model that the results do not hold yet.
 
-    The dense network is calibrated on once, for all points of update "none"; other orders need passes of their own. A
-    point that fails is recorded with the reason, and the rest goes on; a study that goes on tries it again.
+    For each calibration seed, the dense network is calibrated on once, for all points of update "none"; other orders
+    need passes of their own. A point that fails is recorded with the reason, and the rest goes on; a study that goes on
+    tries it again.
 
     Args:
         subject: The model.
@@ -104,61 +118,69 @@ def study(
         done: Called with each new row.
 
     Raises:
-        SparsefitError: If the dense model cannot be evaluated or calibrated on; the results so far are kept.
+        SparsefitError: If the dense model cannot be evaluated or calibrated on, or two seeds give the same calibration
+            samples; the results so far are kept.
     """
-    results.forget(subject.name, [subject.key(p, stage) for p in points for stage in subject.stages(p)])
-    missing = [p for p in points if any(results.find(**subject.key(p, stage)) is None for stage in subject.stages(p))]
+    keys = {seed: [subject.keys(point, seed) for point in asked] for seed, asked in subject.runs(points)}
+    results.adopt(itertools.chain.from_iterable(keys[subject.seed]))
+    results.forget(subject.name, [key for of_seed in keys.values() for of_point in of_seed for key in of_point])
 
     def add(row: Mapping[str, Any]) -> None:
-        results.add(row)
-        done(row)
+        done(results.add(row))
 
-    calibration = _calibration(subject, data, missing)
-    if results.find(**subject.key(None, "dense")) is None:
-        figures, seconds = _evaluated(subject.module, data, results.metrics)
-        add({**subject.key(None, "dense"), **figures, "evaluation_seconds": seconds})
-    if not missing:
-        return
-    statistics = _calibrated(subject, calibration, missing)
-    calibration = []
-    dense = {name: tensor.detach().clone() for name, tensor in _tensors(subject.module).items()}
-    for point in missing:
-        with _restored(subject.module, dense):
-            for row in _measured(subject, data, point, statistics, results):
-                add(row)
+    drawn: dict[int, list[Tensor]] = {}
+    for seed, asked in subject.runs(points):
+        missing = [p for p in asked if any(results.find(**key) is None for key in subject.keys(p, seed))]
+        batches = _calibration(subject, data, missing, seed)
+        _check_drawn(drawn, seed, batches)
+        if results.find(model=subject.name, stage="dense") is None:
+            figures, seconds = _evaluated(subject.module, data, results.metrics)
+            add({"model": subject.name, "stage": "dense", "sparsity": 0.0, **figures, "evaluation_seconds": seconds})
+        if not missing:
+            continue
+        statistics = _calibrated(subject, batches, missing)
+        del batches
+        dense = _copy(subject.module)
+        for point in missing:
+            with _restored(subject.module, dense):
+                for row in _measured(subject, data, point, seed, statistics, results):
+                    add(row)
 
 
 def _measured(
-    subject: Subject, data: Data, point: Point, statistics: DenseStatistics | None, results: Results
+    subject: Subject, data: Data, point: Point, seed: int, statistics: DenseStatistics | None, results: Results
 ) -> Iterator[dict[str, Any]]:
-    """The rows of a point: pruned, and then fine-tuned."""
-    stage = "pruned"
+    """The rows of a point that are missing: pruned, and then fine-tuned with each seed."""
+    key, *tuned = subject.keys(point, seed)
     try:
-        result, row = _pruned(subject, data, point, statistics)
-        if results.find(**subject.key(point, stage)) is None:
+        result, row = _pruned(subject, data, point, seed, statistics)
+        if results.find(**key) is None:
             figures, seconds = _evaluated(subject.module, data, results.metrics)
-            yield {**subject.key(point, stage), **row, **figures, "evaluation_seconds": seconds}
-        for stage in subject.stages(point)[1:]:
-            start = time.perf_counter()
-            subject.finetune(subject.module, result.masks)
-            row |= {"finetuning_seconds": time.perf_counter() - start}
-            row |= {"counted": _zeros(subject.module, result.masks), "selection_seconds": None}
-            figures, seconds = _evaluated(subject.module, data, results.metrics)
-            yield {**subject.key(point, stage), **row, **figures, "evaluation_seconds": seconds}
+            yield {**key, **row, **figures, "evaluation_seconds": seconds}
+        tuned = [key for key in tuned if results.find(**key) is None]
+        pruned = _copy(subject.module) if tuned else {}
+        for key in tuned:
+            with _restored(subject.module, pruned):
+                start = time.perf_counter()
+                subject.finetune(subject.module, result.masks, key["training_seed"])
+                row |= {"finetuning_seconds": time.perf_counter() - start}
+                row |= {"counted": _zeros(subject.module, result.masks), "selection_seconds": None}
+                figures, seconds = _evaluated(subject.module, data, results.metrics)
+                yield {**key, **row, **figures, "evaluation_seconds": seconds}
     except Exception as error:  # whatever it is, the other points go on
         told = f"{type(error).__name__}: {error}"
-        yield {**subject.key(point, stage), "error": " ".join(told.split())}
+        yield {**key, "error": " ".join(told.split())}
 
 
 def _pruned(
-    subject: Subject, data: Data, point: Point, statistics: DenseStatistics | None
+    subject: Subject, data: Data, point: Point, seed: int, statistics: DenseStatistics | None
 ) -> tuple[PruningResult, dict[str, Any]]:
     """Prune the model, and what its row says of that."""
     config, module = point.config, subject.module
     if config.update == "none" and statistics is not None:
         result = prune_from_statistics(module, statistics, config)
     else:
-        batches = data.calibration_dataloader() if config.needs_inputs else None
+        batches = data.calibration_dataloader(seed) if config.needs_inputs else None
         result = prune(module, batches, config, forward=subject.forward)
     result.masks.verify(module)
     subject.left_dense |= result.left_dense
@@ -168,7 +190,7 @@ def _pruned(
     return result, row | {"selection_seconds": result.seconds}
 
 
-def _calibration(subject: Subject, data: Data, points: Iterable[Point]) -> list[Any]:
+def _calibration(subject: Subject, data: Data, points: Iterable[Point], seed: int) -> list[Any]:
     """The calibration batches, if points need any; one sample has gone through the model.
 
     Raises:
@@ -176,13 +198,28 @@ def _calibration(subject: Subject, data: Data, points: Iterable[Point]) -> list[
     """
     if not any(point.config.needs_inputs for point in points):
         return []
-    batches = list(data.calibration_dataloader())
+    batches = list(data.calibration_dataloader(seed))
     if not batches:
         raise CalibrationError("the study needs calibration data and there is none: calibration_dataloader() is empty")
     samples = split_samples(batches[0])
     with torch.no_grad(), evaluating(subject.module):
         subject.forward(samples[0] if samples else batches[0])
     return batches
+
+
+def _check_drawn(drawn: dict[int, list[Tensor]], seed: int, batches: Sequence[Any]) -> None:
+    """See that a seed's calibration begins with other samples than those of the seeds in `drawn`, and note it there."""
+    if not batches:
+        return
+    first = list(tensors_in(batches[0]))
+    for other, before in drawn.items():
+        if len(before) == len(first) and all(map(torch.equal, before, first)):
+            raise CalibrationError(
+                f"calibration_dataloader() gives the same samples for the seeds {other} and {seed}, so their spread "
+                "would tell nothing: draw them with `hparams.seed` of the datamodule or with torch's global random "
+                "numbers, or calibrate with one seed (study.calibration_seeds)"
+            )
+    drawn[seed] = first
 
 
 def _calibrated(subject: Subject, batches: list[Any], points: Iterable[Point]) -> DenseStatistics | None:
@@ -193,7 +230,8 @@ def _calibrated(subject: Subject, batches: list[Any], points: Iterable[Point]) -
     if not configs:
         return None
     statistics = collect_statistics(subject.module, batches, configs, forward=subject.forward)
-    subject.calibration = {"samples": statistics.samples, "seconds": statistics.seconds}
+    before = 0.0 if subject.calibration is None else subject.calibration["seconds"]
+    subject.calibration = {"samples": statistics.samples, "seconds": before + statistics.seconds}
     subject.notes += [note for note in statistics.notes if note not in subject.notes]
     return statistics
 
@@ -236,8 +274,12 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return dict(itertools.chain(module.named_parameters(), module.named_buffers()))
 
 
+def _copy(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in _tensors(module).items()}
+
+
 @contextmanager
-def _restored(module: nn.Module, dense: Mapping[str, Tensor]) -> Iterator[None]:
+def _restored(module: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
     """The module as it was, to the bit, whatever happens: weights, buffers, modes and what requires a gradient."""
     modes = {name: part.training for name, part in module.named_modules()}
     trains = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
@@ -249,7 +291,7 @@ def _restored(module: nn.Module, dense: Mapping[str, Tensor]) -> Iterator[None]:
         module.zero_grad(set_to_none=True)
         with torch.no_grad():
             for name, tensor in _tensors(module).items():
-                tensor.copy_(dense[name])
+                tensor.copy_(state[name])
         for name, part in module.named_modules():
             part.training = modes[name]
         for name, parameter in module.named_parameters():
