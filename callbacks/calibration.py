@@ -17,12 +17,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, IterableDataset
 
+from sparsefit.calibration.samples import count_samples, cut_batch, split_samples
 from sparsefit.callbacks.ledgers import ledger_of
 from sparsefit.callbacks.model_call import ModelCall
 from sparsefit.callbacks.progress import paid_progress
 from sparsefit.errors import CalibrationError
 from sparsefit.pruning.evaluating import evaluating
-from sparsefit.pruning.samples import count_samples, cut_batch, split_samples
 
 TRAINING_SAMPLES = 128
 """How many samples are taken where nobody said and the training data must serve (the paper's number)."""

@@ -16,7 +16,7 @@ from sparsefit.callbacks.ledgers import ledger_of
 from sparsefit.callbacks.progress import paid_progress
 from sparsefit.errors import CalibrationError, ConfigError, MaskError
 from sparsefit.pruning import MaskSet, PruningConfig, PruningResult, prune
-from sparsefit.pruning.ranks import errors_on_all_ranks
+from sparsefit.ranks import errors_on_all_ranks
 from sparsefit.recovery.adapters import bind_masks
 from sparsefit.recovery.guard import MaskGuard
 from sparsefit.recovery.magnitudes import magnitudes_follow

@@ -15,7 +15,7 @@ from sparsefit.callbacks.ledgers import budget_of, ledger_of
 from sparsefit.errors import ConfigError
 from sparsefit.pruning import MaskSet
 from sparsefit.pruning.blocks import find_block_lists
-from sparsefit.pruning.ranks import errors_on_all_ranks
+from sparsefit.ranks import errors_on_all_ranks
 from sparsefit.recovery.reconstruct import ReconstructSettings, dense_weights, reconstruct
 from sparsefit.reporting.console import stage_progress
 from sparsefit.settings import named_settings

@@ -32,25 +32,30 @@ HEAVY = (
 
 # Beside the standard library, what all share (COMMON) and itself, a package may import these and no others. Whoever may
 # import a package may import the packages in it.
-COMMON = {"sparsefit.errors", "sparsefit.settings"}
+COMMON = {"sparsefit.errors", "sparsefit.settings", "sparsefit.ranks"}
 ALLOWED = {
     "errors": set(),
     "settings": set(),
-    "pruning": {"torch", "numpy", "safetensors", "bitsandbytes", "triton", "sparsefit.pruning.layers"},
+    "ranks": {"torch"},
+    "calibration": {"torch"},
+    "pruning": {"torch", "numpy", "safetensors", "bitsandbytes", "triton"}
+    | {"sparsefit.calibration", "sparsefit.pruning.layers"},
     "pruning.layers": {"torch", "bitsandbytes"},
-    "recovery": {"torch", "safetensors", "transformers", "peft", "bitsandbytes", "sparsefit.pruning"},
+    "recovery": {"torch", "safetensors", "transformers", "peft", "bitsandbytes"}
+    | {"sparsefit.calibration", "sparsefit.pruning"},
     "evaluation": {"torch", "transformers", "datasets", "torchmetrics", "lightning", "lm_eval"},
     "modules": {"torch", "transformers", "datasets", "torchmetrics", "lightning", "huggingface_hub", "bitsandbytes"}
-    | {"sparsefit.evaluation", "sparsefit.recovery", "sparsefit.pruning"},
+    | {"sparsefit.calibration", "sparsefit.evaluation", "sparsefit.recovery", "sparsefit.pruning"},
     "data": {"torch", "transformers", "datasets", "torchmetrics", "lightning", "huggingface_hub"}
     | {"pyarrow", "fsspec", "numpy", "PIL", "sklearn", "sparsefit.modules"},
     "reporting": {"torch", "rich", "matplotlib", "numpy", "psutil"},
-    "study": {"torch", "sparsefit.pruning", "sparsefit.reporting"},
+    "study": {"torch", "sparsefit.calibration", "sparsefit.pruning", "sparsefit.reporting"},
     "callbacks": {
         "torch",
         "numpy",
         "lightning",
         "safetensors",
+        "sparsefit.calibration",
         "sparsefit.pruning",
         "sparsefit.recovery",
         "sparsefit.evaluation",
@@ -106,11 +111,7 @@ def test_a_package_imports_what_its_layer_may(package):
     modules = [name for name in SOURCES if layer(name) == own]
     assert modules
     for module in modules:
-        used = (
-            {layer(name) for name in imports(module)}
-            - {own, "sparsefit.errors", "sparsefit.settings"}
-            - sys.stdlib_module_names
-        )
+        used = {layer(name) for name in imports(module)} - {own, *COMMON} - sys.stdlib_module_names
         refused = {name for name in used if not {name, outer(name)} & ALLOWED[package]}
         assert not refused, f"{module} may not import {', '.join(sorted(refused))}"
 

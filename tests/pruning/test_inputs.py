@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from watched import weights_of
 
 from sparsefit import PruningConfig, prune
+from sparsefit.calibration.batches import MicroBatch
 from sparsefit.errors import CalibrationError
-from sparsefit.pruning.calibration import MicroBatch
 from sparsefit.pruning.groups import Parts, input_groups
 from sparsefit.pruning.inputs import collect
 from sparsefit.pruning.statistics import KINDS

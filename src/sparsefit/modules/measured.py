@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from sparsefit.calibration.batches import to_device
 from sparsefit.errors import DataError, SparsefitError
 from sparsefit.evaluation.perplexity import IGNORED, evaluation_mode
 from sparsefit.modules.loading import find_tokenizer, load_model, load_with_new_head
 from sparsefit.modules.recoverable import RecoverableModule
-from sparsefit.pruning.calibration import to_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

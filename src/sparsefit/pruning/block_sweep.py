@@ -10,8 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from sparsefit.calibration.batches import Forward, MicroBatch, device_of
 from sparsefit.pruning.blocks import BlockCall, NotSweepable, capture_calls, hidden_of, order_of
-from sparsefit.pruning.calibration import Forward, MicroBatch, device_of
 from sparsefit.pruning.config import PruningConfig
 from sparsefit.pruning.inputs import Key
 from sparsefit.pruning.layers.base import PrunableWeight

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sparsefit.calibration.batches import MicroBatch
 from sparsefit.errors import CalibrationError
-from sparsefit.pruning.calibration import MicroBatch
 from sparsefit.pruning.watch import Seen
 
 

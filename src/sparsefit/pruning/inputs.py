@@ -9,14 +9,15 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from sparsefit.calibration.batches import MicroBatch
 from sparsefit.errors import CalibrationError
-from sparsefit.pruning.calibration import MicroBatch
 from sparsefit.pruning.finite import check_finite
 from sparsefit.pruning.groups import Part, Parts
 from sparsefit.pruning.layers.base import PrunableWeight
-from sparsefit.pruning.ranks import errors_on_all_ranks, from_all
+from sparsefit.pruning.padding_rows import real_rows
 from sparsefit.pruning.statistics import InputStatistics, added_up
 from sparsefit.pruning.watch import Rows, Seen, version_of, watching
+from sparsefit.ranks import errors_on_all_ranks, from_all
 
 Key = tuple[str, Rows]  # a weight and which of its rows
 
@@ -125,7 +126,8 @@ class _Collector:
 
     def record(self, seen: Seen) -> None:
         """Take in the input of one weight."""
-        seen = seen._replace(real=self._batch.real_rows(seen))  # shows now: an input that is shared is added later
+        mask = self._batch.mask_of(seen.inputs)  # shows now: an input that is shared is added later
+        seen = seen._replace(real=None if mask is None else real_rows(mask, seen))
         key = (seen.weight.name, seen.rows)
         before, shared = self._last or (None, None)
         if key in self._shared or self._apart or not seen.same_input(before) or shared.inputs > 1:

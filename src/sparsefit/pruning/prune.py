@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsefit.calibration.batches import Forward, MicroBatch, forward_of, passing
+from sparsefit.calibration.padding import watching_padding
 from sparsefit.pruning.block_sweep import BlockSweep
-from sparsefit.pruning.calibration import Forward, MicroBatch, forward_of, passing
 from sparsefit.pruning.config import PruningConfig
 from sparsefit.pruning.evaluating import evaluating
 from sparsefit.pruning.groups import InputGroup, Parts, input_groups
-from sparsefit.pruning.padding import watching_padding
 from sparsefit.pruning.results import DenseStatistics, PruningResult, checksums
 from sparsefit.pruning.run import PruningRun
 from sparsefit.pruning.steps import Steps

@@ -11,23 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsefit.calibration.batches import Forward, MicroBatch, calibration_data
+from sparsefit.calibration.padding import PaddingWatch
 from sparsefit.errors import ConfigError
 from sparsefit.pruning.allocation import allocate
 from sparsefit.pruning.block_sweep import BlockSweep
 from sparsefit.pruning.blocks import NotSweepable, find_block_lists
-from sparsefit.pruning.calibration import Forward, MicroBatch, calibration_data
 from sparsefit.pruning.config import PruningConfig
 from sparsefit.pruning.groups import InputGroup, Parts
 from sparsefit.pruning.inputs import Key, collect
 from sparsefit.pruning.layers.base import PrunableWeight, is_dense
-from sparsefit.pruning.padding import PaddingWatch
-from sparsefit.pruning.ranks import of_first_rank
 from sparsefit.pruning.results import PruningResult
 from sparsefit.pruning.scores import SCORES
 from sparsefit.pruning.steps import Steps
 from sparsefit.pruning.targets import CHECKS, find_candidates, find_weights
 from sparsefit.pruning.tracing import Trace
 from sparsefit.pruning.undo import Undo
+from sparsefit.ranks import of_first_rank
 
 
 class PruningRun:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from sparsefit.pruning.ranks import add_up, from_all
+from sparsefit.ranks import add_up, from_all
 
 KINDS = ("squared_norm", "abs_sum", "abs_max", "gram")
 """What can be accumulated: for each input feature its squared l2 norm, l1 norm and largest absolute value, all (in,),

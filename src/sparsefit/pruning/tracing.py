@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sparsefit.pruning.calibration import MicroBatch, tensors_in
+from sparsefit.calibration.batches import MicroBatch, tensors_in
 from sparsefit.pruning.layers import PRODUCTS, matrices_of
 from sparsefit.pruning.naming import base_modules
-from sparsefit.pruning.ranks import from_all
+from sparsefit.ranks import from_all
 
 FORMS = 8  # kinds of samples that are looked at, at most
 _PRODUCTS = PRODUCTS.keys() | {torch.einsum, torch.tensordot, torch.bilinear, F.bilinear}

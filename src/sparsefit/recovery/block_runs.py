@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsefit.calibration.batches import MicroBatch
 from sparsefit.errors import ConfigError
 from sparsefit.pruning.blocks import BlockCall, NotSweepable, capture_calls, find_block_lists, order_of
-from sparsefit.pruning.calibration import MicroBatch
 
 
 @dataclass

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from sparsefit.calibration.batches import device_of
+from sparsefit.calibration.samples import split_samples, tensors_in
 from sparsefit.errors import CalibrationError, ConfigError, SparsefitError
 from sparsefit.pruning import (
     DenseStatistics,
@@ -24,9 +26,7 @@ from sparsefit.pruning import (
     prune_from_statistics,
 )
 from sparsefit.pruning.blocks import find_block_lists
-from sparsefit.pruning.calibration import device_of
 from sparsefit.pruning.evaluating import evaluating
-from sparsefit.pruning.samples import split_samples, tensors_in
 from sparsefit.pruning.targets import find_weights
 from sparsefit.study.grid import Point
 from sparsefit.study.results import Results

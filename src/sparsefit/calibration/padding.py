@@ -11,17 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsefit.pruning.padding_masks import (
+from sparsefit.calibration.padding_masks import (
     Given,
     PaddingMask,
     in_sequence,
     masks_given,
     may_be_mask,
     memory_of,
-    real_rows,
     storage_of,
 )
-from sparsefit.pruning.watch import Seen
 
 _SEQUENCES = ("input_ids", "inputs_embeds", "input_values", "input_features")
 
@@ -87,10 +85,9 @@ class Scope:
         own = [tensor for tensor in given.values() if tensor.shape not in self.foreign]
         return any(in_sequence(tensor, self.main) or _are_some_tokens(tensor, self.main) for tensor in own)
 
-    def real_rows(self, seen: Seen) -> Tensor | str | None:
-        """Which rows of a weight's inputs are no padding: see `padding_masks.real_rows`."""
-        mask = self.memory if self._is_memory(seen.inputs) else self.main
-        return None if mask is None else real_rows(mask, seen)
+    def mask_of(self, inputs: Tensor) -> PaddingMask | None:
+        """The mask of the sequences that a weight's inputs are of; None where nothing in them is padding."""
+        return self.memory if self._is_memory(inputs) else self.main
 
     def _is_memory(self, inputs: Tensor) -> bool:
         """Whether a weight sees what a decoder attends to: this itself, or with something (positions) added."""

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsefit.calibration.padding import PaddingWatch, Scope
+from sparsefit.calibration.padding_masks import PaddingMask
+from sparsefit.calibration.samples import count_samples, join_samples, map_tensors, split_samples, tensors_in
+from sparsefit.calibration.trimming import Look, Looking, join_masks, mask_named, without_padding
 from sparsefit.errors import CalibrationError
-from sparsefit.pruning.padding import PaddingWatch, Scope
-from sparsefit.pruning.padding_masks import PaddingMask
-from sparsefit.pruning.ranks import errors_on_all_ranks
-from sparsefit.pruning.samples import count_samples, join_samples, map_tensors, split_samples, tensors_in
-from sparsefit.pruning.trimming import Look, Looking, join_masks, mask_named, without_padding
-from sparsefit.pruning.watch import Seen
+from sparsefit.ranks import errors_on_all_ranks
 
 Forward = Callable[[Any], Any]
 
@@ -50,9 +49,9 @@ class MicroBatch:
         if self.watch is not None:
             self.watch.begin(self.mask, self.scopes)
 
-    def real_rows(self, seen: Seen) -> Tensor | str | None:
-        """Which rows of a weight's inputs are no padding: see `padding_masks.real_rows`."""
-        return (Scope(self.mask) if self.watch is None else self.watch.scope).real_rows(seen)
+    def mask_of(self, inputs: Tensor) -> PaddingMask | None:
+        """The mask of the sequences that a weight's inputs are of, as this runs; None where nothing is padding."""
+        return (Scope(self.mask) if self.watch is None else self.watch.scope).mask_of(inputs)
 
 
 def regroup(

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsefit.pruning.padding import MaskSeen, PaddingWatch
-from sparsefit.pruning.padding_masks import PaddingMask, until_last
-from sparsefit.pruning.samples import map_tensors, tensors_in
+from sparsefit.calibration.padding import MaskSeen, PaddingWatch
+from sparsefit.calibration.padding_masks import PaddingMask, until_last
+from sparsefit.calibration.samples import map_tensors, tensors_in
 
 Look = Callable[[Any], MaskSeen | None]
 

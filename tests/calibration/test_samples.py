@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsefit.pruning.samples import count_samples, cut_batch, join_samples, split_samples, tensors_in
+from sparsefit.calibration.samples import count_samples, cut_batch, join_samples, split_samples, tensors_in
 
 
 def image(height: int, width: int = 5) -> torch.Tensor:
