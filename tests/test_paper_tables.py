@@ -169,7 +169,7 @@ def test_zeros_are_counted_on_the_weights():
     assert counted_sparsity(model, result) == 0.5
     with torch.no_grad():
         model[0].weight.zero_()
-    with pytest.raises(MaskError, match="100.00% of the pruned weights are zero"):
+    with pytest.raises(MaskError, match=r"100\.00% of the pruned weights are zero"):
         counted_sparsity(model, result)
 
 

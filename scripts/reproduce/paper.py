@@ -164,7 +164,9 @@ def measure_all(bench: Bench, store: Store, name: str, wanted: dict[str, list[Po
 def told(point: Point) -> str:
     """A point in a few words."""
     names = ("task", "form", "shape", "samples", "seed")
-    pruning = "dense" if point["pruning"] is None else " ".join(str(value) for value in point["pruning"].values())
+    pruning = (
+        "dense" if point["pruning"] is None else " ".join(str(v) for v in point["pruning"].values() if v is not None)
+    )
     return " ".join([pruning or "wanda", *(f"{name} {point[name]}" for name in names if name in point)])
 
 
@@ -197,7 +199,7 @@ def write_page(setup: Setup, sections: dict[str, str], output: Path) -> None:
         f"- Perplexity: {windows} windows of {setup.length} tokens of {setup.test}",
         "- Zeros were counted on the weights after each pruning\n",
     ]
-    if setup.samples < FULL["samples"] or setup.windows is not None:
+    if setup.windows is not None or any(getattr(setup, name) < FULL[name] for name in ("samples", "length")):
         page.append(
             f"The paper takes {FULL['samples']} windows of {FULL['length']:,} tokens and all of the test text: these "
             "figures are of less, and compare with each other only.\n"

@@ -11,7 +11,7 @@ from torch import nn
 
 from sparsefit import PruningConfig, PruningResult, prune
 from sparsefit.data.causal_lm_data import TextDataModule
-from sparsefit.errors import MaskError
+from sparsefit.errors import ConfigError, MaskError
 from sparsefit.evaluation.perplexity import perplexity
 from sparsefit.modules.loading import load_causal_lm, load_tokenizer
 from tables.setup import Figures, Point, Settings, Setup
@@ -64,15 +64,27 @@ class Bench:
         return TextDataModule(self.tokenizer, **(given | settings))
 
     def dense(self) -> nn.Module:
-        """The dense model, on its device."""
-        return load_causal_lm(self.setup.model, self.setup.dtype).to(self.setup.device)
+        """The dense model, on its device; the one made before is let go.
+
+        Raises:
+            ConfigError: where windows are longer than its context.
+        """
+        self.forget()
+        model = load_causal_lm(self.setup.model, self.setup.dtype)
+        context = getattr(model.config, "max_position_embeddings", None)
+        if context is not None and context < self.setup.length:
+            raise ConfigError(f"the context of {self.setup.model} is {context} tokens: give --length {context} or less")
+        return model.to(self.setup.device)
+
+    def forget(self) -> None:
+        """Let the last model go, before another one needs its memory."""
+        self._made = None
+        gc.collect()
 
     def model(self, point: Point) -> tuple[nn.Module, Figures]:
         """The model of a point, pruned and checked, and an account of the pruning. The last one made is kept."""
         key = {name: point.get(name) for name in ("pruning", "samples", "seed")}
         if self._made is None or key != self._key:
-            self._made = None
-            gc.collect()
             model, account = self.dense(), {}
             if point["pruning"] is not None:
                 # Where no data is needed, one window shows what of the model data reaches.

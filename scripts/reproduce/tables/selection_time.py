@@ -1,4 +1,8 @@
-"""How long it takes to choose what to prune, without the passes of the data through the model."""
+"""How long it takes to choose what to prune, without the passes of the data through the model.
+
+The statistics of all layers are held at once, Gram matrices included: about twice the bytes of a Llama's blocks in half
+precision. `--rows magnitude Wanda` needs none of these.
+"""
 
 from __future__ import annotations
 
