@@ -1,0 +1,91 @@
+"""How long it takes to choose what to prune, without the passes of the data through the model.
+
+The statistics of all layers are held at once, Gram matrices included: about twice the bytes of a Llama's blocks in half
+precision. `--rows magnitude Wanda` needs none of these.
+"""
+
+from __future__ import annotations
+
+import time
+from statistics import median
+
+import torch
+from torch import nn
+
+from sparsefit import DenseStatistics, PruningConfig, collect_statistics, prune_from_statistics
+from tables.bench import Bench, counted_sparsity
+from tables.layout import Table, markdown
+from tables.methods import COMPARED, METHODS, PAPERS, SPARSITIES
+from tables.setup import Figures, Point, Setup
+from tables.store import Store
+
+
+def point_of(setup: Setup, method: str, sparsity: str) -> Point:
+    """One method at one sparsity. Statistics are those of the dense model, so that they are taken once for all."""
+    settings = METHODS[method] | SPARSITIES[sparsity] | {"update": "none"}
+    return setup.point("selection", settings, repeats=setup.repeats)
+
+
+def cells_of(setup: Setup) -> dict[str, list[str]]:
+    """By method, the sparsities that the options ask for."""
+    found = {method: [sparsity for sparsity in PAPERS if setup.wanted(method, sparsity)] for method in COMPARED}
+    return {method: sparsities for method, sparsities in found.items() if sparsities}
+
+
+def points(setup: Setup) -> list[Point]:
+    """All cells."""
+    return [point_of(setup, method, sparsity) for method, cells in cells_of(setup).items() for sparsity in cells]
+
+
+def measure(bench: Bench, point: Point) -> Figures:
+    """The median seconds from statistics to pruned weights, after one time that does not count if there are more."""
+    config, model = PruningConfig(**point["pruning"]), bench.dense()
+    statistics = statistics_of(bench, model)
+    dense = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    taken = []
+    for _ in range(point["repeats"] + (point["repeats"] > 1)):
+        restore(model, dense)
+        synchronize(bench.setup.device)
+        start = time.perf_counter()
+        result = prune_from_statistics(model, statistics, config)
+        synchronize(bench.setup.device)
+        taken.append(time.perf_counter() - start)
+    return {"seconds": median(taken[1:] or taken), "sparsity": counted_sparsity(model, result)}
+
+
+def statistics_of(bench: Bench, model: nn.Module) -> DenseStatistics:
+    """The statistics that all cells need, taken once in a command."""
+    if "statistics" not in bench.shared:
+        setup = bench.setup
+        configs = [PruningConfig(**point["pruning"]) for point in points(setup)]
+        bench.shared["statistics"] = collect_statistics(model, bench.windows(setup.seed, setup.samples), configs)
+    return bench.shared["statistics"]
+
+
+@torch.no_grad()
+def restore(model: nn.Module, values: dict[str, torch.Tensor]) -> None:
+    """Give the weights of a model the values that they had."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(values[name])
+
+
+def synchronize(device: str) -> None:
+    """Wait for the work on a GPU."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def render(setup: Setup, store: Store) -> str:
+    """Seconds, and how many times Wanda's."""
+    lines = []
+    for method, cells in cells_of(setup).items():
+        found = {cell: store[point_of(setup, method, cell)]["seconds"] for cell in cells}
+        lines.append([method, *(f"{found[cell]:.3f}" if cell in found else "-" for cell in PAPERS)])
+    note = (
+        "From the inputs' statistics to pruned weights; taking the statistics, which goes with the forward passes, is "
+        f"left out, as in the paper. Medians of {setup.repeats}.\n"
+    )
+    return markdown(["seconds", *PAPERS], lines) + f"\n{note}"
+
+
+TABLE = Table("Seconds to choose what to prune", points, render)
