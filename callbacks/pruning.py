@@ -9,9 +9,12 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
 
 from sparsefit.callbacks.averages import restart_averages
 from sparsefit.callbacks.calibration import calibration_batches, calibration_forward, check_forward, predicting
+from sparsefit.callbacks.divergence import DivergenceGuard, saves_weights_only
 from sparsefit.callbacks.ledgers import ledger_of
 from sparsefit.callbacks.progress import paid_progress
 from sparsefit.errors import CalibrationError, ConfigError, MaskError
@@ -33,7 +36,8 @@ class WandaPruning(Callback):
     PEFT-wrapped one, whose base is pruned. A run that resumes from a checkpoint takes the masks from there and
     never prunes again. Where the pruned weights are frozen, as under LoRA, nothing runs per training step;
     where they train, neither gradient nor optimizer brings one back. Masks are verified before each
-    checkpoint and at the end of training.
+    checkpoint and at the end of training. A loss, gradient or trained weight that is NaN or infinite ends the fit with
+    a `DivergenceError`, and never gets into a checkpoint.
 
     Other callbacks take part by hooks of these names, wherever they stand in the list of callbacks:
     `on_pruning_check(trainer, module)` may refuse before anything is spent,
@@ -102,6 +106,8 @@ class WandaPruning(Callback):
         self.result: PruningResult | None = None
         self.summary: dict[str, Any] = {}
         self._guard: MaskGuard | None = None
+        self._divergence = DivergenceGuard()
+        self._saves_weights_only = False
         self._bound: MaskSet | None = None  # what masked adapters keep to
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -118,6 +124,7 @@ class WandaPruning(Callback):
         self._bind(pl_module)
         self._guard = MaskGuard(self.masks)
         self._guard.watch(pl_module, trainer.optimizers)
+        self._divergence, self._saves_weights_only = DivergenceGuard(), saves_weights_only(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give masked adapters the masks of a checkpoint, where nothing is trained before."""
@@ -136,13 +143,31 @@ class WandaPruning(Callback):
         if batch_idx == 0:  # not on_train_epoch_start: callbacks further down the list have not had theirs then
             self._guard.watch(pl_module, trainer.optimizers)
 
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Look at a loss; what is found is told before the optimizer's step."""
+        self._divergence.see_loss(loss)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Stop before a step that is not finite."""
+        self._divergence.before_step(trainer, optimizer)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Look at the weights where they may be saved without `on_save_checkpoint`."""
+        if self._saves_weights_only:
+            self._divergence.check_weights(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the weights before anything is written of them, at the end of training too."""
+        self._divergence.check_weights(trainer, pl_module)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Verify every mask at the end of training."""
         self._verify(pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Verify every mask before a checkpoint is written."""
+        """Verify every mask, and that what is trained is finite, before a checkpoint is written."""
         self._verify(pl_module)
+        self._divergence.check_weights(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the hooks off the weights and optimizers."""
@@ -151,6 +176,7 @@ class WandaPruning(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """The same: Lightning calls no `teardown` after an exception."""
         self._unguard()
+        self._divergence.keep_checkpoints(trainer, pl_module, exception)
 
     def state_dict(self) -> dict[str, Any]:
         """The masks (one bit a weight), the configuration and an account of the pruning."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -195,12 +195,9 @@ class RunReport(Callback):
             return  # the folder is not ours to write to, or what is in it is not yet restored
         status = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
         self.report["error"] = f"{type(exception).__name__}: {exception}"
-        try:
-            if trainer.global_step > 0:
-                self._export_trained(trainer, pl_module)
-            self._write(trainer, pl_module, status)
-        except Exception as error:  # whatever it is, the checkpoint that follows must be written
-            rank_zero_warn(f"What was trained could not be exported or reported: {error!r}")
+        if trainer.global_step > 0:
+            _attempt(self._export_trained, trainer, pl_module)
+        _attempt(self._write, trainer, pl_module, status)
 
     def measure(self, trainer: Trainer, module: LightningModule, stage: str) -> dict[str, float]:
         """What the module measures on the test data; of one that declares nothing, what its validation logs."""
@@ -347,3 +344,11 @@ class RunReport(Callback):
         self.report |= {"status": status} | standing(trainer, module, self.report, self._history)
         if trainer.is_global_zero:
             self.write()
+
+
+def _attempt(step: Callable[..., None], *args: Any) -> None:
+    """Take a step of a run that breaks off: whatever it raises, the checkpoint that follows must be written."""
+    try:
+        step(*args)
+    except Exception as error:
+        rank_zero_warn(f"What was trained could not be exported or reported: {error!r}")

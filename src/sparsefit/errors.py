@@ -21,6 +21,10 @@ class BudgetError(SparsefitError, RuntimeError):
     """A budget that cannot pay for what must be done."""
 
 
+class DivergenceError(SparsefitError, RuntimeError):
+    """Training that went to NaN or infinity."""
+
+
 class DataError(SparsefitError, ValueError):
     """Text or images that cannot be read, or of which there are too few."""
 

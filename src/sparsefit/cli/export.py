@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from sparsefit.recovery.compact import compress_folder, expand_folder
-from sparsefit.recovery.inspection import MODEL_FOLDER
+from sparsefit.recovery.inspection import MODEL_FOLDER, check_finite_folder
 from sparsefit.reporting.console import console
 
 
@@ -23,6 +23,8 @@ def export(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     given.output = given.output.absolute()
 
+    if given.format == "compact":
+        check_finite_folder(given.folder)
     report = (compress_folder if given.format == "compact" else expand_folder)(given.folder, given.output)
     reasons: dict[str, int] = {}
     for why in report.plain.values():

@@ -23,16 +23,18 @@ def inspect(arguments: list[str]) -> int:
     inspection = _inspect_gguf(folder) if is_gguf else inspect_folder(folder)
     status = f"counted on {', '.join(str(file) for file in inspection.files)}"
     console.print(summary({"name": str(folder), "status": status, "sparsity": inspection.account()}))
+    for name, count in inspection.nonfinite.items():
+        console.print(f"{name}: {count:,} numbers are NaN or infinite", markup=False)
     if inspection.masks is None:
         console.print("There are no masks beside the model to check it against.")
-        return 0
+        return 1 if inspection.nonfinite else 0
     for name, count in inspection.broken.items():
         console.print(f"{name}: {count} weights that its mask prunes are not zero", markup=False)
     if inspection.broken:
         console.print(f"{len(inspection.broken)} of {len(inspection.masks)} masks do not hold.")
         return 1
     console.print(f"All {len(inspection.masks)} masks hold: every weight that they prune is exactly zero.")
-    return 0
+    return 1 if inspection.nonfinite else 0
 
 
 def _inspect_gguf(file: Path) -> Inspection:

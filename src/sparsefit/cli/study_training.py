@@ -18,6 +18,7 @@ from sparsefit.cli.quiet import interrupts
 from sparsefit.cli.study_data import StudyData
 from sparsefit.errors import ConfigError, RunFolderError
 from sparsefit.pruning import MaskSet
+from sparsefit.recovery.finite import check_finite_weights
 from sparsefit.study import Point
 
 NewTrainer = Callable[..., Trainer]
@@ -119,6 +120,7 @@ def trained_dense(
 
     Raises:
         RunFolderError: If the file is damaged.
+        DivergenceError: If the model has diverged.
     """
     if settings.epochs == 0:
         return None
@@ -131,6 +133,7 @@ def trained_dense(
             ) from error
         return None
     seconds = _fit(module, data, settings, new_trainer, seed, [])
+    check_finite_weights(module, "the trained dense model")
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.partial")
     save_model(module, str(partial))

@@ -13,6 +13,7 @@ from sparsefit.errors import MaskError, RunFolderError
 from sparsefit.pruning import MaskSet
 from sparsefit.recovery.adapters import bind_masks, masked_layer_types
 from sparsefit.recovery.export import adapted_part, exported_masks
+from sparsefit.recovery.finite import check_finite_weights
 from sparsefit.recovery.inspection import files_digest
 from sparsefit.recovery.tuners import begun
 
@@ -43,10 +44,14 @@ def export_adapter(
 
     Returns:
         Whether there was an adapter.
+
+    Raises:
+        DivergenceError: if a weight is NaN or infinite, before anything is written.
     """
     model = adapted_part(module)
     if model is None:
         return False
+    check_finite_weights(model, "the adapter")
     for config in model.peft_config.values():
         config.base_model_name_or_path = str(base.resolve())
     with begun(model):

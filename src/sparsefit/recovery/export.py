@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparsefit.pruning import MaskSet
 from sparsefit.pruning.naming import base_modules, canonical_name
+from sparsefit.recovery.finite import check_finite_weights
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -69,6 +70,7 @@ def export_base(module: nn.Module, masks: MaskSet, folder: Path) -> MaskSet:
 
     Raises:
         MaskError: if a pruned weight is not zero, before anything is written.
+        DivergenceError: if a weight is NaN or infinite.
     """
     masks.verify(module)
     return write_model(module, masks, folder, base_state_dict)
@@ -78,6 +80,7 @@ def write_model(
     module: nn.Module, masks: MaskSet, folder: Path, state_of: Callable[[nn.Module], dict[str, Tensor]]
 ) -> MaskSet:
     """Write what `state_of` gives of a module's bare model, as `export_base` does; returns the masks for it."""
+    check_finite_weights(module)
     folder.mkdir(parents=True, exist_ok=True)
     found = pretrained_part(module)
     if found is None:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from sparsefit.errors import MaskError, RunFolderError
+from sparsefit.errors import DivergenceError, MaskError, RunFolderError
 from sparsefit.pruning import MaskSet
 from sparsefit.pruning.layers.quantized import stored_matrix
+from sparsefit.recovery.finite import nonfinite_count, told
 
 MASKS_FILE = "masks.safetensors"
 BASE_FOLDER = "base"
@@ -47,6 +48,7 @@ class Inspection:
         matrices: Every matrix in them.
         masks: The masks found beside the model, or None.
         broken: For each masked matrix in which pruned weights are not zero, how many.
+        nonfinite: For each tensor with numbers that are NaN or infinite, how many.
         parameters: Numbers in all tensors together.
     """
 
@@ -54,6 +56,7 @@ class Inspection:
     matrices: list[SavedMatrix] = field(default_factory=list)
     masks: MaskSet | None = None
     broken: dict[str, int] = field(default_factory=dict)
+    nonfinite: dict[str, int] = field(default_factory=dict)
     parameters: int = 0
 
     @property
@@ -119,6 +122,19 @@ def inspect_tensors(tensors: Mapping[str, torch.Tensor], file: Path) -> Inspecti
     return inspection
 
 
+def check_finite_folder(folder: Path) -> None:
+    """See that the saved model in a folder, the one that `inspect_folder` reads, has no NaN and no infinity.
+
+    Raises:
+        DivergenceError: naming tensors.
+        RunFolderError: if there is no model in safetensors format, or a file is damaged.
+    """
+    for file in weight_files(folder):
+        with _opened(file) as tensors:
+            if broken := {name: count for name in sorted(tensors) if (count := nonfinite_count(tensors[name]))}:
+                raise DivergenceError(f"{file} holds a model that diverged: {told(broken)}. Take an earlier one")
+
+
 class SavedTensors(Mapping[str, torch.Tensor]):
     """The tensors in safetensors files, read when they are asked for.
 
@@ -146,6 +162,8 @@ def _look_at(
 ) -> None:
     tensor = stored_matrix(tensors, name) if name in masked else tensors[name]
     inspection.parameters += tensor.numel()
+    if count := nonfinite_count(tensor):
+        inspection.nonfinite[name] = count
     if tensor.ndim >= 2:
         zeros = tensor.numel() - int(torch.count_nonzero(tensor))
         inspection.matrices.append(SavedMatrix(name, tuple(tensor.shape), tensor.numel(), zeros))
