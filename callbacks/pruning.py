@@ -25,7 +25,7 @@ from sparsefit.recovery.guard import MaskGuard
 from sparsefit.recovery.magnitudes import magnitudes_follow
 from sparsefit.recovery.tuners import check_tuners
 from sparsefit.reporting.machine import peak_memory
-from sparsefit.settings import as_number, named_settings
+from sparsefit.settings import named_settings, number
 
 
 @named_settings
@@ -97,11 +97,12 @@ class WandaPruning(Callback):
     ) -> None:
         given = {name: value for name, value in locals().items() if name in PruningConfig.__dataclass_fields__}
         self.config = PruningConfig(**given)
-        samples = None if calibration_samples is None else as_number(calibration_samples)
-        if calibration_samples is not None and (not isinstance(samples, int) or samples < 1):
-            raise ConfigError(f"calibration_samples is {calibration_samples!r}; it must be a whole number from 1 on")
         self.calibration = calibration
-        self.calibration_samples = samples
+        self.calibration_samples = (
+            None
+            if calibration_samples is None
+            else number("calibration_samples", calibration_samples, least=1, whole=True)
+        )
         self.masks: MaskSet | None = None
         self.result: PruningResult | None = None
         self.summary: dict[str, Any] = {}

@@ -12,7 +12,10 @@ import torch
 
 import sparsefit
 from sparsefit import AdapterSettings, DistillSettings, GPUHourBudget, PruningConfig, RunReport, WandaPruning
+from sparsefit.callbacks import BlockwiseReconstruction
+from sparsefit.cli.study_training import TrainingSettings
 from sparsefit.errors import ConfigError
+from sparsefit.modules import ImageClassifierModule
 from sparsefit.settings import as_number
 
 NUMBERS = [np.float16(0.57), np.float32(0.57), np.float64(0.57), np.array(0.57), torch.tensor(0.57), Fraction(57, 100)]
@@ -141,3 +144,39 @@ def test_a_path_does_where_a_folder_or_file_is_named(tmp_path):
     assert module.hparams.model == data.hparams.tokenizer == str(tmp_path / "model")
     data.setup("fit")
     assert next(iter(data.train_dataloader()))["input_ids"].shape[1] == 32
+
+
+RATES = [
+    (lambda rate: ImageClassifierModule(torch.nn.Linear(2, 2), learning_rate=rate), "learning_rate"),
+    (lambda rate: ImageClassifierModule(torch.nn.Linear(2, 2), weight_decay=rate), "weight_decay"),
+    (lambda rate: ImageClassifierModule(torch.nn.Linear(2, 2), momentum=rate), "momentum"),
+    (lambda rate: BlockwiseReconstruction(learning_rate=rate), "the learning_rate of the reconstruction"),
+    (lambda rate: GPUHourBudget(rate), "gpu_hours"),
+    (lambda rate: GPUHourBudget(1.0, reserve=rate), "reserve"),
+    (lambda rate: GPUHourBudget(1.0, warmup_steps=rate), "warmup_steps"),
+    (lambda rate: AdapterSettings(alpha=rate), "alpha"),
+    (lambda rate: AdapterSettings(dropout=rate), "dropout"),
+    (lambda rate: DistillSettings(weight=rate), "weight"),
+    (lambda rate: DistillSettings(temperature=rate), "temperature"),
+    (lambda rate: TrainingSettings(learning_rate=rate), "learning_rate"),
+    (lambda rate: TrainingSettings(epochs=rate), "epochs"),
+]
+
+
+@pytest.mark.parametrize("rate", [np.nan, np.inf, -1.0, "0.1", True], ids=repr)
+@pytest.mark.parametrize(("make", "name"), RATES, ids=[f"{name}-{n}" for n, (_, name) in enumerate(RATES)])
+def test_a_rate_is_a_finite_number_in_its_range(make, name, rate):
+    with pytest.raises(ConfigError, match=f"{name}.* {rate!r}"):
+        make(rate)
+
+
+@pytest.mark.parametrize("value", ["false", 2, None])
+def test_a_switch_is_true_or_false(value):
+    with pytest.raises(ConfigError, match=r"GPUHourBudget: drive_learning_rate is .*: it must be True or False"):
+        GPUHourBudget(1.0, drive_learning_rate=value)
+
+
+@pytest.mark.parametrize("names", [5, [5], None])
+def test_names_are_text(names):
+    with pytest.raises(ConfigError, match=r"target_modules is .*: it must be a name, or a list of names"):
+        AdapterSettings(target_modules=names)

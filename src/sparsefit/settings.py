@@ -36,9 +36,12 @@ def named_settings(cls: _Class) -> _Class:
             hint = f"did you mean {near[0]!r}?" if near else f"its settings are {', '.join(names)}"
             raise ConfigError(f"{cls.__name__} has no setting {name!r}: {hint}")
         try:
-            signature.bind(self, *args, **kwargs)
+            given = signature.bind(self, *args, **kwargs).arguments
         except TypeError as error:
             raise ConfigError(f"{cls.__name__}: {error}; give its settings by name: {', '.join(names)}") from error
+        for name, value in given.items():
+            if isinstance(signature.parameters[name].default, bool) and not isinstance(value, bool):
+                raise ConfigError(f"{cls.__name__}: {name} is {value!r}: it must be True or False")
         original(self, *args, **kwargs)
 
     cls.__init__ = __init__
@@ -74,3 +77,45 @@ def as_number(value: object) -> float | int | None:
     if isinstance(value, Integral):
         return int(value)
     return float(str(value)) if hasattr(value, "dtype") else float(value)
+
+
+def number(
+    name: str,
+    value: object,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    whole: bool = False,
+) -> Any:
+    """A setting that must be a number, as Python's; NaN and infinity are none.
+
+    >>> number("learning_rate", 1e-4, above=0), number("r", 8, least=1, whole=True)
+    (0.0001, 8)
+    >>> number("dropout", 1.5, least=0, below=1)
+    Traceback (most recent call last):
+    sparsefit.errors.ConfigError: dropout is 1.5: it must be a number of at least 0 and below 1
+
+    Args:
+        name: What the error calls it.
+        value: As it was given.
+        above: It must be larger.
+        least: It must not be smaller.
+        most: It must not be larger.
+        below: It must be smaller.
+        whole: It must be a whole number.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    found = as_number(value)
+    limits = {"above": above, "of at least": least, "of at most": most, "below": below}
+    fits = found is not None and (isinstance(found, int) or not whole)
+    fits = fits and (above is None or found > above) and (least is None or found >= least)
+    fits = fits and (most is None or found <= most) and (below is None or found < below)
+    if not fits:
+        wanted = " and ".join(f"{words} {limit:g}" for words, limit in limits.items() if limit is not None)
+        kind = "a whole number" if whole else "a number"
+        raise ConfigError(f"{name} is {value!r}: it must be {kind} {wanted}".rstrip())
+    return found

@@ -259,7 +259,7 @@ def test_items_that_cannot_be_fetched(monkeypatch):
 
 @pytest.mark.parametrize("settings", [{"limit": 0}, {"limit": 1.5}, {"batch_size": 0}, {"batch_size": True}])
 def test_wrong_numbers(model, tokenizer, settings):
-    with pytest.raises(ConfigError, match="give a whole number of 1 or more"):
+    with pytest.raises(ConfigError, match="it must be a whole number of at least 1"):
         zero_shot(model, tokenizer, {}, **settings)
 
 

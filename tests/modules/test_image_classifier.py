@@ -130,7 +130,7 @@ def test_frozen_parameters_are_left_out():
     [
         ({"learning_rate": 0.0}, "learning_rate is 0"),
         ({"momentum": 1.0}, "momentum is 1"),
-        ({"label_smoothing": -0.1}, "label_smoothing -0.1"),
+        ({"label_smoothing": -0.1}, "label_smoothing is -0.1"),
         ({"optimizer": "adam"}, "unknown optimizer 'adam': the choices are adamw, sgd and adamw_8bit"),
         ({"num_classes": 1}, "num_classes is 1"),
     ],

@@ -19,6 +19,7 @@ from sparsefit.cli.study_data import StudyData
 from sparsefit.errors import ConfigError, RunFolderError
 from sparsefit.pruning import MaskSet
 from sparsefit.recovery.finite import check_finite_weights
+from sparsefit.settings import number
 from sparsefit.study import Point
 
 NewTrainer = Callable[..., Trainer]
@@ -40,10 +41,10 @@ class TrainingSettings:
     warmup_steps: int = 5
 
     def __post_init__(self) -> None:
-        if self.epochs < 0 or (self.learning_rate is not None and self.learning_rate <= 0):
-            raise ConfigError(
-                f"epochs is {self.epochs} and learning_rate {self.learning_rate}: they must be at least 0 and above 0"
-            )
+        number("epochs", self.epochs, least=0, whole=True)
+        number("warmup_steps", self.warmup_steps, least=0, whole=True)
+        if self.learning_rate is not None:
+            number("learning_rate", self.learning_rate, above=0)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparsefit.errors import ConfigError
+from sparsefit.settings import number
 
 
 def check_counts(settings: Mapping[str, Any], counts: tuple[str, ...], optional: tuple[str, ...]) -> None:
@@ -20,11 +21,11 @@ def check_counts(settings: Mapping[str, Any], counts: tuple[str, ...], optional:
         ConfigError: naming the setting.
     """
     for name in (*counts, *optional):
-        value = settings[name]
-        if not (value is None and name in optional) and (not isinstance(value, int) or value < 1):
-            raise ConfigError(f"{name} is {value!r}: it must be a whole number of at least 1")
-    if settings["num_workers"] < 0:
-        raise ConfigError(f"num_workers is {settings['num_workers']}: it must be 0 or more")
+        if not (settings[name] is None and name in optional):
+            number(name, settings[name], least=1, whole=True)
+    number("num_workers", settings["num_workers"], least=0, whole=True)
+    if "seed" in settings:
+        number("seed", settings["seed"], least=0, whole=True)
 
 
 def check_writing(settings: Mapping[str, Any]) -> None:
@@ -35,16 +36,11 @@ def check_writing(settings: Mapping[str, Any]) -> None:
     """
     check_counts(settings, ("train_tokens", "writing_batch_size", "prompt_tokens"), ())
     first_tokens = settings["first_tokens"]
-    if not isinstance(first_tokens, int) or first_tokens < 0:
-        raise ConfigError(
-            f"first_tokens is {first_tokens!r}: it must be a whole number, 0 to draw the first token, too"
-        )
+    number("first_tokens", first_tokens, least=0, whole=True)
     if first_tokens and settings["prompts"] is not None:
         raise ConfigError("windows begin with prompts or with the likeliest first_tokens, not with both: leave one out")
-    if not settings["temperature"] > 0:
-        raise ConfigError(f"temperature is {settings['temperature']!r}: it must be above 0")
-    if not 0 < settings["top_p"] <= 1:
-        raise ConfigError(f"top_p is {settings['top_p']!r}: it must be above 0 and at most 1")
+    number("temperature", settings["temperature"], above=0)
+    number("top_p", settings["top_p"], above=0, most=1)
     if settings["train_source"] is not None and settings["calibration_source"] is not None:
         raise ConfigError(
             "train_source and calibration_source both name real text, so the model has nothing to write: use "

@@ -6,6 +6,7 @@ from typing import Any
 
 from sparsefit.data.counts import check_counts
 from sparsefit.errors import ConfigError
+from sparsefit.settings import number
 
 
 def check_settings(settings: dict[str, Any]) -> None:
@@ -33,5 +34,5 @@ def check_settings(settings: dict[str, Any]) -> None:
             f"mean is {settings['mean']} and std is {settings['std']}: give 3 numbers each for RGB images, 1 for grey "
             "ones, and no std of 0"
         )
-    if settings["image_size"] is not None and settings["image_size"] < 1:
-        raise ConfigError(f"image_size is {settings['image_size']}: it must be a whole number of at least 1")
+    if settings["image_size"] is not None:
+        number("image_size", settings["image_size"], least=1, whole=True)

@@ -23,6 +23,7 @@ from torch import nn
 from sparsefit.errors import ConfigError, DataError
 from sparsefit.evaluation.perplexity import evaluation_mode
 from sparsefit.evaluation.task_rows import TASK_FILES, read_rows, task_file
+from sparsefit.settings import number
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -145,8 +146,8 @@ def check_counts(limit: int | None, batch_size: int) -> None:
         ConfigError: where one is not a positive whole number.
     """
     for name, value in (("limit", limit), ("batch_size", batch_size)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ConfigError(f"{name}={value!r} of zero-shot tasks: give a whole number of 1 or more")
+        if value is not None:
+            number(f"{name} of zero-shot tasks", value, least=1, whole=True)
 
 
 def mean_accuracy(results: Results) -> float | None:

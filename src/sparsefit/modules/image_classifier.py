@@ -27,7 +27,7 @@ from sparsefit.modules.optimizers import build_optimizer, matrices_decay, traine
 from sparsefit.modules.recoverable import RecoverableModule
 from sparsefit.recovery.adapters import AdapterSettings
 from sparsefit.recovery.distill import DistillSettings
-from sparsefit.settings import as_text
+from sparsefit.settings import as_text, number
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor
@@ -97,10 +97,10 @@ class ImageClassifierModule(RecoverableModule):
         super().__init__(
             model, adapter, distill, learning_rate, weight_decay, optimizer, dtype, False, attn_implementation
         )
-        if not 0 <= momentum < 1 or not 0 <= label_smoothing < 1:
-            raise ConfigError(f"momentum is {momentum} and label_smoothing {label_smoothing}: both must be in [0, 1)")
-        if num_classes is not None and num_classes < 2:
-            raise ConfigError(f"num_classes is {num_classes}: a classifier has at least 2")
+        number("momentum", momentum, least=0, below=1)
+        number("label_smoothing", label_smoothing, least=0, below=1)
+        if num_classes is not None:
+            number("num_classes", num_classes, least=2, whole=True)
         if new_head and (num_classes is None or config is not None or not isinstance(model, str)):
             raise ConfigError("new_head is for a model given by name, without config, and needs num_classes")
         self.save_hyperparameters(

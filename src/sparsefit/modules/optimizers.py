@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sparsefit.errors import ConfigError
+from sparsefit.settings import number
 
 _LEAST_IN_8_BITS = 4096  # weights of a tensor from which on AdamW8bit holds moments in 8 bits
 
@@ -22,10 +23,8 @@ def check_settings(name: str, choices: tuple[str, ...], learning_rate: float, we
         ConfigError: for a rate or a weight decay out of range, a name that is not among the choices, or "adamw_8bit"
             without bitsandbytes.
     """
-    if learning_rate <= 0 or weight_decay < 0:
-        raise ConfigError(
-            f"learning_rate is {learning_rate} and weight_decay {weight_decay}: they must be above 0 and at least 0"
-        )
+    number("learning_rate", learning_rate, above=0)
+    number("weight_decay", weight_decay, least=0)
     if name not in choices:
         raise ConfigError(
             f"unknown optimizer {name!r}: the choices are {', '.join(choices[:-1])} and {choices[-1]}",

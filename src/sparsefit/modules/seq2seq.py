@@ -16,7 +16,7 @@ from sparsefit.modules.loading import find_feature_extractor
 from sparsefit.modules.measured import Batch, MeasuredModule, check_loss, inputs_of, labels_of
 from sparsefit.recovery.adapters import AdapterSettings
 from sparsefit.recovery.distill import DistillSettings
-from sparsefit.settings import as_text
+from sparsefit.settings import as_text, number
 
 
 class Seq2SeqModule(MeasuredModule):
@@ -54,8 +54,7 @@ class Seq2SeqModule(MeasuredModule):
     ) -> None:
         model = as_text(model)
         super().__init__(model, adapter, distill, **settings)
-        if generated_tokens < 0:
-            raise ConfigError(f"generated_tokens is {generated_tokens}: it must be at least 0")
+        number("generated_tokens", generated_tokens, least=0, whole=True)
         self.save_hyperparameters({"generated_tokens": generated_tokens})
         if generated_tokens:
             self.metrics = self.metrics | {"word_error_rate": "lower"}

@@ -14,7 +14,7 @@ from sparsefit.evaluation.perplexity import IGNORED
 from sparsefit.modules.measured import Batch, MeasuredModule, check_loss, inputs_of, labels_of
 from sparsefit.recovery.adapters import AdapterSettings
 from sparsefit.recovery.distill import DistillSettings
-from sparsefit.settings import as_text
+from sparsefit.settings import as_text, number
 
 
 class _ClassifierModule(MeasuredModule):
@@ -34,10 +34,9 @@ class _ClassifierModule(MeasuredModule):
     ) -> None:
         model = as_text(model)
         super().__init__(model, adapter, distill, **settings)
-        if not 0 <= label_smoothing < 1:
-            raise ConfigError(f"label_smoothing is {label_smoothing}: it must be in [0, 1)")
-        if num_labels is not None and num_labels < 2:
-            raise ConfigError(f"num_labels is {num_labels}: a classifier has at least 2")
+        number("label_smoothing", label_smoothing, least=0, below=1)
+        if num_labels is not None:
+            number("num_labels", num_labels, least=2, whole=True)
         if new_head and (num_labels is None or not isinstance(model, str)):
             raise ConfigError("new_head is for a model given by name, and needs num_labels")
         self.save_hyperparameters({"num_labels": num_labels, "new_head": new_head, "label_smoothing": label_smoothing})

@@ -6,7 +6,7 @@ import difflib
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
@@ -17,7 +17,7 @@ from sparsefit.pruning.layers.experts import find_stacks
 from sparsefit.pruning.naming import canonical_name
 from sparsefit.recovery.model_kinds import task_type
 from sparsefit.recovery.tuners import forbidden_targets
-from sparsefit.settings import named_settings
+from sparsefit.settings import named_settings, number
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -65,27 +65,29 @@ class AdapterSettings:
             raise ConfigError(
                 f"unknown form of adapter {self.form!r}; the choices are lora, masked_lora, hira and full"
             )
-        if not isinstance(self.r, int) or self.r < 1:
-            raise ConfigError(f"the rank r of the adapters is {self.r!r}: it must be a whole number of at least 1")
-        if not self.alpha > 0:
-            raise ConfigError(f"alpha of the adapters is {self.alpha!r}: it must be above 0, or they do nothing")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout of the adapters is {self.dropout!r}: it must be at least 0 and below 1")
+        self.r = number("the rank r of the adapters", self.r, least=1, whole=True)
+        self.alpha = number("alpha of the adapters", self.alpha, above=0)
+        self.dropout = number("dropout of the adapters", self.dropout, least=0, below=1)
         if self.form == "hira" and self.train_biases:
             raise ConfigError("PEFT's HiRA trains no biases: leave out train_biases, or take form masked_lora")
+        self.modules_to_save = _names("modules_to_save", self.modules_to_save)
         if self.target_modules != ALL_LINEAR:
-            names = [self.target_modules] if isinstance(self.target_modules, str) else list(self.target_modules)
-            if not names or not all(names):
+            self.target_modules = _names("target_modules", self.target_modules)
+            if not self.target_modules or not all(self.target_modules):
                 raise ConfigError(f'there are no target_modules: name linear layers such as q_proj, or "{ALL_LINEAR}"')
-            self.target_modules = tuple(names)
-        if isinstance(self.modules_to_save, str):
-            self.modules_to_save = [self.modules_to_save]
-        self.modules_to_save = tuple(self.modules_to_save)
 
     @property
     def lossless(self) -> bool:
         """Whether what is trained merges into the sparse base without bringing a weight back."""
         return self.form in LOSSLESS
+
+
+def _names(setting: str, given: Any) -> tuple[str, ...]:
+    """One name, or several, as a tuple."""
+    names = (given,) if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
+    if not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{setting} is {given!r}: it must be a name, or a list of names")
+    return names
 
 
 def attach_adapter(model: nn.Module, settings: AdapterSettings) -> nn.Module:

@@ -15,7 +15,7 @@ from sparsefit.errors import ConfigError
 from sparsefit.pruning.masks import pack_bits
 from sparsefit.pruning.undo import Removed
 from sparsefit.recovery.export import adapted_part
-from sparsefit.settings import named_settings
+from sparsefit.settings import named_settings, number
 
 _LOGITS_AT_ONCE = 2**22
 """Of the student, in `divergence`: 16 MB in float32, which a CPU's caches and allocator take without page faults."""
@@ -35,10 +35,8 @@ class DistillSettings:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.weight <= 1:
-            raise ConfigError(f"the weight of the distillation is {self.weight!r}: it must be above 0 and at most 1")
-        if not self.temperature > 0:
-            raise ConfigError(f"the temperature of the distillation is {self.temperature!r}: it must be above 0")
+        self.weight = number("the weight of the distillation", self.weight, above=0, most=1)
+        self.temperature = number("the temperature of the distillation", self.temperature, above=0)
 
 
 def divergence(student: Tensor, teacher: Tensor, counted: Tensor | None = None, temperature: float = 1.0) -> Tensor:

@@ -27,6 +27,7 @@ from sparsefit.pruning.naming import base_modules, canonical_name
 from sparsefit.ranks import of_first_rank
 from sparsefit.recovery.block_runs import BlockRun, adapters_off, in_float32, sweep, sweepable_lists
 from sparsefit.recovery.guard import MaskGuard
+from sparsefit.settings import number
 
 
 @dataclass
@@ -44,12 +45,9 @@ class ReconstructSettings:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
-        if not isinstance(self.passes, int) or self.passes < 0:
-            raise ConfigError(f"passes of the reconstruction is {self.passes!r}: it must be a whole number from 0 on")
-        if not self.learning_rate > 0:
-            raise ConfigError(f"the learning_rate of the reconstruction is {self.learning_rate!r}: it must be above 0")
-        if not isinstance(self.batch_size, int) or self.batch_size < 1:
-            raise ConfigError(f"batch_size of the reconstruction is {self.batch_size!r}: it must be at least 1")
+        self.passes = number("passes of the reconstruction", self.passes, least=0, whole=True)
+        self.learning_rate = number("the learning_rate of the reconstruction", self.learning_rate, above=0)
+        self.batch_size = number("batch_size of the reconstruction", self.batch_size, least=1, whole=True)
 
 
 @dataclass(frozen=True)
