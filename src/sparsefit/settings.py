@@ -110,12 +110,12 @@ def number(
         ConfigError: It is something else.
     """
     found = as_number(value)
-    limits = {"above": above, "of at least": least, "of at most": most, "below": below}
+    limits = {"above": above, "of at least": least, "at most": most, "below": below}
     fits = found is not None and (isinstance(found, int) or not whole)
     fits = fits and (above is None or found > above) and (least is None or found >= least)
     fits = fits and (most is None or found <= most) and (below is None or found < below)
     if not fits:
-        wanted = " and ".join(f"{words} {limit:g}" for words, limit in limits.items() if limit is not None)
+        wanted = " and ".join(f"{words} {limit}" for words, limit in limits.items() if limit is not None)
         kind = "a whole number" if whole else "a number"
         raise ConfigError(f"{name} is {value!r}: it must be {kind} {wanted}".rstrip())
     return found

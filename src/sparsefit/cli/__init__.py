@@ -36,7 +36,7 @@ def main() -> int:
         print(f"sparsefit: there is no command {command!r}\n\n{USAGE}", file=sys.stderr)
         return 2
 
-    from sparsefit.errors import SparsefitError
+    from sparsefit.errors import ConfigError, SparsefitError
 
     try:
         if command == "inspect":
@@ -67,9 +67,11 @@ def main() -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except ValueError as error:  # the parser wraps what the classes of a recipe raise
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, SparsefitError):
+    except Exception as error:
+        if type(error).__name__ == "MisconfigurationException":  # Lightning's, which is slow to import
+            return _wrong(ConfigError(error))
+        cause: BaseException | None = error if isinstance(error, ValueError) else None
+        while cause is not None and not isinstance(cause, SparsefitError):  # the parser wraps what classes raise
             cause = cause.__cause__ or cause.__context__
         if cause is None:
             raise
@@ -77,5 +79,5 @@ def main() -> int:
 
 
 def _wrong(error: BaseException) -> int:
-    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
     return 2

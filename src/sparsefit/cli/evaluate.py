@@ -13,6 +13,7 @@ from rich.table import Table
 
 from sparsefit.callbacks.run_folder import RunFolder
 from sparsefit.cli.merge import recovered_model
+from sparsefit.cli.parsing import Parser
 from sparsefit.cli.quiet import quieten
 from sparsefit.errors import ConfigError, DataError
 from sparsefit.evaluation.perplexity import perplexity
@@ -88,7 +89,7 @@ def _tell(report: dict[str, Any]) -> None:
 
 
 def _parsed(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "sparsefit evaluate",
         description="Zero-shot tasks by lm-eval, and perplexity, of a saved language model. Of a run the recovered "
         "model is measured, or else its sparse base.",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from sparsefit.cli.parsing import Parser
 from sparsefit.recovery.compact import compress_folder, expand_folder
 from sparsefit.recovery.inspection import MODEL_FOLDER, check_finite_folder
 from sparsefit.reporting.console import console
@@ -12,7 +12,7 @@ from sparsefit.reporting.console import console
 
 def export(arguments: list[str]) -> int:
     """Write a compact folder or an ordinary one, and print the sizes counted on the files; 0 once it is written."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "sparsefit export",
         description="Write a pruned model as a compact folder (kept values and one bit a weight), or a compact folder "
         "as an ordinary one in Hugging Face layout, every tensor as it was to the bit.",

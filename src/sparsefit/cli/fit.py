@@ -27,10 +27,12 @@ from sparsefit.callbacks import (
 )
 from sparsefit.callbacks.run_folder import LOGS
 from sparsefit.cli.fitting_data import check_data
+from sparsefit.cli.parsing import PlainErrors, check_section, check_seed, check_trainer, trainer_errors
 from sparsefit.cli.quiet import interrupts, quieten
-from sparsefit.cli.resuming import check_checkpoint, move_paths, moved_run
+from sparsefit.cli.resuming import check_checkpoint, move_paths, moved_run, named_checkpoint
 
 CHECKPOINT_INTERVAL = timedelta(minutes=15)
+_SECTIONS = ("trainer", "budget", "run", "pruning", "reconstruction", "quantization")
 _OF_THE_RUN = (Checkpoint, ProgressBar, ModelSummary, WandaPruning, BlockwiseReconstruction, QuantizedBase)
 _OF_THE_RUN += (GPUHourBudget, RunReport, SparseCheckpoints)
 
@@ -45,6 +47,7 @@ def fit(arguments: list[str], train: bool) -> int:
             LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
+            parser_class=_Parser,
             save_config_callback=_ConfigurationOfRun,
             save_config_kwargs={"save_to_log_dir": False},
             seed_everything_default=0,
@@ -52,6 +55,10 @@ def fit(arguments: list[str], train: bool) -> int:
         )
         command.train_control()
     return 0
+
+
+class _Parser(PlainErrors, LightningArgumentParser):
+    """Says what is wrong in one sentence."""
 
 
 class SparsefitCLI(LightningCLI):
@@ -76,8 +83,15 @@ class SparsefitCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and look at the checkpoint to resume from before anything is loaded."""
         super().parse_arguments(parser, args)
-        self.resumed_from = path = self.config.fit.ckpt_path
-        if path is not None and path not in ("last", "best", "hpc"):
+        settings = self.config.fit
+        for section in _SECTIONS:
+            check_section(section, settings.get(section))
+        check_seed(settings.seed_everything)
+        check_trainer(settings.trainer)
+        if settings.ckpt_path in ("last", "best", "hpc"):
+            settings.ckpt_path = str(named_checkpoint(settings.ckpt_path, Path(settings.run.folder)))
+        self.resumed_from = path = settings.ckpt_path
+        if path is not None:
             check_checkpoint(Path(path))
             self._follow(Path(path))
         # LightningCLI would mix the hyperparameters in the checkpoint with those of the recipe, which says them all.
@@ -152,7 +166,8 @@ class SparsefitCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
         ours = {"callbacks": callbacks, "plugins": plugins, "default_root_dir": str(folder)}
-        return super().instantiate_trainer(**ours | kwargs)
+        with trainer_errors():
+            return super().instantiate_trainer(**ours | kwargs)
 
 
 class _DataForModel(Callback):

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from sparsefit.cli.parsing import Parser
 from sparsefit.recovery.inspection import Inspection, inspect_folder, inspect_tensors
 from sparsefit.reporting.console import console, summary
 
 
 def inspect(arguments: list[str]) -> int:
     """Print the zeros counted on the files of a model, and whether its masks hold; 1 if they do not."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "sparsefit inspect", description="Count the zeros of a saved model and check them against its masks."
     )
     parser.add_argument(

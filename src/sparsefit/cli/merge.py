@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsefit.callbacks.run_folder import RunFolder, replacing
+from sparsefit.cli.parsing import Parser
 from sparsefit.cli.quiet import quieten
 from sparsefit.errors import MaskError, RunFolderError, SparsefitError
 from sparsefit.pruning import MaskSet
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 def merge_run(arguments: list[str]) -> int:
     """Merge the adapter of a run into its base, measure both and count the zeros; 1 if a mask does not hold."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "sparsefit merge",
         description="Merge the adapter of a run into its sparse base: a model in Hugging Face layout with exactly the "
         "zeros of the run's masks.",

@@ -34,6 +34,20 @@ def check_checkpoint(path: Path) -> None:
         ) from error
 
 
+def named_checkpoint(name: str, folder: Path) -> Path:
+    """The file that a name of Lightning's stands for: the last checkpoint of the run in a folder.
+
+    Raises:
+        ConfigError: if there is none, or for another name than "last".
+    """
+    path = folder / "checkpoints" / "last.ckpt"
+    if name != "last":
+        raise ConfigError(f"ckpt_path is {name!r}: give 'last', or the path of a checkpoint, such as {path}")
+    if not path.is_file():
+        raise ConfigError(f"ckpt_path is 'last', and there is no checkpoint {path}: leave it out to begin a run")
+    return path
+
+
 def moved_run(checkpoint: Path, folder: Path, arguments: Iterable[str]) -> Path | None:
     """The folder that a run was moved to, if the recipe that it is resumed by still names the one where it was.
 

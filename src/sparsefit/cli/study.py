@@ -23,6 +23,7 @@ from rich.markup import escape
 
 from sparsefit.callbacks.model_call import ModelCall
 from sparsefit.cli.fitting_data import check_data
+from sparsefit.cli.parsing import PlainErrors, check_seed, check_trainer, trainer_errors
 from sparsefit.cli.quiet import quieten
 from sparsefit.cli.study_data import StudyData
 from sparsefit.cli.study_folder import StudyFolder
@@ -48,9 +49,12 @@ def run_study(arguments: list[str]) -> int:
     parser = _parser()
     settings = parser.parse_args(arguments)
     _check_names(settings.models)
+    check_seed(settings.seed_everything)
+    check_trainer(settings.trainer)
     _check_trainer(settings.trainer.as_dict())
     new_trainer = partial(_trainer, settings.trainer.as_dict())
-    new_trainer()  # what cannot work is told before anything is read
+    with trainer_errors():  # before anything is read
+        new_trainer()
     seed_everything(settings.seed_everything, verbose=False)
     given = parser.instantiate(settings)
     given.finetuning.check(given.grid.points())
@@ -147,8 +151,12 @@ def _check_weights(name: str, module: LightningModule, model: dict[str, Any], ro
         )
 
 
+class _Parser(PlainErrors, ArgumentParser):
+    """Says what is wrong in one sentence."""
+
+
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="sparsefit study", description=__doc__)
+    parser = _Parser(prog="sparsefit study", description=__doc__)
     parser.add_argument("-c", "--config", action="config", help="a recipe in YAML")
     seeds = "seed of all that is drawn; of several seeds, the first"
     parser.add_argument("--seed_everything", type=int, default=0, help=seeds)
