@@ -110,13 +110,13 @@ def test_a_wrong_setting_of_a_recipe(sparsefit, recipe, path, value, words):
 
 # Command lines; files of these names are there.
 LINES = [
-    ("fit", "there is no recipe: give --config FILE"),
+    ("fit", "model is missing"),
     ("fit --config nothing.yaml", "nothing.yaml"),
     ("fit --config folder", "folder"),
     ("fit --config latin.yaml", "latin.yaml"),
     ("fit --config broken.yaml", "broken.yaml"),
     ("fit --config list.yaml", "list.yaml"),
-    ("fit --config empty.yaml", "is missing"),
+    ("fit --config empty.yaml", "empty.yaml has no settings"),
     ("fit --config recipe.yaml --model.init_args.learning_rate fast", "model.learning_rate is 'fast'"),
     ("fit --config recipe.yaml --model.init_args.nope 5", "nope"),
     ("fit --config recipe.yaml --model.learning_rat 5", "learning_rat"),
@@ -129,7 +129,7 @@ LINES = [
     ("study", "study.folder"),
     ("study --config nothing.yaml", "nothing.yaml"),
     ("study --config latin.yaml", "latin.yaml"),
-    ("study --config recipe.yaml", "recipe.yaml"),
+    ("study --config recipe.yaml", "there is no setting"),
     ("study --grid.sparsty 0.5", "did you mean"),
     ("study --study.folder out --seed_everything x", "seed_everything"),
     ("evaluate", "model"),

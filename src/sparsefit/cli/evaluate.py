@@ -39,11 +39,14 @@ def evaluate(arguments: list[str]) -> int:
         raise ConfigError("there is nothing to evaluate: give --tasks NAMES, --perplexity FILE, or both")
     if given.tasks_folder is not None and not names:
         raise ConfigError("--tasks-folder holds the items of tasks: name them by --tasks")
+    if given.output is not None and given.output.is_dir():
+        raise ConfigError(f"--output {given.output} is a folder: name a file to write JSON to")
+    device = _device(given.device)
     check_counts(given.limit, given.batch_size)
     tasks = load_tasks(names, given.tasks_folder) if names else {}  # before a large model is read
     model, tokenizer, told = _model_of(given.model, given.dtype)
     batches = _windows(given.perplexity, tokenizer, model, given) if given.perplexity is not None else []
-    model.to(_device(given.device))
+    model.to(device)
     console.print(f"{told}: {model.dtype} on {model.device}".replace("torch.", ""), markup=False, soft_wrap=True)
 
     report: dict[str, Any] = {"model": given.model, "evaluated": told, "dtype": str(model.dtype).removeprefix("torch.")}

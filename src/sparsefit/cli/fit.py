@@ -27,7 +27,7 @@ from sparsefit.callbacks import (
 )
 from sparsefit.callbacks.run_folder import LOGS
 from sparsefit.cli.fitting_data import check_data
-from sparsefit.cli.parsing import PlainErrors, check_section, check_seed, check_trainer, trainer_errors
+from sparsefit.cli.parsing import PlainErrors, check_recipes, check_section, check_seed, check_trainer, trainer_errors
 from sparsefit.cli.quiet import interrupts, quieten
 from sparsefit.cli.resuming import check_checkpoint, move_paths, moved_run, named_checkpoint
 
@@ -40,6 +40,7 @@ _OF_THE_RUN += (GPUHourBudget, RunReport, SparseCheckpoints)
 def fit(arguments: list[str], train: bool) -> int:
     """Run a recipe; without training it is a fit that takes no step."""
     quieten()
+    check_recipes(arguments)
     sys.argv[1:] = ["fit", *arguments, *([] if train else ["--trainer.max_steps=0"])]  # LightningCLI reads it there
     with interrupts():
         command = SparsefitCLI(

@@ -6,11 +6,13 @@ import argparse
 import difflib
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from sparsefit.errors import ConfigError, SparsefitError
@@ -85,6 +87,25 @@ def sentence(message: str, options: Iterable[str] = ()) -> str:
         wanted = " or ".join(kind for kind in kinds if kind != "null") or "null"
         return f"{path} is {_value(inner)}: it must be {wanted}"
     return " ".join(message.split())[:500]
+
+
+def check_recipes(arguments: Sequence[str]) -> None:
+    """See that the recipes of a command line are there, and mappings of settings in YAML.
+
+    Raises:
+        ConfigError: naming the file.
+    """
+    for place, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if option not in ("-c", "--config") or not (equals or arguments[place + 1 :]):
+            continue
+        file = Path(value if equals else arguments[place + 1])
+        try:
+            found = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:  # not UTF-8 is a ValueError
+            raise ConfigError(f"the recipe {file} cannot be read: {error}") from error
+        if not isinstance(found, dict):
+            raise ConfigError(f"the recipe {file} has no settings: it must be a mapping, such as `model:` and `data:`")
 
 
 def check_trainer(settings: Mapping[str, Any]) -> None:

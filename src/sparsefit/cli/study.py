@@ -23,7 +23,7 @@ from rich.markup import escape
 
 from sparsefit.callbacks.model_call import ModelCall
 from sparsefit.cli.fitting_data import check_data
-from sparsefit.cli.parsing import PlainErrors, check_seed, check_trainer, trainer_errors
+from sparsefit.cli.parsing import PlainErrors, check_recipes, check_seed, check_trainer, trainer_errors
 from sparsefit.cli.quiet import quieten
 from sparsefit.cli.study_data import StudyData
 from sparsefit.cli.study_folder import StudyFolder
@@ -46,6 +46,7 @@ def run_study(arguments: list[str]) -> int:
     """
     quieten()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # each training would say which devices there are
+    check_recipes(arguments)
     parser = _parser()
     settings = parser.parse_args(arguments)
     _check_names(settings.models)
