@@ -140,7 +140,7 @@ class WandaPruning(Callback):
         self._bind(pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Guard weights that were unfrozen as the epoch began, as Lightning's BaseFinetuning does."""
+        """Guard the parameters that the epoch begins with, which a callback may have put in the place of others."""
         if batch_idx == 0:  # not on_train_epoch_start: callbacks further down the list have not had theirs then
             self._guard.watch(pl_module, trainer.optimizers)
 

@@ -144,3 +144,38 @@ def test_weights_that_came_back_in_a_checkpoint_are_refused(tmp_path):
     torch.save(checkpoint, tmp_path / "a.ckpt")
     with pytest.raises(MaskError, match=r"model\.blocks\.0\.up\.weight \(64\)"):
         fit(Classifier(), labelled(), WandaPruning(), max_steps=2, ckpt_path=tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_weights_unfrozen_within_an_epoch_are_guarded_from_the_next_step_on(manual):
+    class Unfreezes(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = not manual
+            self.model.blocks.requires_grad_(False)
+
+        def on_train_batch_start(self, batch, batch_idx):
+            if batch_idx == 1:
+                self.model.blocks[0].requires_grad_(True)
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if batch_idx == 2:
+                self.model.blocks[1].requires_grad_(True)  # after the graph was made: no gradient in this step
+            if manual:
+                self.manual_backward(loss)
+                optimizer = self.optimizers().optimizer  # as torch has it: Lightning does not see its steps
+                optimizer.step()
+                optimizer.zero_grad()
+            return loss
+
+    pruning, module = WandaPruning(0.5), Unfreezes()
+    before = {name: p.clone() for name, p in module.named_parameters()}
+
+    class Check(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            pruning.masks.verify(pl_module)
+
+    fit(module, labelled(16), pruning, Check(), max_epochs=1)
+    for name in pruning.masks:
+        assert not torch.equal(module.get_parameter(name)[pruning.masks[name]], before[name][pruning.masks[name]])

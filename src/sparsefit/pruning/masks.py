@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,15 @@ def unpack_bits(packed: Tensor, shape: tuple[int, ...], device: torch.device | s
     >>> unpack_bits(torch.tensor([176], dtype=torch.uint8), (2, 2)).tolist()
     [[True, False], [True, True]]
     """
-    # Rows of eight bools as one integer each: a table of integers is looked up much faster than one of rows.
-    words = _BOOLS.to(device).view(torch.int64).squeeze(1).index_select(0, packed.to(device).int())
+    words = _words(torch.device(device)).index_select(0, packed.to(device).int())
     return words.view(torch.bool)[: torch.Size(shape).numel()].view(shape)
+
+
+@cache
+def _words(device: torch.device) -> Tensor:
+    """What each byte stands for, (256,), its eight bools as one integer: looked up much faster than rows of bools.
+    On a device once, as a copy to a GPU waits for it."""
+    return _BOOLS.to(device).view(torch.int64).squeeze(1)
 
 
 def split_name(name: str) -> tuple[str, int | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from sparsefit.pruning import MaskSet
+from sparsefit.pruning.masks import pack_bits, unpack_bits
 from sparsefit.pruning.naming import canonical_name
 
 
@@ -18,7 +20,8 @@ class MaskGuard:
 
     Their gradients are masked as they arise, so that momentum, second moments and the clipped norm see the
     kept weights only; and they are set to zero after every optimizer step, so that state from before the
-    pruning or weight decay cannot bring one back. Frozen weights are left alone: nothing runs for them.
+    pruning or weight decay cannot bring one back. Frozen weights are left alone; one that is unfrozen is guarded
+    from the next step on. A guarded weight costs one bit, unpacked on its device when it is needed.
 
     Args:
         masks: The masks of a model.
@@ -26,27 +29,26 @@ class MaskGuard:
 
     def __init__(self, masks: MaskSet) -> None:
         self.masks = masks
-        self._pruned: dict[nn.Parameter, Tensor] = {}  # True = pruned, in the parameter's layout
+        self._frozen: dict[nn.Parameter, str] = {}
+        self._pruned: dict[nn.Parameter, Tensor] = {}  # bits, 1 = pruned, in the parameter's layout
         self._guarded_optimizers: set[int] = set()
         self._handles: list[RemovableHandle] = []
 
     def watch(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> int:
-        """Guard every masked parameter of a model that requires a gradient. May be called again, as when
-        parameters are unfrozen later.
+        """Guard every masked parameter of a model that requires a gradient, now or before a later step of the
+        optimizers. May be called again, as when a model has other parameters.
 
         Returns:
             How many parameters are guarded now.
         """
         named = {canonical_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
-        for name in self.masks.parameters:
-            parameter = named.get(name)
-            if parameter is not None and parameter.requires_grad and parameter not in self._pruned:
-                pruned = ~self.masks.for_parameter(name, parameter)
-                self._pruned[parameter] = pruned
-                self._handles.append(parameter.register_hook(lambda grad, gone=pruned: grad.masked_fill(gone, 0)))
-        for optimizer in optimizers if self._pruned else ():
+        masked = {named[name]: name for name in self.masks.parameters if name in named}
+        self._frozen = {parameter: name for parameter, name in masked.items() if parameter not in self._pruned}
+        self._guard_unfrozen()
+        for optimizer in optimizers:
             if id(optimizer) not in self._guarded_optimizers:
                 self._guarded_optimizers.add(id(optimizer))
+                self._handles.append(optimizer.register_step_pre_hook(lambda *_: self._guard_unfrozen()))
                 self._handles.append(optimizer.register_step_post_hook(lambda *_: self._zero()))
         return len(self._pruned)
 
@@ -55,10 +57,24 @@ class MaskGuard:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._frozen.clear()
         self._pruned.clear()
         self._guarded_optimizers.clear()
 
+    def _guard_unfrozen(self) -> None:
+        for parameter in [parameter for parameter in self._frozen if parameter.requires_grad]:
+            kept = self.masks.for_parameter(self._frozen.pop(parameter), parameter)
+            bits = self._pruned[parameter] = pack_bits(~kept).to(parameter.device)
+            self._handles.append(parameter.register_hook(partial(_without, bits=bits)))
+            if parameter.grad is not None:
+                parameter.grad = _without(parameter.grad, bits)
+
     @torch.no_grad()
     def _zero(self) -> None:
-        for parameter, pruned in self._pruned.items():
-            parameter.masked_fill_(pruned, 0)
+        for parameter, bits in self._pruned.items():
+            parameter.masked_fill_(unpack_bits(bits, tuple(parameter.shape), parameter.device), 0)
+
+
+def _without(gradient: Tensor, bits: Tensor) -> Tensor:
+    """A gradient that is zero for the pruned weights."""
+    return gradient.masked_fill(unpack_bits(bits, tuple(gradient.shape), gradient.device), 0)
