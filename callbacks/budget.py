@@ -292,6 +292,11 @@ class GPUHourBudget(Callback):
         # With manual optimization, steps are the module's affair and epochs say nothing about their number.
         known = pl_module.automatic_optimization and math.isfinite(trainer.num_training_batches)
         self._max_steps = trainer.estimated_stepping_batches if known else trainer.max_steps
+        if self._drives and 0 < self._max_steps < self._rates.warmup_steps:
+            rank_zero_warn(
+                f"GPUHourBudget: warmup_steps is {self._rates.warmup_steps} and training ends after {self._max_steps} "
+                "steps, before the learning rate has reached its full value. Set fewer warmup_steps"
+            )
 
     def _await_device(self, trainer: Trainer) -> None:
         """Close to the end, read the clock when the queued work is done rather than when it is queued."""

@@ -17,7 +17,7 @@ from sparsefit.callbacks.calibration import calibration_batches, calibration_for
 from sparsefit.callbacks.divergence import DivergenceGuard, saves_weights_only
 from sparsefit.callbacks.ledgers import ledger_of
 from sparsefit.callbacks.progress import paid_progress
-from sparsefit.errors import CalibrationError, ConfigError, MaskError
+from sparsefit.errors import CalibrationError, ConfigError, DataError, MaskError
 from sparsefit.pruning import MaskSet, PruningConfig, PruningResult, prune
 from sparsefit.ranks import errors_on_all_ranks
 from sparsefit.recovery.adapters import bind_masks
@@ -109,10 +109,14 @@ class WandaPruning(Callback):
         self._guard: MaskGuard | None = None
         self._divergence = DivergenceGuard()
         self._saves_weights_only = False
+        self._batches_seen = False
         self._bound: MaskSet | None = None  # what masked adapters keep to
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune, unless a checkpoint brought the masks or this very model was pruned before."""
+        self._batches_seen = False
+        if trainer.limit_train_batches == 0 and 0 not in (trainer.max_steps, trainer.max_epochs):
+            raise ConfigError("limit_train_batches is 0, so nothing would be trained: to prune alone, set max_steps=0")
         # As FSDP does: then it shows only in on_train_start whether there is a checkpoint, and masks in it.
         if not trainer.strategy.restore_checkpoint_after_setup:
             self._prune_if_dense(trainer, pl_module)
@@ -154,16 +158,23 @@ class WandaPruning(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Look at the weights where they may be saved without `on_save_checkpoint`."""
+        self._batches_seen = True
         if self._saves_weights_only:
             self._divergence.check_weights(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the weights before anything is written of them, at the end of training too."""
+        """Look at the weights before anything is written of them, at the end of training too; and see that there was
+        anything to train on: without a limit of epochs, Lightning asks an empty stream again and again."""
+        self._check_trained(trainer)
         self._divergence.check_weights(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Verify every mask at the end of training."""
         self._verify(pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See that something was trained: of data that are known to be empty Lightning begins no epoch."""
+        self._check_trained(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Verify every mask, and that what is trained is finite, before a checkpoint is written."""
@@ -328,6 +339,14 @@ class WandaPruning(Callback):
         except MaskError:
             return False
         return True
+
+    def _check_trained(self, trainer: Trainer) -> None:
+        trained = self._batches_seen or trainer.global_step > 0
+        if not (trained or trainer.should_stop or 0 in (trainer.max_steps, trainer.max_epochs)):
+            raise DataError(
+                "the training data gave no batch, so the model is pruned and nothing was trained: there may be less "
+                "text than one window, or calibration drew all of it. To prune alone, set max_steps=0"
+            )
 
     def _verify(self, module: LightningModule) -> None:
         if self.masks is not None:

@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 
 from sparsefit.callbacks.run_folder import RunFolder
+from sparsefit.cli.fitting_data import check_vocabulary
 from sparsefit.cli.merge import recovered_model
 from sparsefit.cli.parsing import Parser
 from sparsefit.cli.quiet import quieten
@@ -145,6 +146,7 @@ def _windows(
 
     if tokenizer is None:
         raise ConfigError(f"there is no tokenizer beside the model {given.model} to read {source} with")
+    check_vocabulary(model, tokenizer)
     context = getattr(model.config, "max_position_embeddings", None) or _WINDOW
     length = given.length or min(context, _WINDOW)
     if length < 2:

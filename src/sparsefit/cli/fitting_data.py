@@ -35,6 +35,7 @@ def check_data(model: LightningModule, data: LightningDataModule) -> None:
         ConfigError: where they do not fit; names what each has.
     """
     _check_tokenizers(getattr(model, "tokenizer", None), getattr(data, "tokenizer", None))
+    check_vocabulary(getattr(model, "model", None), getattr(data, "tokenizer", None))
     _check_processors(getattr(model, "image_processor", None), getattr(data, "image_processor", None))
     names = getattr(data, "class_names", None)
     if names is not None:
@@ -47,6 +48,28 @@ def _check_tokenizers(of_model: Any, of_data: Any) -> None:
         raise ConfigError(
             f"the data's tokenizer ({of_data.name_or_path}) is not the model's ({of_model.name_or_path}): their "
             "vocabularies differ. Give data.init_args.tokenizer the same name as model.init_args.model"
+        )
+
+
+def check_vocabulary(model: Any, tokenizer: Any) -> None:
+    """See that a model has an embedding for each token of a text. Special tokens need none: texts do not have them.
+
+    Args:
+        model: A transformers model; others pass.
+        tokenizer: A tokenizer, or None.
+
+    Raises:
+        ConfigError: where it has not.
+    """
+    embeddings = getattr(model, "get_input_embeddings", None)
+    if tokenizer is None or not callable(embeddings) or not hasattr(embedding := embeddings(), "weight"):
+        return
+    rows, special = embedding.weight.shape[0], {*tokenizer.all_special_ids}
+    beyond = [token for token, number in tokenizer.get_vocab().items() if number >= rows and number not in special]
+    if beyond:
+        raise ConfigError(
+            f"the tokenizer has {len(beyond)} tokens (such as {beyond[0]!r}) that the model has no embedding for: it "
+            f"has {rows}. Use the tokenizer of the model, or resize the model's embeddings to {len(tokenizer)}"
         )
 
 

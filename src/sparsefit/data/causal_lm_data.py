@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from sparsefit.data.counts import check_counts
 from sparsefit.data.position import Settings, text_digest, vocabulary_digest
 from sparsefit.data.resumable import ResumableDataModule
-from sparsefit.data.text import Shard, shards_of
+from sparsefit.data.text import Shard, documents, shards_of
 from sparsefit.data.windows import (
     Calibration,
     PackedText,
@@ -115,12 +115,15 @@ class TextDataModule(ResumableDataModule):
     def train_dataloader(self) -> DataLoader:
         """An epoch of shuffled windows, read as a stream; the next epoch has another order."""
         rank, world_size = self.rank_and_world_size()
+        shards, excluded = self._shards("train_source"), self._calibration_documents()
+        if self.trainer is None or 0 not in (self.trainer.max_steps, self.trainer.max_epochs):
+            self._check_text("train_source", shards, excluded)
         windows = PackedText(
-            self._shards("train_source"),
+            shards,
             self.tokenizer,
             self.hparams.sequence_length,
             self.hparams.seed,
-            self._calibration_documents(),
+            excluded,
             rank,
             world_size,
             self.hparams.shuffle_buffer,
@@ -194,7 +197,20 @@ class TextDataModule(ResumableDataModule):
         return loader(Windows(windows), self.hparams.batch_size, num_workers=0)
 
     def _evaluation_windows(self, name: str, length: int, limit: int | None) -> list[Tensor]:
-        return list(islice(evaluation_windows(self._shards(name), self.tokenizer, length), limit))
+        shards = self._shards(name)
+        self._check_text(name, shards)
+        return list(islice(evaluation_windows(shards, self.tokenizer, length), limit))
+
+    def _check_text(self, name: str, shards: list[Shard], excluded: frozenset[tuple[str, int]] = frozenset()) -> None:
+        """See that there is text in a source, beside the documents that are left out."""
+        if any(document.text.strip() for document in documents(shards) if document.name not in excluded):
+            return
+        raise DataError(
+            f"no text of {name} ({self.hparams[name]}) is left to train on: calibration drew its {len(excluded)} "
+            "documents. Give calibration_source other text, or train_source more"
+            if excluded
+            else f"the text of {name} ({self.hparams[name]}) is empty: there is nothing in it but white space"
+        )
 
     def _shards(self, name: str) -> list[Shard]:
         source = self.hparams[name]
