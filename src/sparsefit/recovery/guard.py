@@ -31,7 +31,8 @@ class MaskGuard:
         self.masks = masks
         self._frozen: dict[nn.Parameter, str] = {}
         self._pruned: dict[nn.Parameter, Tensor] = {}  # bits, 1 = pruned, in the parameter's layout
-        self._guarded_optimizers: set[int] = set()
+        self._optimizers: list[Optimizer] = []
+        self._zeroing: set[int] = set()  # optimizers whose steps are followed by `_zero`
         self._handles: list[RemovableHandle] = []
 
     def watch(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> int:
@@ -44,12 +45,11 @@ class MaskGuard:
         named = {canonical_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
         masked = {named[name]: name for name in self.masks.parameters if name in named}
         self._frozen = {parameter: name for parameter, name in masked.items() if parameter not in self._pruned}
-        self._guard_unfrozen()
         for optimizer in optimizers:
-            if id(optimizer) not in self._guarded_optimizers:
-                self._guarded_optimizers.add(id(optimizer))
+            if not any(optimizer is known for known in self._optimizers):
+                self._optimizers.append(optimizer)
                 self._handles.append(optimizer.register_step_pre_hook(lambda *_: self._guard_unfrozen()))
-                self._handles.append(optimizer.register_step_post_hook(lambda *_: self._zero()))
+        self._guard_unfrozen()
         return len(self._pruned)
 
     def remove(self) -> None:
@@ -59,7 +59,8 @@ class MaskGuard:
         self._handles.clear()
         self._frozen.clear()
         self._pruned.clear()
-        self._guarded_optimizers.clear()
+        self._optimizers.clear()
+        self._zeroing.clear()
 
     def _guard_unfrozen(self) -> None:
         for parameter in [parameter for parameter in self._frozen if parameter.requires_grad]:
@@ -68,6 +69,10 @@ class MaskGuard:
             self._handles.append(parameter.register_hook(partial(_without, bits=bits)))
             if parameter.grad is not None:
                 parameter.grad = _without(parameter.grad, bits)
+        for optimizer in self._optimizers if self._pruned else ():
+            if id(optimizer) not in self._zeroing:
+                self._zeroing.add(id(optimizer))
+                self._handles.append(optimizer.register_step_post_hook(lambda *_: self._zero()))
 
     @torch.no_grad()
     def _zero(self) -> None:
