@@ -34,7 +34,7 @@ class WandaPruning(Callback):
 
     The module needs to know nothing of it. Its model may be a plain torch module, a transformers model or a
     PEFT-wrapped one, whose base is pruned. A run that resumes from a checkpoint takes the masks from there and
-    never prunes again. Where the pruned weights are frozen, as under LoRA, nothing runs per training step;
+    never prunes again. Where the pruned weights are frozen, as under LoRA, no step is the slower for it;
     where they train, neither gradient nor optimizer brings one back. Masks are verified before each
     checkpoint and at the end of training. A loss, gradient or trained weight that is NaN or infinite ends the fit with
     a `DivergenceError`, and never gets into a checkpoint.

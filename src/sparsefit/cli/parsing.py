@@ -77,7 +77,7 @@ def sentence(message: str, options: Iterable[str] = ()) -> str:
     if found := re.search(r"Import path (\S+) does not correspond to a subclass of (\w+)", inner):
         return f"{path}: {found[1]} is no {found[2]}"
     if found := re.search(r"the following arguments are required: (.+)", message):
-        return f"{found[1].replace('fit.', '')} is missing: give it in the recipe or on the command line"
+        return f"{found[1].replace('fit.', '')} is missing: it must be given"
     if found := re.search(r"Expected a dot import path string: (.+)", inner):
         return f"{path} is {found[1]!r}: it must be the path of a class, such as package.module.Class"
     if found := re.search(r"Not a valid subclass of (\w+)", inner):

@@ -147,7 +147,7 @@ def check_counts(limit: int | None, batch_size: int) -> None:
     """
     for name, value in (("limit", limit), ("batch_size", batch_size)):
         if value is not None:
-            number(f"{name} of zero-shot tasks", value, least=1, whole=True)
+            number(name, value, least=1, whole=True)
 
 
 def mean_accuracy(results: Results) -> float | None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 
 from sparsefit.errors import ConfigError
+from sparsefit.settings import number
 
 STAGES = ("reconstruction", "training")
 """The stages that a budget can be split between, in the order in which they run."""
@@ -26,15 +26,8 @@ class Allowance:
     """
 
     def __init__(self, gpu_hours: float, reserve: float = 0.05, split: Mapping[str, float] | None = None) -> None:
-        if not is_number(gpu_hours) or gpu_hours <= 0:
-            raise ConfigError(
-                f"gpu_hours must be a positive number, not {gpu_hours!r}: hours of wall time x devices. "
-                "Leave GPUHourBudget out to train without a budget."
-            )
-        if not is_number(reserve) or not 0 <= reserve < 1:
-            raise ConfigError(f"reserve is a share of the budget, from 0 to below 1 (0.05 is 5%), not {reserve!r}.")
-        self.gpu_hours = float(gpu_hours)
-        self.reserve = float(reserve)
+        self.gpu_hours = float(number("gpu_hours", gpu_hours, above=0))
+        self.reserve = float(number("reserve, a share of the budget,", reserve, least=0, below=1))
         self.split = None if split is None else check_split(split)
         self.kept: dict[str, float] = {}
         """Wall seconds kept on this rank for what follows training, by name."""
@@ -45,9 +38,7 @@ class Allowance:
 
     def keep(self, seconds: float, what: str) -> None:
         """Keep wall seconds for what follows training; the same name again replaces its seconds."""
-        if not is_number(seconds) or seconds < 0:
-            raise ConfigError(f"The seconds to keep for {what} must be a number of at least 0, not {seconds!r}.")
-        self.kept[what] = float(seconds)
+        self.kept[what] = float(number(f"what is kept for {what}, in seconds,", seconds, least=0))
 
     def reserve_hours(self, kept_hours: float, validation_hours: float) -> float:
         """GPU-hours that training must leave: the reserve or what is kept, whichever is more, and a validation."""
@@ -111,8 +102,7 @@ def check_split(split: Mapping[str, float]) -> dict[str, float]:
             f"as in {example}. What comes before and after them is charged to the budget without a share."
         )
     for name, share in split.items():
-        if not is_number(share) or share < 0:
-            raise ConfigError(f"The split's share for {name} must be a number from 0 to 1 (0.2 is 20%), not {share!r}.")
+        number(f"the split's share for {name}", share, least=0)
     total = sum(split.values())
     if abs(total - 1) > 1e-6:
         shares = " + ".join(f"{name} {share:g}" for name, share in split.items()) or "no share at all"
@@ -121,11 +111,6 @@ def check_split(split: Mapping[str, float]) -> dict[str, float]:
             f"model is pruned. Make them add up to 1, as in {example}, or leave split out."
         )
     return {name: float(share) for name, share in split.items()}
-
-
-def is_number(value: object) -> bool:
-    """Whether a value is a finite number, and no bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _names(names: Iterable[object]) -> str:

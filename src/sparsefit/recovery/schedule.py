@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sparsefit.errors import ConfigError
+from sparsefit.settings import number
 
 
 def progress(spent: float, start: float, limit: float, step: int = 0, max_steps: float | None = None) -> float:
@@ -89,9 +89,7 @@ class DrivenRates:
     """
 
     def __init__(self, warmup_steps: int) -> None:
-        if not isinstance(warmup_steps, int) or isinstance(warmup_steps, bool) or warmup_steps < 0:
-            raise ConfigError(f"warmup_steps must be a whole number of at least 0, not {warmup_steps!r}.")
-        self.warmup_steps = warmup_steps
+        self.warmup_steps: int = number("warmup_steps", warmup_steps, least=0, whole=True)
         self._factor: float | None = None
         self._step: int | None = None
 
