@@ -32,9 +32,10 @@ HEAVY = (
 
 # Beside the standard library, what all share (COMMON) and itself, a package may import these and no others. Whoever may
 # import a package may import the packages in it.
-COMMON = {"sparsefit.errors", "sparsefit.settings", "sparsefit.ranks"}
+COMMON = {"sparsefit.errors", "sparsefit.files", "sparsefit.settings", "sparsefit.ranks"}
 ALLOWED = {
     "errors": set(),
+    "files": {"filelock", "safetensors"},
     "settings": set(),
     "ranks": {"torch"},
     "calibration": {"torch"},
