@@ -1,7 +1,7 @@
 """Files and folders that are whole or not there: written beside their place, brought to the disk, then moved there.
 
-And what tells afterwards that they still are what was written: `SHA256SUMS` in a folder (`sha256sum -c SHA256SUMS` reads
-it, too), a seal in a JSON object; and the lock by which one process alone writes to a folder.
+And what tells afterwards that they still are what was written: `SHA256SUMS` in a folder (`sha256sum -c` reads it, too),
+a seal in a JSON object; and the lock by which one process alone writes to a folder.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def replacing(folder: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
             os.replace(folder, old)
         os.replace(partial, folder)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
     except SparsefitError:
         raise
     except (OSError, SafetensorError) as error:
@@ -78,7 +78,7 @@ def replacing_file(path: Path) -> Iterator[Path]:
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except SparsefitError:
         raise
     except OSError as error:
@@ -122,7 +122,7 @@ def write_sums(folder: Path) -> None:
     rights = (folder / SUMS_FILE).stat().st_mode  # what the umask leaves; safetensors gives its files to the user alone
     for name in names:
         (folder / name).chmod(rights)
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def changed_files(folder: Path) -> list[str]:
@@ -193,12 +193,13 @@ def is_sealed(values: Mapping[str, Any]) -> bool:
     return _SEAL not in values or sealed(values)[_SEAL] == values[_SEAL]
 
 
-def lock_folder(folder: Path, what: str) -> BaseFileLock | None:
+def lock_folder(folder: Path, what: str, wait: float = 0.0) -> BaseFileLock | None:
     """Have a folder for this process alone, until the lock is released or the process ends in any way.
 
     Args:
         folder: The folder.
         what: What is at work in it, for the message: "run", "study".
+        wait: Seconds to wait for another process to end.
 
     Returns:
         The lock; None where the file system knows no locks, with a warning.
@@ -209,7 +210,7 @@ def lock_folder(folder: Path, what: str) -> BaseFileLock | None:
     """
     lock = FileLock(folder / LOCK_FILE)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=wait)
     except Timeout as error:
         raise RunFolderError(f"another {what} is running in {folder}: wait for it, or give another folder") from error
     except NotImplementedError:
@@ -223,7 +224,7 @@ def _names(folder: Path) -> list[str]:
     return sorted(name for name in files if name != SUMS_FILE)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Bring a folder's list of names to the disk, where the system can."""
     if hasattr(os, "O_DIRECTORY"):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
