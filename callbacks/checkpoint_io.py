@@ -114,6 +114,6 @@ def check_whole(path: str | Path) -> None:
         return  # Lightning's to read, or to miss
     if reason := checkpoint_damage(Path(path)):
         raise RunFolderError(
-            f"the checkpoint {path} is damaged: {reason}. Resume from an earlier one (--ckpt_path), or start again in "
-            "another run folder"
+            f"the checkpoint {path} is damaged: {reason}. Resume from an earlier one beside it (--ckpt_path), or start "
+            "again in another run folder"
         )

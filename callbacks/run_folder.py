@@ -64,8 +64,15 @@ class RunFolder:
 
     def lock(self, resuming: bool) -> None:
         """The same, and have the folder for this process alone until `release`."""
-        if self._lock is not None:
-            return
+        self._prepare(resuming)
+        try:
+            self._lock = self._lock or lock_folder(self.path, "run", wait=_ORPHANS_END)
+        except RunFolderError:
+            raise
+        except OSError as error:
+            raise RunFolderError(f"the run folder {self.path} cannot be written to: {error}") from error
+
+    def _prepare(self, resuming: bool) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise RunFolderError(f"the run folder {self.path} is a file; choose another path")
         try:
@@ -79,7 +86,6 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path) as probe:
                 probe.write(b"sparsefit")
-            self._lock = lock_folder(self.path, "run", wait=_ORPHANS_END)
         except RunFolderError:
             raise
         except OSError as error:
@@ -111,7 +117,7 @@ class RunFolder:
         Raises:
             RunFolderError: as `check`, or if its disk is too full for the model and a checkpoint of it.
         """
-        self.lock(resuming)
+        self._prepare(resuming)
         # The sparse base and the recovered model, the checkpoint of the last epoch and the timed one, and what replaces
         # each, with the two moments of Adam for what trains.
         sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in module.parameters()]
@@ -123,6 +129,7 @@ class RunFolder:
                 f"the disk of the run folder {self.path} has {size(free)} free; the sparse model and its "
                 f"checkpoints need about {size(needed)}. Free some space or choose another folder"
             )
+        self.lock(resuming)
 
     def check_same_run(self, run: str | None, masks: MaskSet) -> None:
         """See that a base in the folder, if there is one, is whole and that of a run which is resumed.
