@@ -2,10 +2,10 @@
 
     python scripts/fault_matrix.py --kills 50 --write docs/faults.md
 
-Runs the command on the smallest language model there is, once undisturbed and then once for each fault, and goes on with
-`sparsefit fit --resume RUN`. A fault is *gone on* from when the run then is finished, with the same weights to the bit as
-the undisturbed one, and every file as it was written; or, where nothing can go on (a damaged file, a hostile folder), when
-one sentence says so. It is *lost* when neither is the case, and *silent* when the command was content all the same.
+Runs the command on the smallest language model there is, once undisturbed and then once for each fault, and goes on
+with `sparsefit fit --resume RUN`. A fault is *gone on* from when the run then is finished, with the same weights to the
+bit as the undisturbed one, and every file as it was written. It is *told* when the command ended with a sentence. It is
+*lost* when the run cannot be gone on with, and *silent* when the command was content with what is wrong.
 """
 
 from __future__ import annotations
@@ -47,33 +47,15 @@ from sparsefit.modules.loading import load_tokenizer
 from sparsefit.recovery.run_files import WRITTEN_FOLDERS, RunState, damaged_files, newest_checkpoint, read_state
 
 STEPS = 4
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "a",
-    "lazy",
-    "dog",
-    "while",
-    "seven",
-    "wizards",
-    "read",
-    "the",
-    "documentation",
-    "of",
-    "python",
-    "aloud",
-]
+TEXT = "the quick brown fox jumps over a lazy dog while seven wizards read the documentation of python aloud"
+WORDS = TEXT.split(" ")
 WRITES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree", "tempfile.mkstemp")
 NEEDS_SPACE = ("open", "os.mkdir", "tempfile.mkstemp")
 TOLD = (1, 2)
 
 NAN_STAGES: dict[str, Callable[[Path], bool]] = {}
 """What becomes of values that are not finite: name of the stage -> a function that has them arise in a new run in the
-folder it is given, and returns whether the run was stopped with a sentence. Empty as long as nothing stops such runs."""
+folder it is given, and returns whether the run ended with a sentence. Empty as long as nothing stops such runs."""
 
 
 @dataclass
@@ -95,6 +77,7 @@ class Writes:
         self.folder, self.at, self.act, self.count = str(folder), at, act, 0
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        """Take an event of the process."""
         if event not in WRITES or not str(arguments[0]).startswith(self.folder):
             return
         if event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
@@ -116,7 +99,7 @@ def fill_disk(event: str) -> None:
 
 
 class Workplace:
-    """A tiny model, its text, and the commands on it; each in a process of its own, forked so that it starts at once."""
+    """A tiny model, its text, and the commands on it, each in a process of its own that is forked to start at once."""
 
     def __init__(self, folder: Path, steps: int = STEPS) -> None:
         self.folder, self.steps, self.log = folder, steps, folder / "log.txt"
@@ -320,7 +303,7 @@ def full_disks(place: Workplace, expected: dict[str, Tensor], writes: int, numbe
 
 
 def flipped_bits(place: Workplace, run: Path, each: int, chance: random.Random) -> Row:
-    """A bit flipped in every file of a run, `each` times: looked at by `inspect`, and gone on from where it matters."""
+    """A bit flipped in every file of a run, `each` times, and looked at by `inspect`."""
     row = Row("a flipped bit, in each file of a run")
     files = sorted(
         file for file in run.rglob("*") if file.is_file() and "logs" not in file.parts and file.name != ".lock"
@@ -393,7 +376,7 @@ class Harmful:
 
 
 def hostile_folders(place: Workplace, run: Path) -> Row:
-    """Run folders that somebody else has prepared, their sums and seals in order: nothing in them may be run or lead out."""
+    """Run folders that somebody else has prepared, sums and seals in order: nothing may be run, or lead out of them."""
     row, canary = Row("hostile run folders"), place.folder / "canary"
     popen = {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", str(canary)]}}
 

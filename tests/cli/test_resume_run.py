@@ -64,7 +64,7 @@ MOMENTS = {
 
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_run_goes_on_from_every_state(sparsefit, recipe, tmp_path, broken, monkeypatch, moment, end):
+def test_a_run_goes_on_from_every_state(sparsefit, recipe, tmp_path, broken, monkeypatch, caplog, moment, end):
     recipe["trainer"] |= ENDS[end]
     name, call, state = MOMENTS[moment]
     broken(name, call)
@@ -82,7 +82,7 @@ def test_a_run_goes_on_from_every_state(sparsefit, recipe, tmp_path, broken, mon
     assert not damaged_files(run)
     assert (run / "model/model.safetensors").exists()
     if state == "closing":
-        assert "its end is to be made up for" in errors
+        assert "its end is to be made up for" in caplog.text
     shutil.move(run, tmp_path / "resumed")
     recipe["run"]["folder"] = str(run)
     straight = finished(sparsefit, recipe, tmp_path)
@@ -91,7 +91,7 @@ def test_a_run_goes_on_from_every_state(sparsefit, recipe, tmp_path, broken, mon
         assert all((one[name] == other[name]).all() for name in other), part
 
 
-def test_a_finished_run_has_nothing_left_to_do_and_makes_anew_what_its_end_made(sparsefit, recipe, tmp_path):
+def test_a_finished_run_has_nothing_left_to_do_and_makes_anew_what_its_end_made(sparsefit, recipe, tmp_path, caplog):
     run = finished(sparsefit, recipe, tmp_path)
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     status, output, _ = sparsefit("fit", "--resume", run)
@@ -108,7 +108,7 @@ def test_a_finished_run_has_nothing_left_to_do_and_makes_anew_what_its_end_made(
     damaged.write_bytes(before[damaged][:-1] + bytes([before[damaged][-1] ^ 1]))
     status, _, errors = sparsefit("fit", "--resume", run)
     assert status == 0, errors
-    assert "model/model.safetensors is not what was written" in errors
+    assert "model/model.safetensors is not what was written" in caplog.text
     assert damaged.read_bytes() == before[damaged]
     assert not damaged_files(run)
 
