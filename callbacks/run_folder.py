@@ -176,7 +176,9 @@ class RunFolder:
     def write_state(self, name: str, run: str | None, step: int, error: str | None = None) -> None:
         """Note the state of the run."""
         sums = {file.name: file_sum(file) for file in (self.configuration,) if file.is_file()}
-        RunState(name, run, step, error, sums).write(self.path)
+        before = self.state()
+        results = step if name == run_files.FINISHED else before.results if before is not None else 0
+        RunState(name, run, step, error, results, sums).write(self.path)
 
     def write_configuration(self, text: str) -> None:
         """Keep the recipe of the run."""

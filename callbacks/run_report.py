@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -12,40 +9,36 @@ from uuid import uuid4
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from sparsefit.callbacks.course import Course
-from sparsefit.callbacks.hooks import PrunedRunCallback, tell
-from sparsefit.callbacks.ledgers import budget_of, ledger_of, masks_of
+from sparsefit.callbacks.hooks import tell
+from sparsefit.callbacks.ledgers import ledger_of, masks_of
 from sparsefit.callbacks.lightning_loops import Limits, end_now, limits_of, limits_reached, reopen
 from sparsefit.callbacks.quantization import QuantizedBase
-from sparsefit.callbacks.reconstruction import BlockwiseReconstruction
 from sparsefit.callbacks.run_account import beginning, standing
 from sparsefit.callbacks.run_folder import RunFolder
-from sparsefit.callbacks.task_figures import LEDGER_STAGE, METRIC, TaskFigures
-from sparsefit.callbacks.validating import better, logged_as, validated
+from sparsefit.callbacks.run_measuring import RunMeasuring
+from sparsefit.callbacks.task_figures import TaskFigures
+from sparsefit.callbacks.validating import logged_as
 from sparsefit.errors import MergeError, RunFolderError
 from sparsefit.files import file_sum, write_text
 from sparsefit.pruning import MaskSet, PruningResult
 from sparsefit.recovery.adapter_files import form_of
-from sparsefit.recovery.adapters import LOSSLESS
 from sparsefit.recovery.export import exported_masks, trains_base
 from sparsefit.recovery.inspection import inspect_folder
-from sparsefit.recovery.merge import lossy_layers, merged_in_place
+from sparsefit.recovery.merge import merged_in_place
 from sparsefit.recovery.quantize import in_floats
 from sparsefit.recovery.run_files import CLAIMED, CLOSING, FAILED, FINISHED, PRUNED, TRAINING
-from sparsefit.reporting.console import console, stage_progress, summary
+from sparsefit.reporting.console import console, summary
 from sparsefit.reporting.html import render_html
 from sparsefit.reporting.report import read_json, write_json
 from sparsefit.settings import named_settings
 
-_MARGIN = 1.25  # the last evaluation may be somewhat slower than the ones it is measured by
-
 
 @named_settings
-class RunReport(PrunedRunCallback):
+class RunReport(RunMeasuring):
     """Fills a run folder: sparse base, adapter, merged model, masks, `report.json` and `report.html`.
 
     The module is evaluated dense, pruned, reconstructed, recovered and merged if there are test data and it has a
@@ -95,20 +88,18 @@ class RunReport(PrunedRunCallback):
         resume: bool = False,
     ) -> None:
         self.folder = RunFolder(folder)
-        self.tasks = TaskFigures(tasks, tasks_folder, tasks_limit, tasks_batch_size)
+        super().__init__(TaskFigures(tasks, tasks_folder, tasks_limit, tasks_batch_size))
         self.name = name or self.folder.path.name
-        self.report: dict[str, Any] = {}
         self.course = Course()
         """What the training is repeated by."""
 
         self._history: list[dict[str, float]] = []
-        self._seconds = {"evaluation": 0.0, "export": 0.0, LEDGER_STAGE: 0.0}  # the longest of each
         self._configuration: str | None = None
         self.resume = resume
         self._claimed = False
         self._begun = False  # from here on the run writes to the folder
         self._closing = False
-        self._ended_before = False  # what lies in the folder is that of a run that had ended
+        self._has_results = False  # which an earlier end of the run has made
         self._limits: Limits | None = None  # by which training ended
         self._at_end = False  # of a run that is resumed: no step is left to take
         self._left: str | None = None  # and why its end is to be made up for
@@ -124,7 +115,7 @@ class RunReport(PrunedRunCallback):
         if stage != "fit":
             return
         ledger_of(trainer)
-        self._claimed = self._begun = self._closing = self._ended_before = self._at_end = False
+        self._claimed = self._begun = self._closing = self._has_results = self._at_end = False
         self._limits = self._left = self._lifted = None
         self.course = Course()
         self.folder.image_processor = getattr(trainer.datamodule, "image_processor", None)
@@ -151,6 +142,8 @@ class RunReport(PrunedRunCallback):
             end_now(trainer, self._lifted)
         else:
             self._mark(trainer, TRAINING)
+            if trainer.ckpt_path is not None and not self._has_results:
+                self._write(trainer, pl_module, "running")
         if self._left is not None:
             rank_zero_info(
                 f"The run in {self.folder.path} had taken all of its steps, and its end is to be made up for "
@@ -234,7 +227,8 @@ class RunReport(PrunedRunCallback):
             self._finish(trainer, pl_module)
         elif not self.report.get("status") and self.folder.json.exists():  # resumed with nothing left to do
             self.report = read_json(self.folder.json)
-            rank_zero_info(f"The run in {self.folder.path} is finished: nothing was left to do.")
+            if self._at_end and self._left is None:
+                rank_zero_info(f"The run in {self.folder.path} is finished: nothing was left to do.")
         self.course.steps, self.course.masks = trainer.global_step, masks_of(trainer)
         if trainer.is_global_zero and self.report.get("status"):
             console.print(summary(self.report))
@@ -258,30 +252,13 @@ class RunReport(PrunedRunCallback):
             lambda: self._write(trainer, module, status),
             lambda: self._mark(trainer, FAILED, self.report["error"]),
         ]
-        if trainer.global_step > 0 and not self._closing and not self._ended_before:
-            steps.insert(0, lambda: self._export_trained(trainer, module))
+        if trainer.global_step > 0 and not self._closing and not self._has_results:
+            steps.insert(0, lambda: self._export_trained(trainer, module, merged=False))
         for step in steps:
             try:
                 step()
             except Exception as error:  # whatever it is, the checkpoint that follows must be written
                 rank_zero_warn(f"What was trained could not be exported or reported: {error!r}")
-
-    def measure(self, trainer: Trainer, module: LightningModule, stage: str) -> dict[str, float]:
-        """What the module measures on the test data; of one that declares nothing, what its validation logs."""
-        evaluate = getattr(module, "evaluate", None)
-        if not callable(evaluate):
-            with self._charged(trainer, "evaluation"):
-                figures = validated(trainer, getattr(module, "metrics", {}))
-            self.report["metrics"] = {name: better(name) for name in figures} | self.report["metrics"]
-            return figures
-        source = trainer.datamodule if trainer.datamodule is not None else module
-        loader = source.test_dataloader() if is_overridden("test_dataloader", source) else None
-        if loader is None:
-            return {}
-        with self._charged(trainer, "evaluation"), trainer.precision_plugin.val_step_context():
-            total = len(loader) if hasattr(loader, "__len__") else None
-            with stage_progress(f"evaluating the {stage} model", total, visible=trainer.is_global_zero) as advance:
-                return evaluate(loader, progress=lambda _: advance())
 
     def write(self) -> None:
         """Write the report as it is to the run folder."""
@@ -327,7 +304,7 @@ class RunReport(PrunedRunCallback):
                 self.folder.check_same_run(self.report["id"], exported_masks(module, masks))
             self.report["id"] = self.report["id"] or self.folder.run_id() or uuid4().hex
             state = self.folder.state()
-            self._ended_before = state is not None and state.name in (CLOSING, FINISHED)
+            self._has_results = state is not None and state.results > 0
         self._claimed = True
         if resuming and self._at_end:
             self._left = trainer.strategy.broadcast(self.folder.left_to_do() if trainer.is_global_zero else None)
@@ -353,61 +330,21 @@ class RunReport(PrunedRunCallback):
         self._write(trainer, module, "finished")
         self._mark(trainer, FINISHED)
 
-    def _evaluate(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        figures = self.measure(trainer, module, stage) | self._task_figures(trainer, module, stage)
-        for metric, value in figures.items():
-            self.report.setdefault(metric, {})[stage] = value
-            self._note(trainer, stage, metric, value)
-            for logger in trainer.loggers:
-                logger.log_metrics({f"{metric}/{stage}": value}, step=trainer.global_step)
-
-    def _task_figures(self, trainer: Trainer, module: LightningModule, stage: str) -> dict[str, float]:
-        if not self.tasks.names or stage not in self.tasks.stages:
-            return {}
-        with self._charged(trainer, LEDGER_STAGE), trainer.precision_plugin.val_step_context():
-            figures, results = self.tasks.measure(module, stage, visible=trainer.is_global_zero)
-        self.report.setdefault("tasks", {})[stage] = results
-        self.report["metrics"] |= {METRIC: "higher"}
-        return figures
-
-    def _note(self, trainer: Trainer, stage: str, metric: str, value: float) -> None:
-        """A point of the curve of quality against GPU-hours."""
-        point = {"stage": stage, "gpu_hours": ledger_of(trainer).hours, "step": trainer.global_step}
-        self.report.setdefault("timeline", []).append(point | {"metric": metric, "value": value})
-
-    def _reserve(self, trainer: Trainer, module: LightningModule, ahead: int = 0) -> None:
-        """Have the budget keep the time of the evaluations before training and of all that comes after it."""
-        if (budget := budget_of(trainer)) is not None:
-            form, masks = form_of(module), masks_of(trainer)  # none before the pruning
-            merges = form in LOSSLESS if masks is None else form is not None and not lossy_layers(module, masks)
-            closing = (1 + merges) * (self._seconds["evaluation"] + self._seconds["export"])
-            tasks = (ahead + 1) * self._seconds[LEDGER_STAGE]  # of what is ahead, and of the recovered model
-            budget.keep(_MARGIN * (ahead * self._seconds["evaluation"] + tasks + closing), "closing")
-
-    @staticmethod
-    def _reconstructs(trainer: Trainer) -> bool:
-        return any(isinstance(c, BlockwiseReconstruction) and c.settings.passes for c in trainer.callbacks)
-
-    @contextmanager
-    def _charged(self, trainer: Trainer, stage: str) -> Iterator[None]:
-        start = time.monotonic()
-        with ledger_of(trainer).stage(stage):
-            yield
-        self._seconds[stage] = max(self._seconds[stage], time.monotonic() - start)
-
     def _export_base(self, trainer: Trainer, module: LightningModule, masks: MaskSet) -> None:
         if trainer.is_global_zero:
             with self._charged(trainer, "export"):
                 self.folder.write_base(module, masks)
                 self._count(self.folder.path)
 
-    def _export_trained(self, trainer: Trainer, module: LightningModule) -> None:
+    def _export_trained(self, trainer: Trainer, module: LightningModule, merged: bool = True) -> None:
         masks = masks_of(trainer)
         if not trainer.is_global_zero or masks is None:
             return
         with self._charged(trainer, "export"):
             quantization = next((c.account for c in trainer.callbacks if isinstance(c, QuantizedBase)), None)
             written = self.folder.write_trained(module, masks, {"quantization": quantization or None})
+            if not merged and written == self.folder.adapter:
+                self.folder.drop_merged()  # of an end that was never made whole
             if written == self.folder.model or "sparsity" not in self.report:  # a resumed run has not counted yet
                 self._count(self.folder.path if written == self.folder.adapter else written)
 

@@ -14,7 +14,6 @@ import argparse
 import errno
 import json
 import os
-import pickle
 import random
 import resource
 import shutil
@@ -24,7 +23,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ from sparsefit.data import TextFilesDataModule  # noqa: F401
 from sparsefit.files import file_sum, write_sums
 from sparsefit.modules import CausalLMModule  # noqa: F401
 from sparsefit.modules.loading import load_tokenizer
-from sparsefit.recovery.run_files import WRITTEN_FOLDERS, RunState, damaged_files, newest_checkpoint, read_state
+from sparsefit.recovery.run_files import WRITTEN_FOLDERS, damaged_files, newest_checkpoint, read_state
 
 STEPS = 4
 TEXT = "the quick brown fox jumps over a lazy dog while seven wizards read the documentation of python aloud"
@@ -400,12 +399,13 @@ def hostile_folders(place: Workplace, run: Path) -> Row:
             for part in ("base", "model"):
                 entries = {"weight_map": {"model.norm.weight": name}, "metadata": {}}
                 (folder / part / "model.safetensors.index.json").write_text(json.dumps(entries))
+                (folder / part / "model.safetensors").unlink()
 
         return prepare
 
     def checkpoint(folder: Path) -> None:
-        path = newest_checkpoint(folder)
-        torch.save(torch.load(path, weights_only=True) | {"more": Harmful(canary)}, path, pickle_module=pickle)
+        for path in (folder / "checkpoints").iterdir():
+            torch.save(torch.load(path, weights_only=True) | {"more": Harmful(canary)}, path)
 
     secret = str(shutil.copytree(run / "base", place.folder / "secret"))
     merging, going_on = ("merge", "--output={out}"), ("fit", "--trainer.max_steps=9")
@@ -455,7 +455,7 @@ def reseal(folder: Path) -> None:
             write_sums(folder / part)
     state = read_state(folder)
     sums = {name: file_sum(folder / name) for name in state.sums}
-    RunState(state.name, state.run, state.step, state.error, sums).write(folder)
+    replace(state, sums=sums).write(folder)
 
 
 def not_finite(place: Workplace) -> Row:

@@ -108,7 +108,7 @@ def test_a_finished_run_has_nothing_left_to_do_and_makes_anew_what_its_end_made(
     damaged.write_bytes(before[damaged][:-1] + bytes([before[damaged][-1] ^ 1]))
     status, _, errors = sparsefit("fit", "--resume", run)
     assert status == 0, errors
-    assert "model/model.safetensors is not what was written" in caplog.text
+    assert "model/model.safetensors is not what its SHA256SUMS says" in caplog.text
     assert damaged.read_bytes() == before[damaged]
     assert not damaged_files(run)
 
@@ -203,7 +203,7 @@ def test_what_is_no_run_of_the_command_is_told(sparsefit, tmp_path):
 def test_results_of_a_run_that_has_not_ended_are_not_taken_for_its_own(sparsefit, recipe, tmp_path):
     run = finished(sparsefit, recipe, tmp_path)
     state = read_state(run)
-    RunState("closing", state.run, 3, None, state.sums).write(run)
+    RunState("closing", state.run, 3, sums=state.sums).write(run)
     for command in (("inspect", run), ("merge", run), ("export", run, "--format=compact", "--output", run / "x")):
         status, _, errors = sparsefit(*command)
         assert (status, "has not ended" in errors, f"--resume {run}" in errors) == (2, True, True), errors

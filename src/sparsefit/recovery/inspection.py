@@ -181,6 +181,16 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
+def check_indices(folder: Path) -> None:
+    """See that what lists the weight files of a model folder names files in it, and no others.
+
+    Raises:
+        RunFolderError: if it names another, or cannot be read.
+    """
+    for index in folder.glob("*.index.json"):
+        _shards(index)
+
+
 def _shards(index: Path) -> list[str]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))

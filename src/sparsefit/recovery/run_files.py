@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -47,6 +48,7 @@ class RunState:
         run: The id of the run.
         step: Optimizer steps taken when it was written.
         error: What ended a run that failed.
+        results: The step of which the folder holds all results: of the last time that the run had finished.
         sums: sha256 of files that the run goes by, by their names.
     """
 
@@ -54,6 +56,7 @@ class RunState:
     run: str | None = None
     step: int = 0
     error: str | None = None
+    results: int = 0
     sums: Mapping[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
@@ -118,7 +121,9 @@ def damaged_files(folder: Path) -> dict[str, str]:
             damaged[name] = "not what was written"
     damaged |= damaged_results(folder)
     if (folder / BASE_FOLDER).is_dir():
-        damaged |= {f"{BASE_FOLDER}/{name}": "not what was written" for name in changed_files(folder / BASE_FOLDER)}
+        damaged |= {
+            f"{BASE_FOLDER}/{name}": "not what its SHA256SUMS says" for name in changed_files(folder / BASE_FOLDER)
+        }
     try:
         if (folder / MASKS_FILE).is_file():
             MaskSet.load(folder / MASKS_FILE)
@@ -134,7 +139,7 @@ def damaged_results(folder: Path) -> dict[str, str]:
     """The same of what the end of a run makes, and can make anew: adapter, model and report."""
     damaged = {}
     for place in (ADAPTER_FOLDER, TRAINED_BASE_FOLDER, MODEL_FOLDER):
-        damaged |= {f"{place}/{name}": "not what was written" for name in changed_files(folder / place)}
+        damaged |= {f"{place}/{name}": "not what its SHA256SUMS says" for name in changed_files(folder / place)}
     if (folder / REPORT_FILE).is_file():
         try:
             report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
@@ -150,16 +155,15 @@ def damaged_results(folder: Path) -> dict[str, str]:
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint in a run folder that has come furthest, and of several the one that was written last; None where
-    there is none. One that cannot be read comes last, so that it is told where it is the only one."""
-    files = sorted((folder / CHECKPOINTS_FOLDER).glob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns)
-    return max(files, key=_step_of, default=None) if files else None
+    there is none. One that cannot be read comes before all others: whoever resumes from it is told, and chooses."""
+    return max((folder / CHECKPOINTS_FOLDER).glob("*.ckpt"), key=_step_of, default=None)
 
 
 def _step_of(path: Path) -> tuple[int, int]:
     try:
         step = torch.load(path, weights_only=True, map_location="cpu", mmap=True)["global_step"]
     except Exception:  # whatever is wrong with it is told when it is resumed from
-        step = -1
+        step = sys.maxsize
     return step, path.stat().st_mtime_ns
 
 
