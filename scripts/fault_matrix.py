@@ -301,13 +301,13 @@ def full_disks(place: Workplace, expected: dict[str, Tensor], writes: int, numbe
     return row
 
 
-def flipped_bits(place: Workplace, run: Path, each: int, chance: random.Random) -> Row:
+def flipped_bits(place: Workplace, run: Path, each: int, chance: random.Random, step: int = 1) -> Row:
     """A bit flipped in every file of a run, `each` times, and looked at by `inspect`."""
     row = Row("a flipped bit, in each file of a run")
     files = sorted(
         file for file in run.rglob("*") if file.is_file() and "logs" not in file.parts and file.name != ".lock"
     )
-    for file in files:
+    for file in files[::step]:
         whole = file.read_bytes()
         for _ in range(each):
             row.tried += 1
@@ -374,7 +374,7 @@ class Harmful:
         return open, (str(self.file), "w")
 
 
-def hostile_folders(place: Workplace, run: Path) -> Row:
+def hostile_folders(place: Workplace, run: Path, step: int = 1) -> Row:
     """Run folders that somebody else has prepared, sums and seals in order: nothing may be run, or lead out of them."""
     row, canary = Row("hostile run folders"), place.folder / "canary"
     popen = {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", str(canary)]}}
@@ -426,7 +426,7 @@ def hostile_folders(place: Workplace, run: Path) -> Row:
           for command in (merging, ("inspect",), ("export", "--format=compact", "--output={out}"))),
         ("a checkpoint that runs what it unpickles", checkpoint, going_on),
     ]  # fmt: skip
-    for what, prepare, (command, *more) in cases:
+    for what, prepare, (command, *more) in cases[::step]:
         row.tried += 1
         folder, out = place.folder / "hostile", place.folder / "out"
         for path in (folder, out):

@@ -152,7 +152,7 @@ def check_sums(folder: Path) -> None:
     if changed := changed_files(folder):
         listed = ", ".join(str(folder / name) for name in changed[:3])
         raise RunFolderError(
-            f"{listed} {'is' if len(changed) == 1 else 'are'} not what {SUMS_FILE} says: damaged, deleted or changed since. "
+            f"{listed}: not what {SUMS_FILE} says, but damaged, deleted or changed since. "
             f"Copy {folder} again from where it is whole; if you changed it on purpose, delete {folder / SUMS_FILE}"
         )
 

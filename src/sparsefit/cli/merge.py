@@ -19,7 +19,7 @@ from sparsefit.errors import MaskError, RunFolderError, SparsefitError
 from sparsefit.files import SUMS_FILE, check_sums, replacing
 from sparsefit.pruning import MaskSet
 from sparsefit.recovery.adapter_files import NOTES_FILE, load_adapter, read_notes
-from sparsefit.recovery.inspection import MASKS_FILE, check_indices, files_digest, inspect_folder
+from sparsefit.recovery.inspection import MASKS_FILE, files_digest, inspect_folder
 from sparsefit.recovery.merge import check_mergeable, merge
 from sparsefit.recovery.run_files import check_ended
 from sparsefit.reporting.console import console, stage_progress, summary
@@ -131,7 +131,6 @@ def recovered_model(folder: RunFolder, masks: MaskSet) -> tuple[torch.nn.Module,
             "Python: make the module, load the base and the adapter (sparsefit.recovery.adapter_files.load_adapter), "
             "and call sparsefit.recovery.merge.merge"
         )
-    check_indices(base)
     model = load_model(str(base), dtype="auto", allow_unused=True)
     if quantization := notes.get("quantization"):
         # The adapter was trained on these values; quantizing the same floats gives the same ones again.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sparsefit.errors import MaskError, RunFolderError
-from sparsefit.files import changed_files, file_sum, is_sealed, sealed, write_text
+from sparsefit.files import SUMS_FILE, changed_files, file_sum, is_sealed, sealed, write_text
 from sparsefit.pruning import MaskSet
 from sparsefit.recovery.inspection import BASE_FOLDER, MASKS_FILE, MODEL_FOLDER
 
@@ -120,10 +120,7 @@ def damaged_files(folder: Path) -> dict[str, str]:
         if not (folder / name).is_file() or file_sum(folder / name) != expected:
             damaged[name] = "not what was written"
     damaged |= damaged_results(folder)
-    if (folder / BASE_FOLDER).is_dir():
-        damaged |= {
-            f"{BASE_FOLDER}/{name}": "not what its SHA256SUMS says" for name in changed_files(folder / BASE_FOLDER)
-        }
+    damaged |= _changed_in(folder, BASE_FOLDER)
     try:
         if (folder / MASKS_FILE).is_file():
             MaskSet.load(folder / MASKS_FILE)
@@ -139,7 +136,7 @@ def damaged_results(folder: Path) -> dict[str, str]:
     """The same of what the end of a run makes, and can make anew: adapter, model and report."""
     damaged = {}
     for place in (ADAPTER_FOLDER, TRAINED_BASE_FOLDER, MODEL_FOLDER):
-        damaged |= {f"{place}/{name}": "not what its SHA256SUMS says" for name in changed_files(folder / place)}
+        damaged |= _changed_in(folder, place)
     if (folder / REPORT_FILE).is_file():
         try:
             report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
@@ -151,6 +148,10 @@ def damaged_results(folder: Path) -> dict[str, str]:
         elif page is not None and (not (folder / PAGE_FILE).is_file() or file_sum(folder / PAGE_FILE) != page):
             damaged[PAGE_FILE] = "not what was written"
     return damaged
+
+
+def _changed_in(folder: Path, part: str) -> dict[str, str]:
+    return {f"{part}/{name}": f"not what its {SUMS_FILE} says" for name in changed_files(folder / part)}
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
