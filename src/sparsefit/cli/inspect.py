@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from sparsefit.errors import RunFolderError
 from sparsefit.files import check_sums
 from sparsefit.recovery.inspection import Inspection, inspect_folder, inspect_tensors
 from sparsefit.recovery.run_files import check_ended, damaged_files, holds_run
@@ -22,15 +23,14 @@ def inspect(arguments: list[str]) -> int:
     folder = parser.parse_args(arguments).folder
 
     check_ended(folder)
-    damaged = damaged_files(folder) if holds_run(folder) else {}
-    for name, reason in damaged.items():
-        console.print(f"{folder / name} is damaged: {reason}", markup=False, soft_wrap=True)
-    if damaged:
-        return 1
     is_gguf = folder.suffix.lower() == ".gguf" and not folder.is_dir()
-    if not is_gguf:
-        check_sums(folder)
     inspection = _inspect_gguf(folder) if is_gguf else inspect_folder(folder)
+    check_sums(folder)
+    if damaged := damaged_files(folder) if holds_run(folder) else {}:
+        listed = "; ".join(f"{folder / name}: {reason}" for name, reason in damaged.items())
+        raise RunFolderError(
+            f"damaged, or changed since the run wrote it: {listed}. Copy it again from where it is whole"
+        )
     status = f"counted on {', '.join(str(file) for file in inspection.files)}"
     console.print(summary({"name": str(folder), "status": status, "sparsity": inspection.account()}))
     if inspection.masks is None:

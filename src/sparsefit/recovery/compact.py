@@ -69,7 +69,6 @@ def compress_folder(model_folder: str | Path, output: str | Path, masks: MaskSet
     if any(model_folder.glob(f"*{layout.SUFFIX}")):
         raise RunFolderError(f"{model_folder} is a compact folder already; expand_folder makes an ordinary one of it")
     files = weight_files(model_folder)
-    check_sums(files[0].parent)
     masks = masks_beside(model_folder) if masks is None else masks
     held: list[Saved] = []
     _check_empty(output)
@@ -81,6 +80,7 @@ def compress_folder(model_folder: str | Path, output: str | Path, masks: MaskSet
                 layout.write(folder / layout.compact_name(file), layout.as_metadata(header), parts)
             held += header.tensors
         _check_all_found(masks, held, model_folder)
+        check_sums(files[0].parent)
         _copy_others(files[0].parent, folder, {file.name for file in files} | {MASKS_FILE})
         if masks is not None and any(one.kept is None and one.name in masks.parameters for one in held):
             masks.save(folder / MASKS_FILE)  # the bits do not tell all of them
@@ -98,7 +98,6 @@ def expand_folder(compact: str | Path, output: str | Path) -> CompactReport:
         RunFolderError: if the compact folder is damaged or something else, or the output cannot be written.
     """
     compact, output = Path(compact), Path(output)
-    check_sums(compact)
     files = compact_files(compact)
     held: list[Saved] = []
     found = MaskSet()
@@ -114,6 +113,7 @@ def expand_folder(compact: str | Path, output: str | Path) -> CompactReport:
                 layout.write(folder / layout.ordinary_name(file), header.original, parts)
                 found = _joined(found, layout.masks_in(file, tensors, header))
             held += header.tensors
+        check_sums(compact)  # of the others: the weights have their own
         _copy_others(compact, folder, {file.name for file in files})
         if found and not (folder / MASKS_FILE).exists():
             if found.digest() != header.digest:
