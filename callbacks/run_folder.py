@@ -59,8 +59,10 @@ class RunFolder:
             RunFolderError: if the folder holds anything already (and no run is resumed), cannot be written to, or
                 another process is at work in it.
         """
-        self.lock(resuming)
-        self.release()
+        self._prepare(resuming)
+        if (self.path / LOCK_FILE).exists():  # else nobody has ever been at work here
+            self.lock(resuming)
+            self.release()
 
     def lock(self, resuming: bool) -> None:
         """The same, and have the folder for this process alone until `release`."""

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ WORDS = TEXT.split(" ")
 WRITES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree", "tempfile.mkstemp")
 NEEDS_SPACE = ("open", "os.mkdir", "tempfile.mkstemp")
 TOLD = (1, 2)
+KINDS = ("kills", "disk", "bits", "writers", "hostile", "nan")
 
 NAN_STAGES: dict[str, Callable[[Path], bool]] = {}
 """What becomes of values that are not finite: name of the stage -> a function that has them arise in a new run in the
@@ -470,8 +471,8 @@ def not_finite(place: Workplace) -> Row:
     return row
 
 
-def matrix(folder: Path, kills: int, disk: int | None, bits: int, seed: int) -> Iterator[Row]:
-    """All rows of the table, one after the other."""
+def matrix(folder: Path, kills: int, disk: int | None, bits: int, seed: int, only: Container[str]) -> Iterator[Row]:
+    """The rows of the table, one after the other."""
     chance, place, run = random.Random(seed), Workplace(folder), folder / "straight"
     run_folder._ORPHANS_END = 0.5  # no loader of these runs has workers
     counted, start = Writes(run, sys.maxsize, kill), time.monotonic()
@@ -480,13 +481,18 @@ def matrix(folder: Path, kills: int, disk: int | None, bits: int, seed: int) -> 
     if status != 0:
         raise SystemExit(f"the undisturbed run failed: {place.output}")
     expected = outcome(run)
-    yield killed_at_writes(place, expected, writes, (kills + 1) // 2, chance)
-    yield killed_at_times(place, expected, seconds, kills // 2, chance)
-    yield full_disks(place, expected, writes, disk)
-    yield flipped_bits(place, run, bits, chance)
-    yield two_writers(place, expected)
-    yield hostile_folders(place, run)
-    if NAN_STAGES:
+    if "kills" in only:
+        yield killed_at_writes(place, expected, writes, (kills + 1) // 2, chance)
+        yield killed_at_times(place, expected, seconds, kills // 2, chance)
+    if "disk" in only:
+        yield full_disks(place, expected, writes, disk)
+    if "bits" in only:
+        yield flipped_bits(place, run, bits, chance)
+    if "writers" in only:
+        yield two_writers(place, expected)
+    if "hostile" in only:
+        yield hostile_folders(place, run)
+    if "nan" in only and NAN_STAGES:
         yield not_finite(place)
 
 
@@ -505,12 +511,13 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50, help="moments to be killed at")
     parser.add_argument("--disk", type=int, help="writes to fill the disk at; by default every one")
     parser.add_argument("--bits", type=int, default=3, help="bits flipped in each file")
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=KINDS, help="some rows of the table")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", type=Path, help="a Markdown file, whose table is replaced")
     given = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for row in matrix(Path(folder).resolve(), given.kills, given.disk, given.bits, given.seed):
+        for row in matrix(Path(folder).resolve(), given.kills, given.disk, given.bits, given.seed, given.only):
             rows.append(row)
             print(table([row]).splitlines()[-1], flush=True)
             for what, cases in (("lost", row.lost), ("silent", row.silent)):
