@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -22,9 +23,17 @@ class Killed(BaseException):
     """Ends a fit as a signal would: no callback may do anything after it."""
 
 
-class KilledReport(RunReport):
-    def on_exception(self, trainer, pl_module, exception):
-        self.folder.release()
+@pytest.fixture
+def killed(monkeypatch):
+    """Fits meanwhile end as if a signal had ended their process."""
+
+    @contextmanager
+    def dies():
+        with monkeypatch.context() as patch, pytest.raises(Killed):  # noqa: PT012 (the caller has one statement in it)
+            patch.setattr(RunReport, "on_exception", lambda self, *args: self.folder.release())
+            yield patch
+
+    return dies
 
 
 class Kill(Callback):
@@ -47,8 +56,8 @@ class StopEarly(Callback):
         trainer.should_stop = trainer.global_step == STEPS
 
 
-def callbacks(folder, report=RunReport, resume=False, saver_first=True):
-    both = [SparseCheckpoints(str(folder)), report(str(folder), resume=resume), WandaPruning()]
+def callbacks(folder, resume=False, saver_first=True):
+    both = [SparseCheckpoints(str(folder)), RunReport(str(folder), resume=resume), WandaPruning()]
     return both if saver_first else both[::-1]
 
 
@@ -81,14 +90,14 @@ KILLS = {
 
 @pytest.mark.parametrize("saver_first", [True, False])
 @pytest.mark.parametrize("name", KILLS)
-def test_a_killed_run_goes_on_to_the_same_weights(straight, tmp_path, name, saver_first):
+def test_a_killed_run_goes_on_to_the_same_weights(straight, tmp_path, killed, name, saver_first):
     hook, number, state = KILLS[name]
     run = tmp_path / "run"
-    used = callbacks(run, KilledReport, saver_first=saver_first)
+    used = callbacks(run, saver_first=saver_first)
     used.insert(0 if hook == "on_train_end" else 3, Kill(hook, number))
     if hook == "on_fit_start":  # between the claim and the pruning
         used = [used[1], used[3], used[0], used[2]]
-    with pytest.raises(Killed):
+    with killed():
         fit(module(), data(tmp_path), *used, max_steps=STEPS)
     assert read_state(run).name == state
     found, _ = go_on(run, saver_first=saver_first)
@@ -104,17 +113,16 @@ ENDS = {
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_whatever_ends_a_run_its_end_is_made_up_for(straight, tmp_path, end, monkeypatch, caplog):
+def test_whatever_ends_a_run_its_end_is_made_up_for(straight, tmp_path, end, killed, caplog):
     settings, more = ENDS[end]
     run = tmp_path / "run"
 
-    def killed(*args, **kwargs):
+    def kill(*args, **kwargs):
         raise Killed
 
-    with monkeypatch.context() as patch:
-        patch.setattr(run_report, "merged_in_place", killed)
-        with pytest.raises(Killed):
-            fit(module(), data(tmp_path), *callbacks(run, KilledReport), *more, **settings)
+    with killed() as patch:
+        patch.setattr(run_report, "merged_in_place", kill)
+        fit(module(), data(tmp_path), *callbacks(run), *more, **settings)
     assert read_state(run).name == "closing"
     found, _ = go_on(run, *more, **settings)
     assert_same(found, straight)
