@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from sparsefit.errors import RunFolderError
-from sparsefit.files import LOCK_FILE, check_sums, file_sum, lock_folder, replacing, write_text
+from sparsefit.files import LOCK_FILE, check_sums, file_sum, is_partial, lock_folder, replacing, write_text
 from sparsefit.pruning import MaskSet
 from sparsefit.recovery import run_files
 from sparsefit.recovery.adapter_files import export_adapter
@@ -69,6 +69,8 @@ class RunFolder:
         self._prepare(resuming)
         try:
             self._lock = self._lock or lock_folder(self.path, "run", wait=_ORPHANS_END)
+            for left in filter(is_partial, self.path.iterdir()):  # by a run that was killed
+                left.unlink(missing_ok=True)
         except RunFolderError:
             raise
         except OSError as error:
@@ -101,7 +103,8 @@ class RunFolder:
 
     def _is_free(self) -> bool:
         """Whether there is nothing to lose: no files, or those of a run that broke off before it had a base."""
-        names = {entry.name for entry in self.path.iterdir()} - {TEXT, LOCK_FILE} if self.path.is_dir() else set()
+        entries = list(self.path.iterdir()) if self.path.is_dir() else []
+        names = {entry.name for entry in entries if not is_partial(entry)} - {TEXT, LOCK_FILE}
         told = {file.name for file in (self.json, self.html, self.configuration)} | {run_files.STATE_FILE}
         begun = {self.configuration.name, run_files.STATE_FILE} & names
         broke_off = self._read("status") in ("interrupted", "failed") or (begun and not self.json.exists())

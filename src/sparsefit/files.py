@@ -25,6 +25,7 @@ from sparsefit.errors import RunFolderError, SparsefitError
 SUMS_FILE = "SHA256SUMS"
 LOCK_FILE = ".lock"
 _SEAL = "sha256"
+_PARTIAL = ".partial"
 _CHUNK = 1 << 20
 
 
@@ -71,7 +72,7 @@ def replacing_file(path: Path) -> Iterator[Path]:
     Raises:
         RunFolderError: if it cannot be written; a file at `path` is as it was.
     """
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_PARTIAL}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
@@ -86,6 +87,15 @@ def replacing_file(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def is_partial(path: Path) -> bool:
+    """Whether a file is one that `replacing_file` had not finished: of a process that was killed.
+
+    >>> is_partial(Path("a/.report.json.0123.partial")), is_partial(Path("a/report.json"))
+    (True, False)
+    """
+    return path.name.startswith(".") and path.name.endswith(_PARTIAL)
 
 
 def write_text(text: str, path: str | os.PathLike[str]) -> Path:

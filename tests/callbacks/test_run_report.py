@@ -18,6 +18,7 @@ from sparsefit.callbacks import GPUHourBudget, PrunedRunCallback, RunReport, Wan
 from sparsefit.errors import BudgetError, CalibrationError, RunFolderError
 from sparsefit.evaluation.perplexity import perplexity
 from sparsefit.pruning import MaskSet
+from sparsefit.recovery.run_files import RunState
 
 
 class Measured(LanguageModel):
@@ -266,10 +267,14 @@ def test_a_folder_that_cannot_be_used_is_refused_before_anything(tmp_path, monke
     assert not list(folder.glob("report*"))
 
 
-def test_the_folder_of_a_run_that_was_killed_before_it_had_a_base_is_free(tmp_path):
+@pytest.mark.parametrize("left", ["config.yaml", ".config.yaml.0123.partial", "state.json"])
+def test_the_folder_of_a_run_that_was_killed_before_it_had_a_base_is_free(tmp_path, left):
     (tmp_path / "run/logs").mkdir(parents=True)
-    (tmp_path / "run/config.yaml").write_text("of the killed run")
+    (tmp_path / "run" / left).write_text("of the killed run")
+    if left == "state.json":
+        RunState("claimed").write(tmp_path / "run")
     fit(Classifier(), labelled(), RunReport(tmp_path / "run"), WandaPruning())
+    assert not list((tmp_path / "run").glob(".*.partial"))
     assert (tmp_path / "run/base/model.safetensors").exists()
 
 
