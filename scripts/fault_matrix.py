@@ -152,6 +152,7 @@ class Workplace:
                 log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
                 os.dup2(log, 1)
                 os.dup2(log, 2)
+                sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
                 os.chdir(self.folder)
                 sys.argv = ["sparsefit", *map(str, arguments)]
                 if file_size is not None:
