@@ -4,6 +4,7 @@ from sparsefit.callbacks.budget import GPUHourBudget
 from sparsefit.callbacks.checkpoint_io import AtomicCheckpointIO
 from sparsefit.callbacks.checkpoints import SparseCheckpoints
 from sparsefit.callbacks.control import DenseControl
+from sparsefit.callbacks.hooks import PrunedRunCallback
 from sparsefit.callbacks.pruning import WandaPruning
 from sparsefit.callbacks.quantization import QuantizedBase
 from sparsefit.callbacks.reconstruction import BlockwiseReconstruction
@@ -14,6 +15,7 @@ __all__ = [
     "BlockwiseReconstruction",
     "DenseControl",
     "GPUHourBudget",
+    "PrunedRunCallback",
     "QuantizedBase",
     "RunReport",
     "SparseCheckpoints",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import torch
 from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
 
 from sparsefit.errors import RunFolderError
+from sparsefit.files import sync_folder
+from sparsefit.recovery.run_files import checkpoint_damage
 
 _PARTIAL = ".partial"
 
@@ -37,22 +41,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path).absolute()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._clear(path.parent)
         partial = path.with_name(path.name + _PARTIAL)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._clear(path.parent)
             with open(partial, "wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
+            sync_folder(path.parent)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its archive
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
             raise RunFolderError(
                 f"the checkpoint {path} cannot be written: {error}. Those written before are whole: free some space, "
                 "then resume from the last one"
             ) from error
-        _sync_folder(path.parent)
 
     def _clear(self, folder: Path) -> None:
         if folder not in self._cleared:
@@ -73,8 +78,20 @@ class CompletingCheckpointIO(CheckpointIO):
         self.inner.save_checkpoint(checkpoint, path, storage_options=storage_options)
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Read a checkpoint and complete it."""
-        checkpoint = self.inner.load_checkpoint(path, *args, **kwargs)
+        """Read a checkpoint and complete it.
+
+        Raises:
+            RunFolderError: if it is damaged, or holds anything but tensors and plain values.
+        """
+        check_whole(path)
+        try:
+            checkpoint = self.inner.load_checkpoint(path, *args, **kwargs)
+        except pickle.UnpicklingError as error:
+            raise RunFolderError(
+                f"the checkpoint {path} holds objects, and not tensors and plain values alone: reading it could run "
+                f"whatever they say ({str(error).splitlines()[0]}). If it is your own, read it all the same: "
+                "trainer.fit(..., weights_only=False), or --weights_only=false"
+            ) from error
         self.completed(checkpoint, path)
         return checkpoint
 
@@ -87,11 +104,16 @@ class CompletingCheckpointIO(CheckpointIO):
         self.inner.teardown()
 
 
-def _sync_folder(folder: Path) -> None:
-    """Bring a folder's list of names to the disk, where the system can."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def check_whole(path: str | Path) -> None:
+    """See that every part of a local checkpoint is what was saved.
+
+    Raises:
+        RunFolderError: if one is not; says which.
+    """
+    if "://" in str(path) or not Path(path).is_file():
+        return  # Lightning's to read, or to miss
+    if reason := checkpoint_damage(Path(path)):
+        raise RunFolderError(
+            f"the checkpoint {path} is damaged: {reason}. Resume from an earlier one beside it (--ckpt_path), or start "
+            "again in another run folder"
+        )

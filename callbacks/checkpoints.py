@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
-from sparsefit.callbacks.checkpoint_io import CompletingCheckpointIO
+from sparsefit.callbacks.checkpoint_io import AtomicCheckpointIO, CompletingCheckpointIO
+from sparsefit.callbacks.hooks import PrunedRunCallback
+from sparsefit.callbacks.lightning_loops import at_the_start, batches_of, close_epoch, move
 from sparsefit.callbacks.pruning import WandaPruning
 from sparsefit.callbacks.quantization import QuantizedBase
 from sparsefit.callbacks.random_states import RandomStates
@@ -27,12 +30,20 @@ from sparsefit.callbacks.resuming import (
     data_name,
     optimizer_kinds,
 )
+from sparsefit.pruning import MaskSet
+from sparsefit.recovery.run_files import CHECKPOINTS_FOLDER, holds_run
 from sparsefit.recovery.same_recipe import check_same_recipe
 from sparsefit.recovery.sparse_base import InBase, compare, complete, leave_out
 from sparsefit.settings import named_settings
 
 KEY = "sparsefit"
 """Under which a checkpoint has what this callback adds."""
+
+STAGE_FILE = "stage.ckpt"
+"""The checkpoint of a run's own: of the moment when training began, and then of the one when it ended."""
+
+
+_POSITION = ("random", "between_epochs", "whole_step")
 
 
 @dataclass(frozen=True)
@@ -45,7 +56,7 @@ class _Step:
 
 
 @named_settings
-class SparseCheckpoints(Callback):
+class SparseCheckpoints(PrunedRunCallback):
     """Leaves out of checkpoints what lies in the run folder already, and resumes from them exactly.
 
     `RunReport` writes the sparse base and its masks to the run folder once. A checkpoint then holds the weights that
@@ -53,6 +64,9 @@ class SparseCheckpoints(Callback):
     states. Whatever is not equal, bit by bit, to what lies in the base stays in the checkpoint; without a base, it is
     whole. As it is read, it is filled up from the base, which is looked for in this run's folder, where the checkpoint
     lies and where it was.
+
+    It saves one of its own, `checkpoints/stage.ckpt`, as training begins and again as it ends, so that no pruning and
+    no training is lost with a process that is killed before the first checkpoint, or in the end of its run.
 
     `trainer.fit(ckpt_path=...)` then ends with the same weights, bit by bit, as a run that was never interrupted, on
     the same machine and number of devices, if the data can be resumed (`TextDataModule` can) and its learning rate does
@@ -81,17 +95,21 @@ class SparseCheckpoints(Callback):
         self._updating = False
         self._after_batch: RandomStates | None = None
         self._resumed: tuple[RandomStates, bool] | None = None  # and whether an epoch's data come first
+        self._position: dict[str, Any] | None = None  # of a checkpoint, as long as no batch has been done
+        self._before_data: RandomStates | None = None
+        self._starting = False
         self._optimizers: list[str] | None = None  # of a checkpoint
         self._changed: ChangedRates | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Have checkpoints filled up as they are read, before anything is restored."""
-        self._step = self._after_batch = self._resumed = self._optimizers = self._changed = None
-        self._updating = False
+        self._step = self._after_batch = self._resumed = self._optimizers = self._changed = self._position = None
+        self._updating = self._starting = False
         if _splits_weights(trainer):
             return
         io = trainer.strategy.checkpoint_io
         inner = io.inner if isinstance(io, CompletingCheckpointIO) else io
+        inner = AtomicCheckpointIO() if type(inner) is TorchCheckpointIO else inner
         trainer.strategy.checkpoint_io = CompletingCheckpointIO(
             inner, lambda checkpoint, path: self._complete(trainer, pl_module, checkpoint, path)
         )
@@ -102,6 +120,8 @@ class SparseCheckpoints(Callback):
         if saved is None or trainer.state.fn != TrainerFn.FITTING:
             return
         self._resumed = RandomStates.from_plain(saved["random"][trainer.global_rank]), saved["between_epochs"]
+        held = {key: checkpoint[key] for key in ("loops", data_name(trainer, checkpoint)) if key in checkpoint}
+        self._position = {"held": held, "saved": {key: saved[key] for key in _POSITION}}
         self._optimizers, self._changed = saved.get("optimizers"), ChangedRates(checkpoint, pl_module)
         if not saved["whole_step"]:
             rank_zero_warn(
@@ -116,6 +136,11 @@ class SparseCheckpoints(Callback):
         if self._optimizers is not None:
             check_same_optimizers(self._optimizers, trainer)
         self._restore(before_data=True)
+        self._before_data = RandomStates.now()
+
+    def on_base_ready(self, trainer: Trainer, pl_module: LightningModule, masks: MaskSet) -> None:
+        """Note how random numbers stand before the loader of the training data draws."""
+        self._before_data = RandomStates.now()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The same where Lightning, after the rest of an epoch that had none, asks the loader once more."""
@@ -129,13 +154,22 @@ class SparseCheckpoints(Callback):
         if self._changed is not None:
             self._changed.apply(trainer)
             self._changed = None
+        if trainer.global_step == 0 and self._position is None and not _splits_weights(trainer):
+            self._starting = True
+            trainer.save_checkpoint(self.folder / CHECKPOINTS_FOLDER / STAGE_FILE)
+            self._starting = False
+
+    def on_closing(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what the training has come to, before anything is made of it."""
+        if not _splits_weights(trainer):
+            trainer.save_checkpoint(self.folder / CHECKPOINTS_FOLDER / STAGE_FILE)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Within an epoch, its loader had drawn already when the run was interrupted."""
         self._restore(before_data=False)
-        self._resumed = None
+        self._resumed = self._position = None
         if self._step is None or batch_idx % trainer.accumulate_grad_batches == 0:
-            self._step = _Step(trainer.global_step, _batches(trainer).current.ready - 1, RandomStates.now())
+            self._step = _Step(trainer.global_step, batches_of(trainer).current.ready - 1, RandomStates.now())
         self._updating = False
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -159,17 +193,10 @@ class SparseCheckpoints(Callback):
         """Add position and random states, and leave out what the base has."""
         if _splits_weights(trainer):
             return
-        random, whole_step = self._position(trainer, pl_module, checkpoint)
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        done, total = progress["current"]["processed"], trainer.num_training_batches
-        ended = done == _batches(trainer).current.ready and (progress["is_last_batch"] or done == total)
-        _close_epoch(checkpoint, ended, endless=total == math.inf)
         checkpoint[KEY] = {
             "format": FORMAT,
             "world_size": trainer.world_size,
-            "random": _of_all_ranks(trainer, random.plain()),
-            "between_epochs": ended,
-            "whole_step": whole_step,
+            **self._where(trainer, pl_module, checkpoint),
             "optimizers": optimizer_kinds(trainer),
             "data": data_name(trainer, checkpoint),
             "base": None,
@@ -190,21 +217,38 @@ class SparseCheckpoints(Callback):
             self._origins = origins
         return None if self._base is None else leave_out(self._base, checkpoint, pruning.state_key, origins)
 
-    def _position(
+    def _where(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """Have a checkpoint stand at a point from which Lightning resumes; the random states there, and what it is."""
+        if self._position is not None:  # no batch has been done since it was read
+            checkpoint |= self._position["held"]
+            return self._position["saved"]
+        if self._starting:
+            at_the_start(checkpoint)
+            random = (self._before_data or RandomStates.now()).plain()
+            return {"random": _of_all_ranks(trainer, random), "between_epochs": True, "whole_step": True}
+        random, whole_step = self._at_step_end(trainer, module, checkpoint)
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        done, total = progress["current"]["processed"], trainer.num_training_batches
+        ended = done == batches_of(trainer).current.ready and (progress["is_last_batch"] or done == total)
+        close_epoch(checkpoint, ended, endless=total == math.inf)
+        everywhere = _of_all_ranks(trainer, random.plain())
+        return {"random": everywhere, "between_epochs": ended, "whole_step": whole_step}
+
+    def _at_step_end(
         self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
     ) -> tuple[RandomStates, bool]:
         """Move the position in the checkpoint to the end of an optimizer step; the random states there, and whether
         the weights are those of that moment."""
-        now, step = _batches(trainer).current, self._step
+        now, step = batches_of(trainer).current, self._step
         within = now.ready > now.processed
         if step is None or not (within or now.processed > now.completed or now.processed > step.batch):
             return self._after_batch or RandomStates.now(), True
         stepped = trainer.global_step > step.number
         if not stepped and (within or module.automatic_optimization):
-            movable = _move(trainer, checkpoint, step.batch)
+            movable = move(trainer, checkpoint, step.batch)
             return step.random, movable and not (within and self._updating)
         if within:
-            return RandomStates.now(), _move(trainer, checkpoint, now.ready)
+            return RandomStates.now(), move(trainer, checkpoint, now.ready)
         in_hook = now.processed > now.completed  # of this batch's end: this callback's own may be yet to come
         return RandomStates.now() if in_hook or self._after_batch is None else self._after_batch, True
 
@@ -226,7 +270,10 @@ class SparseCheckpoints(Callback):
         if saved["base"] is None:
             return
         path = Path(path).absolute()
-        found = complete(checkpoint, saved["base"], path, [self.folder, path.parent.parent, path.parent])
+        # A copy of a run folder goes by what is in it, and never by what is in the one that it was copied from.
+        home = next((folder for folder in (path.parent.parent, path.parent) if holds_run(folder)), None)
+        places = [self.folder, Path(saved["base"]["folder"])] if home is None else [home]
+        found = complete(checkpoint, saved["base"], path, places)
         if fitting and found != self.folder.absolute():
             rank_zero_info(
                 f"The checkpoint {path} is of the run in {found}, which is left as it is: from here on the run is "
@@ -236,47 +283,6 @@ class SparseCheckpoints(Callback):
 
 def _splits_weights(trainer: Trainer) -> bool:
     return isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy)
-
-
-def _batches(trainer: Trainer) -> Any:
-    return trainer.fit_loop.epoch_loop.batch_progress
-
-
-def _move(trainer: Trainer, checkpoint: dict[str, Any], batches: int) -> bool:
-    """Have a checkpoint stand where so many batches of the epoch are done; whether its data can be moved, too."""
-    data, loops = trainer.datamodule, checkpoint["loops"]["fit_loop"]
-    data_state = type(data).__qualname__
-    if "combined_loader" in loops["state_dict"] or (data_state in checkpoint and not hasattr(data, "state_after")):
-        return False
-    if data_state in checkpoint:
-        checkpoint[data_state] = data.state_after(batches)
-    progress = loops["epoch_loop.batch_progress"]
-    before = progress["total"]["processed"] - progress["current"]["processed"]
-    for part, done in (("current", batches), ("total", before + batches)):
-        progress[part] = {name: done for name in progress[part]}
-    progress["is_last_batch"] &= batches >= _batches(trainer).current.ready
-    return True
-
-
-def _close_epoch(checkpoint: dict[str, Any], ended: bool, endless: bool) -> None:
-    """Have a checkpoint between two epochs stand at the end of the first one, wherever it was saved. Lightning would
-    take the second for done where that was about to begin, and count its batches on from those of the first one where
-    that had just trained on its last batch (it knows the end of data that have a length). And have one that was saved
-    after training had stopped within an epoch stand within it: Lightning counts it as completed."""
-    loops = checkpoint["loops"]["fit_loop"]
-    epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
-    begun = epochs["current"]["started"]
-    if epochs["current"]["ready"] > begun > 0:
-        for part in ("current", "total"):
-            done = epochs[part]["processed"]
-            epochs[part] |= {"ready": done, "started": done, "completed": done - 1}
-    elif ended and endless and epochs["current"]["processed"] < begun:
-        for part in ("current", "total"):
-            epochs[part] |= {"processed": epochs[part]["started"]}
-            batches[part] |= {"completed": batches[part]["processed"]}
-    elif not ended and batches["current"]["processed"] and epochs["current"]["completed"] == begun:
-        for part in ("current", "total"):
-            epochs[part]["completed"] -= 1
 
 
 def _of_all_ranks(trainer: Trainer, mine: dict[str, Any]) -> list[dict[str, Any]]:

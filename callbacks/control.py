@@ -57,6 +57,8 @@ class DenseControl(Callback):
         if stage != TrainerFn.FITTING:
             return
         self._check(trainer, pl_module)
+        if trainer.is_global_zero:
+            self.report.folder.lock(resuming=True)
         ledger_of(trainer)
         taught = getattr(pl_module, "distill", None) is not None
         if taught:
@@ -106,6 +108,10 @@ class DenseControl(Callback):
         if trainer.is_global_zero:
             console.print(control_summary(self.report.report))
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let others have the folder."""
+        self.report.folder.release()
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Report how far the control came; the run is not touched."""
         self._shown.close()
@@ -113,6 +119,7 @@ class DenseControl(Callback):
             self._account["status"] = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
             self._account["error"] = f"{type(exception).__name__}: {exception}"
             self._write(trainer)
+        self.report.folder.release()
 
     def _check(self, trainer: Trainer, module: LightningModule) -> None:
         if not self.course.steps:

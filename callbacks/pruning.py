@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from sparsefit.callbacks.averages import restart_averages
 from sparsefit.callbacks.calibration import calibration_batches, calibration_forward, check_forward, predicting
 from sparsefit.callbacks.divergence import DivergenceGuard, saves_weights_only
+from sparsefit.callbacks.hooks import tell
 from sparsefit.callbacks.ledgers import ledger_of
 from sparsefit.callbacks.progress import paid_progress
 from sparsefit.errors import CalibrationError, ConfigError, DataError, MaskError
@@ -39,11 +40,7 @@ class WandaPruning(Callback):
     checkpoint and at the end of training. A loss, gradient or trained weight that is NaN or infinite ends the fit with
     a `DivergenceError`, and never gets into a checkpoint.
 
-    Other callbacks take part by hooks of these names, wherever they stand in the list of callbacks:
-    `on_pruning_check(trainer, module)` may refuse before anything is spent,
-    `on_pruning_start(trainer, module)` sees the dense model, `on_pruning_end(trainer, module, result)` the pruned one,
-    `on_reconstruction(trainer, module, masks)` may tune its kept weights before anything else is trained, and
-    `on_base_ready(trainer, module, masks)` finds the sparse base as it will stay, for a callback that writes it.
+    Other callbacks take part by the hooks of `PrunedRunCallback`, wherever they stand in the list of callbacks.
 
     Args:
         sparsity: Share of weights to remove, in [0, 1); by default a half, or what the pattern means.
@@ -241,11 +238,11 @@ class WandaPruning(Callback):
         check_tuners(module, self.config)
         bind_masks(module, None)  # those of an earlier fit
         self._bound = None
-        _tell_callbacks(trainer, "on_pruning_check", module)
+        tell(trainer, "on_pruning_check", module)
         forward = calibration_forward(trainer, module)
         with ledger_of(trainer).stage("calibration and pruning"), predicting(trainer):
             batches, source = self._batches(trainer, module, forward)
-        _tell_callbacks(trainer, "on_pruning_start", module)
+        tell(trainer, "on_pruning_start", module)
         with ledger_of(trainer).stage("calibration and pruning"), predicting(trainer):
             if self.config.needs_inputs:
                 rank_zero_info(f"Calibrating on {source}.")
@@ -270,10 +267,10 @@ class WandaPruning(Callback):
         self._log(trainer)
         self._bind(module)
         restart_averages(trainer, module)
-        _tell_callbacks(trainer, "on_pruning_end", module, self.result)
-        _tell_callbacks(trainer, "on_reconstruction", module, self.masks)
+        tell(trainer, "on_pruning_end", module, self.result)
+        tell(trainer, "on_reconstruction", module, self.masks)
         restart_averages(trainer, module)
-        _tell_callbacks(trainer, "on_base_ready", module, self.masks)
+        tell(trainer, "on_base_ready", module, self.masks)
 
     def _batches(
         self, trainer: Trainer, module: LightningModule, forward: Callable[[Any], Any]
@@ -356,9 +353,3 @@ class WandaPruning(Callback):
 def _plain(config: PruningConfig) -> dict[str, Any]:
     """A configuration as a checkpoint and a logger take it: lists for tuples."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
-
-
-def _tell_callbacks(trainer: Trainer, hook: str, *args: Any) -> None:
-    for callback in trainer.callbacks:
-        if callable(function := getattr(callback, hook, None)):
-            function(trainer, *args)

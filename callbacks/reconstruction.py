@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from sparsefit.callbacks.calibration import calibration_batches, calibration_forward, check_forward, predicting
+from sparsefit.callbacks.hooks import PrunedRunCallback
 from sparsefit.callbacks.ledgers import budget_of, ledger_of
 from sparsefit.errors import ConfigError
 from sparsefit.pruning import MaskSet
@@ -22,7 +23,7 @@ from sparsefit.settings import named_settings
 
 
 @named_settings
-class BlockwiseReconstruction(Callback):
+class BlockwiseReconstruction(PrunedRunCallback):
     """Has its turn between the pruning and the training of a fit; does nothing where nothing is pruned.
 
     The time is charged to the stage "reconstruction" of the run's ledger. A `GPUHourBudget` with a `split` gives it its

@@ -1,27 +1,30 @@
-"""The folder of a run: checked before the hours are spent, filled as they are."""
+"""The folder of a run: checked before the hours are spent, filled as they are, and one process's at a time."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from sparsefit.errors import RunFolderError
+from sparsefit.files import LOCK_FILE, check_sums, file_sum, is_partial, lock_folder, replacing, write_text
 from sparsefit.pruning import MaskSet
+from sparsefit.recovery import run_files
 from sparsefit.recovery.adapter_files import export_adapter
 from sparsefit.recovery.export import adapted_part, export_base, trains_base, write_model
 from sparsefit.recovery.inspection import BASE_FOLDER, MASKS_FILE, MODEL_FOLDER
 from sparsefit.recovery.merge import merged_state_dict
 from sparsefit.recovery.quantize import in_floats
+from sparsefit.recovery.run_files import RunState
+from sparsefit.reporting.formats import size
 
 LOGS = "logs"
+_ORPHANS_END = 6.0
+"""Seconds for which the loader's workers of a killed run may hold its lock: they look for their parent every 5."""
 TEXT = "written_text"
 """What the dense model wrote (`SelfGeneratedDataModule`): a run that takes the place of one that broke off reads it."""
 
@@ -40,20 +43,40 @@ class RunFolder:
         self.path = Path(path)
         self.image_processor: Any = None
         self.base = self.path / BASE_FOLDER
-        self.trained_base = self.path / "trained_base"
-        self.adapter = self.path / "adapter"
+        self.trained_base = self.path / run_files.TRAINED_BASE_FOLDER
+        self.adapter = self.path / run_files.ADAPTER_FOLDER
         self.model = self.path / MODEL_FOLDER
         self.masks = self.path / MASKS_FILE
-        self.json = self.path / "report.json"
-        self.html = self.path / "report.html"
-        self.configuration = self.path / "config.yaml"
+        self.json = self.path / run_files.REPORT_FILE
+        self.html = self.path / run_files.PAGE_FILE
+        self.configuration = self.path / run_files.CONFIG_FILE
+        self._lock: Any = None
 
     def check(self, resuming: bool) -> None:
         """See that a run may use the folder, which is made if it is not there.
 
         Raises:
-            RunFolderError: if the folder holds anything already (and no run is resumed), or cannot be written to.
+            RunFolderError: if the folder holds anything already (and no run is resumed), cannot be written to, or
+                another process is at work in it.
         """
+        self._prepare(resuming)
+        if (self.path / LOCK_FILE).exists():  # else nobody has ever been at work here
+            self.lock(resuming)
+            self.release()
+
+    def lock(self, resuming: bool) -> None:
+        """The same, and have the folder for this process alone until `release`."""
+        self._prepare(resuming)
+        try:
+            self._lock = self._lock or lock_folder(self.path, "run", wait=_ORPHANS_END)
+            for left in filter(is_partial, self.path.iterdir()):  # by a run that was killed
+                left.unlink(missing_ok=True)
+        except RunFolderError:
+            raise
+        except OSError as error:
+            raise RunFolderError(f"the run folder {self.path} cannot be written to: {error}") from error
+
+    def _prepare(self, resuming: bool) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise RunFolderError(f"the run folder {self.path} is a file; choose another path")
         try:
@@ -61,7 +84,8 @@ class RunFolder:
             if not resuming and not self._is_free():
                 raise RunFolderError(
                     f"the run folder {self.path} exists and is not empty. Choose another folder, move this one away, "
-                    "or go on with its run by resuming from its checkpoint"
+                    f"or go on with its run: `sparsefit fit --resume {self.path}`; in a loop of your own, "
+                    "RunReport(folder, resume=True) and trainer.fit(..., ckpt_path=report.checkpoint)"
                 )
             self.path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path) as probe:
@@ -71,13 +95,20 @@ class RunFolder:
         except OSError as error:
             raise RunFolderError(f"the run folder {self.path} cannot be written to: {error}") from error
 
+    def release(self) -> None:
+        """Let others have the folder."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
     def _is_free(self) -> bool:
         """Whether there is nothing to lose: no files, or those of a run that broke off before it had a base."""
-        names = {entry.name for entry in self.path.iterdir()} - {TEXT} if self.path.is_dir() else set()
-        told = {file.name for file in (self.json, self.html, self.configuration)}
-        broke_off = self._read("status") in ("interrupted", "failed") and names <= {LOGS, *told}
-        killed = names == {LOGS, self.configuration.name}  # before there was anything to report
-        return broke_off or killed or names <= {LOGS}
+        entries = list(self.path.iterdir()) if self.path.is_dir() else []
+        names = {entry.name for entry in entries if not is_partial(entry)} - {TEXT, LOCK_FILE}
+        told = {file.name for file in (self.json, self.html, self.configuration)} | {run_files.STATE_FILE}
+        begun = {self.configuration.name, run_files.STATE_FILE} & names
+        broke_off = self._read("status") in ("interrupted", "failed") or (begun and not self.json.exists())
+        return names <= {LOGS} or (bool(broke_off) and names <= {LOGS, *told})
 
     def _read(self, key: str) -> Any:
         try:
@@ -86,37 +117,38 @@ class RunFolder:
             return None
 
     def claim(self, module: nn.Module, resuming: bool) -> None:
-        """See that a run may use the folder and that a run of this model fits into it.
+        """See that a run may use the folder and that a run of this model fits into it, and lock it.
 
         Raises:
             RunFolderError: as `check`, or if its disk is too full for the model and a checkpoint of it.
         """
-        self.check(resuming)
+        self._prepare(resuming)
         # The sparse base and the recovered model, the checkpoint of the last epoch and the timed one, and what replaces
         # each, with the two moments of Adam for what trains.
         sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in module.parameters()]
-        weights, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
+        weights, trained = sum(count for count, _ in sizes), sum(count for count, trains in sizes if trains)
         needed = 2 * weights + 4 * (weights + 2 * trained)
         free = shutil.disk_usage(self.path).free
         if free < needed:
             raise RunFolderError(
-                f"the disk of the run folder {self.path} has {free / 1e9:.1f} GB free; the sparse model and its "
-                f"checkpoints need about {needed / 1e9:.1f} GB. Free some space or choose another folder"
+                f"the disk of the run folder {self.path} has {size(free)} free; the sparse model and its "
+                f"checkpoints need about {size(needed)}. Free some space or choose another folder"
             )
+        self.lock(resuming)
 
     def check_same_run(self, run: str | None, masks: MaskSet) -> None:
-        """See that a base in the folder, if there is one, is that of a run which is resumed.
+        """See that a base in the folder, if there is one, is whole and that of a run which is resumed.
 
         Args:
-            run: The id of that run, if it is known.
-            masks: Its masks, under the names that they are written with.
+            run: The id of the run, where the checkpoint knows one.
+            masks: Its masks, by the names in `masks.safetensors`.
 
         Raises:
-            RunFolderError: if the folder holds another run.
+            RunFolderError: if it is damaged, or that of another run.
         """
+        there = self.run_id()
         if not self.masks.exists():
             return
-        there = self.run_id()
         if there is not None and run is not None and there != run:
             raise RunFolderError(
                 f"the run folder {self.path} holds another run than the one that the checkpoint is from. Give "
@@ -127,20 +159,58 @@ class RunFolder:
                 f"the run folder {self.path} holds another run: its masks are not those of the checkpoint. Give "
                 "the folder of the run that the checkpoint is from, or a new one"
             )
+        check_sums(self.base)
 
     def holds_run(self) -> bool:
         """Whether anything of a run lies in the folder."""
-        return any(path.exists() for path in (self.json, self.configuration, self.masks, self.base))
+        return run_files.holds_run(self.path)
 
     def run_id(self) -> str | None:
-        """The id of the run in the folder, from its report; None where there is none."""
-        return self._read("id")
+        """The id of the run in the folder; None where there is none."""
+        state = run_files.read_state(self.path)
+        return self._read("id") if state is None else state.run
+
+    def state(self) -> RunState | None:
+        """The state of the run in the folder."""
+        return run_files.read_state(self.path)
+
+    def newest_checkpoint(self) -> Path | None:
+        """The checkpoint that the run has come furthest in; None where there is none."""
+        return run_files.newest_checkpoint(self.path)
+
+    def write_state(self, name: str, run: str | None, step: int, error: str | None = None) -> None:
+        """Note the state of the run."""
+        sums = {file.name: file_sum(file) for file in (self.configuration,) if file.is_file()}
+        before = self.state()
+        results = step if name == run_files.FINISHED else before.results if before is not None else 0
+        RunState(name, run, step, error, results, sums).write(self.path)
+
+    def write_configuration(self, text: str) -> None:
+        """Keep the recipe of the run."""
+        write_text(text, self.configuration)
+
+    def left_to_do(self) -> str | None:
+        """Why the end of a run that has taken all of its steps is yet to be made; None if all of it is there, whole."""
+        state = self.state()
+        if state is None:
+            return None if self._read("status") == run_files.FINISHED else "it was broken off"
+        if state.name != run_files.FINISHED:
+            return f"it was broken off in the state {state.name!r}"
+        damaged = run_files.damaged_results(self.path)
+        if damaged:
+            return "; ".join(f"{name} is {reason}" for name, reason in damaged.items())
+        merged = (self._read("merge") or {}).get("lossless")
+        expected = [self.json, self.html, *([self.model, self.adapter] if merged else [])]
+        gone = [path.name for path in expected if not path.exists()]
+        if state.step and not gone and not (self.adapter.exists() or self.model.exists()):
+            gone = [self.adapter.name]
+        return f"{', '.join(gone)} is gone" if gone else None
 
     def write_base(self, module: nn.Module, masks: MaskSet) -> None:
         """Write the sparse base, without adapters, and then its masks: where these are, the base is whole."""
-        with in_floats(module):
-            saved = export_base(module, masks, self.base)
-        self._add_processor(module, self.base)
+        with in_floats(module), replacing(self.base) as partial:
+            saved = export_base(module, masks, partial)
+            self._add_processor(module, partial)
         saved.save(self.masks)
 
     def write_trained(self, module: nn.Module, masks: MaskSet, notes: dict[str, Any] | None = None) -> Path:
@@ -164,8 +234,8 @@ class RunFolder:
             self.write_base(module, masks)
         if not adapted:
             return place if trained else self.base
-        shutil.rmtree(self.model, ignore_errors=True)  # of the adapter that this one takes the place of
-        export_adapter(module, masks, place if trained else self.base, self.adapter, notes)
+        with replacing(self.adapter) as partial:
+            export_adapter(module, masks, place if trained else self.base, partial, notes)
         return self.adapter
 
     def write_merged(self, module: nn.Module, masks: MaskSet) -> None:
@@ -179,24 +249,6 @@ class RunFolder:
         if own is None and callable(getattr(self.image_processor, "save_pretrained", None)):
             self.image_processor.save_pretrained(folder)
 
-
-@contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """Another folder to write to, which takes the place of `folder` once all is written; gone if it never is.
-
-    `folder` is as it was or as it is to be, and never in between. If the process is killed just as one takes the
-    other's place, both lie beside it, whole.
-    """
-    partial, old = (folder.with_name(f"{folder.name}.{what}") for what in ("partial", "old"))
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    try:
-        yield partial
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(folder, old)
-        os.replace(partial, folder)
-    finally:
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
-        for left in (partial, old):
-            shutil.rmtree(left, ignore_errors=True)
+    def drop_merged(self) -> None:
+        """Remove the merged model of an adapter that another one, which does not merge, has taken the place of."""
+        shutil.rmtree(self.model, ignore_errors=True)

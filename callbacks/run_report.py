@@ -2,46 +2,43 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from sparsefit.callbacks.course import Course
-from sparsefit.callbacks.ledgers import budget_of, ledger_of, masks_of
+from sparsefit.callbacks.hooks import tell
+from sparsefit.callbacks.ledgers import ledger_of, masks_of
+from sparsefit.callbacks.lightning_loops import Limits, end_now, limits_of, limits_reached, reopen
 from sparsefit.callbacks.quantization import QuantizedBase
-from sparsefit.callbacks.reconstruction import BlockwiseReconstruction
 from sparsefit.callbacks.run_account import beginning, standing
 from sparsefit.callbacks.run_folder import RunFolder
-from sparsefit.callbacks.task_figures import LEDGER_STAGE, METRIC, TaskFigures
-from sparsefit.callbacks.validating import better, logged_as, validated
-from sparsefit.errors import MergeError
+from sparsefit.callbacks.run_measuring import RunMeasuring
+from sparsefit.callbacks.task_figures import TaskFigures
+from sparsefit.callbacks.validating import logged_as
+from sparsefit.errors import MergeError, RunFolderError
+from sparsefit.files import file_sum, write_text
 from sparsefit.pruning import MaskSet, PruningResult
 from sparsefit.recovery.adapter_files import form_of
-from sparsefit.recovery.adapters import LOSSLESS
 from sparsefit.recovery.export import exported_masks, trains_base
 from sparsefit.recovery.inspection import inspect_folder
-from sparsefit.recovery.merge import lossy_layers, merged_in_place
+from sparsefit.recovery.merge import merged_in_place
 from sparsefit.recovery.quantize import in_floats
-from sparsefit.reporting.console import console, stage_progress, summary
+from sparsefit.recovery.run_files import CLAIMED, CLOSING, FAILED, FINISHED, PRUNED, TRAINING
+from sparsefit.reporting.console import console, summary
 from sparsefit.reporting.html import render_html
 from sparsefit.reporting.report import read_json, write_json
 from sparsefit.settings import named_settings
 
-_MARGIN = 1.25  # the last evaluation may be somewhat slower than the ones it is measured by
-
 
 @named_settings
-class RunReport(Callback):
+class RunReport(RunMeasuring):
     """Fills a run folder: sparse base, adapter, merged model, masks, `report.json` and `report.html`.
 
     The module is evaluated dense, pruned, reconstructed, recovered and merged if there are test data and it has a
@@ -55,6 +52,17 @@ class RunReport(Callback):
     What recovery is worth shows beside a control, the dense model trained by the same recipe: see `DenseControl`, which
     adds it to the report of a run that has ended.
 
+    The folder says in `state.json` how far its run is: claimed, pruned, training, closing, finished or failed. A run
+    goes on from each of these, whatever ended its process, and makes up for what its end is to make (export, figures,
+    report). One process at a time has the folder.
+
+    ```python
+    report = RunReport("runs/mine", resume=True)
+    Trainer(callbacks=[WandaPruning(0.5), report, SparseCheckpoints("runs/mine")]).fit(
+        MyModule(), MyData(), ckpt_path=report.checkpoint
+    )
+    ```
+
     Args:
         folder: The run folder: new or empty, unless a run is resumed.
         name: What the report is titled with; by default the folder's name.
@@ -63,6 +71,7 @@ class RunReport(Callback):
         tasks_folder: A folder with files of their items, for use without the hub.
         tasks_limit: The first so many items of each task; None takes all.
         tasks_batch_size: Requests of the tasks that are sent through the model at once.
+        resume: Go on with the run that lies in the folder, if one does; give the fit its `checkpoint`.
 
     Raises:
         RunFolderError: at the start of the fit, if the folder cannot be used.
@@ -76,26 +85,38 @@ class RunReport(Callback):
         tasks_folder: str | None = None,
         tasks_limit: int | None = None,
         tasks_batch_size: int = 8,
+        resume: bool = False,
     ) -> None:
         self.folder = RunFolder(folder)
-        self.tasks = TaskFigures(tasks, tasks_folder, tasks_limit, tasks_batch_size)
+        super().__init__(TaskFigures(tasks, tasks_folder, tasks_limit, tasks_batch_size))
         self.name = name or self.folder.path.name
-        self.report: dict[str, Any] = {}
         self.course = Course()
         """What the training is repeated by."""
 
         self._history: list[dict[str, float]] = []
-        self._seconds = {"evaluation": 0.0, "export": 0.0, LEDGER_STAGE: 0.0}  # the longest of each
         self._configuration: str | None = None
+        self.resume = resume
         self._claimed = False
         self._begun = False  # from here on the run writes to the folder
+        self._closing = False
+        self._has_results = False  # which an earlier end of the run has made
+        self._limits: Limits | None = None  # by which training ended
+        self._at_end = False  # of a run that is resumed: no step is left to take
+        self._left: str | None = None  # and why its end is to be made up for
+        self._lifted: Limits | None = None
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The checkpoint in the run folder from which its run goes on; None where it has none, and begins."""
+        return self.folder.newest_checkpoint()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin the report."""
         if stage != "fit":
             return
         ledger_of(trainer)
-        self._claimed = self._begun = False
+        self._claimed = self._begun = self._closing = self._has_results = self._at_end = False
+        self._limits = self._left = self._lifted = None
         self.course = Course()
         self.folder.image_processor = getattr(trainer.datamodule, "image_processor", None)
         self.report = beginning(self.name, self.folder.path, pl_module)
@@ -111,17 +132,31 @@ class RunReport(Callback):
         # Where a strategy restores late, it shows only when training starts whether a run is resumed.
         if not trainer.strategy.restore_checkpoint_after_setup:
             self._claim(trainer, pl_module)
+        if self._left is not None:
+            self._lifted = reopen(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The same, with a strategy that restores late; and a base for a run that goes on in another folder."""
         self._begin(trainer, pl_module)
+        if self._at_end:
+            end_now(trainer, self._lifted)
+        else:
+            self._mark(trainer, TRAINING)
+            if trainer.ckpt_path is not None and not self._has_results:
+                self._write(trainer, pl_module, "running")
+        if self._left is not None:
+            rank_zero_info(
+                f"The run in {self.folder.path} had taken all of its steps, and its end is to be made up for "
+                f"({self._left}): it is exported, evaluated and reported now."
+            )
         self.course.note_random("training")
         masks = masks_of(trainer)
         if masks is not None and not self.folder.masks.exists() and not trains_base(pl_module):
             self._export_base(trainer, pl_module, masks)
 
     def on_pruning_check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin the run, which may end here: the report says why."""
+        """The same, where `WandaPruning` has its turn before."""
+        self._claim(trainer, pl_module)
         self._begin(trainer, pl_module)
 
     def on_pruning_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -141,6 +176,7 @@ class RunReport(Callback):
             self._evaluate(trainer, pl_module, "reconstructed")
         self._reserve(trainer, pl_module)
         self._write(trainer, pl_module, "running")
+        self._mark(trainer, PRUNED)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Note the learning rates of the step."""
@@ -173,53 +209,67 @@ class RunReport(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export what was trained, evaluate it apart and merged, and write the report."""
+        if self._at_end and self._left is None:
+            return
         if trainer.global_step > 0:
+            self._limits = limits_of(trainer)
+            tell(trainer, "on_closing", pl_module)
+            self._closing = True
+            self._mark(trainer, CLOSING)
             self._export_trained(trainer, pl_module)
             self._evaluate(trainer, pl_module, "recovered")
             self._merge(trainer, pl_module)
-        self._write(trainer, pl_module, "finished")
+        self._finish(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the report's summary."""
         if self.report.get("status") == "running":  # nothing was trained
-            self._write(trainer, pl_module, "finished")
+            self._finish(trainer, pl_module)
         elif not self.report.get("status") and self.folder.json.exists():  # resumed with nothing left to do
             self.report = read_json(self.folder.json)
+            if self._at_end and self._left is None:
+                rank_zero_info(f"The run in {self.folder.path} is finished: nothing was left to do.")
         self.course.steps, self.course.masks = trainer.global_step, masks_of(trainer)
         if trainer.is_global_zero and self.report.get("status"):
             console.print(summary(self.report))
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let others have the folder."""
+        self.folder.release()
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save what was trained so far, and report how far the run came."""
-        if not self._begun:
-            return  # the folder is not ours to write to, or what is in it is not yet restored
+        """Save what was trained so far, and report how far the run came. What an earlier end of it has made stays."""
+        try:
+            if self._begun:  # else the folder is not ours to write to, or what is in it is not yet restored
+                self._break_off(trainer, pl_module, exception)
+        finally:
+            self.folder.release()
+
+    def _break_off(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         status = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
         self.report["error"] = f"{type(exception).__name__}: {exception}"
-        if trainer.global_step > 0:
-            _attempt(self._export_trained, trainer, pl_module)
-        _attempt(self._write, trainer, pl_module, status)
-
-    def measure(self, trainer: Trainer, module: LightningModule, stage: str) -> dict[str, float]:
-        """What the module measures on the test data; of one that declares nothing, what its validation logs."""
-        evaluate = getattr(module, "evaluate", None)
-        if not callable(evaluate):
-            with self._charged(trainer, "evaluation"):
-                figures = validated(trainer, getattr(module, "metrics", {}))
-            self.report["metrics"] = {name: better(name) for name in figures} | self.report["metrics"]
-            return figures
-        source = trainer.datamodule if trainer.datamodule is not None else module
-        loader = source.test_dataloader() if is_overridden("test_dataloader", source) else None
-        if loader is None:
-            return {}
-        with self._charged(trainer, "evaluation"), trainer.precision_plugin.val_step_context():
-            total = len(loader) if hasattr(loader, "__len__") else None
-            with stage_progress(f"evaluating the {stage} model", total, visible=trainer.is_global_zero) as advance:
-                return evaluate(loader, progress=lambda _: advance())
+        steps = [
+            lambda: self._write(trainer, module, status),
+            lambda: self._mark(trainer, FAILED, self.report["error"]),
+        ]
+        if trainer.global_step > 0 and not self._closing and not self._has_results:
+            steps.insert(0, lambda: self._export_trained(trainer, module, merged=False))
+        for step in steps:
+            try:
+                step()
+            except Exception as error:  # whatever it is, the checkpoint that follows must be written
+                rank_zero_warn(f"What was trained could not be exported or reported: {error!r}")
 
     def write(self) -> None:
         """Write the report as it is to the run folder."""
-        write_json(self.report, self.folder.json)
-        self.folder.html.write_text(render_html(self.report), encoding="utf-8")
+        write_text(render_html(self.report), self.folder.html)
+        write_json(self.report | {"page": file_sum(self.folder.html)}, self.folder.json, seal=True)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """See whether the run has a step left to take."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            saved = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("limits")
+            self._at_end = limits_reached(trainer, checkpoint) or (saved is not None and saved == limits_of(trainer))
 
     def state_dict(self) -> dict[str, Any]:
         """The figures so far, for a run that is resumed."""
@@ -227,6 +277,7 @@ class RunReport(Callback):
         lasting = ("timeline", "reconstruction", "metrics", "tasks")
         kept = {key: self.report[key] for key in lasting if key in self.report}
         state = {"figures": figures, "history": self._history, "kept": kept, "id": self.report.get("id")}
+        state["limits"] = self._limits
         return state | {"course": self.course.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -241,12 +292,25 @@ class RunReport(Callback):
     def _claim(self, trainer: Trainer, module: LightningModule) -> None:
         if self._claimed:
             return
+        resuming = trainer.ckpt_path is not None
         if trainer.is_global_zero:
-            self.folder.claim(module, resuming=trainer.ckpt_path is not None)
-            if trainer.ckpt_path is not None and (masks := masks_of(trainer)) is not None:
+            self.folder.claim(module, resuming=resuming or self.resume)
+            if not resuming and (newest := self.checkpoint) is not None:
+                raise RunFolderError(
+                    f"the run in {self.folder.path} has a checkpoint, {newest}: give it to the fit "
+                    "(trainer.fit(..., ckpt_path=report.checkpoint)), or take a new folder"
+                )
+            if resuming and (masks := masks_of(trainer)) is not None:
                 self.folder.check_same_run(self.report["id"], exported_masks(module, masks))
             self.report["id"] = self.report["id"] or self.folder.run_id() or uuid4().hex
+            state = self.folder.state()
+            self._has_results = state is not None and state.results > 0
         self._claimed = True
+        if resuming and self._at_end:
+            self._left = trainer.strategy.broadcast(self.folder.left_to_do() if trainer.is_global_zero else None)
+        if not resuming:
+            self._begin(trainer, module)
+            self._mark(trainer, CLAIMED)
 
     def _begin(self, trainer: Trainer, module: LightningModule) -> None:
         """Claim the folder, and write to it what the run goes by; a resumed run has restored all by then."""
@@ -254,51 +318,17 @@ class RunReport(Callback):
         if self._begun:
             return
         if trainer.is_global_zero and self._configuration is not None:
-            self.folder.configuration.write_text(self._configuration, encoding="utf-8")
+            self.folder.write_configuration(self._configuration)
         self.report["configuration"] = self._configuration
         self._begun = True
 
-    def _evaluate(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        figures = self.measure(trainer, module, stage) | self._task_figures(trainer, module, stage)
-        for metric, value in figures.items():
-            self.report.setdefault(metric, {})[stage] = value
-            self._note(trainer, stage, metric, value)
-            for logger in trainer.loggers:
-                logger.log_metrics({f"{metric}/{stage}": value}, step=trainer.global_step)
+    def _mark(self, trainer: Trainer, state: str, error: str | None = None) -> None:
+        if trainer.is_global_zero:
+            self.folder.write_state(state, self.report.get("id"), trainer.global_step, error)
 
-    def _task_figures(self, trainer: Trainer, module: LightningModule, stage: str) -> dict[str, float]:
-        if not self.tasks.names or stage not in self.tasks.stages:
-            return {}
-        with self._charged(trainer, LEDGER_STAGE), trainer.precision_plugin.val_step_context():
-            figures, results = self.tasks.measure(module, stage, visible=trainer.is_global_zero)
-        self.report.setdefault("tasks", {})[stage] = results
-        self.report["metrics"] |= {METRIC: "higher"}
-        return figures
-
-    def _note(self, trainer: Trainer, stage: str, metric: str, value: float) -> None:
-        """A point of the curve of quality against GPU-hours."""
-        point = {"stage": stage, "gpu_hours": ledger_of(trainer).hours, "step": trainer.global_step}
-        self.report.setdefault("timeline", []).append(point | {"metric": metric, "value": value})
-
-    def _reserve(self, trainer: Trainer, module: LightningModule, ahead: int = 0) -> None:
-        """Have the budget keep the time of the evaluations before training and of all that comes after it."""
-        if (budget := budget_of(trainer)) is not None:
-            form, masks = form_of(module), masks_of(trainer)  # none before the pruning
-            merges = form in LOSSLESS if masks is None else form is not None and not lossy_layers(module, masks)
-            closing = (1 + merges) * (self._seconds["evaluation"] + self._seconds["export"])
-            tasks = (ahead + 1) * self._seconds[LEDGER_STAGE]  # of what is ahead, and of the recovered model
-            budget.keep(_MARGIN * (ahead * self._seconds["evaluation"] + tasks + closing), "closing")
-
-    @staticmethod
-    def _reconstructs(trainer: Trainer) -> bool:
-        return any(isinstance(c, BlockwiseReconstruction) and c.settings.passes for c in trainer.callbacks)
-
-    @contextmanager
-    def _charged(self, trainer: Trainer, stage: str) -> Iterator[None]:
-        start = time.monotonic()
-        with ledger_of(trainer).stage(stage):
-            yield
-        self._seconds[stage] = max(self._seconds[stage], time.monotonic() - start)
+    def _finish(self, trainer: Trainer, module: LightningModule) -> None:
+        self._write(trainer, module, "finished")
+        self._mark(trainer, FINISHED)
 
     def _export_base(self, trainer: Trainer, module: LightningModule, masks: MaskSet) -> None:
         if trainer.is_global_zero:
@@ -306,13 +336,15 @@ class RunReport(Callback):
                 self.folder.write_base(module, masks)
                 self._count(self.folder.path)
 
-    def _export_trained(self, trainer: Trainer, module: LightningModule) -> None:
+    def _export_trained(self, trainer: Trainer, module: LightningModule, merged: bool = True) -> None:
         masks = masks_of(trainer)
         if not trainer.is_global_zero or masks is None:
             return
         with self._charged(trainer, "export"):
             quantization = next((c.account for c in trainer.callbacks if isinstance(c, QuantizedBase)), None)
             written = self.folder.write_trained(module, masks, {"quantization": quantization or None})
+            if not merged and written == self.folder.adapter:
+                self.folder.drop_merged()  # of an end that was never made whole
             if written == self.folder.model or "sparsity" not in self.report:  # a resumed run has not counted yet
                 self._count(self.folder.path if written == self.folder.adapter else written)
 
@@ -336,6 +368,8 @@ class RunReport(Callback):
                 self._evaluate(trainer, module, "merged")
         except MergeError as reason:
             self.report["merge"]["reason"] = str(reason)
+            if trainer.is_global_zero:
+                self.folder.drop_merged()
             return
         counted = self.report.get("sparsity", {}).get("total")
         self.report["merge"] |= {"lossless": True, "folder": self.folder.model.name, "sparsity": counted}
@@ -344,11 +378,3 @@ class RunReport(Callback):
         self.report |= {"status": status} | standing(trainer, module, self.report, self._history)
         if trainer.is_global_zero:
             self.write()
-
-
-def _attempt(step: Callable[..., None], *args: Any) -> None:
-    """Take a step of a run that breaks off: whatever it raises, the checkpoint that follows must be written."""
-    try:
-        step(*args)
-    except Exception as error:
-        rank_zero_warn(f"What was trained could not be exported or reported: {error!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -32,9 +33,10 @@ HEAVY = (
 
 # Beside the standard library, what all share (COMMON) and itself, a package may import these and no others. Whoever may
 # import a package may import the packages in it.
-COMMON = {"sparsefit.errors", "sparsefit.settings", "sparsefit.ranks"}
+COMMON = {"sparsefit.errors", "sparsefit.files", "sparsefit.settings", "sparsefit.ranks"}
 ALLOWED = {
     "errors": set(),
+    "files": {"filelock", "safetensors"},
     "settings": set(),
     "ranks": {"torch"},
     "calibration": {"torch"},
@@ -147,3 +149,16 @@ def test_the_engine_alone_is_light():
     code = f"import sparsefit, sys; print(*[name for name in {HEAVY} if name in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == []
+
+
+def test_a_script_beside_a_checkout_of_the_same_name_imports_the_package(tmp_path):
+    (tmp_path / "sparsefit").symlink_to(ROOT, target_is_directory=True)
+    (tmp_path / "mine.py").write_text(
+        "import sparsefit, sparsefit.pruning.masks\n"
+        "from importlib.resources import files\n"
+        "print(sparsefit.__version__, (files('sparsefit') / 'assets').is_dir(), sparsefit.prune.__name__)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, str(tmp_path / "mine.py")]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert run.stdout.split()[1:] == ["True", "prune"], run.stderr

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
+from sparsefit.callbacks import PrunedRunCallback
 
-class Watch(Callback):
+
+class Watch(PrunedRunCallback):
     """Notes when the model is pruned, and what it is like then."""
 
     def __init__(self) -> None:

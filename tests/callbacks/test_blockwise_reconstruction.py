@@ -10,7 +10,7 @@ from small_runs import Classifier, Data, LanguageModel, RankedData, fit, labelle
 from torch import nn
 
 from sparsefit import PruningConfig, prune
-from sparsefit.callbacks import BlockwiseReconstruction, GPUHourBudget, WandaPruning
+from sparsefit.callbacks import BlockwiseReconstruction, GPUHourBudget, PrunedRunCallback, WandaPruning
 from sparsefit.callbacks.ledgers import ledger_of
 from sparsefit.errors import ConfigError
 from sparsefit.recovery.adapters import AdapterSettings, attach_adapter
@@ -19,7 +19,7 @@ from sparsefit.recovery.reconstruct import ReconstructSettings, dense_weights, r
 SETTINGS = {"passes": 5, "learning_rate": 5e-3, "batch_size": 4}
 
 
-class Watch(Callback):
+class Watch(PrunedRunCallback):
     """What the model is like at each hook of the pruning."""
 
     def __init__(self) -> None:

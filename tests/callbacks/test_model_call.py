@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import LightningModule
 from small_runs import Classifier, LanguageModel, fit, labelled
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from sparsefit import prune
-from sparsefit.callbacks import BlockwiseReconstruction, WandaPruning
+from sparsefit.callbacks import BlockwiseReconstruction, PrunedRunCallback, WandaPruning
 from sparsefit.errors import CalibrationError
 
 LENGTHS = [5, 16, 9, 7, 12, 3, 16, 11]
@@ -174,7 +174,7 @@ def test_metrics_of_training_count_no_calibration():
     assert not module.accuracy.update_called
 
 
-class Spending(Callback):
+class Spending(PrunedRunCallback):
     """As the evaluation of the dense model is."""
 
     spent = False

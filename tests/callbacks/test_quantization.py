@@ -7,12 +7,11 @@ import sys
 
 import pytest
 import torch
-from lightning.pytorch import Callback
 from pruned_fits import strategy
 from quantized_fits import HELD, NAMES, assert_same, callbacks, held_layers, module, state, train
 from small_runs import Classifier, fit, labelled
 
-from sparsefit.callbacks import WandaPruning
+from sparsefit.callbacks import PrunedRunCallback, WandaPruning
 from sparsefit.callbacks.quantization import QuantizedBase
 from sparsefit.errors import ConfigError
 from sparsefit.pruning.layers.quantized import dequantized
@@ -21,7 +20,7 @@ from sparsefit.recovery.distill import DistillSettings
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: no quantized base")
 
 
-class Watch(Callback):
+class Watch(PrunedRunCallback):
     """Notes whether the base is quantized, hook by hook."""
 
     def __init__(self):

@@ -13,7 +13,7 @@ from quantized_fits import HELD, NAMES, assert_same, callbacks, held_layers, mod
 from safetensors.torch import load_file
 from small_runs import fit, text, trainer_with
 
-from sparsefit.callbacks import WandaPruning
+from sparsefit.callbacks import PrunedRunCallback, WandaPruning
 from sparsefit.callbacks.quantization import KEY, QuantizedBase
 from sparsefit.data import TextDataModule
 from sparsefit.errors import ConfigError
@@ -101,7 +101,7 @@ def test_a_checkpoint_resumed_with_another_base_is_refused(tmp_path):
 def test_origins_are_the_sums_of_the_floats(tmp_path):
     from sparsefit.recovery.sparse_base import checksum
 
-    class Keep(Callback):
+    class Keep(PrunedRunCallback):
         def on_base_ready(self, trainer, module, masks):
             self.base = state(module)
 
@@ -156,7 +156,7 @@ def stories(folder):
     )
 
 
-class Losses(Callback):
+class Losses(PrunedRunCallback):
     """Notes the loss of each step, and the perplexity before and after quantization and at the end."""
 
     def __init__(self):

@@ -9,15 +9,16 @@ from collections import namedtuple
 import peft
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch import LightningDataModule
 from safetensors.torch import load_file
 from small_runs import Classifier, LanguageModel, fit, labelled, text
 from transformers import AutoModelForCausalLM
 
-from sparsefit.callbacks import GPUHourBudget, RunReport, WandaPruning
+from sparsefit.callbacks import GPUHourBudget, PrunedRunCallback, RunReport, WandaPruning
 from sparsefit.errors import BudgetError, CalibrationError, RunFolderError
 from sparsefit.evaluation.perplexity import perplexity
 from sparsefit.pruning import MaskSet
+from sparsefit.recovery.run_files import RunState
 
 
 class Measured(LanguageModel):
@@ -37,7 +38,7 @@ class TextData(LightningDataModule):
         return text(4, seed=1)
 
 
-class Break(Callback):
+class Break(PrunedRunCallback):
     """Breaks a run off, in calibration (step 0) or after a training step."""
 
     def __init__(self, error: BaseException, step: int) -> None:
@@ -249,7 +250,7 @@ def full_disk(path, monkeypatch):
         (used, "exists and is not empty"),
         (file_in_its_place, "is a file"),
         (file_above, "cannot be written to"),
-        (full_disk, "0.0 GB free"),
+        (full_disk, "1000 B free; .* need about 35.16 KiB"),
     ],
 )
 def test_a_folder_that_cannot_be_used_is_refused_before_anything(tmp_path, monkeypatch, spoil, message, report_first):
@@ -266,10 +267,14 @@ def test_a_folder_that_cannot_be_used_is_refused_before_anything(tmp_path, monke
     assert not list(folder.glob("report*"))
 
 
-def test_the_folder_of_a_run_that_was_killed_before_it_had_a_base_is_free(tmp_path):
+@pytest.mark.parametrize("left", ["config.yaml", ".config.yaml.0123.partial", "state.json"])
+def test_the_folder_of_a_run_that_was_killed_before_it_had_a_base_is_free(tmp_path, left):
     (tmp_path / "run/logs").mkdir(parents=True)
-    (tmp_path / "run/config.yaml").write_text("of the killed run")
+    (tmp_path / "run" / left).write_text("of the killed run")
+    if left == "state.json":
+        RunState("claimed").write(tmp_path / "run")
     fit(Classifier(), labelled(), RunReport(tmp_path / "run"), WandaPruning())
+    assert not list((tmp_path / "run").glob(".*.partial"))
     assert (tmp_path / "run/base/model.safetensors").exists()
 
 

@@ -118,7 +118,7 @@ def damaged_checkpoint(recipe, folder):
     torch.save({"state_dict": torch.ones(1000)}, folder / "cut.ckpt")
     (folder / "cut.ckpt").write_bytes((folder / "cut.ckpt").read_bytes()[:-200])
     recipe["ckpt_path"] = str(folder / "cut.ckpt")
-    return "is damaged and cannot be read"
+    return "is damaged: it cannot be read"
 
 
 @pytest.mark.parametrize(

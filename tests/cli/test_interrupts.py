@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 import sparsefit.cli.merge as merge_command
-from sparsefit.callbacks.run_folder import replacing
+from sparsefit.files import replacing
 from sparsefit.pruning import MaskSet
 
 
@@ -92,7 +92,6 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, interrupt, at):
 
     def write():
         with replacing(folder) as partial:
-            partial.mkdir()
             (partial / "weights").write_text("new")
             interrupt(*at, after=True)
 
@@ -101,6 +100,5 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, interrupt, at):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert (folder / "weights").read_text() == "old"
     with replacing(folder) as partial:
-        partial.mkdir()
         (partial / "weights").write_text("new")
     assert ([path.name for path in tmp_path.iterdir()], (folder / "weights").read_text()) == (["model"], "new")

@@ -109,6 +109,9 @@ def test_what_cannot_be_merged_says_why_and_overwrites_nothing(sparsefit, recipe
     changed["model.layers.0.mlp.up_proj.weight"] *= 2
     save_file(changed, run / "base/model.safetensors", metadata={"format": "pt"})
     status, _, errors = sparsefit("merge", run, "--output", tmp_path / "out")
+    assert (status, "base/model.safetensors: not what SHA256SUMS says" in errors) == (2, True)
+    (run / "base/SHA256SUMS").unlink()
+    status, _, errors = sparsefit("merge", run, "--output", tmp_path / "out")
     assert (status, "another base" in errors) == (2, True)
     (run / "base/model.safetensors").write_bytes(whole)
 

@@ -61,7 +61,7 @@ def test_a_write_that_fails_leaves_the_older_report_whole(report, tmp_path, monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(RunFolderError, match=r"No space left.*Free space"):
+    with pytest.raises(RunFolderError, match=r"No space left.*Free some space"):
         write_json(report, path)
     assert read_json(path) == {"name": "older"}
     assert os.listdir(tmp_path) == ["report.json"]
@@ -69,7 +69,7 @@ def test_a_write_that_fails_leaves_the_older_report_whole(report, tmp_path, monk
 
 def test_a_folder_that_cannot_be_made_is_a_run_folder_error(tmp_path):
     (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(RunFolderError, match="cannot write"):
+    with pytest.raises(RunFolderError, match="cannot be written"):
         write_json({}, tmp_path / "file" / "report.json")
 
 

@@ -10,6 +10,7 @@ import sys
 USAGE = """usage: sparsefit COMMAND ...
 
   fit --config FILE      prune a model at fit start, recover it inside a GPU-hour budget, export and report
+  fit --resume RUN       go on with the run in a folder, whatever ended it: from its newest checkpoint, or its end
   prune --config FILE    the same recipe without its training: evaluate, prune, evaluate, export and report
   study --config FILE    prune one or more models at every point of a grid, from one calibration; table and figures
   evaluate MODEL ...     zero-shot tasks by lm-eval, and perplexity, of any saved language model

@@ -7,6 +7,7 @@ from pathlib import Path
 from sparsefit.cli.parsing import Parser
 from sparsefit.recovery.compact import compress_folder, expand_folder
 from sparsefit.recovery.inspection import MODEL_FOLDER, check_finite_folder
+from sparsefit.recovery.run_files import check_ended
 from sparsefit.reporting.console import console
 
 
@@ -23,6 +24,7 @@ def export(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     given.output = given.output.absolute()
 
+    check_ended(given.folder)
     if given.format == "compact":
         check_finite_folder(given.folder)
     report = (compress_folder if given.format == "compact" else expand_folder)(given.folder, given.output)

@@ -9,11 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.plugins import LayerSync, Precision
+from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.profilers import Profiler
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset
 
 from sparsefit.callbacks import (
     AtomicCheckpointIO,
@@ -25,11 +34,22 @@ from sparsefit.callbacks import (
     SparseCheckpoints,
     WandaPruning,
 )
-from sparsefit.callbacks.run_folder import LOGS
+from sparsefit.callbacks.run_folder import LOGS, RunFolder
+from sparsefit.cli.class_paths import check_class_paths
 from sparsefit.cli.fitting_data import check_data
 from sparsefit.cli.parsing import PlainErrors, check_recipes, check_section, check_seed, check_trainer, trainer_errors
-from sparsefit.cli.quiet import interrupts, quieten
-from sparsefit.cli.resuming import check_checkpoint, move_paths, moved_run, named_checkpoint
+from sparsefit.cli.quiet import clear_write_errors, interrupts, quieten
+from sparsefit.cli.resuming import (
+    check_checkpoint,
+    is_complete,
+    move_paths,
+    moved_run,
+    named_checkpoint,
+    resuming_arguments,
+    split_resume,
+)
+from sparsefit.reporting.console import console, summary
+from sparsefit.reporting.report import read_json
 
 CHECKPOINT_INTERVAL = timedelta(minutes=15)
 _SECTIONS = ("trainer", "budget", "run", "pruning", "reconstruction", "quantization")
@@ -40,7 +60,20 @@ _OF_THE_RUN += (GPUHourBudget, RunReport, SparseCheckpoints)
 def fit(arguments: list[str], train: bool) -> int:
     """Run a recipe; without training it is a fit that takes no step."""
     quieten()
+    resumed, arguments = split_resume(arguments)
+    if resumed is not None:
+        if not arguments and is_complete(resumed):
+            console.print(summary(read_json(RunFolder(resumed).json)))
+            console.print(f"The run in {resumed} is finished: nothing is left to do.", markup=False, soft_wrap=True)
+            return 0
+        arguments = resuming_arguments(resumed, arguments)
     check_recipes(arguments)
+    SparsefitCLI.resumed = resumed
+    with clear_write_errors():
+        return _fit(arguments, train)
+
+
+def _fit(arguments: list[str], train: bool) -> int:
     sys.argv[1:] = ["fit", *arguments, *([] if train else ["--trainer.max_steps=0"])]  # LightningCLI reads it there
     with interrupts():
         command = SparsefitCLI(
@@ -58,12 +91,20 @@ def fit(arguments: list[str], train: bool) -> int:
     return 0
 
 
+_CLASSES = (LightningModule, LightningDataModule, Callback, Logger, Profiler, Strategy, Accelerator, CheckpointIO)
+_CLASSES += (Precision, ClusterEnvironment, LayerSync, nn.Module, Dataset, Optimizer, LRScheduler)
+"""What a recipe may name: not whatever can be imported and called."""
+
+
 class _Parser(PlainErrors, LightningArgumentParser):
     """Says what is wrong in one sentence."""
 
 
 class SparsefitCLI(LightningCLI):
     """LightningCLI with a section for each of the project's callbacks."""
+
+    resumed: Path | None = None
+    """The run folder of `--resume`."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Give each callback a section of the recipe."""
@@ -79,11 +120,18 @@ class SparsefitCLI(LightningCLI):
             help="Train the dense model by the same recipe afterwards, and report it beside the recovered one; what it "
             "takes is no part of the budget.",
         )
+        parser.add_argument(
+            "--resume",
+            type=str | None,
+            default=None,
+            help="A run folder: go on with its run, by its own recipe, from its newest checkpoint.",
+        )
         parser.set_defaults({"reconstruction.passes": 0})  # only where a recipe asks for it
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and look at the checkpoint to resume from before anything is loaded."""
         super().parse_arguments(parser, args)
+        check_class_paths(self.config.fit, _CLASSES)
         settings = self.config.fit
         for section in _SECTIONS:
             check_section(section, settings.get(section))
@@ -94,18 +142,27 @@ class SparsefitCLI(LightningCLI):
         self.resumed_from = path = settings.ckpt_path
         if path is not None:
             check_checkpoint(Path(path))
+        if self.resumed is not None:
+            self._move(self.resumed)
+        elif path is not None:
             self._follow(Path(path))
         # LightningCLI would mix the hyperparameters in the checkpoint with those of the recipe, which says them all.
         self.config.fit.ckpt_path = None
 
     def _follow(self, checkpoint: Path) -> None:
         """Have a run that was moved go on where it is now."""
+        new = moved_run(checkpoint, Path(self.config.fit.run.folder), sys.argv[1:])
+        if new is not None:
+            self._move(new)
+
+    def _move(self, new: Path) -> None:
         settings, old = self.config.fit, Path(self.config.fit.run.folder)
-        if (new := moved_run(checkpoint, old, sys.argv[1:])) is not None:
-            # Callbacks and loggers of the recipe may write to the run folder, too.
-            settings.trainer = move_paths(settings.trainer, old, new)
-            settings.run.folder = str(new)
-            rank_zero_info(f"The run was moved from {old} to {new}, where it goes on.")
+        if old.absolute() == new.absolute():
+            return
+        # Callbacks and loggers of the recipe may write to the run folder, too.
+        settings.trainer = move_paths(settings.trainer, old, new)
+        settings.run.folder = str(new)
+        rank_zero_info(f"The run was moved from {old} to {new}, where it goes on.")
 
     def before_instantiate_classes(self) -> None:
         """Put the checkpoint to resume from back."""
@@ -115,7 +172,7 @@ class SparsefitCLI(LightningCLI):
         """Look at the run folder before Lightning opens its logger there."""
         settings = self.config_init.fit
         if self.trainer.is_global_zero:
-            settings.run.folder.check(resuming=settings.ckpt_path is not None)
+            settings.run.folder.check(resuming=settings.ckpt_path is not None or settings.run.resume)
 
     def train_control(self) -> None:
         """Train the control, where the recipe asks for one: all of the run is written by now."""
@@ -183,7 +240,9 @@ class _ConfigurationOfRun(SaveConfigCallback):
     """Hands the full configuration to the run's report."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        text = self.parser.dump(self.config, skip_none=False)
+        config = self.config.clone()
+        config.run.resume = False  # whoever takes it as a recipe begins anew
+        text = self.parser.dump(config, skip_none=False)
         for callback in trainer.callbacks:
             if isinstance(callback, RunReport):
                 callback.take_configuration(text)

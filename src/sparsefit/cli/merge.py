@@ -6,20 +6,22 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparsefit.callbacks.run_folder import RunFolder, replacing
+from sparsefit.callbacks.run_folder import RunFolder
+from sparsefit.cli.class_paths import named_class
 from sparsefit.cli.parsing import Parser
 from sparsefit.cli.quiet import quieten
 from sparsefit.errors import MaskError, RunFolderError, SparsefitError
+from sparsefit.files import SUMS_FILE, check_sums, replacing
 from sparsefit.pruning import MaskSet
-from sparsefit.recovery.adapter_files import load_adapter, read_notes
+from sparsefit.recovery.adapter_files import NOTES_FILE, load_adapter, read_notes
 from sparsefit.recovery.inspection import MASKS_FILE, files_digest, inspect_folder
 from sparsefit.recovery.merge import check_mergeable, merge
+from sparsefit.recovery.run_files import check_ended
 from sparsefit.reporting.console import console, stage_progress, summary
 
 if TYPE_CHECKING:
@@ -45,7 +47,9 @@ def merge_run(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     quieten()
     folder = RunFolder(given.run)
+    check_ended(folder.path)
     if given.output is None and folder.model.is_dir() and not given.reapply_masks:
+        check_sums(folder.model)
         console.print(f"{folder.model} holds the recovered model already.", markup=False)
         return _counted(folder.model)
     output = (given.output or (folder.path / "merged" if given.reapply_masks else folder.model)).absolute()
@@ -82,7 +86,7 @@ def _merge(folder: RunFolder, output: Path, reapply_masks: bool, evaluate: bool)
 def _copy_beside(base: Path, output: Path) -> None:
     """What lies beside the weights of the base and was not written anew: tokenizer, processor, settings."""
     for file in sorted(base.iterdir()):
-        of_weights = file.name.endswith((".safetensors", ".safetensors.index.json"))
+        of_weights = file.name.endswith((".safetensors", ".safetensors.index.json", SUMS_FILE))
         if file.is_file() and not of_weights and not (output / file.name).exists():
             shutil.copyfile(file, output / file.name)
 
@@ -103,12 +107,19 @@ def recovered_model(folder: RunFolder, masks: MaskSet) -> tuple[torch.nn.Module,
     from sparsefit.modules.loading import load_model
     from sparsefit.recovery.quantize import dequantize_base, quantize_base
 
+    check_sums(folder.adapter)
     notes = read_notes(folder.adapter)
     base = folder.path / notes.get("base", folder.base.name)
+    if base not in (folder.base, folder.trained_base):
+        raise RunFolderError(
+            f"the adapter in {folder.adapter} names {notes['base']!r} as its base, which is none of its run folder: it "
+            f"is not read. Where {folder.base} is its base, say so in {folder.adapter / NOTES_FILE}"
+        )
     if not base.is_dir():
         raise RunFolderError(
             f"the base of the adapter in {folder.adapter} is not at {base}: it was moved or deleted. Put it back there"
         )
+    check_sums(base)
     if notes.get("base_digest") not in (None, files_digest(base)):
         raise RunFolderError(
             f"the adapter in {folder.adapter} was trained on another base than {base}: the weights differ. Use the "
@@ -145,18 +156,20 @@ class Measured:
 def _measure_of(folder: RunFolder, model: torch.nn.Module) -> tuple[Callable[[Any, str], Measured] | None, str]:
     """How the recipe's module measures a model on its test data; or None, and why it cannot."""
     import yaml
-    from lightning.pytorch.cli import instantiate_class
+    from lightning.pytorch import LightningDataModule
 
     if not folder.configuration.is_file():
         return None, f"there is no recipe {folder.configuration}"
-    recipe = yaml.safe_load(folder.configuration.read_text(encoding="utf-8"))
-    if not isinstance(recipe, dict) or not recipe.get("data"):
-        return None, "the recipe has no data"
     try:
-        data = instantiate_class((), recipe["data"])
+        recipe = yaml.safe_load(folder.configuration.read_text(encoding="utf-8"))
+        if not isinstance(recipe, dict) or not recipe.get("data"):
+            return None, "the recipe has no data"
+        data = named_class(recipe["data"], LightningDataModule)(**recipe["data"].get("init_args") or {})
         data.setup("test")
         batches = list(data.test_dataloader())
         module = _module_around(recipe.get("model"), model)
+    except yaml.YAMLError as error:
+        return None, f"the recipe {folder.configuration} cannot be read: {error}"
     except SparsefitError as error:
         return None, str(error)
     if module is None:
@@ -166,12 +179,13 @@ def _measure_of(folder: RunFolder, model: torch.nn.Module) -> tuple[Callable[[An
 
 def _module_around(recipe: Any, model: torch.nn.Module) -> Any:
     """The recipe's module with a model that is there; None where it is none of those that take one."""
+    from lightning.pytorch import LightningModule
+
     from sparsefit.modules.recoverable import RecoverableModule
 
-    package, _, name = str((recipe or {}).get("class_path")).rpartition(".")
-    kind = getattr(import_module(package), name, None) if package else None
-    is_ours = isinstance(kind, type) and issubclass(kind, RecoverableModule)
-    return kind(model) if is_ours and callable(getattr(kind, "evaluate", None)) else None
+    kind = named_class(recipe, LightningModule)
+    ours = issubclass(kind, RecoverableModule) and callable(getattr(kind, "evaluate", None))
+    return kind(model) if ours else None
 
 
 @torch.no_grad()

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from sparsefit.errors import SparsefitError
+from sparsefit.files import unwritable
 
 # What libraries say of one another, and of validation data that a recipe leaves out on purpose.
 _IRRELEVANT = ("`isinstance\\(treespec, LeafSpec\\)`", "`is_gradient_checkpointing`", "Total length of `list`")
@@ -24,6 +31,22 @@ def quieten() -> None:
     if not sys.stderr.isatty():
         disable_progress_bar()
         disable_progress_bars()
+
+
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
+
+
+@contextmanager
+def clear_write_errors() -> Iterator[None]:
+    """A full disk, or a folder that cannot be written to, is one sentence whoever meets it: loggers, libraries."""
+    try:
+        yield
+    except SparsefitError:
+        raise
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) in _UNWRITABLE or isinstance(error, SafetensorError):
+            raise unwritable(Path(getattr(error, "filename", None) or "a file of the run"), error) from error
+        raise
 
 
 @contextmanager

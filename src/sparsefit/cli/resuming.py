@@ -2,36 +2,91 @@
 
 from __future__ import annotations
 
-import pickle
+import argparse
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from jsonargparse import Namespace
 
+from sparsefit.callbacks.checkpoint_io import check_whole
 from sparsefit.callbacks.run_folder import RunFolder
-from sparsefit.errors import ConfigError
+from sparsefit.errors import ConfigError, RunFolderError
+from sparsefit.files import file_sum
+from sparsefit.recovery.run_files import FINISHED
+from sparsefit.reporting.report import read_json
+
+
+def split_resume(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    """The run folder that a command line goes on in (`--resume RUN`), and the other arguments.
+
+    >>> split_resume(["--resume", "runs/a", "--budget.gpu_hours=2"])
+    (PosixPath('runs/a'), ['--budget.gpu_hours=2'])
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", type=Path)
+    given, others = parser.parse_known_args(arguments)
+    return given.resume, others
+
+
+def resuming_arguments(path: Path, others: list[str]) -> list[str]:
+    """The command line by which the run in a folder goes on: its own recipe, and its newest checkpoint if it has one.
+
+    Raises:
+        RunFolderError: if there is no run that the command made, or what it goes by is damaged.
+    """
+    run = RunFolder(path)
+    if not path.is_dir():
+        raise RunFolderError(f"there is no run folder {path}")
+    state = run.state()
+    if not run.configuration.is_file():
+        raise RunFolderError(
+            f"{path} has no {run.configuration.name}, by which its run could go on: it is no run folder, or the run is "
+            "one of a Trainer of your own. There, RunReport(folder, resume=True) and "
+            "trainer.fit(..., ckpt_path=report.checkpoint) go on"
+        )
+    expected = state.sums.get(run.configuration.name) if state is not None else None
+    if expected not in (None, file_sum(run.configuration)):
+        raise RunFolderError(
+            f"{run.configuration} is not what the run wrote: damaged, or changed since. Copy it again from where it is "
+            f"whole; or, if you changed it on purpose, take it as a recipe (sparsefit fit --config {run.configuration} "
+            f"--run.resume=true --ckpt_path={run.newest_checkpoint() or 'null'})"
+        )
+    chosen = any(argument.startswith("--ckpt_path") for argument in others)
+    checkpoint = None if chosen else run.newest_checkpoint()
+    came = f"in the state {state.name!r}" if state is not None else "of an earlier version"
+    if not chosen:
+        print(f"The run in {path}, {came}, {_from(checkpoint)}.", file=sys.stderr)
+    from_there = [] if checkpoint is None else [f"--ckpt_path={checkpoint}"]
+    return [f"--config={run.configuration}", *others, "--run.resume=true", *from_there]
+
+
+def is_complete(path: Path) -> bool:
+    """Whether the run in a folder, and its control if it has one, has nothing left to do."""
+    run = RunFolder(path)
+    if not path.is_dir() or (state := run.state()) is None or state.name != FINISHED or run.left_to_do() is not None:
+        return False
+    wants = yaml.safe_load(run.configuration.read_text(encoding="utf-8")) if run.configuration.is_file() else {}
+    control = read_json(run.json).get("control") or {}
+    return not (wants or {}).get("control") or control.get("status") == "finished" or not state.step
+
+
+def _from(checkpoint: Path | None) -> str:
+    return "begins anew: it has no checkpoint" if checkpoint is None else f"goes on from {checkpoint.name}"
 
 
 def check_checkpoint(path: Path) -> None:
-    """See that a checkpoint can be read.
+    """See that a checkpoint is there, and whole.
 
     Raises:
-        ConfigError: if it is missing or damaged.
+        ConfigError: if it is missing.
+        RunFolderError: if it is damaged.
     """
     if not path.is_file():
         raise ConfigError(f"there is no checkpoint {path}")
-    try:
-        torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        if "Weights only load failed" in str(error):
-            return  # whole, but it holds objects of the user's own
-        raise ConfigError(
-            f"the checkpoint {path} is damaged and cannot be read ({type(error).__name__}: {error}). "
-            "Resume from an earlier one, or start again in another run folder"
-        ) from error
+    check_whole(path)
 
 
 def named_checkpoint(name: str, folder: Path) -> Path:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 
 from sparsefit.errors import ConfigError, RunFolderError
-from sparsefit.reporting.report import read_json, write_json, write_text
+from sparsefit.files import lock_folder, write_text
+from sparsefit.reporting.report import read_json, write_json
 from sparsefit.reporting.study_figures import study_figures
 from sparsefit.reporting.study_page import render_study
 from sparsefit.reporting.study_table import summary_csv
@@ -28,7 +28,6 @@ _OPEN = {
         *("log_every_n_steps", "enable_progress_bar", "enable_model_summary", "enable_checkpointing", "barebones"),
     },
 }
-_LOCK = ".lock"
 
 
 class StudyFolder:
@@ -52,7 +51,6 @@ class StudyFolder:
         Raises:
             RunFolderError: If another study runs in it, it holds something else, or it cannot be made.
         """
-        lock = FileLock(self.path / _LOCK)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             names = [entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")]
@@ -60,9 +58,7 @@ class StudyFolder:
                 raise RunFolderError(
                     f"{self.path} is not empty and holds no study: give the study a folder of its own (study.folder)"
                 )
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise RunFolderError(f"another study is running in {self.path}: wait for it, or give a folder") from error
+            lock = lock_folder(self.path, "study")
         except RunFolderError:
             raise
         except OSError as error:
@@ -70,7 +66,8 @@ class StudyFolder:
         try:
             yield
         finally:
-            lock.release()
+            if lock is not None:
+                lock.release()
 
     def model_file(self, name: str) -> Path:
         """Where the dense weights of a model that was trained for the study are."""

@@ -17,6 +17,7 @@ from sparsefit.errors import ConfigError
 from sparsefit.modules.gguf import check_reader, file_in_package, is_gguf, settings_for
 from sparsefit.modules.model_classes import body_of_model, model_with_new_head, named_class, whole_model
 from sparsefit.recovery.compact import load_compact
+from sparsefit.recovery.inspection import check_indices
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, FeatureExtractionMixin, PreTrainedModel, PreTrainedTokenizerBase
@@ -193,6 +194,7 @@ def _load(load: Callable[..., _Loaded], what: str, name: str, **settings: Any) -
     with ExitStack() as stack:
         folder = stack.enter_context(_folder_of(name))
         if folder is not None:
+            check_indices(folder)
             return _load_from_folder(load, what, folder, **settings)
     if not _HUB_NAME.fullmatch(name) or name.startswith(".") or is_gguf(name):
         path = Path(name).expanduser()

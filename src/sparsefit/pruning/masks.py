@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Container, Iterator, Mapping
@@ -16,10 +15,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsefit.errors import MaskError
+from sparsefit.files import replacing_file
 from sparsefit.pruning.layers.base import PrunableWeight
 from sparsefit.pruning.layers.quantized import QuantizedWeight, is_quantized, matrix_shape, stored_matrix
 from sparsefit.pruning.naming import canonical_name
@@ -245,13 +244,21 @@ class MaskSet(Mapping[str, Tensor]):
         return cls(found)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file of one bit a weight; a file that was there is replaced only when it is whole."""
-        path = Path(path)
-        header = {name: [*packed.shape, packed.transposed] for name, packed in self._packed.items()}
-        metadata = {"format": _FORMAT, "masks": json.dumps(header), "digest": self.digest()}
-        partial = path.with_name(f"{path.name}.partial")
-        save_file({name: packed.bits for name, packed in self._packed.items()}, partial, metadata=metadata)
-        os.replace(partial, path)
+        """Write a safetensors file of one bit a weight; a file that was there is replaced only when it is whole. The
+        same masks give the same file, byte for byte."""
+        shapes = {name: [*packed.shape, packed.transposed] for name, packed in self._packed.items()}
+        metadata = {"format": _FORMAT, "masks": json.dumps(shapes), "digest": self.digest()}
+        entries: dict[str, Any] = {"__metadata__": metadata}
+        end = 0
+        for name, packed in self._packed.items():
+            start, end = end, end + len(packed.bits)
+            entries[name] = {"dtype": "U8", "shape": [len(packed.bits)], "data_offsets": [start, end]}
+        header = json.dumps(entries, separators=(",", ":")).encode()
+        header += b" " * (-len(header) % 8)
+        with replacing_file(Path(path)) as partial, open(partial, "wb") as file:  # safetensors shuffles the metadata
+            file.write(len(header).to_bytes(8, "little") + header)
+            for packed in self._packed.values():
+                file.write(packed.bits.numpy().tobytes())
 
     @classmethod
     def load(cls, path: str | Path) -> MaskSet:

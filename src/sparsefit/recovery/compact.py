@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +20,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from sparsefit.errors import ConfigError, MaskError, RunFolderError, SparsefitError
+from sparsefit.errors import ConfigError, MaskError, RunFolderError
+from sparsefit.files import SUMS_FILE, check_sums, replacing
 from sparsefit.pruning import MaskSet
 from sparsefit.pruning.masks import pack_bits
 from sparsefit.recovery import compact_layout as layout
@@ -72,7 +71,8 @@ def compress_folder(model_folder: str | Path, output: str | Path, masks: MaskSet
     files = weight_files(model_folder)
     masks = masks_beside(model_folder) if masks is None else masks
     held: list[Saved] = []
-    with _built(output) as folder:
+    _check_empty(output)
+    with replacing(output) as folder:
         for file in files:
             with layout.opened(file) as tensors:
                 header = _plan(file, [one.name for one in files], tensors, masks)
@@ -80,6 +80,7 @@ def compress_folder(model_folder: str | Path, output: str | Path, masks: MaskSet
                 layout.write(folder / layout.compact_name(file), layout.as_metadata(header), parts)
             held += header.tensors
         _check_all_found(masks, held, model_folder)
+        check_sums(files[0].parent)
         _copy_others(files[0].parent, folder, {file.name for file in files} | {MASKS_FILE})
         if masks is not None and any(one.kept is None and one.name in masks.parameters for one in held):
             masks.save(folder / MASKS_FILE)  # the bits do not tell all of them
@@ -100,7 +101,8 @@ def expand_folder(compact: str | Path, output: str | Path) -> CompactReport:
     files = compact_files(compact)
     held: list[Saved] = []
     found = MaskSet()
-    with _built(output) as folder:
+    _check_empty(output)
+    with replacing(output) as folder:
         for file in files:
             with layout.opened(file) as tensors:
                 header = layout.header_of(file, tensors)
@@ -111,6 +113,7 @@ def expand_folder(compact: str | Path, output: str | Path) -> CompactReport:
                 layout.write(folder / layout.ordinary_name(file), header.original, parts)
                 found = _joined(found, layout.masks_in(file, tensors, header))
             held += header.tensors
+        check_sums(compact)  # of the others: the weights have their own
         _copy_others(compact, folder, {file.name for file in files})
         if found and not (folder / MASKS_FILE).exists():
             if found.digest() != header.digest:
@@ -270,28 +273,12 @@ def _report(folder: Path, read: list[Path], written: list[Path], held: list[Save
 def _copy_others(source: Path, target: Path, without: set[str]) -> None:
     """Copy what lies beside the weights: configuration, tokenizer, code; no weights in other formats."""
     for path in sorted(source.iterdir()):
-        if path.is_file() and path.name not in without and path.suffix not in _OTHER_FORMATS:
+        if path.is_file() and path.name not in without | {SUMS_FILE} and path.suffix not in _OTHER_FORMATS:
             shutil.copy2(path, target / path.name)
     if (source / _TEMPLATES).is_dir():
         shutil.copytree(source / _TEMPLATES, target / _TEMPLATES)
 
 
-@contextmanager
-def _built(output: Path) -> Iterator[Path]:
-    """A folder to fill, which gets the name of the output once it is whole and is removed if that fails."""
-    unfinished = output.with_name(f"{output.name}.partial")
+def _check_empty(output: Path) -> None:
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise RunFolderError(f"{output} exists and is not an empty folder: give another name, or remove it first")
-    if unfinished.exists():
-        raise RunFolderError(f"{unfinished} was left by an export that was cut off, or one is running: remove it first")
-    try:
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        if output.exists():
-            output.rmdir()  # it is empty; not every system replaces a folder
-        os.replace(unfinished, output)
-    except BaseException as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if isinstance(error, OSError) and not isinstance(error, SparsefitError):
-            raise RunFolderError(f"{output} cannot be written: {error}") from error
-        raise

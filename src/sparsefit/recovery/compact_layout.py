@@ -130,6 +130,8 @@ def compact_files(folder: str | Path) -> list[Path]:
         raise RunFolderError(f"{folder} holds no compact model: no file in it ends in {SUFFIX}")
     with opened(found[0]) as tensors:
         files = [folder / compact_name(Path(name)) for name in header_of(found[0], tensors).files]
+    if strange := [file.name for file in files if file.parent != folder]:
+        raise RunFolderError(f"{found[0]} names {strange[0]!r}, which is no file of its folder: it is not read")
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise RunFolderError(f"{folder} is not complete: it has no {', '.join(missing)}. Copy it again")

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sparsefit.errors import DivergenceError, MaskError, RunFolderError
+from sparsefit.files import is_plain
 from sparsefit.pruning import MaskSet
 from sparsefit.pruning.layers.quantized import stored_matrix
 from sparsefit.recovery.finite import nonfinite_count, told
@@ -198,11 +199,25 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
+def check_indices(folder: Path) -> None:
+    """See that what lists the weight files of a model folder names files in it, and no others.
+
+    Raises:
+        RunFolderError: if it names another, or cannot be read.
+    """
+    for index in folder.glob("*.index.json"):
+        _shards(index)
+
+
 def _shards(index: Path) -> list[str]:
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [name for name in names if not is_plain(name)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunFolderError(f"{index} cannot be read: {error}") from error
+    if outside:
+        raise RunFolderError(f"{index} names {outside[0]!r}, which is no file of its folder: it is not read")
+    return names
 
 
 def files_digest(folder: Path) -> str:

@@ -129,7 +129,7 @@ def complete(checkpoint: dict[str, Any], left_out: Mapping[str, Any], path: Path
         checkpoint: As it was read.
         left_out: What `leave_out` returned.
         path: Where it was read, for the message.
-        folders: Run folders to look into, before the one that the base was in when the checkpoint was saved.
+        folders: Run folders to look into.
 
     Returns:
         The run folder that holds the base.
@@ -138,7 +138,7 @@ def complete(checkpoint: dict[str, Any], left_out: Mapping[str, Any], path: Path
         RunFolderError: if none holds the very same base; says for each what is wrong.
     """
     tried: dict[Path, str] = {}
-    for folder in dict.fromkeys(place.absolute() for place in (*folders, Path(left_out["folder"]))):
+    for folder in dict.fromkeys(place.absolute() for place in folders):
         try:
             masks, tensors = _read(folder, left_out)
         except (RunFolderError, MaskError, SafetensorError, OSError) as error:

@@ -10,13 +10,12 @@ import json
 import math
 import os
 import re
-import uuid
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparsefit.errors import RunFolderError
+from sparsefit.files import is_sealed, sealed, write_text
 
 STAGES = ("dense", "pruned", "recovered")
 """What `share_won_back` compares."""
@@ -34,13 +33,14 @@ _RUN_ORDER += ("zero-shot tasks", "export", "closing", "merge")
 _SHARED_NAMES = frozenset({"c_proj", "dense", "proj", "linear"})
 
 
-def write_json(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
+def write_json(report: Mapping[str, Any], path: str | os.PathLike[str], seal: bool = False) -> Path:
     """Write a report as strict JSON, sorted by key, either entirely or not at all.
 
     Args:
         report: What to write. NaN and infinities become null; tensors and arrays become numbers and lists; paths,
             dtypes and other objects become their text.
         path: The file; its folder is made where it is missing.
+        seal: Write the sum of all of it along, by which `read_json` sees whether it is as it was.
 
     Returns:
         The path written.
@@ -48,36 +48,16 @@ def write_json(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
     Raises:
         RunFolderError: The file cannot be written. An older file at `path` is then still whole.
     """
-    text = json.dumps(_strict(report), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    strict = sealed(_strict(report)) if seal else _strict(report)
+    text = json.dumps(strict, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
     return write_text(text, path)
-
-
-def write_text(text: str, path: str | os.PathLike[str]) -> Path:
-    """Write a file either entirely or not at all; arguments, result and errors as of `write_json`."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise RunFolderError(
-            f"cannot write {path}: {error}. Free space or choose a folder you may write to."
-        ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    return path
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a report that `write_json` wrote.
 
     Raises:
-        RunFolderError: There is no such file, or it does not hold a JSON object.
+        RunFolderError: There is no such file, it does not hold a JSON object, or not the one that was written.
     """
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -87,6 +67,8 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise RunFolderError(f"{path} is not a report: {error}. Name a report.json that sparsefit wrote.") from error
     if not isinstance(report, dict):
         raise RunFolderError(f"{path} is not a report: no JSON object. Name a report.json that sparsefit wrote.")
+    if not is_sealed(report):
+        raise RunFolderError(f"{path} is not what was written: it is damaged, or was changed since.")
     return report
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsefit.errors import ConfigError, RunFolderError
-from sparsefit.reporting.report import write_text
+from sparsefit.files import write_text
 from sparsefit.study.grid import AXES
 
 SEEDS = ("calibration_seed", "training_seed")

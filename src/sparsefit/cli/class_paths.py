@@ -1,0 +1,65 @@
+"""Class paths in files: what they name is looked at before anything of it is called, as a file may be anybody's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from types import FunctionType
+from typing import Any, TypeVar, get_type_hints
+
+from jsonargparse import Namespace
+
+from sparsefit.errors import ConfigError
+
+_Class = TypeVar("_Class")
+
+
+def named_class(entry: Any, kind: type[_Class]) -> type[_Class]:
+    """The class that the entry of a recipe names (`class_path`), which must be of a kind.
+
+    Raises:
+        ConfigError: if it names no class, or one of another kind; nothing of it was called.
+    """
+    path = entry.get("class_path") if isinstance(entry, Mapping) else None
+    found = _named(path)
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        raise ConfigError(f"the recipe names {path!r}, which is no {kind.__name__}: it is not called")
+    return found
+
+
+def check_class_paths(settings: Any, kinds: tuple[type, ...]) -> None:
+    """See that every class path anywhere in settings names a class of one of some kinds.
+
+    Raises:
+        ConfigError: naming the first that does not.
+    """
+    for path in _class_paths(settings):
+        found = _named(path)
+        if isinstance(found, FunctionType):  # a function that makes one, and says so
+            found = get_type_hints(found).get("return")
+        if not (isinstance(found, type) and issubclass(found, kinds)):
+            listed = ", ".join(kind.__name__ for kind in kinds)
+            raise ConfigError(f"the recipe names {path!r}, which is none of what it may name: {listed}")
+
+
+def _class_paths(settings: Any) -> Iterator[Any]:
+    if isinstance(settings, Namespace):
+        settings = vars(settings)
+    if isinstance(settings, Mapping):
+        if "class_path" in settings:
+            yield settings["class_path"]
+        for value in settings.values():
+            yield from _class_paths(value)
+    elif isinstance(settings, list | tuple):
+        for value in settings:
+            yield from _class_paths(value)
+
+
+def _named(path: Any) -> Any:
+    if not isinstance(path, str) or "." not in path:
+        return None
+    package, _, name = path.rpartition(".")
+    try:
+        return getattr(import_module(package), name, None)
+    except (ImportError, ValueError):
+        return None

@@ -1,0 +1,178 @@
+"""What a run folder says of itself: the state of its run, and which of its files are not what was written."""
+
+from __future__ import annotations
+
+import json
+import sys
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsefit.errors import MaskError, RunFolderError
+from sparsefit.files import SUMS_FILE, changed_files, file_sum, is_sealed, sealed, write_text
+from sparsefit.pruning import MaskSet
+from sparsefit.recovery.inspection import BASE_FOLDER, MASKS_FILE, MODEL_FOLDER
+
+STATE_FILE = "state.json"
+CONFIG_FILE = "config.yaml"
+REPORT_FILE = "report.json"
+PAGE_FILE = "report.html"
+ADAPTER_FOLDER = "adapter"
+TRAINED_BASE_FOLDER = "trained_base"
+CHECKPOINTS_FOLDER = "checkpoints"
+WRITTEN_FOLDERS = (BASE_FOLDER, TRAINED_BASE_FOLDER, ADAPTER_FOLDER, MODEL_FOLDER)
+"""The folders that a run writes whole or not at all, with their sums in them."""
+
+CLAIMED = "claimed"
+"""The folder belongs to the run; nothing is pruned yet."""
+PRUNED = "pruned"
+"""The sparse base and its masks are written."""
+TRAINING = "training"
+CLOSING = "closing"
+"""Training has ended; export, evaluation and report are under way."""
+FINISHED = "finished"
+FAILED = "failed"
+"""An error or an interrupt ended it: `error` says which."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The state of a run, as its folder has it.
+
+    Attributes:
+        name: One of the names above.
+        run: The id of the run.
+        step: Optimizer steps taken when it was written.
+        error: What ended a run that failed.
+        results: The step of which the folder holds all results: of the last time that the run had finished.
+        sums: sha256 of files that the run goes by, by their names.
+    """
+
+    name: str
+    run: str | None = None
+    step: int = 0
+    error: str | None = None
+    results: int = 0
+    sums: Mapping[str, str] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Write it to a run folder, whole or not at all."""
+        write_text(json.dumps(sealed(asdict(self)), indent=2) + "\n", folder / STATE_FILE)
+
+
+def read_state(folder: Path) -> RunState | None:
+    """The state of the run in a folder; None where there is none, or one that an earlier version left.
+
+    Raises:
+        RunFolderError: if it is damaged.
+    """
+    file = folder / STATE_FILE
+    if not file.is_file():
+        return None
+    try:
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if not is_sealed(values):
+            raise ValueError("its seal does not hold")
+        values.pop("sha256", None)
+        return RunState(**values)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise RunFolderError(
+            f"{file} is damaged ({error}), so it is not known how far the run came. Copy it again from where it is "
+            "whole; or delete it, and the run goes on from its newest checkpoint"
+        ) from error
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether anything of a run lies in a folder."""
+    names = (STATE_FILE, REPORT_FILE, CONFIG_FILE, MASKS_FILE, BASE_FOLDER)
+    return any((folder / name).exists() for name in names)
+
+
+def check_ended(folder: Path) -> None:
+    """See that the results in a run folder are of one and the same moment; a folder of anything else passes.
+
+    Raises:
+        RunFolderError: if the run in it is under way, or was killed amid its training or its end; says how to go on.
+    """
+    state = read_state(folder)
+    if state is not None and state.name in (TRAINING, CLOSING):
+        raise RunFolderError(
+            f"the run in {folder} has not ended: its state is {state.name!r} at step {state.step}. Wait for it; if it "
+            f"was killed, `sparsefit fit --resume {folder}` goes on with it"
+        )
+
+
+def damaged_files(folder: Path) -> dict[str, str]:
+    """The files of a run folder that are not what was written, by their names in it, and what is wrong with each.
+
+    Looked at are state, configuration, report, masks, checkpoints, and all in the folders that the run wrote.
+    """
+    damaged: dict[str, str] = {}
+    try:
+        state = read_state(folder)
+    except RunFolderError as error:
+        damaged[STATE_FILE], state = str(error), None
+    for name, expected in (state.sums if state is not None else {}).items():
+        if not (folder / name).is_file() or file_sum(folder / name) != expected:
+            damaged[name] = "not what was written"
+    damaged |= damaged_results(folder)
+    damaged |= _changed_in(folder, BASE_FOLDER)
+    try:
+        if (folder / MASKS_FILE).is_file():
+            MaskSet.load(folder / MASKS_FILE)
+    except MaskError as error:
+        damaged[MASKS_FILE] = str(error)
+    for file in sorted((folder / CHECKPOINTS_FOLDER).glob("*.ckpt")):
+        if reason := checkpoint_damage(file):
+            damaged[f"{CHECKPOINTS_FOLDER}/{file.name}"] = reason
+    return damaged
+
+
+def damaged_results(folder: Path) -> dict[str, str]:
+    """The same of what the end of a run makes, and can make anew: adapter, model and report."""
+    damaged = {}
+    for place in (ADAPTER_FOLDER, TRAINED_BASE_FOLDER, MODEL_FOLDER):
+        damaged |= _changed_in(folder, place)
+    if (folder / REPORT_FILE).is_file():
+        try:
+            report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+            whole, page = is_sealed(report), report.get("page")
+        except (OSError, ValueError, TypeError, AttributeError):
+            whole, page = False, None
+        if not whole:
+            damaged[REPORT_FILE] = "not what was written"
+        elif page is not None and (not (folder / PAGE_FILE).is_file() or file_sum(folder / PAGE_FILE) != page):
+            damaged[PAGE_FILE] = "not what was written"
+    return damaged
+
+
+def _changed_in(folder: Path, part: str) -> dict[str, str]:
+    return {f"{part}/{name}": f"not what its {SUMS_FILE} says" for name in changed_files(folder / part)}
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint in a run folder that has come furthest, and of several the one that was written last; None where
+    there is none. One that cannot be read comes before all others: whoever resumes from it is told, and chooses."""
+    return max((folder / CHECKPOINTS_FOLDER).glob("*.ckpt"), key=_step_of, default=None)
+
+
+def _step_of(path: Path) -> tuple[int, int]:
+    try:
+        step = torch.load(path, weights_only=True, map_location="cpu", mmap=True)["global_step"]
+    except Exception:  # whatever is wrong with it is told when it is resumed from
+        step = sys.maxsize
+    return step, path.stat().st_mtime_ns
+
+
+def checkpoint_damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint file, every byte of whose contents has a checksum in it; None if it is whole."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            record = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+        return f"it cannot be read ({error})"
+    return None if record is None else f"its part {record} is not what was saved"
