@@ -7,8 +7,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 from torch.optim import Optimizer
 
+from sparsefit.callbacks.divergence import DivergenceGuard
 from sparsefit.callbacks.ledgers import budget_of, ledger_of, masks_of
 from sparsefit.callbacks.random_states import RandomStates
 from sparsefit.callbacks.run_report import RunReport
@@ -51,6 +53,7 @@ class DenseControl(Callback):
         self._advance: Any = None
         self._after_batch: RandomStates | None = None
         self._account: dict[str, Any] = {}
+        self._guard = DivergenceGuard()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what is no control, and leave out the teacher."""
@@ -77,8 +80,13 @@ class DenseControl(Callback):
             shown = stage_progress("training the dense control", self.course.steps, visible=trainer.is_global_zero)
             self._advance = self._shown.enter_context(shown)
 
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Take in the loss, to stop where it is not finite."""
+        self._guard.see_loss(loss)
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Take the learning rates of the run."""
+        """Take the learning rates of the run, and stop where a rate made for the pruned model breaks the dense one."""
+        self._guard.before_step(trainer, optimizer)
         self.course.set_rates(trainer.global_step, optimizer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import math
 import os
 import random
 import resource
@@ -41,7 +42,7 @@ from sparsefit.cli import fit, merge  # noqa: F401 (imported once, for all that 
 from sparsefit.cli import main as run_command
 from sparsefit.data import TextFilesDataModule  # noqa: F401
 from sparsefit.files import file_sum, write_sums
-from sparsefit.modules import CausalLMModule  # noqa: F401
+from sparsefit.modules import CausalLMModule
 from sparsefit.modules.loading import load_tokenizer
 from sparsefit.recovery.run_files import WRITTEN_FOLDERS, damaged_files, newest_checkpoint, read_state
 
@@ -52,10 +53,6 @@ WRITES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", 
 NEEDS_SPACE = ("open", "os.mkdir", "tempfile.mkstemp")
 TOLD = (1, 2)
 KINDS = ("kills", "disk", "bits", "writers", "hostile", "nan")
-
-NAN_STAGES: dict[str, Callable[[Path], bool]] = {}
-"""What becomes of values that are not finite: name of the stage -> a function that has them arise in a new run in the
-folder it is given, and returns whether the run ended with a sentence. Empty as long as nothing stops such runs."""
 
 
 @dataclass
@@ -144,8 +141,14 @@ class Workplace:
         file.write_text(yaml.safe_dump(settings))
         return file
 
-    def start(self, *arguments: Any, hook: Writes | None = None, file_size: int | None = None) -> int:
-        """Start a command; returns the id of its process."""
+    def start(
+        self,
+        *arguments: Any,
+        hook: Writes | None = None,
+        file_size: int | None = None,
+        before: Callable[[], None] | None = None,
+    ) -> int:
+        """Start a command; `before` is called in its process first. Returns the id of that."""
         if (child := os.fork()) == 0:
             status = 70
             try:
@@ -159,6 +162,8 @@ class Workplace:
                     resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
                 if hook is not None:
                     sys.addaudithook(hook)
+                if before is not None:
+                    before()
                 status = run_command()
             except SystemExit as stop:
                 status = stop.code if isinstance(stop.code, int) else 1
@@ -460,16 +465,57 @@ def reseal(folder: Path) -> None:
     replace(state, sums=sums).write(folder)
 
 
-def not_finite(place: Workplace) -> Row:
-    """Values that are not finite, at every stage."""
-    row = Row("values that are not finite")
-    for stage, stopped in NAN_STAGES.items():
-        row.tried += 1
-        if stopped(place.folder / f"nan-{stage}"):
+def not_finite(place: Workplace, expected: dict[str, Tensor], first: int = 0) -> Row:
+    """A NaN in a loss, a gradient or a weight, at each step from `first` on; gone on with when it no longer comes."""
+    row = Row("NaN in a loss, a gradient or a weight")
+    for kind in ("loss", "gradient", "weight"):
+        for step in range(first, place.steps):
+            run, what = place.folder / f"nan-{kind}-{step}", f"{kind} of step {step}"
+            row.tried += 1
+            status = place.command("fit", "--config", place.recipe(run), before=lambda k=kind, s=step: go_to_nan(k, s))
+            if not place.told(status):
+                row.silent.append(f"{what}: status {status}: {tail(place.output)}")
+                continue
+            if broken := [file.name for file in written_models(run) if not_finite_in(file)]:
+                row.silent.append(f"{what}: written to {broken}")
+                continue
             row.told += 1
-        else:
-            row.silent.append(stage)
+            resumed(place, run, expected, row, what)
     return row
+
+
+def go_to_nan(kind: str, step: int) -> None:
+    """Have a module of this process get a NaN at a step."""
+    train = CausalLMModule.training_step
+
+    def training_step(self: CausalLMModule, *args: Any) -> Tensor:
+        return train(self, *args) * (math.nan if self.global_step == step else 1)
+
+    def spoil_gradient(self: CausalLMModule) -> None:
+        if self.global_step == step:
+            next(p.grad for p in self.parameters() if p.grad is not None).view(-1)[0] = math.nan
+
+    def spoil_weight(self: CausalLMModule, *_: Any) -> None:
+        if self.global_step == step + 1:
+            next(p for p in self.parameters() if p.requires_grad).data.view(-1)[0] = math.nan
+
+    if kind == "loss":
+        CausalLMModule.training_step = training_step
+    elif kind == "gradient":
+        CausalLMModule.on_after_backward = spoil_gradient
+    else:
+        CausalLMModule.on_train_batch_end = spoil_weight
+
+
+def written_models(run: Path) -> list[Path]:
+    """The files of a run that hold weights."""
+    return [*run.rglob("*.safetensors"), *run.rglob("*.ckpt")]
+
+
+def not_finite_in(file: Path) -> bool:
+    """Whether a weight in a file is NaN or infinite."""
+    tensors = torch.load(file, weights_only=True)["state_dict"] if file.suffix == ".ckpt" else load_file(file)
+    return any(tensor.is_floating_point() and not bool(tensor.isfinite().all()) for tensor in tensors.values())
 
 
 def matrix(folder: Path, kills: int, disk: int | None, bits: int, seed: int, only: Container[str]) -> Iterator[Row]:
@@ -493,8 +539,8 @@ def matrix(folder: Path, kills: int, disk: int | None, bits: int, seed: int, onl
         yield two_writers(place, expected)
     if "hostile" in only:
         yield hostile_folders(place, run)
-    if "nan" in only and NAN_STAGES:
-        yield not_finite(place)
+    if "nan" in only:
+        yield not_finite(place, expected)
 
 
 def table(rows: list[Row]) -> str:

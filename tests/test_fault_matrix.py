@@ -74,6 +74,13 @@ def test_hostile_folders(faults, undisturbed):
     assert row.told == row.tried
 
 
+def test_nan_is_told_and_goes_nowhere(faults, undisturbed):
+    place, _, expected, _ = undisturbed
+    row = faults.not_finite(place, expected, first=1)
+    assert_fine(row, 3)
+    assert row.told == row.gone_on == 3
+
+
 def test_what_is_wrong_is_seen(faults, undisturbed):
     """The matrix itself: a run that ended otherwise is none that was gone on with."""
     place, run, expected, _ = undisturbed

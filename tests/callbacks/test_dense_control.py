@@ -11,7 +11,7 @@ from small_runs import Classifier, fit, labelled
 from torch import nn
 
 from sparsefit.callbacks import DenseControl, GPUHourBudget, RunReport, WandaPruning
-from sparsefit.errors import ConfigError
+from sparsefit.errors import ConfigError, DivergenceError
 
 
 class Measured(Classifier):
@@ -104,3 +104,17 @@ def test_what_is_no_control_is_refused(tmp_path):
         with pytest.raises(ConfigError, match=message):
             fit(module, Shuffled(), DenseControl(report), *callbacks)
     assert (tmp_path / "run/report.json").read_bytes() == before
+
+
+class Diverging(Measured):
+    def training_step(self, *args):
+        return super().training_step(*args) * float("nan")
+
+
+def test_a_control_that_diverges_is_stopped_and_told(tmp_path):
+    report, _ = run(tmp_path / "run", max_steps=2)
+    with pytest.raises(DivergenceError, match="Lower the learning rate"):
+        fit(Diverging(), Shuffled(), DenseControl(report), max_steps=2)
+    told = json.loads((tmp_path / "run/report.json").read_text())["control"]
+    assert (told["status"], told["steps"]) == ("failed", 0)
+    assert "DivergenceError" in told["error"]
