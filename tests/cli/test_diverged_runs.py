@@ -29,6 +29,7 @@ def test_inspect_and_export_look_for_what_is_not_finite(sparsefit, recipe, tmp_p
     tensors = load_file(file)
     tensors["model.norm.weight"][:3] = math.nan
     save_file(tensors, file, metadata={"format": "pt"})
+    (tmp_path / "run/base/SHA256SUMS").unlink()  # changed on purpose
     status, output, _ = sparsefit("inspect", tmp_path / "run")
     assert (status, "model.norm.weight: 3 numbers are NaN or infinite" in output) == (1, True)
     status, _, errors = sparsefit("export", tmp_path / "run", "--output", tmp_path / "out", "--format", "compact")
