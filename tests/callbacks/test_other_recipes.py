@@ -83,7 +83,7 @@ def other_masks(folder, path):
 
 def moved_base(folder, path):
     (folder / "run/base").rename(folder / "elsewhere")
-    message = rf"was not found. Looked in {folder / 'run'}: no base/; in .*Put base/ and masks.safetensors"
+    message = rf"was not found. Looked in {folder / 'run'}: no base/\. Put base/ and masks.safetensors"
     return {}, {}, RunFolderError, message
 
 

@@ -139,7 +139,7 @@ def test_what_cannot_be_measured_is_refused_before_anything(tmp_path, tiny_model
     assert not run.exists()
     with pytest.raises(ConfigError, match="there is a folder of tasks"):
         RunReport(str(run), tasks_folder="tasks")
-    with pytest.raises(ConfigError, match="limit=0"):
+    with pytest.raises(ConfigError, match="limit is 0"):
         RunReport(str(run), tasks=["rte"], tasks_limit=0)
 
 

@@ -92,4 +92,4 @@ def test_settings_are_checked(sparsefit, own):
     own["data"]["init_args"]["temperature"] = -1.0
     status, _, errors = sparsefit("fit", recipe=own)
     assert status == 2
-    assert "temperature is -1.0: it must be above 0" in errors
+    assert "temperature is -1.0: it must be a number above 0" in errors
