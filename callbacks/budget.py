@@ -36,17 +36,15 @@ class GPUHourBudget(Callback):
     goes on counting. `Trainer(min_steps=..., min_epochs=...)` would train on past the end and is refused.
 
     A `split` shares out what is left when calibration and pruning are done, beside what is kept for the closing
-    evaluation and export. A stage before training asks for its share with `share_of`. Training, which pays for its
-    validations too, has all that is left then: also where such a stage ends early, or where there is none.
+    evaluation and export. A stage before training asks for its share with `share_of`; training, with its validations,
+    has all that such stages leave.
 
     Args:
         gpu_hours: The budget: hours of wall time x devices, on all nodes together.
         warmup_steps: Optimizer steps in which the learning rate rises linearly to its full value.
-        reserve: Share of the budget that is kept for the final evaluation and export. It is the least that is kept:
-            whoever knows their duration raises it with `keep`.
+        reserve: Share of the budget that is kept at least for the final evaluation and export; `keep` raises it.
         drive_learning_rate: False leaves the learning rate alone.
-        split: Shares of the stages "reconstruction" and "training", which add up to 1:
-            `{reconstruction: 0.2, training: 0.8}`.
+        split: Shares that add up to 1: `{reconstruction: 0.2, training: 0.8}`.
 
     Raises:
         ConfigError: When an argument is out of range, or the trainer may not stop (`min_steps`, `min_epochs`).
@@ -67,9 +65,7 @@ class GPUHourBudget(Callback):
         self.drive_learning_rate = drive_learning_rate
         self.split = None if split is None else check_split(split)
         self.ledger = GPUHourLedger(self.gpu_hours, self.split)
-        self.stop_reason: str | None = None
-        """Why the budget ended training; None as long as it has not."""
-
+        self.stop_reason: str | None = None  # None as long as the budget has not ended training
         self._kept: dict[str, float] = {}  # wall seconds of this rank
         self._pace = Pace()
         self._sanity_marks: list[float] = []
@@ -88,9 +84,8 @@ class GPUHourBudget(Callback):
     @property
     def reserve_hours(self) -> float:
         """GPU-hours that training must leave: the reserve, and the validation that Lightning runs on stopping."""
-        validation = self._pace.validation if self._validates_at_end else 0.0
         kept = max(self.reserve * self.gpu_hours, self.ledger.hours_of(self.closing_seconds))
-        return kept + self.ledger.hours_of(validation)
+        return kept + self.ledger.hours_of(self._pace.validation if self._validates_at_end else 0.0)
 
     def keep(self, seconds: float, what: str = "closing") -> None:
         """Keep at least so much time for what follows training.
@@ -112,26 +107,21 @@ class GPUHourBudget(Callback):
         Raises:
             BudgetError: When nothing is left beside the reserve, or less than `seconds`.
         """
-        needed = self.ledger.hours_of(self._agree(trainer, seconds))
-        if not self.ledger.affords(needed):
-            raise BudgetError(self._refusal(what, needed))
+        if refusal := self._refusal(trainer, what, seconds):
+            raise BudgetError(refusal)
 
     def share_of(self, trainer: Trainer, stage: str) -> float:
         """Wall seconds that a stage may take from now on. All ranks must call it, and all get the same.
 
         A stage that asks again is told what is left of its share. A budget that is spent gives 0 and a warning instead
-        of an error: the model is pruned by then, and is still to be written.
+        of an error: the model is pruned by then, and is still to be written. Without a split, all that is left.
 
         Args:
             trainer: The trainer of the run.
             stage: "reconstruction", or "training", which may take all that is left; others raise a ConfigError.
-
-        Returns:
-            Seconds of at least 0; all that is left where the budget is not split.
         """
-        self._agree(trainer)
-        if not self.ledger.affords(0.0):
-            rank_zero_warn(f"GPUHourBudget: {self._refusal(stage)}")
+        if refusal := self._refusal(trainer, stage):
+            rank_zero_warn(f"GPUHourBudget: {refusal}")
         return self.ledger.seconds_of(self.ledger.share(stage))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -182,7 +172,7 @@ class GPUHourBudget(Callback):
         resumed = self._training_start is not None
         if not resumed:
             self._training_start = self.ledger.spent
-        self._pace.start(self._now, trainer.global_step)
+        self._pace.start(self.ledger.now, trainer.global_step)
         self._factor_step = None  # what a former fit set for this step no longer counts
         self._count_steps(trainer, pl_module.automatic_optimization)
         self._stop_if_spent(trainer, self._pace.step)
@@ -207,7 +197,7 @@ class GPUHourBudget(Callback):
         """Agree on what is spent, and stop if the next step does not fit."""
         self._await_device(trainer)
         self._agree(trainer)
-        self._stop_if_spent(trainer, self._pace.batch_ended(self._now, trainer.global_step))
+        self._stop_if_spent(trainer, self._pace.batch_ended(self.ledger.now, trainer.global_step))
         if not trainer.barebones:
             rate = first_rate(trainer.optimizers)
             figures = {"gpu_hours": self.ledger.spent} | ({} if rate is None else {"learning_rate": rate})
@@ -223,7 +213,7 @@ class GPUHourBudget(Callback):
         if not self.ledger.running or trainer.sanity_checking:
             return
         self._agree(trainer)
-        self._pace.validation_ended(self._now)
+        self._pace.validation_ended(self.ledger.now)
         self._agree(trainer)  # on keeping that much for the next
         self.ledger.switch("training")
         self._stop_if_spent(trainer, self._pace.step)
@@ -257,16 +247,10 @@ class GPUHourBudget(Callback):
         self._pace.load_state_dict(state_dict["pace"])
         self._kept = {**state_dict["kept"], **self._kept}
 
-    @property
-    def _now(self) -> float:
-        """Wall seconds of the run, as the ranks agreed on them last."""
-        return self.ledger.seconds_of(self.ledger.spent)
-
     def _agree(self, trainer: Trainer, seconds: float = 0.0) -> float:
         """One small collective: the largest figures of all ranks become everybody's. Returns that of `seconds`."""
-        every = trainer.check_val_every_n_epoch
-        due = every is None or (trainer.current_epoch + 1) % every == 0
-        self._validates_at_end = trainer.enable_validation and due
+        every = trainer.check_val_every_n_epoch or 1
+        self._validates_at_end = trainer.enable_validation and (trainer.current_epoch + 1) % every == 0
         figures = [self.ledger.hours, self.reserve_hours, float(seconds)]
         if trainer.world_size > 1:
             mine = torch.tensor(figures, dtype=torch.float64, device=trainer.strategy.root_device)  # (3,)
@@ -288,7 +272,11 @@ class GPUHourBudget(Callback):
             )
             rank_zero_info(f"GPUHourBudget: stopping: {self.stop_reason}.")
 
-    def _refusal(self, what: str, needed: float = 0.0) -> str:
+    def _refusal(self, trainer: Trainer, what: str, seconds: float = 0.0) -> str | None:
+        """Why `what` cannot be paid for, and the way out; None where it can. A collective."""
+        needed = self.ledger.hours_of(self._agree(trainer, seconds))
+        if self.ledger.affords(needed):
+            return None
         estimate = f", and {what} needs about {needed:.4g} more" if needed else ""
         return (
             f"The budget of {self.gpu_hours:.4g} GPU-hours cannot pay for {what}: {self.ledger.spent:.4g} are spent "

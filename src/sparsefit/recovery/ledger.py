@@ -73,6 +73,11 @@ class GPUHourLedger:
         """GPU-hours of all stages up to this moment."""
         return sum(self.stages.values())
 
+    @property
+    def now(self) -> float:
+        """Wall seconds of the run on the devices of now, as the ranks agreed on them last."""
+        return self.seconds_of(self.spent)
+
     def hours_of(self, seconds: float) -> float:
         """GPU-hours that so many wall seconds cost on the devices of now."""
         return seconds * self.devices / 3600
