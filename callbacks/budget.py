@@ -135,8 +135,7 @@ class GPUHourBudget(Callback):
             )
         self.stop_reason = None
         self.ledger.switch("setup")
-        # Another callback's `setup` may have started it already, through `ledger_of`.
-        self.ledger.start(trainer.world_size)
+        self.ledger.start(trainer.world_size)  # unless another callback's `setup` has, through `ledger_of`
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the base learning rates before a checkpoint brings rates that have already fallen."""
@@ -185,11 +184,10 @@ class GPUHourBudget(Callback):
         if not self._drives or self._training_start is None:
             return
         keep_base_rates(trainer.optimizers, self._factor)  # of groups that are new
-        step = trainer.global_step
+        step, ledger = trainer.global_step, self.ledger
         if step != self._factor_step:
             # The first step is the first step, whatever the clock says: also that of a run that is resumed before it.
-            spent, limit = self.ledger.spent, self.ledger.limit
-            done = step and progress(spent, self._training_start, limit, step, self._max_steps)
+            done = step and progress(ledger.spent, self._training_start, ledger.limit, step, self._max_steps)
             self._factor_step, self._factor = step, budget_factor(step, self.warmup_steps, done)
         set_rates(trainer.optimizers, self._factor)
 
