@@ -1,44 +1,55 @@
-"""What a run has cost so far, in GPU-hours: wall time x devices, entered under the stage that spent it."""
+"""The GPU-hours of a run, wall time x devices: what each stage has spent, and what a budget still allows."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-SECONDS_PER_HOUR = 3600.0
-RECENT = 10  # the longest of so many durations is what the next one is expected to take
+from sparsefit.errors import ConfigError
+from sparsefit.settings import number
+
+STAGES = ("reconstruction", "training")
+"""The stages that a budget can be split between, in the order in which they run."""
 
 
 class GPUHourLedger:
-    """Charges the time that passes to named stages.
+    """Charges the time that passes to stages, and tells what may still be spent.
 
-    Time goes to the innermost open `stage`, and outside every stage to the base stage (`switch`). Each stage has two
-    figures: wall seconds, and GPU-hours, which are the seconds times the number of devices at the time / 3600.
-    Nothing is charged before `start` and after `stop`; both may be called again.
+    Time goes to the innermost open `stage`, and outside every stage to the base stage (`switch`). Nothing is charged
+    before `start` and after `stop`. Time has two figures: wall seconds, and GPU-hours, which are the seconds times the
+    number of devices / 3600.
+
+    What may be spent follows from two figures that all ranks agreed on last, so that each comes to the same decision:
+    `spent`, and the `limit` that leaves the end of the run its part of the budget.
 
     Args:
-        devices: How many devices each second of wall time is charged for.
-        clock: Monotonic seconds. Tests put a clock of their own here.
+        gpu_hours: The budget; infinity where there is none.
+        split: Shares of the stages, as `check_split` gives them.
         base_stage: The stage that is charged where no other is open.
+        clock: Monotonic seconds. Tests put a clock of their own here.
     """
 
     def __init__(
-        self, devices: int = 1, clock: Callable[[], float] = time.monotonic, base_stage: str = "setup"
+        self,
+        gpu_hours: float = math.inf,
+        split: Mapping[str, float] | None = None,
+        base_stage: str = "setup",
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.devices = devices
         self.clock = clock
-        self.base_stage = base_stage
-        self._open: list[str] = []
-        self._since: float | None = None
-        self._started = False
-        # [seconds, GPU-hours] of each stage, in the order in which the stages first spent something.
-        self._charges: dict[str, list[float]] = {}
-        # The part of the charges that was there when `start` was called or a state was loaded.
-        self._before: dict[str, list[float]] = {}
+        self.devices = 1
+        self.started = False  # ever
+        self.split = split
+        self.spent, self.limit = 0.0, gpu_hours
+        self._ends: dict[str, float] = {}  # GPU-hours at which the share of a stage is used up
+        self._open = [base_stage]
+        self._since: float | None = None  # the last look at the clock; None: it stands
+        # The number of devices may change from one start to the next, but not between: since then, seconds are enough.
+        self._before: dict[str, dict[str, float]] = {"seconds": {}, "hours": {}}
+        self._here: dict[str, float] = {}
 
     @property
     def running(self) -> bool:
@@ -46,64 +57,50 @@ class GPUHourLedger:
         return self._since is not None
 
     @property
-    def started(self) -> bool:
-        """Whether `start` has ever been called."""
-        return self._started
-
-    @property
-    def current_stage(self) -> str:
-        """The stage that pays for the present moment."""
-        return self._open[-1] if self._open else self.base_stage
-
-    @property
-    def hours(self) -> float:
-        """GPU-hours spent so far in all stages together, up to this moment."""
-        return sum(self.stages.values())
+    def seconds(self) -> dict[str, float]:
+        """Wall seconds of each stage up to this moment, in the order in which they first spent something."""
+        self._settle()
+        return _sum(self._before["seconds"], self._here)
 
     @property
     def stages(self) -> dict[str, float]:
         """GPU-hours of each stage up to this moment."""
         self._settle()
-        return {name: hours for name, (_, hours) in self._charges.items()}
+        return _sum(self._before["hours"], {name: self.hours_of(seconds) for name, seconds in self._here.items()})
 
     @property
-    def seconds(self) -> dict[str, float]:
-        """Wall seconds of each stage up to this moment."""
-        self._settle()
-        return {name: seconds for name, (seconds, _) in self._charges.items()}
+    def hours(self) -> float:
+        """GPU-hours of all stages up to this moment."""
+        return sum(self.stages.values())
+
+    @property
+    def now(self) -> float:
+        """Wall seconds of the run on the devices of now, as the ranks agreed on them last."""
+        return self.seconds_of(self.spent)
 
     def hours_of(self, seconds: float) -> float:
         """GPU-hours that so many wall seconds cost on the devices of now."""
-        return seconds * self.devices / SECONDS_PER_HOUR
+        return seconds * self.devices / 3600
 
     def seconds_of(self, hours: float) -> float:
         """Wall seconds that so many GPU-hours last on the devices of now."""
-        return hours * SECONDS_PER_HOUR / self.devices
+        return hours * 3600 / self.devices
 
-    def start(self, devices: int | None = None) -> None:
-        """Begin to charge time, or go on after `stop`; a ledger that already runs goes on running.
-
-        Args:
-            devices: The number of devices from now on; None leaves it as it is.
-        """
-        self._settle()
-        if devices is not None:
-            self.devices = devices
+    def start(self, devices: int) -> None:
+        """Charge time from now on, on so many devices; a ledger that already runs goes on as it is."""
         if not self.running:
-            self._since = self.clock()
-            self._before = _copy(self._charges)
-        self._started = True
+            self._before, self._here, self._ends = self.state_dict(), {}, {}
+            self.devices, self._since, self.started = devices, self.clock(), True
 
     def stop(self) -> None:
         """Charge what has passed, and nothing from now on."""
         self._settle()
         self._since = None
 
-    def switch(self, base_stage: str) -> str:
-        """Make `base_stage` the one that pays for time outside every `stage`; returns the one that did."""
+    def switch(self, base_stage: str) -> None:
+        """Make `base_stage` the one that pays for time outside every `stage`."""
         self._settle()
-        former, self.base_stage = self.base_stage, base_stage
-        return former
+        self._open[0] = base_stage
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -116,14 +113,36 @@ class GPUHourLedger:
             self._settle()
             self._open.pop()
 
-    def align(self, hours: float) -> None:
-        """Raise the total to at least `hours`; the difference goes to the current stage.
+    def agree(self, spent: float, limit: float) -> None:
+        """Take what all ranks agreed on; what is missing from the ledger of this one is charged to the stage of now.
 
-        Ranks that started at different moments agree on the largest total in this way.
+        Args:
+            spent: GPU-hours up to this moment: the most of all ranks, which have started at different moments.
+            limit: GPU-hours that may be spent before the end of the run.
         """
-        missing = hours - self.hours
-        if missing > 0:
-            self._charge(self.seconds_of(missing))
+        self._charge(self.seconds_of(spent - self.hours))
+        self.spent, self.limit = spent, limit
+
+    def affords(self, hours: float, slack: float = 0.0) -> bool:
+        """Whether something is left, and `hours` more fit; `slack` is the share by which they may miss it."""
+        return self.spent < self.limit and self.spent + hours <= self.limit * (1 + slack)
+
+    def share(self, stage: str) -> float:
+        """GPU-hours that a stage may still take: its share of what was left when it asked first, less what went since.
+
+        Args:
+            stage: One of `STAGES`. The last of them, training, may take all that is left.
+
+        Raises:
+            ConfigError: There is no such stage.
+        """
+        if stage not in STAGES:
+            raise ConfigError(f"A budget has no share for {stage!r}: it can be split between {_names(STAGES)}.")
+        left = max(0.0, self.limit - self.spent)
+        if stage == STAGES[-1] or self.split is None:
+            return left
+        end = self._ends.setdefault(stage, self.spent + self.split.get(stage, 0.0) * left)
+        return min(left, max(0.0, end - self.spent))
 
     def state_dict(self) -> dict[str, Any]:
         """The charges up to this moment, as plain numbers: loads with `torch.load(weights_only=True)`."""
@@ -135,113 +154,52 @@ class GPUHourLedger:
         The time between the moment of saving and the end of the process that saved it is not charged; nor are
         charges from before `start`, because a run continued in the same process has them in its state.
         """
-        self._settle()
-        saved = {name: [float(state["seconds"].get(name, 0.0)), float(hours)] for name, hours in state["hours"].items()}
-        spent_here = {
-            name: [now - then for now, then in zip(charge, self._before.get(name, (0.0, 0.0)), strict=True)]
-            for name, charge in self._charges.items()
-        }
-        self._charges = _copy(saved)
-        self._before = _copy(saved)
-        for name, (seconds, hours) in spent_here.items():
-            if hours > 0:
-                self._add(name, seconds, hours)
+        self._before = {key: dict(state[key]) for key in ("seconds", "hours")}
 
     def _settle(self) -> None:
-        """Charge the time since the last look at the clock to the current stage."""
-        if self._since is None:
-            return
-        now = self.clock()
-        self._charge(now - self._since)
-        self._since = now
+        """Charge the time since the last look at the clock."""
+        if self._since is not None:
+            now = self.clock()
+            self._charge(now - self._since)
+            self._since = now
 
     def _charge(self, seconds: float) -> None:
         if seconds > 0:
-            self._add(self.current_stage, seconds, self.hours_of(seconds))
-
-    def _add(self, name: str, seconds: float, hours: float) -> None:
-        charge = self._charges.setdefault(name, [0.0, 0.0])
-        charge[0] += seconds
-        charge[1] += hours
+            self._here[self._open[-1]] = self._here.get(self._open[-1], 0.0) + seconds
 
 
-class Pace:
-    """How long a batch, an optimizer step and a validation take: the longest of the last ten.
-
-    All moments are wall seconds of one clock. What happens between two batches (data, checkpoints) belongs to the
-    second; a validation reaches from the end of the batch before it to its own end and belongs to no step.
-    """
-
-    def __init__(self) -> None:
-        self._batches: deque[float] = deque(maxlen=RECENT)
-        self._steps: deque[float] = deque(maxlen=RECENT)
-        self._validations: deque[float] = deque(maxlen=RECENT)
-        self._batch_start = 0.0
-        self._step_start = 0.0
-        self._step = 0
-
-    @property
-    def batch(self) -> float:
-        """Seconds to expect of a batch; 0 where none was seen."""
-        return max(self._batches, default=0.0)
-
-    @property
-    def step(self) -> float:
-        """Seconds to expect of an optimizer step with all its batches; 0 where none was seen."""
-        return max(self._steps, default=0.0)
-
-    @property
-    def validation(self) -> float:
-        """Seconds to expect of a validation; 0 where none was seen."""
-        return max(self._validations, default=0.0)
-
-    def start(self, now: float, step: int) -> None:
-        """Training begins, with `step` optimizer steps taken before."""
-        self._batch_start = self._step_start = now
-        self._step = step
-
-    def batch_ended(self, now: float, step: int) -> bool:
-        """A batch has ended, with `step` optimizer steps taken; returns whether it was the last of a step."""
-        self._batches.append(now - self._batch_start)
-        self._batch_start = now
-        stepped = step != self._step
-        if stepped:
-            self._steps.append(now - self._step_start)
-            self._step_start, self._step = now, step
-        return stepped
-
-    def validation_ended(self, now: float) -> None:
-        """A validation has ended."""
-        seconds = now - self._batch_start
-        self._validations.append(seconds)
-        self._batch_start = now
-        self._step_start += seconds
-
-    def state_dict(self) -> dict[str, list[float]]:
-        """The durations seen, for the next process to expect; plain numbers."""
-        return {"steps": list(self._steps), "validations": list(self._validations)}
-
-    def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
-        """Expect the durations of an earlier process until there are others."""
-        self._steps.extend(state["steps"])
-        self._validations.extend(state["validations"])
-
-
-def estimate_validation(marks: Sequence[float], batches: float) -> float:
-    """Seconds of a whole validation, from a sanity check of its first batches.
+def check_split(split: Mapping[str, float]) -> dict[str, float]:
+    """The shares of a budget's stages, as plain floats.
 
     Args:
-        marks: Moments in seconds: the start of the check, the end of each of its batches, its end.
-        batches: Batches of a whole validation; infinity where unknown: then the check's own time is all there is.
+        split: Shares of at least 0 that add up to 1 (within 1e-6), for names of `STAGES`; a stage left out has 0.
+
+    Raises:
+        ConfigError: A name is unknown, a share is no such number, or the sum is another; it says which.
     """
-    *ends, finished = marks[1:]
-    taken = finished - marks[0]
-    if not ends or math.isinf(batches):
-        return taken
-    # The first batch pays for what happens once: workers, kernels, compilation.
-    one = (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else taken
-    return taken + max(batches - len(ends), 0) * one
+    example = "{reconstruction: 0.2, training: 0.8}"
+    if not isinstance(split, Mapping):
+        raise ConfigError(f"split must name the stages' shares, as in {example}, not {split!r}.")
+    unknown = [name for name in split if name not in STAGES]
+    if unknown:
+        raise ConfigError(
+            f"split has a share for {_names(unknown)}, but a budget can only be split between {_names(STAGES)}, "
+            f"as in {example}. What comes before and after them is charged to the budget without a share."
+        )
+    shares = {name: float(number(f"the split's share for {name}", share, least=0)) for name, share in split.items()}
+    total = sum(shares.values())
+    if abs(total - 1) > 1e-6:
+        listed = " + ".join(f"{name} {share:g}" for name, share in shares.items()) or "no share at all"
+        raise ConfigError(
+            f"The shares of split add up to {total:.6g}, not to 1: {listed}. They are shares of what is left when the "
+            f"model is pruned. Make them add up to 1, as in {example}, or leave split out."
+        )
+    return shares
 
 
-def _copy(charges: Mapping[str, list[float]]) -> dict[str, list[float]]:
-    return {name: list(charge) for name, charge in charges.items()}
+def _names(names: Iterable[object]) -> str:
+    return " and ".join(map(repr, names))
+
+
+def _sum(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
+    return {name: first.get(name, 0.0) + second.get(name, 0.0) for name in {**first, **second}}

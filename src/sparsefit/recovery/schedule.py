@@ -7,13 +7,11 @@ decay that reaches zero when the budget ends is the best and needs no tuning.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
-
-from sparsefit.settings import number
 
 
 def progress(spent: float, start: float, limit: float, step: int = 0, max_steps: float | None = None) -> float:
@@ -76,39 +74,6 @@ def set_rates(optimizers: Iterable[Optimizer], factor: float) -> None:
 def first_rate(optimizers: Iterable[Optimizer]) -> float | None:
     """The learning rate of the first parameter group that has one; None where there is none."""
     return next((float(group["lr"]) for group in _groups(optimizers)), None)
-
-
-class DrivenRates:
-    """Sets the rates of a run before each of its optimizer steps, by `budget_factor`.
-
-    Args:
-        warmup_steps: Optimizer steps until the full rate.
-
-    Raises:
-        ConfigError: When that is no whole number of at least 0.
-    """
-
-    def __init__(self, warmup_steps: int) -> None:
-        self.warmup_steps: int = number("warmup_steps", warmup_steps, least=0, whole=True)
-        self._factor: float | None = None
-        self._step: int | None = None
-
-    def begin(self) -> None:
-        """Training begins, or goes on after a resume: what the factor of its next step was no longer counts."""
-        self._step = None
-
-    def drive(self, optimizers: Sequence[Optimizer], step: int, progress: float) -> None:
-        """Set the rates of the optimizer step that the next batch belongs to; its later batches leave them.
-
-        Args:
-            optimizers: Their groups may become more from one step to the next.
-            step: Optimizer steps taken so far.
-            progress: From 0 to 1, as `progress` gives it.
-        """
-        keep_base_rates(optimizers, self._factor)
-        if step != self._step:
-            self._step, self._factor = step, budget_factor(step, self.warmup_steps, progress)
-        set_rates(optimizers, self._factor)
 
 
 def _groups(optimizers: Iterable[Optimizer]) -> list[dict[str, Any]]:
