@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import runpy
 import sys
 from pathlib import Path
@@ -33,7 +34,9 @@ def reachable(monkeypatch):
 
 @pytest.fixture
 def paper(monkeypatch):
-    """Runs the command; gives what it returns to the shell."""
+    """Runs the command; gives what it returns to the shell. What it sets for its process does not outlast the test."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
 
     def run(output, *arguments):
         threads = torch.get_num_threads()
@@ -44,7 +47,8 @@ def paper(monkeypatch):
         assert torch.get_num_threads() == threads
         return ended.value.code
 
-    return run
+    yield run
+    logger.setLevel(level)
 
 
 def points_in(folder):
