@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from sparsefit.errors import BudgetError, ConfigError
 from sparsefit.recovery.ledger import GPUHourLedger, check_split
 from sparsefit.recovery.pace import Pace, estimate_validation
-from sparsefit.recovery.schedule import budget_factor, first_rate, keep_base_rates, progress, set_rates
+from sparsefit.recovery.schedule import budget_factor, first_rate, keep_base_rates, set_rates
 from sparsefit.settings import named_settings, number
 
 SYNC_STEPS = 20  # so many steps before the end, an accelerator's queue is awaited before the clock is read
@@ -66,26 +66,13 @@ class GPUHourBudget(Callback):
         self.split = None if split is None else check_split(split)
         self.ledger = GPUHourLedger(self.gpu_hours, self.split)
         self.stop_reason: str | None = None  # None as long as the budget has not ended training
-        self._kept: dict[str, float] = {}  # wall seconds of this rank
+        self._kept: dict[str, float] = {}  # wall seconds of this rank, for what follows training
         self._pace = Pace()
         self._sanity_marks: list[float] = []
-        self._validates_at_end = False
         self._training_start: float | None = None  # GPU-hours
         self._drives = False
-        self._max_steps: float = -1
-        self._factor: float | None = None  # of the base rates
-        self._factor_step: int | None = None  # that it belongs to
-
-    @property
-    def closing_seconds(self) -> float:
-        """Seconds kept on this rank for what follows training, as told by `keep`."""
-        return sum(self._kept.values())
-
-    @property
-    def reserve_hours(self) -> float:
-        """GPU-hours that training must leave: the reserve, and the validation that Lightning runs on stopping."""
-        kept = max(self.reserve * self.gpu_hours, self.ledger.hours_of(self.closing_seconds))
-        return kept + self.ledger.hours_of(self._pace.validation if self._validates_at_end else 0.0)
+        self._max_steps: float = math.inf
+        self._factor: tuple[int, float] | None = None  # of the base rates, and the step that it is for
 
     def keep(self, seconds: float, what: str = "closing") -> None:
         """Keep at least so much time for what follows training.
@@ -122,7 +109,7 @@ class GPUHourBudget(Callback):
         """
         if refusal := self._refusal(trainer, stage):
             rank_zero_warn(f"GPUHourBudget: {refusal}")
-        return self.ledger.seconds_of(self.ledger.share(stage))
+        return self.ledger.share(stage)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start the clock: the first hook of all."""
@@ -171,9 +158,9 @@ class GPUHourBudget(Callback):
         resumed = self._training_start is not None
         if not resumed:
             self._training_start = self.ledger.spent
-        self._pace.start(self.ledger.now, trainer.global_step)
-        self._factor_step = None  # what a former fit set for this step no longer counts
-        self._count_steps(trainer, pl_module.automatic_optimization)
+        self._pace.start(self._now, trainer.global_step)
+        self._factor = None  # what a former fit set no longer counts
+        self._max_steps = self._count_steps(trainer, pl_module.automatic_optimization)
         self._stop_if_spent(trainer, self._pace.step)
         if self.stop_reason:
             way_out = "to train further" if resumed else "to train, or prune with fewer or shorter calibration samples"
@@ -183,19 +170,21 @@ class GPUHourBudget(Callback):
         """Set the learning rate of the optimizer step that this batch belongs to; its later batches leave it."""
         if not self._drives or self._training_start is None:
             return
-        keep_base_rates(trainer.optimizers, self._factor)  # of groups that are new
         step, ledger = trainer.global_step, self.ledger
-        if step != self._factor_step:
+        keep_base_rates(trainer.optimizers, self._factor and self._factor[1])  # of groups that are new
+        if self._factor is None or self._factor[0] != step:
+            whole = ledger.limit - self._training_start
+            done = (ledger.spent - self._training_start) / whole if whole > 0 else 1.0
             # The first step is the first step, whatever the clock says: also that of a run that is resumed before it.
-            done = step and progress(ledger.spent, self._training_start, ledger.limit, step, self._max_steps)
-            self._factor_step, self._factor = step, budget_factor(step, self.warmup_steps, done)
-        set_rates(trainer.optimizers, self._factor)
+            done = max(done, step / self._max_steps) if step else 0.0
+            self._factor = step, budget_factor(step, self.warmup_steps, done)
+        set_rates(trainer.optimizers, self._factor[1])
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Agree on what is spent, and stop if the next step does not fit."""
         self._await_device(trainer)
-        self._agree(trainer)
-        self._stop_if_spent(trainer, self._pace.batch_ended(self.ledger.now, trainer.global_step))
+        if self._pace.batch_ended(self._now, trainer.global_step):
+            self._stop_if_spent(trainer, self._pace.step)
         if not trainer.barebones:
             rate = first_rate(trainer.optimizers)
             figures = {"gpu_hours": self.ledger.spent} | ({} if rate is None else {"learning_rate": rate})
@@ -210,9 +199,8 @@ class GPUHourBudget(Callback):
         """Measure the validation, and stop here if another step and another validation do not fit."""
         if not self.ledger.running or trainer.sanity_checking:
             return
+        self._pace.validation_ended(self._now)
         self._agree(trainer)
-        self._pace.validation_ended(self.ledger.now)
-        self._agree(trainer)  # on keeping that much for the next
         self.ledger.switch("training")
         self._stop_if_spent(trainer, self._pace.step)
 
@@ -245,11 +233,14 @@ class GPUHourBudget(Callback):
         self._pace.load_state_dict(state_dict["pace"])
         self._kept = {**state_dict["kept"], **self._kept}
 
+    @property
+    def _now(self) -> float:
+        """Wall seconds of the run on the devices of now."""
+        return self.ledger.seconds_of(self.ledger.hours)
+
     def _agree(self, trainer: Trainer, seconds: float = 0.0) -> float:
         """One small collective: the largest figures of all ranks become everybody's. Returns that of `seconds`."""
-        every = trainer.check_val_every_n_epoch or 1
-        self._validates_at_end = trainer.enable_validation and (trainer.current_epoch + 1) % every == 0
-        figures = [self.ledger.hours, self.reserve_hours, float(seconds)]
+        figures = [self.ledger.hours, self._reserved(trainer), float(seconds)]
         if trainer.world_size > 1:
             mine = torch.tensor(figures, dtype=torch.float64, device=trainer.strategy.root_device)  # (3,)
             figures = trainer.strategy.reduce(mine, reduce_op="max").tolist()
@@ -257,12 +248,21 @@ class GPUHourBudget(Callback):
         self.ledger.agree(spent, self.gpu_hours - reserved)
         return seconds
 
+    def _reserved(self, trainer: Trainer) -> float:
+        """GPU-hours that training must leave: the reserve, and the validation that Lightning runs on stopping."""
+        kept = max(self.reserve * self.gpu_hours, self.ledger.hours_of(sum(self._kept.values())))
+        epochs = trainer.check_val_every_n_epoch or 1
+        validates = trainer.enable_validation and (trainer.current_epoch + 1) % epochs == 0
+        return kept + self.ledger.hours_of(self._pace.validation if validates else 0.0)
+
     def _stop_if_spent(self, trainer: Trainer, seconds: float) -> None:
-        needed, ledger = self.ledger.hours_of(seconds), self.ledger
-        if ledger.affords(needed, slack=1e-9):  # the last digits of a sum of many steps must not cost a step
+        """Stop unless so many more seconds fit. A collective."""
+        seconds, ledger = self._agree(trainer, seconds), self.ledger
+        if ledger.affords(seconds):
             return
         trainer.should_stop = True
         if self.stop_reason is None:
+            needed = ledger.hours_of(seconds)
             self.stop_reason = (
                 f"{ledger.spent:.4g} of {self.gpu_hours:.4g} GPU-hours are spent after {trainer.global_step} steps, "
                 f"{self.gpu_hours - ledger.limit:.4g} are kept for the closing validation, evaluation and export"
@@ -272,28 +272,30 @@ class GPUHourBudget(Callback):
 
     def _refusal(self, trainer: Trainer, what: str, seconds: float = 0.0) -> str | None:
         """Why `what` cannot be paid for, and the way out; None where it can. A collective."""
-        needed = self.ledger.hours_of(self._agree(trainer, seconds))
-        if self.ledger.affords(needed):
+        seconds, ledger = self._agree(trainer, seconds), self.ledger
+        if ledger.affords(seconds):
             return None
-        estimate = f", and {what} needs about {needed:.4g} more" if needed else ""
+        estimate = f", and {what} needs about {ledger.hours_of(seconds):.4g} more" if seconds else ""
         return (
-            f"The budget of {self.gpu_hours:.4g} GPU-hours cannot pay for {what}: {self.ledger.spent:.4g} are spent "
-            f"and {self.gpu_hours - self.ledger.limit:.4g} are kept for the final evaluation and export{estimate}. "
+            f"The budget of {self.gpu_hours:.4g} GPU-hours cannot pay for {what}: {ledger.spent:.4g} are spent "
+            f"and {self.gpu_hours - ledger.limit:.4g} are kept for the final evaluation and export{estimate}. "
             "Raise gpu_hours, take fewer calibration samples, or make them shorter."
         )
 
-    def _count_steps(self, trainer: Trainer, automatic: bool) -> None:
+    def _count_steps(self, trainer: Trainer, automatic: bool) -> float:
+        """After how many optimizer steps training ends; infinity where that is not known."""
         # With manual optimization, steps are the module's affair and epochs say nothing about their number.
         known = automatic and math.isfinite(trainer.num_training_batches)
-        self._max_steps = trainer.estimated_stepping_batches if known else trainer.max_steps
-        if self._drives and 0 < self._max_steps < self.warmup_steps:
+        steps = trainer.estimated_stepping_batches if known else trainer.max_steps
+        if self._drives and 0 < steps < self.warmup_steps:
             rank_zero_warn(
-                f"GPUHourBudget: warmup_steps is {self.warmup_steps} and training ends after {self._max_steps} "
+                f"GPUHourBudget: warmup_steps is {self.warmup_steps} and training ends after {steps} "
                 "steps, before the learning rate has reached its full value. Set fewer warmup_steps"
             )
+        return steps if steps > 0 else math.inf
 
     def _await_device(self, trainer: Trainer) -> None:
         """Close to the end, read the clock when the queued work is done rather than when it is queued."""
-        near = not self.ledger.affords(SYNC_STEPS * self.ledger.hours_of(self._pace.step or math.inf))
+        near = not self.ledger.affords(SYNC_STEPS * (self._pace.step or math.inf))
         if near and trainer.strategy.root_device.type == "cuda":
             torch.cuda.synchronize(trainer.strategy.root_device)

@@ -1,34 +1,9 @@
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
-from sparsefit.recovery.schedule import budget_factor, first_rate, keep_base_rates, progress, set_rates
-
-
-@pytest.mark.parametrize(
-    ("spent", "step", "max_steps", "expected"),
-    [
-        (2.0, 0, None, 0.0),
-        (3.0, 0, None, 0.25),
-        (6.0, 0, None, 1.0),
-        (7.0, 0, None, 1.0),
-        (1.0, 0, None, 0.0),
-        (3.0, 50, 100, 0.5),  # the steps end first
-        (5.0, 50, 100, 0.75),  # the budget ends first
-        (3.0, 50, -1, 0.25),
-        (3.0, 50, math.inf, 0.25),
-        (3.0, 0, 0, 1.0),
-    ],
-)
-def test_progress_is_the_nearer_of_two_ends(spent, step, max_steps, expected):
-    assert progress(spent, start=2.0, limit=6.0, step=step, max_steps=max_steps) == pytest.approx(expected)
-
-
-def test_progress_without_anything_left_to_train_with():
-    assert progress(3.0, start=3.0, limit=2.5) == 1.0
+from sparsefit.recovery.schedule import budget_factor, first_rate, keep_base_rates, set_rates
 
 
 def test_factor_warms_up_and_falls_linearly_to_zero():

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 from sparsefit.errors import ConfigError
 from sparsefit.settings import number
 
 STAGES = ("reconstruction", "training")
 """The stages that a budget can be split between, in the order in which they run."""
+
+_ROUNDING = 1e-9  # share of the budget that the sum of many small charges may be off by
 
 
 class GPUHourLedger:
@@ -22,8 +24,8 @@ class GPUHourLedger:
     before `start` and after `stop`. Time has two figures: wall seconds, and GPU-hours, which are the seconds times the
     number of devices / 3600.
 
-    What may be spent follows from two figures that all ranks agreed on last, so that each comes to the same decision:
-    `spent`, and the `limit` that leaves the end of the run its part of the budget.
+    What may still be spent follows from two figures that all ranks agreed on last, so that each comes to the same
+    decision: `spent`, and the `limit` that leaves the end of the run its part of the budget. Both are GPU-hours.
 
     Args:
         gpu_hours: The budget; infinity where there is none.
@@ -47,9 +49,8 @@ class GPUHourLedger:
         self._ends: dict[str, float] = {}  # GPU-hours at which the share of a stage is used up
         self._open = [base_stage]
         self._since: float | None = None  # the last look at the clock; None: it stands
-        # The number of devices may change from one start to the next, but not between: since then, seconds are enough.
-        self._before: dict[str, dict[str, float]] = {"seconds": {}, "hours": {}}
-        self._here: dict[str, float] = {}
+        self._charges = {"seconds": Counter[str](), "hours": Counter[str]()}
+        self._at_start = self.state_dict()
 
     @property
     def running(self) -> bool:
@@ -59,14 +60,12 @@ class GPUHourLedger:
     @property
     def seconds(self) -> dict[str, float]:
         """Wall seconds of each stage up to this moment, in the order in which they first spent something."""
-        self._settle()
-        return _sum(self._before["seconds"], self._here)
+        return self.state_dict()["seconds"]
 
     @property
     def stages(self) -> dict[str, float]:
         """GPU-hours of each stage up to this moment."""
-        self._settle()
-        return _sum(self._before["hours"], {name: self.hours_of(seconds) for name, seconds in self._here.items()})
+        return self.state_dict()["hours"]
 
     @property
     def hours(self) -> float:
@@ -74,9 +73,9 @@ class GPUHourLedger:
         return sum(self.stages.values())
 
     @property
-    def now(self) -> float:
-        """Wall seconds of the run on the devices of now, as the ranks agreed on them last."""
-        return self.seconds_of(self.spent)
+    def left(self) -> float:
+        """Wall seconds that may still be spent before the end of the run; below 0 where too much was."""
+        return self.seconds_of(self.limit - self.spent)
 
     def hours_of(self, seconds: float) -> float:
         """GPU-hours that so many wall seconds cost on the devices of now."""
@@ -89,7 +88,7 @@ class GPUHourLedger:
     def start(self, devices: int) -> None:
         """Charge time from now on, on so many devices; a ledger that already runs goes on as it is."""
         if not self.running:
-            self._before, self._here, self._ends = self.state_dict(), {}, {}
+            self._at_start, self._ends = self.state_dict(), {}
             self.devices, self._since, self.started = devices, self.clock(), True
 
     def stop(self) -> None:
@@ -123,12 +122,13 @@ class GPUHourLedger:
         self._charge(self.seconds_of(spent - self.hours))
         self.spent, self.limit = spent, limit
 
-    def affords(self, hours: float, slack: float = 0.0) -> bool:
-        """Whether something is left, and `hours` more fit; `slack` is the share by which they may miss it."""
-        return self.spent < self.limit and self.spent + hours <= self.limit * (1 + slack)
+    def affords(self, seconds: float) -> bool:
+        """Whether something is left, and so many wall seconds more fit."""
+        left, rounding = self.limit - self.spent, _ROUNDING * self.limit
+        return left == math.inf or (left > rounding and self.hours_of(seconds) <= left + rounding)
 
     def share(self, stage: str) -> float:
-        """GPU-hours that a stage may still take: its share of what was left when it asked first, less what went since.
+        """Wall seconds that a stage may still take: its share of what was left when it asked first, less what it took.
 
         Args:
             stage: One of `STAGES`. The last of them, training, may take all that is left.
@@ -139,22 +139,30 @@ class GPUHourLedger:
         if stage not in STAGES:
             raise ConfigError(f"A budget has no share for {stage!r}: it can be split between {_names(STAGES)}.")
         left = max(0.0, self.limit - self.spent)
-        if stage == STAGES[-1] or self.split is None:
-            return left
-        end = self._ends.setdefault(stage, self.spent + self.split.get(stage, 0.0) * left)
-        return min(left, max(0.0, end - self.spent))
+        if stage != STAGES[-1] and self.split is not None:
+            end = self._ends.setdefault(stage, self.spent + self.split.get(stage, 0.0) * left)
+            left = min(left, max(0.0, end - self.spent))
+        return self.seconds_of(left)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, dict[str, float]]:
         """The charges up to this moment, as plain numbers: loads with `torch.load(weights_only=True)`."""
-        return {"seconds": self.seconds, "hours": self.stages}
+        self._settle()
+        return {kind: dict(charges) for kind, charges in self._charges.items()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Mapping[str, float]]) -> None:
         """Go on from a saved state: its charges, plus what was spent here since `start`.
 
         The time between the moment of saving and the end of the process that saved it is not charged; nor are
         charges from before `start`, because a run continued in the same process has them in its state.
         """
-        self._before = {key: dict(state[key]) for key in ("seconds", "hours")}
+        now = self.state_dict()
+        for kind, charges in self._charges.items():
+            here = Counter(now[kind])
+            here.subtract(self._at_start[kind])
+            charges.clear()
+            charges.update(state[kind])
+            charges.update(+here)
+        self._at_start = {kind: dict(state[kind]) for kind in now}
 
     def _settle(self) -> None:
         """Charge the time since the last look at the clock."""
@@ -165,7 +173,8 @@ class GPUHourLedger:
 
     def _charge(self, seconds: float) -> None:
         if seconds > 0:
-            self._here[self._open[-1]] = self._here.get(self._open[-1], 0.0) + seconds
+            self._charges["seconds"][self._open[-1]] += seconds
+            self._charges["hours"][self._open[-1]] += self.hours_of(seconds)
 
 
 def check_split(split: Mapping[str, float]) -> dict[str, float]:
@@ -177,29 +186,19 @@ def check_split(split: Mapping[str, float]) -> dict[str, float]:
     Raises:
         ConfigError: A name is unknown, a share is no such number, or the sum is another; it says which.
     """
-    example = "{reconstruction: 0.2, training: 0.8}"
+    way_out = (
+        f"A budget can be split between {_names(STAGES)}, by shares of what is left when the model is pruned that add "
+        "up to 1, as in {reconstruction: 0.2, training: 0.8}"
+    )
     if not isinstance(split, Mapping):
-        raise ConfigError(f"split must name the stages' shares, as in {example}, not {split!r}.")
-    unknown = [name for name in split if name not in STAGES]
-    if unknown:
-        raise ConfigError(
-            f"split has a share for {_names(unknown)}, but a budget can only be split between {_names(STAGES)}, "
-            f"as in {example}. What comes before and after them is charged to the budget without a share."
-        )
+        raise ConfigError(f"split must name the stages' shares, not {split!r}. {way_out}")
+    if unknown := [name for name in split if name not in STAGES]:
+        raise ConfigError(f"split has a share for {_names(unknown)}. {way_out}")
     shares = {name: float(number(f"the split's share for {name}", share, least=0)) for name, share in split.items()}
-    total = sum(shares.values())
-    if abs(total - 1) > 1e-6:
-        listed = " + ".join(f"{name} {share:g}" for name, share in shares.items()) or "no share at all"
-        raise ConfigError(
-            f"The shares of split add up to {total:.6g}, not to 1: {listed}. They are shares of what is left when the "
-            f"model is pruned. Make them add up to 1, as in {example}, or leave split out."
-        )
+    if abs(sum(shares.values()) - 1) > 1e-6:
+        raise ConfigError(f"The shares of split, {shares}, add up to {sum(shares.values()):.6g}. {way_out}")
     return shares
 
 
 def _names(names: Iterable[object]) -> str:
     return " and ".join(map(repr, names))
-
-
-def _sum(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
-    return {name: first.get(name, 0.0) + second.get(name, 0.0) for name in {**first, **second}}

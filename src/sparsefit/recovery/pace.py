@@ -1,4 +1,4 @@
-"""How long the next batch, optimizer step and validation of a run will take, from those before."""
+"""How long the next optimizer step and validation of a run will take, from those before."""
 
 from __future__ import annotations
 
@@ -17,56 +17,48 @@ class Pace:
     """
 
     def __init__(self) -> None:
+        self.steps, self.validations = deque[float](maxlen=RECENT), deque[float](maxlen=RECENT)
         self.validation_estimate = 0.0  # counts until a validation is seen
-        self._batches: deque[float] = deque(maxlen=RECENT)
-        self._steps: deque[float] = deque(maxlen=RECENT)
-        self._validations: deque[float] = deque(maxlen=RECENT)
-        self._batch_start = self._step_start = 0.0
+        self._step_start = self._last = 0.0  # `_last`: the end of the last batch or validation
         self._taken = 0
 
     @property
     def step(self) -> float:
         """Seconds to expect of an optimizer step with all its batches."""
-        return max(self._steps, default=0.0)
+        return max(self.steps, default=0.0)
 
     @property
     def validation(self) -> float:
         """Seconds to expect of a validation."""
-        return max(self._validations, default=self.validation_estimate)
+        return max(self.validations, default=self.validation_estimate)
 
     def start(self, now: float, steps: int) -> None:
         """Training begins, with so many optimizer steps taken before."""
-        self._batch_start = self._step_start = now
-        self._taken = steps
+        self._step_start, self._last, self._taken = now, now, steps
 
-    def batch_ended(self, now: float, steps: int) -> float:
-        """A batch has ended, with so many optimizer steps taken; returns the seconds to expect of what comes next.
-
-        That is a step, or one more batch where this one was not the last of its step.
-        """
-        self._batches.append(now - self._batch_start)
-        self._batch_start = now
+    def batch_ended(self, now: float, steps: int) -> bool:
+        """A batch has ended, with so many optimizer steps taken; returns whether it was the last one of its step."""
+        self._last = now
         if steps == self._taken:
-            return max(self._batches)
-        self._steps.append(now - self._step_start)
+            return False
+        self.steps.append(now - self._step_start)
         self._step_start, self._taken = now, steps
-        return self.step
+        return True
 
     def validation_ended(self, now: float) -> None:
         """A validation has ended."""
-        seconds = now - self._batch_start
-        self._validations.append(seconds)
-        self._batch_start = now
-        self._step_start += seconds
+        self.validations.append(now - self._last)
+        self._step_start += now - self._last
+        self._last = now
 
     def state_dict(self) -> dict[str, list[float]]:
         """The durations seen, for the next process to expect; plain numbers."""
-        return {"steps": list(self._steps), "validations": list(self._validations)}
+        return {"steps": list(self.steps), "validations": list(self.validations)}
 
     def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
         """Expect the durations of an earlier process until there are others."""
-        self._steps.extend(state["steps"])
-        self._validations.extend(state["validations"])
+        self.steps.extend(state["steps"])
+        self.validations.extend(state["validations"])
 
 
 def estimate_validation(marks: Sequence[float], batches: float) -> float:
@@ -76,8 +68,8 @@ def estimate_validation(marks: Sequence[float], batches: float) -> float:
         marks: Moments in seconds: the start of the check, the end of each of its batches, its end.
         batches: Batches of a whole validation; infinity where unknown: then the check's own time is all there is.
     """
-    *ends, finished = marks[1:]
-    taken = finished - marks[0]
+    start, *ends, finished = marks
+    taken = finished - start
     if not ends or math.isinf(batches):
         return taken
     # The first batch pays for what happens once: workers, kernels, compilation.

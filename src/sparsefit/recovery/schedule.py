@@ -6,31 +6,11 @@ decay that reaches zero when the budget ends is the best and needs no tuning.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
-
-
-def progress(spent: float, start: float, limit: float, step: int = 0, max_steps: float | None = None) -> float:
-    """How far a run is: the larger of its share of the budget and its share of the steps.
-
-    Args:
-        spent: GPU-hours spent so far.
-        start: GPU-hours that were spent when training started.
-        limit: GPU-hours that may be spent when training ends.
-        step: Optimizer steps taken so far.
-        max_steps: Optimizer steps after which training ends; None, a negative number or infinity: no such limit.
-
-    Returns:
-        A number from 0 (training starts) to 1 (the budget or the steps are used up).
-    """
-    share = (spent - start) / (limit - start) if limit > start else 1.0
-    if max_steps is not None and 0 <= max_steps < math.inf:
-        share = max(share, step / max_steps if max_steps else 1.0)
-    return min(max(share, 0.0), 1.0)
 
 
 def budget_factor(step: int, warmup_steps: int, progress: float) -> float:
@@ -39,7 +19,7 @@ def budget_factor(step: int, warmup_steps: int, progress: float) -> float:
     Args:
         step: Optimizer steps taken so far; the first step, number 0, has 1/warmup_steps of the rate, not zero.
         warmup_steps: The step with this number (counted from 1) is the first at full rate; 0 or 1: no warm-up.
-        progress: From 0 to 1, as `progress` gives it.
+        progress: How much of the budget or of the steps is used up, from 0 to 1.
 
     Returns:
         A number from 0 to 1.
