@@ -70,6 +70,12 @@ def test_a_slice_that_sources_do_not_take_is_told(tmp_path, part):
         open_images(file + part)
 
 
+@pytest.mark.parametrize("source", ["", "[:5]"])
+def test_a_source_without_a_name_is_not_the_current_folder(source):
+    with pytest.raises(ConfigError, match="names no source of images"):
+        open_images(source)
+
+
 @pytest.mark.parametrize("kind", [pa.uint8(), pa.uint16(), pa.uint64(), pa.int8()])
 @pytest.mark.parametrize("missing", [False, True])
 def test_labels_of_any_whole_numbers(tmp_path, kind, missing):

@@ -119,6 +119,9 @@ def test_a_cut_archive_is_named(tmp_path):
         ("c4:tset", DataError, "no file"),
         ("python-docs:tset", ConfigError, "use python-docs:test, python-docs:calibration, python-docs:train"),
         ([], ConfigError, "no source of text"),
+        ("", ConfigError, "names no source of documents"),
+        (" [3:5]", ConfigError, "names no source of documents"),
+        ("wikitext:", ConfigError, "use wikitext:train, wikitext:validation, wikitext:test"),
     ],
 )
 def test_sources_that_cannot_be_found(tmp_path, source, error, message):

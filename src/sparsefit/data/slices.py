@@ -15,9 +15,12 @@ def split_slice(source: str, what: str) -> tuple[str, int, int | None]:
     (None: all to the end).
 
     Raises:
-        ConfigError: for a slice that takes nothing, or is none of these; `what` is what an item is called.
+        ConfigError: for a source without a name, a slice that takes nothing, or one that is none of these; `what` is
+            what an item is called.
     """
     match = _SLICE.search(source)
+    if not source[: match.start() if match else None].strip():  # as a path it would be the current folder
+        raise ConfigError(f"{source!r} names no source of {what}s: give a file, a folder or a data set")
     if match is None:
         if _LIKE_A_SLICE.search(source):
             raise ConfigError(

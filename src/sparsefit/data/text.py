@@ -122,12 +122,12 @@ def _shards_of_one(source: str, text_kind: str) -> list[Shard]:
         shards = [Shard("wikitext", _WIKITEXT.format(split=rest))]
     elif kind == "python-docs" and rest in python_docs.PARTS:
         shards = [Shard("python-docs", rest)]
-    elif kind == "wikitext":
+    elif kind == "wikitext" and rest:
         shards = [Shard("wikitext", location) for location in _files_of(rest)]
     elif kind == "c4" and rest:
         shards = [Shard("json", location) for location in _files_of(rest)]
-    elif kind in ("c4", "python-docs"):
-        parts = [f"{kind}:{part}" for part in (_C4_SHARDS if kind == "c4" else python_docs.PARTS)]
+    elif kind in (parts := {"c4": _C4_SHARDS, "wikitext": _WIKITEXT_SPLITS, "python-docs": python_docs.PARTS}):
+        parts = [f"{kind}:{part}" for part in parts[kind]]
         raise ConfigError(f"unknown source {source!r}: use {', '.join(parts)}")
     else:
         shards = [
