@@ -1,4 +1,4 @@
-"""The command line: `sparsefit fit`, `prune`, `study`, `evaluate`, `inspect`, `merge` and `export`.
+"""The command line: `sparsefit fit`, `prune`, `plan`, `study`, `evaluate`, `inspect`, `merge` and `export`.
 
 Each command imports what it needs when it runs, so that help and errors come at once.
 """
@@ -12,6 +12,7 @@ USAGE = """usage: sparsefit COMMAND ...
   fit --config FILE      prune a model at fit start, recover it inside a GPU-hour budget, export and report
   fit --resume RUN       go on with the run in a folder, whatever ended it: from its newest checkpoint, or its end
   prune --config FILE    the same recipe without its training: evaluate, prune, evaluate, export and report
+  plan --config FILE     what the recipe will take here: time, memory, disk, and the steps its budget buys
   study --config FILE    prune one or more models at every point of a grid, from one calibration; table and figures
   evaluate MODEL ...     zero-shot tasks by lm-eval, and perplexity, of any saved language model
   inspect FOLDER         count the zeros of a saved model and check them against its masks
@@ -33,7 +34,7 @@ def main() -> int:
 
         print(__version__)
         return 0
-    if command not in ("fit", "prune", "study", "evaluate", "inspect", "merge", "export"):
+    if command not in ("fit", "prune", "plan", "study", "evaluate", "inspect", "merge", "export"):
         print(f"sparsefit: there is no command {command!r}\n\n{USAGE}", file=sys.stderr)
         return 2
 
@@ -56,6 +57,10 @@ def main() -> int:
             from sparsefit.cli.evaluate import evaluate
 
             return evaluate(rest)
+        if command == "plan":
+            from sparsefit.cli.plan import plan
+
+            return plan(rest)
         if command == "study":
             from sparsefit.cli.study import run_study
 

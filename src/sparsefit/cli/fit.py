@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, ModelSummary, ProgressBar
@@ -74,21 +75,33 @@ def fit(arguments: list[str], train: bool) -> int:
 
 
 def _fit(arguments: list[str], train: bool) -> int:
-    sys.argv[1:] = ["fit", *arguments, *([] if train else ["--trainer.max_steps=0"])]  # LightningCLI reads it there
     with interrupts():
-        command = SparsefitCLI(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            parser_class=_Parser,
-            save_config_callback=_ConfigurationOfRun,
-            save_config_kwargs={"save_to_log_dir": False},
-            seed_everything_default=0,
-            auto_configure_optimizers=False,  # the module has its own
-        )
-        command.train_control()
+        _command(SparsefitCLI, [*arguments, *([] if train else ["--trainer.max_steps=0"])]).train_control()
     return 0
+
+
+def _command(kind: type[SparsefitCLI], arguments: list[str]) -> SparsefitCLI:
+    sys.argv[1:] = ["fit", *arguments]  # LightningCLI reads it there
+    return kind(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        parser_class=_Parser,
+        save_config_callback=_ConfigurationOfRun,
+        save_config_kwargs={"save_to_log_dir": False},
+        seed_everything_default=0,
+        auto_configure_optimizers=False,  # the module has its own
+    )
+
+
+def read_recipe(arguments: list[str]) -> Namespace:
+    """The settings of a recipe, checked; nothing of it is made or run."""
+    try:
+        _command(_RecipeReader, arguments)
+    except _Read as read:
+        return read.settings
+    raise AssertionError("the reader of recipes has run one")
 
 
 _CLASSES = (LightningModule, LightningDataModule, Callback, Logger, Profiler, Strategy, Accelerator, CheckpointIO)
@@ -211,13 +224,7 @@ class SparsefitCLI(LightningCLI):
             kwargs["logger"] = TensorBoardLogger(folder, name=LOGS, version="")
         callbacks, plugins = _listed(settings.trainer.callbacks), _listed(settings.trainer.plugins)
         if settings.trainer.enable_checkpointing is not False and not any(isinstance(c, Checkpoint) for c in callbacks):
-            # Both keep last.ckpt, which is the newest at any time; a link would, for a moment, lead nowhere.
-            common = {"dirpath": folder / "checkpoints", "save_last": True, "enable_version_counter": False}
-            callbacks += [
-                ModelCheckpoint(**common, save_on_exception=True),
-                # A stream has no epochs to save at.
-                ModelCheckpoint(**common, filename="timed-{step}", train_time_interval=CHECKPOINT_INTERVAL),
-            ]
+            callbacks += checkpoints_of_run(folder)
         if not any(isinstance(callback, SparseCheckpoints) for callback in callbacks):
             callbacks.append(SparseCheckpoints(str(folder)))
         callbacks.append(_DataForModel())
@@ -226,6 +233,30 @@ class SparsefitCLI(LightningCLI):
         ours = {"callbacks": callbacks, "plugins": plugins, "default_root_dir": str(folder)}
         with trainer_errors():
             return super().instantiate_trainer(**ours | kwargs)
+
+
+def checkpoints_of_run(folder: Path) -> list[Callback]:
+    """What saves the checkpoints of a run, unless its recipe says otherwise."""
+    # Both keep last.ckpt, which is the newest at any time; a link would, for a moment, lead nowhere.
+    common = {"dirpath": folder / "checkpoints", "save_last": True, "enable_version_counter": False}
+    return [
+        ModelCheckpoint(**common, save_on_exception=True),
+        # A stream has no epochs to save at.
+        ModelCheckpoint(**common, filename="timed-{step}", train_time_interval=CHECKPOINT_INTERVAL),
+    ]
+
+
+class _Read(Exception):
+    def __init__(self, settings: Namespace) -> None:
+        self.settings = settings
+
+
+class _RecipeReader(SparsefitCLI):
+    """Stops where LightningCLI would make what the recipe says."""
+
+    def before_instantiate_classes(self) -> None:
+        """Leave with the settings."""
+        raise _Read(self.config.fit)
 
 
 class _DataForModel(Callback):

@@ -15,12 +15,25 @@ import torch
 
 from sparsefit.errors import ConfigError
 from sparsefit.modules.gguf import check_reader, file_in_package, is_gguf, settings_for
-from sparsefit.modules.model_classes import body_of_model, model_with_new_head, named_class, whole_model
+from sparsefit.modules.model_classes import (
+    body_of_model,
+    configuration,
+    model_with_new_head,
+    named_class,
+    skeleton,
+    whole_model,
+)
 from sparsefit.recovery.compact import load_compact
 from sparsefit.recovery.inspection import check_indices
 
 if TYPE_CHECKING:
-    from transformers import BaseImageProcessor, FeatureExtractionMixin, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import (
+        BaseImageProcessor,
+        FeatureExtractionMixin,
+        PreTrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 TINY_LLAMA = "tiny-llama"
@@ -77,6 +90,24 @@ def load_with_new_head(
 def load_body(name: str, dtype: Dtype = "float32", attn_implementation: str | None = None) -> PreTrainedModel:
     """The body of a model, without the head that it may have; as `load_model`."""
     return _load(body_of_model, "model", name, **_model_settings(dtype, attn_implementation))
+
+
+def load_skeleton(
+    name: str,
+    dtype: Dtype = "float32",
+    attn_implementation: str | None = None,
+    kind: str | None = None,
+    blocks: int | None = None,
+) -> PreTrainedModel:
+    """A model with random weights and some of its blocks (None: all), from its configuration alone; as `load_model`."""
+    return _load(
+        partial(skeleton, kind=kind, blocks=blocks), "model", name, **_model_settings(dtype, attn_implementation)
+    )
+
+
+def configuration_of(name: str) -> PreTrainedConfig:
+    """The configuration of a model; `name` and errors as of `load_model`."""
+    return _load(configuration, "model", name)
 
 
 def load_causal_lm(name: str, dtype: Dtype = "float32", attn_implementation: str | None = None) -> PreTrainedModel:

@@ -5,6 +5,7 @@ transformers fills what it does not find with random numbers and only warns; her
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from sparsefit.modules.gguf import as_plain
 from sparsefit.recovery.model_kinds import KINDS, classes_of, kind_of
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
 _MODULES = {
@@ -77,7 +79,7 @@ def model_with_new_head(
     """
     import transformers
 
-    config = _config(path, local_files_only, settings.get("gguf_file"))
+    config = configuration(path, local_files_only, settings.get("gguf_file"))
     named = (config.architectures or [None])[0]
     model_class = getattr(transformers, named if named in classes_of(kind) else KINDS[kind].auto)
     model, info = model_class.from_pretrained(
@@ -121,6 +123,56 @@ def body_of_model(path: str, local_files_only: bool = False, **settings: Any) ->
     return as_plain(model)
 
 
+def skeleton(
+    path: str,
+    kind: str | None = None,
+    blocks: int | None = None,
+    local_files_only: bool = False,
+    gguf_file: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    attn_implementation: str | None = None,
+    **_: Any,
+) -> PreTrainedModel:
+    """A model with random weights, from its configuration alone.
+
+    Args:
+        path: Folder or hub name.
+        kind: As of `whole_model`.
+        blocks: How many of its blocks it has; None: all of them.
+        local_files_only: Ask no hub.
+        gguf_file: A file in `path`, in the place of a config.json.
+        dtype: Of the weights.
+        attn_implementation: Of transformers.
+    """
+    import transformers
+
+    kind = kind or kind_of(named_class(path, None, local_files_only, gguf_file).__name__)
+    config = configuration(path, local_files_only, gguf_file)
+    if blocks is not None:
+        config = with_blocks(config, blocks)
+    settings = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    auto = getattr(transformers, KINDS[kind if kind in KINDS else "causal_lm"].auto)
+    return auto.from_config(config, dtype=config.dtype if dtype in (None, "auto") else dtype, **settings)
+
+
+def blocks_in(config: PreTrainedConfig) -> int | None:
+    """How many repeated blocks a model has; None where its configuration has no single number for it."""
+    text = config.get_text_config()
+    return None if config.is_encoder_decoder else getattr(text, "num_hidden_layers", None)
+
+
+def with_blocks(config: PreTrainedConfig, blocks: int) -> PreTrainedConfig:
+    """The configuration of the same model with so many blocks, the first ones; of fewer or as many as it has."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    whole = text.num_hidden_layers
+    for name, value in text.to_dict().items():
+        if isinstance(value, list) and len(value) == whole:  # a kind for each block
+            setattr(text, name, value[:blocks])
+    text.num_hidden_layers = blocks
+    return config
+
+
 def named_class(
     path: str, kind: str | None, local_files_only: bool = False, gguf_file: str | None = None
 ) -> type[PreTrainedModel]:
@@ -135,7 +187,7 @@ def named_class(
 
     if gguf_file is not None:
         return getattr(transformers, KINDS[kind or "causal_lm"].auto)  # that weights are missing still shows
-    config = _config(path, local_files_only)
+    config = configuration(path, local_files_only)
     name = (config.architectures or [None])[0]
     if name is None and kind is not None:
         return getattr(transformers, KINDS[kind].auto)  # that weights are missing still shows
@@ -169,7 +221,10 @@ def _way_to_new(kind: str | None) -> str:
     return ""
 
 
-def _config(path: str, local_files_only: bool, gguf_file: str | None = None) -> PreTrainedConfig:
+def configuration(
+    path: str, local_files_only: bool = False, gguf_file: str | None = None, **_: Any
+) -> PreTrainedConfig:
+    """What config.json says of a model, or its GGUF file."""
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(path, local_files_only=local_files_only, gguf_file=gguf_file)

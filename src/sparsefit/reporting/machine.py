@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,35 @@ def peak_memory() -> tuple[int | None, str]:
         if peak:
             return peak, "device memory"
     return _process_peak(), "process memory (CPU)"
+
+
+def memory_of(accelerator: str) -> int | None:
+    """Bytes of memory of the device that a Trainer's accelerator means here; None where the platform does not tell."""
+    import torch
+
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return _memory_bytes()
+
+
+def memory_held() -> float:
+    """Bytes of the kind that `peak_memory` counts which this process holds now; 0 where the platform does not tell."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return float(torch.cuda.memory_allocated())
+    try:
+        return float(int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+    except (OSError, ValueError, IndexError):
+        return 0.0
+
+
+def reset_peak_memory() -> None:
+    """Have `peak_memory` count from now on; on a CPU only Linux can."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def _process_peak() -> int | None:

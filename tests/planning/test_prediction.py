@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from sparsefit.planning import Measured, Work, predict
+
+WORK = Work(
+    blocks=30,
+    samples=32,
+    sample_tokens=512,
+    test_batches=10,
+    batches_in_step=2,
+    batch_tokens=2048,
+    max_steps=50,
+)
+
+
+def measured(blocks: int, samples: int = 8) -> Measured:
+    """A machine on which everything is a line: 3 s once and 0.5 s for each block of a batch, ..."""
+    return Measured(
+        blocks,
+        samples,
+        evaluations=4,
+        seconds={
+            "pruning": 1.0 + blocks * (0.5 + 0.25 * samples),
+            "reconstruction": blocks * 0.5 * samples,
+            "evaluation": 1.0 + 0.1 * blocks,
+            "batch": 3.0 + 0.5 * blocks,
+            "update": 0.5 + 0.01 * blocks,
+            "export": 2.0 + blocks,
+        },
+        peaks={"pruning": 100.0 + 10 * blocks, "training": 200.0 + 40 * blocks},
+        counts={"all": 1000.0 + 100 * blocks, "pruned": 70.0 * blocks, "train": 80.0 * blocks},
+        disk=500.0 + 9 * blocks,
+    )
+
+
+@pytest.mark.parametrize(("few", "more"), [(2, 3), (2, 4), (1, 30)])
+def test_what_grows_by_the_block_is_predicted_exactly(few, more):
+    plan = predict(WORK, measured(few), measured(more), measured(more, samples=16))
+    assert {stage.name: stage.seconds for stage in plan.stages} == pytest.approx(
+        {
+            "evaluation": 4 * 10 * 4.0,
+            "calibration and pruning": 1 + 30 * (0.5 + 0.25 * 32),
+            "reconstruction": 30 * 0.5 * 32,
+            "training": 50 * (2 * 18 + 0.8),
+            "export": 32,
+        }
+    )
+    assert plan.step == pytest.approx(36.8)
+    assert plan.peaks == pytest.approx({"pruning": 400, "training": 1400})
+    assert plan.counts == pytest.approx({"all": 4000, "pruned": 2100, "train": 2400})
+    assert plan.disk == pytest.approx(770)
+    assert plan.gpu_hours == pytest.approx(sum(stage.seconds for stage in plan.stages) / 3600)
+    # Two passes over the calibration samples; three, for a forward and a backward pass, over the trained tokens.
+    assert plan.operations == pytest.approx(2 * 4000 * (2 * 32 * 512 + 3 * 50 * 2 * 2048))
+
+
+def test_a_model_whose_blocks_cannot_be_counted_is_measured_whole():
+    work = Work(1, 8, 1, 10, 1, 1, max_steps=10)
+    plan = predict(work, measured(1))
+    assert plan.counts["all"] == 1100
+    assert plan.step == pytest.approx(3.5 + 0.51)
+
+
+@pytest.mark.parametrize(("devices", "gpu_hours"), [(1, 1.0), (2, 2.0)])
+def test_the_budget_buys_what_is_left_beside_the_other_stages(devices, gpu_hours):
+    work = Work(30, 8, 512, 10, 2, 2048, max_steps=None, gpu_hours=gpu_hours, reserve=0.05, devices=devices)
+    plan = predict(work, measured(2), measured(4))
+    others = sum(stage.seconds for stage in plan.stages if stage.name != "training")
+    assert plan.ends_by == "budget"
+    assert plan.steps == math.floor((3600 - others) / plan.step)
+    assert plan.gpu_hours <= gpu_hours
+    less = predict(Work(30, 8, 512, 10, 2, 2048, None, gpu_hours=0.01), measured(2), measured(4))
+    assert (less.steps, less.ends_by) == (0, "budget")
+
+
+def test_the_reserve_is_kept_even_where_the_end_takes_less():
+    quick = Measured(2, 8, 1, {"pruning": 0.0, "batch": 1.0, "update": 0.0}, {}, {"all": 1.0})
+    plan = predict(Work(2, 8, 1, 1, 1, 1, None, gpu_hours=100 / 3600, reserve=0.2), quick)
+    assert plan.steps == 80
+
+
+def test_max_steps_may_end_it_first():
+    work = Work(30, 8, 512, 10, 2, 2048, max_steps=3, gpu_hours=100.0)
+    plan = predict(work, measured(2), measured(4))
+    assert (plan.steps, plan.ends_by) == (3, "max_steps")
+
+
+def test_states_data_and_libraries_are_added_to_the_memory():
+    work = Work(30, 32, 512, 10, 2, 2048, 50, state_bytes=5, held=1000.0)
+    plan = predict(work, measured(2), measured(4), measured(4, 16))
+    assert plan.peaks == pytest.approx({"pruning": 1000 + 400 + 24 * 5, "training": 1000 + 1400})
+
+
+def test_reading_belongs_to_its_stage_and_the_control_to_no_budget():
+    work = Work(30, 8, 512, 10, 2, 2048, 50, reading={"pruning": 7.0, "evaluation": 9.0}, control=True)
+    plan, plain = (predict(w, measured(2), measured(4)) for w in (work, Work(30, 8, 512, 10, 2, 2048, 50)))
+    seconds, before = ({stage.name: stage.seconds for stage in p.stages} for p in (plan, plain))
+    assert seconds["calibration and pruning"] - before["calibration and pruning"] == pytest.approx(7)
+    assert seconds["evaluation"] - before["evaluation"] == pytest.approx(9)
+    assert seconds["control"] == pytest.approx(before["training"] + 10 * 4.0)
+
+
+def test_noise_that_falls_with_the_blocks_is_taken_as_level():
+    noisy = Measured(4, 8, 4, {**measured(4).seconds, "batch": 2.0}, measured(4).peaks, measured(4).counts)
+    assert predict(WORK, measured(2), noisy).step == pytest.approx(2 * 2.0 + 0.8)
