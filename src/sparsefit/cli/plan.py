@@ -19,13 +19,18 @@ from torch import Tensor
 
 from sparsefit.calibration.samples import count_samples, cut_batch, tensors_in
 from sparsefit.cli.fit import read_recipe
-from sparsefit.cli.parsing import check_recipes
+from sparsefit.cli.parsing import Parser, check_recipes
 from sparsefit.cli.probing import Miniature, measure
 from sparsefit.cli.quiet import quieten
-from sparsefit.errors import CalibrationError, SparsefitError
+from sparsefit.errors import CalibrationError, ConfigError, SparsefitError
 from sparsefit.modules.loading import configuration_of, load_skeleton
 from sparsefit.modules.model_classes import blocks_in
-from sparsefit.planning import Measured, Plan, Work, predict
+from sparsefit.planning import Measured, Plan, Shape, Work, estimated, gpu_called, predict
+from sparsefit.planning.gpus import GPU, REACHED
+from sparsefit.planning.prediction import at
+from sparsefit.pruning import PruningConfig
+from sparsefit.pruning.blocks import find_block_lists
+from sparsefit.pruning.targets import find_weights
 from sparsefit.reporting.console import console
 from sparsefit.reporting.formats import hours, percent, seconds, size
 from sparsefit.reporting.machine import memory_held, memory_of
@@ -40,14 +45,14 @@ class Recipe:
     """What of a recipe the plan goes by.
 
     Args:
-        model: Name of the model, where the module is told one; else the module is built as it is.
+        configuration: Of the model, where the module is told its name; else the module is built as it is.
         blocks: Repeated blocks of that model; None where they cannot be counted.
         miniature: The recipe on its first data, with the calibration samples of one micro-batch.
         calibration: All calibration batches.
         work: What there is to do.
     """
 
-    model: str | None
+    configuration: Any
     blocks: int | None
     miniature: Miniature
     calibration: list[Any]
@@ -69,13 +74,52 @@ class Data:
 def plan(arguments: list[str]) -> int:
     """Measure a recipe in miniature and print what all of it will take; nothing of it is run or written."""
     quieten()
+    parser = Parser(prog="sparsefit plan", add_help=False)
+    parser.add_argument("--gpu", help="plan for this GPU, by its data sheet, and not for the machine at hand")
+    given, arguments = parser.parse_known_args(arguments)
+    gpu = None if given.gpu is None else gpu_called(given.gpu)
     check_recipes(arguments)
     settings = read_recipe(arguments)
     recipe = _recipe(settings)
-    console.print("measuring the recipe on a model of two blocks, and of some more", soft_wrap=True)
-    made = predict(recipe.work, *_measured(recipe))
-    console.print(_table(made), *_words(made, recipe, settings), sep="\n", soft_wrap=True)
+    if gpu is None:
+        console.print("measuring the recipe on a model of two blocks, and of some more", soft_wrap=True)
+        made, room = predict(recipe.work, *_measured(recipe)), memory_of(settings.trainer.accelerator)
+    else:
+        console.print(f"for {given.gpu}, reckoned with {REACHED:.0%} of its peak: nothing is measured", soft_wrap=True)
+        made, room = _by_data_sheet(recipe, settings, gpu), int(gpu.memory)
+    console.print(_table(made), *_words(made, recipe, settings, room), sep="\n", soft_wrap=True)
     return 0
+
+
+def _by_data_sheet(recipe: Recipe, settings: Any, gpu: GPU) -> Plan:
+    if recipe.blocks is None:
+        raise ConfigError(
+            "--gpu plans for models by name whose blocks can be counted: leave it out to measure this one"
+        )
+    work, few = replace(recipe.work, held=0.0), min(_FEWEST, recipe.blocks)
+    first, second = (_counts(recipe, blocks, settings) for blocks in (few, few + 1))
+    counts = {key: at(work.blocks, (few, first[key]), (few + 1, second[key])) for key in first}
+    arguments, text = settings.model.as_dict()["init_args"], recipe.configuration.get_text_config()
+    # Mixed precision keeps float32 weights.
+    weight_bytes = 4 if arguments.get("dtype", "float32") == "float32" else 2
+    checkpointing, taught = bool(arguments.get("gradient_checkpointing")), bool(arguments.get("distill"))
+    shape = Shape(text.hidden_size, text.vocab_size, weight_bytes, checkpointing, taught)
+    evaluations = (3 + bool(settings.reconstruction.passes)) * bool(work.test_batches)
+    return predict(work, estimated(work, counts, shape, gpu, settings.reconstruction.passes, evaluations))
+
+
+def _counts(recipe: Recipe, blocks: int, settings: Any) -> dict[str, float]:
+    """Weights of the recipe's model with so many blocks: in all, to be pruned, and trained."""
+    module, pruning = recipe.miniature.make_module(blocks), settings.pruning.as_dict()
+    config = PruningConfig(**{name: pruning[name] for name in PruningConfig.__dataclass_fields__})
+    lists = find_block_lists(module)
+    found = find_weights(module, [block for blocks in lists for block in blocks], config)
+    parameters = list(module.parameters())
+    return {
+        "all": float(sum(p.numel() for p in parameters)),
+        "pruned": float(sum(weight.parameter.numel() for weight in found.weights)),
+        "train": float(sum(p.numel() for p in parameters if p.requires_grad)),
+    }
 
 
 def _recipe(settings: Any) -> Recipe:
@@ -115,11 +159,12 @@ def _recipe(settings: Any) -> Recipe:
         reserve=settings.budget.reserve,
         devices=devices * trainer.num_nodes,
         state_bytes=_state_bytes(configuration, calibration[0], bool(settings.reconstruction.passes)),
+        test_tokens=_positions(data.test) * count_samples(data.test) if data.test_batches else 0,
         reading=data.reading,
         held=memory_held(),
         control=settings.control,
     )
-    return Recipe(name if configuration is not None else None, blocks, miniature, calibration, work)
+    return Recipe(configuration, blocks, miniature, calibration, work)
 
 
 def _data(settings: Any) -> Data:
@@ -208,7 +253,7 @@ def _table(plan: Plan) -> Table:
     return table
 
 
-def _words(plan: Plan, recipe: Recipe, settings: Any) -> list[str]:
+def _words(plan: Plan, recipe: Recipe, settings: Any, room: int | None) -> list[str]:
     counts, work = plan.counts, recipe.work
     said = [
         f"weights: {counts['all']:,.0f}, of which {counts['pruned']:,.0f} are to be pruned "
@@ -223,13 +268,12 @@ def _words(plan: Plan, recipe: Recipe, settings: Any) -> list[str]:
         )
     if work.batch_tokens > 1:
         said.append(f"arithmetic: {plan.operations:.2g} floating-point operations in calibration and training")
-    return said + _too_large(plan, settings)
+    return said + _too_large(plan, settings, room)
 
 
-def _too_large(plan: Plan, settings: Any) -> list[str]:
+def _too_large(plan: Plan, settings: Any, room: int | None) -> list[str]:
     """What will not fit, and the setting to change."""
     said = []
-    room = memory_of(settings.trainer.accelerator)
     ways = {
         "pruning": "a smaller pruning.micro_batch_size, pruning.states_on_cpu: true or fewer calibration_samples",
         "training": "model.init_args.gradient_checkpointing: true, or a smaller batch_size and as many times larger a "

@@ -73,7 +73,7 @@ def measure(run: Miniature, more: Miniature | None = None) -> list[Measured]:
     except EOFError:
         process.join()
         found = SparsefitError(
-            f"the miniature run of {run.blocks or 'all'} blocks was killed (status {process.exitcode}): not even they may "
+            f"the miniature run of {run.blocks or 'all'} blocks was killed (status {process.exitcode}): they may not "
             "fit into the memory"
         )
     process.join()

@@ -28,6 +28,7 @@ class Work:
         reserve: Share of the budget that is kept for the end of the run.
         devices: That the run is on.
         state_bytes: Of the hidden states of one calibration sample that are held between two blocks.
+        test_tokens: Tokens of a test batch.
         reading: Wall seconds that reading data takes in the stages "pruning" and "evaluation".
         held: Bytes that the process of the run holds beside the model: libraries, data.
         control: Whether the dense model is trained by the same recipe afterwards.
@@ -44,6 +45,7 @@ class Work:
     reserve: float = 0.0
     devices: int = 1
     state_bytes: int = 0
+    test_tokens: int = 0
     reading: Mapping[str, float] = field(default_factory=dict)
     held: float = 0.0
     control: bool = False
