@@ -23,7 +23,7 @@ from sparsefit.cli.parsing import Parser, check_recipes
 from sparsefit.cli.probing import Miniature, measure
 from sparsefit.cli.quiet import quieten
 from sparsefit.errors import CalibrationError, ConfigError, SparsefitError
-from sparsefit.modules.loading import configuration_of, load_skeleton
+from sparsefit.modules.loading import configuration_of, find_tokenizer, load_skeleton
 from sparsefit.modules.model_classes import blocks_in
 from sparsefit.planning import Measured, Plan, Shape, Work, estimated, gpu_called, predict
 from sparsefit.planning.gpus import GPU, REACHED
@@ -200,7 +200,10 @@ def make_module(class_path: str, arguments: dict[str, Any], blocks: int | None) 
     package, _, name = class_path.rpartition(".")
     kept = {key: arguments[key] for key in ("dtype", "attn_implementation") if arguments.get(key) is not None}
     model = load_skeleton(arguments["model"], **kept, blocks=blocks)
-    return getattr(import_module(package), name)(**arguments | {"model": model})
+    module = getattr(import_module(package), name)(**arguments | {"model": model})
+    if hasattr(module, "tokenizer"):  # which is written beside the model
+        module.tokenizer = find_tokenizer(arguments["model"])
+    return module
 
 
 def _measured(recipe: Recipe) -> tuple[Measured, Measured | None, Measured | None]:
