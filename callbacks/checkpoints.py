@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.optim import Optimizer
 
 from sparsefit.callbacks.checkpoint_io import AtomicCheckpointIO, CompletingCheckpointIO
 from sparsefit.callbacks.hooks import PrunedRunCallback
-from sparsefit.callbacks.lightning_loops import at_the_start, batches_of, close_epoch, move
+from sparsefit.callbacks.lightning_loops import Position, asks_for_data, at_batch_end, epoch_has_ended
 from sparsefit.callbacks.pruning import WandaPruning
 from sparsefit.callbacks.quantization import QuantizedBase
 from sparsefit.callbacks.random_states import RandomStates
@@ -41,18 +40,6 @@ KEY = "sparsefit"
 
 STAGE_FILE = "stage.ckpt"
 """The checkpoint of a run's own: of the moment when training began, and then of the one when it ended."""
-
-
-_POSITION = ("random", "between_epochs", "whole_step")
-
-
-@dataclass(frozen=True)
-class _Step:
-    """The start of an optimizer step: where its first batch stands, and how random numbers stood then."""
-
-    number: int
-    batch: int  # of its epoch
-    random: RandomStates
 
 
 @named_settings
@@ -91,20 +78,19 @@ class SparseCheckpoints(PrunedRunCallback):
         self.folder = Path(folder)
         self._base: InBase | None = None
         self._origins: dict[str, int] = {}  # of quantized weights, when the base was compared
-        self._step: _Step | None = None
+        self._position: Position | None = None  # where what is saved stands
+        self._random: RandomStates | None = None  # of the training, which a validation leaves as they were
+        self._steps = math.inf  # before the batch
         self._updating = False
-        self._after_batch: RandomStates | None = None
-        self._resumed: tuple[RandomStates, bool] | None = None  # and whether an epoch's data come first
-        self._position: dict[str, Any] | None = None  # of a checkpoint, as long as no batch has been done
-        self._before_data: RandomStates | None = None
-        self._starting = False
+        self._resumed = False  # and no batch done since
         self._optimizers: list[str] | None = None  # of a checkpoint
         self._changed: ChangedRates | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Have checkpoints filled up as they are read, before anything is restored."""
-        self._step = self._after_batch = self._resumed = self._optimizers = self._changed = self._position = None
-        self._updating = self._starting = False
+        if stage == "fit":
+            self._position = self._random = self._optimizers = self._changed = None
+            self._steps, self._updating, self._resumed = math.inf, False, False
         if _splits_weights(trainer):
             return
         io = trainer.strategy.checkpoint_io
@@ -115,94 +101,117 @@ class SparseCheckpoints(PrunedRunCallback):
         )
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take over the random states."""
-        saved = checkpoint.get(KEY)
-        if saved is None or trainer.state.fn != TrainerFn.FITTING:
+        """Take over the position."""
+        if trainer.state.fn != TrainerFn.FITTING or _splits_weights(trainer):
             return
-        self._resumed = RandomStates.from_plain(saved["random"][trainer.global_rank]), saved["between_epochs"]
-        held = {key: checkpoint[key] for key in ("loops", data_name(trainer, checkpoint)) if key in checkpoint}
-        self._position = {"held": held, "saved": {key: saved[key] for key in _POSITION}}
+        saved = checkpoint.get(KEY)
+        loops, data = checkpoint.get("loops", {}).get("fit_loop"), checkpoint.get(data_name(trainer, checkpoint))
+        self._resumed = True
+        if saved is None:  # Lightning's alone
+            self._position = Position(loops, data, RandomStates.now(), between_epochs=False)
+            return
+        random = RandomStates.from_plain(saved["random"][trainer.global_rank])
+        self._position = Position(loops, data, random, saved["between_epochs"], saved["whole_step"])
         self._optimizers, self._changed = saved.get("optimizers"), ChangedRates(checkpoint, pl_module)
         if not saved["whole_step"]:
             rank_zero_warn(
                 "The checkpoint was saved by an interrupt while the optimizer changed the weights: the run goes on, "
                 "but not exactly as it would have. An earlier checkpoint is exact"
             )
-        self._restore(before_data=True)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the optimizers before their states are restored. And between two epochs, the next one's loader draws
-        first: its shuffling, the seeds of its workers."""
+        """Look at the optimizers before their states are restored."""
         if self._optimizers is not None:
             check_same_optimizers(self._optimizers, trainer)
-        self._restore(before_data=True)
-        self._before_data = RandomStates.now()
+        self._before_data(trainer)
 
     def on_base_ready(self, trainer: Trainer, pl_module: LightningModule, masks: MaskSet) -> None:
-        """Note how random numbers stand before the loader of the training data draws."""
-        self._before_data = RandomStates.now()
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same where Lightning, after the rest of an epoch that had none, asks the loader once more."""
-        loop = trainer.fit_loop
-        if trainer.current_epoch > 0 and not loop.is_resuming and not loop.epoch_loop.restarting:
-            self._restore(before_data=True)
+        """Forget the random numbers that were drawn to get there."""
+        self._before_data(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note how random numbers stand, and have the rates be those that were asked for."""
-        self._after_batch = RandomStates.now()
+        """Have the rates be those that were asked for, and save the start."""
+        self._random = RandomStates.now()
         if self._changed is not None:
             self._changed.apply(trainer)
             self._changed = None
-        if trainer.global_step == 0 and self._position is None and not _splits_weights(trainer):
-            self._starting = True
+        if trainer.global_step == 0 and not self._resumed and not _splits_weights(trainer):
             trainer.save_checkpoint(self.folder / CHECKPOINTS_FOLDER / STAGE_FILE)
-            self._starting = False
 
     def on_closing(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what the training has come to, before anything is made of it."""
         if not _splits_weights(trainer):
             trainer.save_checkpoint(self.folder / CHECKPOINTS_FOLDER / STAGE_FILE)
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Have the loader of a resumed run draw what it drew, where it is asked a second time."""
+        if self._resumed and self._position.between_epochs and asks_for_data(trainer):
+            self._position.random.set()
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Within an epoch, its loader had drawn already when the run was interrupted."""
-        self._restore(before_data=False)
-        self._resumed = self._position = None
-        if self._step is None or batch_idx % trainer.accumulate_grad_batches == 0:
-            self._step = _Step(trainer.global_step, batches_of(trainer).current.ready - 1, RandomStates.now())
-        self._updating = False
+        if self._resumed and not self._position.between_epochs:
+            self._position.random.set()
+        self._resumed = False
+        # A module that steps by itself may do so at any batch: it is taken to be whole at the end of each.
+        self._steps = trainer.global_step if pl_module.automatic_optimization else -1
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """From here on to the end of the step, weights are neither old nor new."""
+        """From here on to the end of the batch, weights are those of no position."""
         self._updating = True
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Note how random numbers stand: what validates or evaluates may draw, too."""
-        self._after_batch = RandomStates.now()
+        """Note the position after a step."""
+        self._random = RandomStates.now()
+        self._note(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on with the random numbers of the training: a resumed run may validate once less."""
-        if not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING and self._after_batch is not None:
-            self._after_batch.set()
+        if not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING and self._random is not None:
+            self._random.set()
+            self._note(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note how random numbers stand."""
-        self._after_batch = RandomStates.now()
+        """Note the position between two epochs; training that was stopped comes here, too, amid one."""
+        self._random = RandomStates.now()
+        if epoch_has_ended(trainer):
+            self._note(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add position and random states, and leave out what the base has."""
+        """Have a checkpoint stand at the last position that was noted, and leave out what the base has."""
         if _splits_weights(trainer):
             return
+        if at_batch_end(trainer):  # where another callback saves, this one's turn may be yet to come
+            self.on_train_batch_end(trainer, pl_module)
+        name, position = data_name(trainer, checkpoint), self._position
+        position = position or Position.at_start(trainer, RandomStates.now())
+        position.write(checkpoint, name)
         checkpoint[KEY] = {
             "format": FORMAT,
             "world_size": trainer.world_size,
-            **self._where(trainer, pl_module, checkpoint),
+            "random": _of_all_ranks(trainer, position.random.plain()),
+            "between_epochs": position.between_epochs,
+            "whole_step": position.whole_step and not self._updating,
             "optimizers": optimizer_kinds(trainer),
-            "data": data_name(trainer, checkpoint),
+            "data": name,
             "base": None,
         }
         if trainer.is_global_zero:
             checkpoint[KEY]["base"] = self._leave_out(trainer, pl_module, checkpoint)
+
+    def _before_data(self, trainer: Trainer) -> None:
+        """Note how random numbers stand before the loader of the training data draws (its shuffling, the seeds of its
+        workers), or have them stand so again."""
+        if self._resumed:
+            self._position.random.set()
+        else:
+            self._position = Position.at_start(trainer, RandomStates.now())
+
+    def _note(self, trainer: Trainer) -> None:
+        """Note the position, unless batches of a step are yet to come."""
+        if trainer.global_step > self._steps:
+            self._position = Position.now(trainer, self._random)
+            self._updating = False
 
     def _leave_out(
         self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
@@ -216,45 +225,6 @@ class SparseCheckpoints(PrunedRunCallback):
             self._base = compare(self.folder, module, pruning.masks, checkpoint["state_dict"], origins)
             self._origins = origins
         return None if self._base is None else leave_out(self._base, checkpoint, pruning.state_key, origins)
-
-    def _where(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        """Have a checkpoint stand at a point from which Lightning resumes; the random states there, and what it is."""
-        if self._position is not None:  # no batch has been done since it was read
-            checkpoint |= self._position["held"]
-            return self._position["saved"]
-        if self._starting:
-            at_the_start(checkpoint)
-            random = (self._before_data or RandomStates.now()).plain()
-            return {"random": _of_all_ranks(trainer, random), "between_epochs": True, "whole_step": True}
-        random, whole_step = self._at_step_end(trainer, module, checkpoint)
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        done, total = progress["current"]["processed"], trainer.num_training_batches
-        ended = done == batches_of(trainer).current.ready and (progress["is_last_batch"] or done == total)
-        close_epoch(checkpoint, ended, endless=total == math.inf)
-        everywhere = _of_all_ranks(trainer, random.plain())
-        return {"random": everywhere, "between_epochs": ended, "whole_step": whole_step}
-
-    def _at_step_end(
-        self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
-    ) -> tuple[RandomStates, bool]:
-        """Move the position in the checkpoint to the end of an optimizer step; the random states there, and whether
-        the weights are those of that moment."""
-        now, step = batches_of(trainer).current, self._step
-        within = now.ready > now.processed
-        if step is None or not (within or now.processed > now.completed or now.processed > step.batch):
-            return self._after_batch or RandomStates.now(), True
-        stepped = trainer.global_step > step.number
-        if not stepped and (within or module.automatic_optimization):
-            movable = move(trainer, checkpoint, step.batch)
-            return step.random, movable and not (within and self._updating)
-        if within:
-            return RandomStates.now(), move(trainer, checkpoint, now.ready)
-        in_hook = now.processed > now.completed  # of this batch's end: this callback's own may be yet to come
-        return RandomStates.now() if in_hook or self._after_batch is None else self._after_batch, True
-
-    def _restore(self, before_data: bool) -> None:
-        if self._resumed is not None and self._resumed[1] == before_data:
-            self._resumed[0].set()
 
     def _complete(
         self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any], path: str | Path

@@ -1,17 +1,20 @@
-"""All that touches the inside of Lightning's loops: where a checkpoint stands in them, and the end of a run.
+"""All that touches the inside of Lightning's loops: where a run is in them, and the end of a run.
 
-Lightning resumes exactly from what its loops note at the end of a batch, and of an epoch. Saved anywhere else, its
-numbers are led back to such a point:
+Lightning goes on exactly from what its loops say at a few moments. A `Position` is noted at each of them, and whatever
+is saved stands at the last one, wherever the run is:
 
-| saved                                                   | stands at                    | by             |
-|---------------------------------------------------------|------------------------------|----------------|
-| as training begins                                      | the start: no numbers at all | `at_the_start` |
-| at the end of a batch that took a step, or of an epoch  | where it is                  | -              |
-| amid the batches of a step; in a step, by an interrupt  | the end of the step before   | `move`         |
-| before the first batch of an epoch, by an interrupt     | the end of the epoch before  | `close_epoch`  |
-| after the last batch of data that have no length        | the end of that epoch        | `close_epoch`  |
-| after training was stopped within an epoch              | within that epoch            | `close_epoch`  |
-| before a resumed run has done a batch                   | where it was resumed from    | (as it was)    |
+| noted                                                  | what is saved from then on stands there, as             |
+|--------------------------------------------------------|---------------------------------------------------------|
+| as training begins                                     | no numbers at all                                       |
+| at the end of a batch that took an optimizer step      | Lightning's numbers in `on_train_batch_end`             |
+| of the last batch, where data have no length           | the same, at the end of its epoch                       |
+| at the end of a validation, if it came after a step    | Lightning's numbers in `on_validation_end`              |
+| at the end of an epoch that all its batches were done of | Lightning's numbers in `on_train_epoch_end`           |
+| as a checkpoint is read                                | the checkpoint's own numbers                            |
+
+The first and the third are not Lightning's own. It would take loops that have begun nothing for ones at the end of a
+batch. And it knows from its numbers that an epoch is over only where the data have a length: else it would count the
+batches of the next epoch on from those of this one.
 
 A run that has no step left to take would be skipped as a whole, with the hooks that close it: `reopen` has it begin,
 and `end_now` has it end there.
@@ -19,13 +22,17 @@ and `end_now` has it end there.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Trainer
 
 from sparsefit.callbacks.ledgers import budget_of
+from sparsefit.callbacks.random_states import RandomStates
 
 Limits = dict[str, Any]
 """What ends a run: the most steps and epochs, and the budget."""
@@ -60,49 +67,74 @@ def end_now(trainer: Trainer, limits: Limits | None) -> None:
     trainer.should_stop = True
 
 
-def at_the_start(checkpoint: dict[str, Any]) -> None:
-    """Have a checkpoint that was saved as training begins stand at the start. Lightning would take loops that have
-    begun nothing for ones that are at the end of a batch."""
-    del checkpoint["loops"]
+@dataclass(frozen=True)
+class Position:
+    """Where a run is, at a moment from which Lightning goes on exactly.
+
+    Attributes:
+        loops: The state of the fit loop; None at the start.
+        data: That of the data module; None if it has none.
+        random: The random numbers.
+        between_epochs: Whether the data of an epoch are asked for next, which may draw from these.
+        whole_step: Whether the weights saved with it are those of this moment.
+    """
+
+    loops: dict[str, Any] | None
+    data: dict[str, Any] | None
+    random: RandomStates
+    between_epochs: bool
+    whole_step: bool = True
+
+    @classmethod
+    def now(cls, trainer: Trainer, random: RandomStates) -> Position:
+        """At the moment, which must be one of the table above."""
+        loops, ended = trainer.fit_loop.state_dict(), epoch_has_ended(trainer)
+        if ended and trainer.num_training_batches == math.inf:
+            _close_epoch(loops)
+        return cls(deepcopy(loops), _data_state(trainer), random, between_epochs=ended)
+
+    @classmethod
+    def at_start(cls, trainer: Trainer, random: RandomStates) -> Position:
+        """Before any batch of this fit; another fit of the same trainer may have come before it."""
+        begun = trainer.global_step > 0
+        return cls(trainer.fit_loop.state_dict() if begun else None, _data_state(trainer), random, between_epochs=True)
+
+    def write(self, checkpoint: dict[str, Any], data_name: str | None) -> None:
+        """Have a checkpoint stand here."""
+        if self.loops is None:
+            checkpoint.pop("loops", None)
+        else:
+            checkpoint["loops"]["fit_loop"] = self.loops
+        if data_name is not None and self.data is not None:
+            checkpoint[data_name] = self.data
 
 
-def batches_of(trainer: Trainer) -> Any:
-    """The progress of the batches of an epoch."""
-    return trainer.fit_loop.epoch_loop.batch_progress
+def epoch_has_ended(trainer: Trainer) -> bool:
+    """Whether all batches of an epoch are done, in the hooks at the end of a batch, a validation or an epoch."""
+    batches = trainer.fit_loop.epoch_loop.batch_progress
+    return batches.is_last_batch or batches.current.ready == trainer.num_training_batches
 
 
-def move(trainer: Trainer, checkpoint: dict[str, Any], batches: int) -> bool:
-    """Have a checkpoint stand where so many batches of the epoch are done; whether its data can be moved, too."""
-    data, loops = trainer.datamodule, checkpoint["loops"]["fit_loop"]
-    data_state = type(data).__qualname__
-    if "combined_loader" in loops["state_dict"] or (data_state in checkpoint and not hasattr(data, "state_after")):
-        return False
-    if data_state in checkpoint:
-        checkpoint[data_state] = data.state_after(batches)
-    progress = loops["epoch_loop.batch_progress"]
-    before = progress["total"]["processed"] - progress["current"]["processed"]
-    for part, done in (("current", batches), ("total", before + batches)):
-        progress[part] = {name: done for name in progress[part]}
-    progress["is_last_batch"] &= batches >= batches_of(trainer).current.ready
-    return True
+def at_batch_end(trainer: Trainer) -> bool:
+    """Whether callbacks are just being told of the end of a batch."""
+    batches = trainer.fit_loop.epoch_loop.batch_progress.current
+    return batches.ready == batches.processed > batches.completed
 
 
-def close_epoch(checkpoint: dict[str, Any], ended: bool, endless: bool) -> None:
-    """Have a checkpoint between two epochs stand at the end of the first one, wherever it was saved. Lightning would
-    take the second for done where that was about to begin, and count its batches on from those of the first one where
-    that had just trained on its last batch (it knows the end of data that have a length). And have one that was saved
-    after training had stopped within an epoch stand within it: Lightning counts it as completed."""
-    loops = checkpoint["loops"]["fit_loop"]
+def asks_for_data(trainer: Trainer) -> bool:
+    """In `on_train_epoch_start`: whether Lightning goes on to iterate over the data anew. In a resumed run it mostly
+    does not, as it has done so before."""
+    loop = trainer.fit_loop
+    return trainer.current_epoch > 0 and not loop.is_resuming and not loop.epoch_loop.restarting
+
+
+def _data_state(trainer: Trainer) -> dict[str, Any] | None:
+    return None if trainer.datamodule is None else deepcopy(trainer.datamodule.state_dict()) or None
+
+
+def _close_epoch(loops: dict[str, Any]) -> None:
+    """Have loops at the end of the last batch of an epoch stand at the end of that epoch."""
     epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
-    begun = epochs["current"]["started"]
-    if epochs["current"]["ready"] > begun > 0:
-        for part in ("current", "total"):
-            done = epochs[part]["processed"]
-            epochs[part] |= {"ready": done, "started": done, "completed": done - 1}
-    elif ended and endless and epochs["current"]["processed"] < begun:
-        for part in ("current", "total"):
-            epochs[part] |= {"processed": epochs[part]["started"]}
-            batches[part] |= {"completed": batches[part]["processed"]}
-    elif not ended and batches["current"]["processed"] and epochs["current"]["completed"] == begun:
-        for part in ("current", "total"):
-            epochs[part]["completed"] -= 1
+    for part in ("current", "total"):
+        epochs[part]["processed"] = epochs[part]["started"]
+        batches[part]["completed"] = batches[part]["processed"]

@@ -194,10 +194,10 @@ class SelfGeneratedDataModule(TextDataModule):
         decided = {name: (given.get(name, value), value) for name, value in text.decided_by.items()}
         return settings | decided | {"writing_batch_size": (given.writing_batch_size, given.writing_batch_size)}
 
-    def state_after(self, batches: int) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """As `ResumableDataModule`; and where the text lies that the run trains on."""
         found = self._found("training") if self.hparams.train_source is None else None
-        return super().state_after(batches) | {"written": None if found is None else str(found.path.absolute())}
+        return super().state_dict() | {"written": None if found is None else str(found.path.absolute())}
 
     def check_resumable(self, state_dict: Mapping[str, Any]) -> None:
         """As `ResumableDataModule`; and see that the text is there: the model that would write it again is pruned.
