@@ -136,6 +136,7 @@ class SparseCheckpoints(PrunedRunCallback):
             self._changed.apply(trainer)
             self._changed = None
         if trainer.global_step == 0 and not self._resumed and not _splits_weights(trainer):
+            self._position = Position.at_start(trainer, self._position.random)  # its data have been asked for by now
             trainer.save_checkpoint(self.folder / CHECKPOINTS_FOLDER / STAGE_FILE)
 
     def on_closing(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -3,18 +3,21 @@
 Lightning goes on exactly from what its loops say at a few moments. A `Position` is noted at each of them, and whatever
 is saved stands at the last one, wherever the run is:
 
-| noted                                                  | what is saved from then on stands there, as             |
-|--------------------------------------------------------|---------------------------------------------------------|
-| as training begins                                     | no numbers at all                                       |
-| at the end of a batch that took an optimizer step      | Lightning's numbers in `on_train_batch_end`             |
-| of the last batch, where data have no length           | the same, at the end of its epoch                       |
-| at the end of a validation, if it came after a step    | Lightning's numbers in `on_validation_end`              |
-| at the end of an epoch that all its batches were done of | Lightning's numbers in `on_train_epoch_end`           |
-| as a checkpoint is read                                | the checkpoint's own numbers                            |
+| noted                                             | what is saved from then on has                              |
+|---------------------------------------------------|-------------------------------------------------------------|
+| as training begins                                | no numbers                                                  |
+| at the end of a batch that took an optimizer step | Lightning's, as they are in `on_train_batch_end`            |
+| at the end of the last batch of an epoch          | the same, but that the epoch is over                        |
+| at the end of a validation that followed a step   | Lightning's, as they are in `on_validation_end`             |
+| at the end of an epoch, if its data had an end    | Lightning's, as they are in `on_train_epoch_end`            |
+| as a checkpoint is read                           | the checkpoint's, as long as no step has been taken from it |
 
-The first and the third are not Lightning's own. It would take loops that have begun nothing for ones at the end of a
-batch. And it knows from its numbers that an epoch is over only where the data have a length: else it would count the
-batches of the next epoch on from those of this one.
+So what is saved amid the batches of a step, by an interrupt, or after training was stopped amid an epoch stands at the
+end of a step. A validation that is broken off is not made up for.
+
+The first and the third are not Lightning's own numbers. It takes loops that have begun nothing for ones that have just
+done a batch. And resumed after the last batch of an epoch, it asks twice for the data of the next one; where they have
+no length it does not even see that the epoch is over, and counts on.
 
 A run that has no step left to take would be skipped as a whole, with the hooks that close it: `reopen` has it begin,
 and `end_now` has it end there.
@@ -22,7 +25,6 @@ and `end_now` has it end there.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Mapping
 from copy import deepcopy
@@ -87,11 +89,12 @@ class Position:
 
     @classmethod
     def now(cls, trainer: Trainer, random: RandomStates) -> Position:
-        """At the moment, which must be one of the table above."""
+        """At this moment, which must be one of the table above."""
         loops, ended = trainer.fit_loop.state_dict(), epoch_has_ended(trainer)
-        if ended and trainer.num_training_batches == math.inf:
+        loops["state_dict"] = deepcopy(loops["state_dict"])  # of loaders that have one; all else are copies
+        if ended and at_batch_end(trainer):
             _close_epoch(loops)
-        return cls(deepcopy(loops), _data_state(trainer), random, between_epochs=ended)
+        return cls(loops, _data_state(trainer), random, between_epochs=ended)
 
     @classmethod
     def at_start(cls, trainer: Trainer, random: RandomStates) -> Position:

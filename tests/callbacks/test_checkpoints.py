@@ -122,6 +122,11 @@ INTERRUPTS = {
     "after the first epoch": ("on_train_epoch_end", 1, {}),
     "before the second epoch": ("on_train_epoch_start", 2, {}),
     "in a validation": ("on_validation_batch_end", 3, VALIDATING),
+    "in a validation amid a step": (
+        "on_validation_batch_end",
+        2,
+        VALIDATING | {"accumulate_grad_batches": 2, "max_steps": 5},
+    ),
 }
 
 
