@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import asdict
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from sparsefit.callbacks.averages import restart_averages
 from sparsefit.callbacks.calibration import calibration_batches, calibration_forward, check_forward, predicting
 from sparsefit.callbacks.divergence import DivergenceGuard, saves_weights_only
-from sparsefit.callbacks.hooks import tell
+from sparsefit.callbacks.hooks import PrunedRunCallback, tell
 from sparsefit.callbacks.ledgers import ledger_of
 from sparsefit.callbacks.progress import paid_progress
 from sparsefit.errors import CalibrationError, ConfigError, DataError, MaskError
@@ -30,7 +30,7 @@ from sparsefit.settings import named_settings, number
 
 
 @named_settings
-class WandaPruning(Callback):
+class WandaPruning(PrunedRunCallback):
     """Prunes once, at fit start, and keeps the masks fixed through training.
 
     The module needs to know nothing of it. Its model may be a plain torch module, a transformers model or a
@@ -131,6 +131,7 @@ class WandaPruning(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give masked adapters the masks of a checkpoint, where nothing is trained before."""
         self._bind(pl_module)
+        self._divergence.check_scaler(trainer)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The same."""
@@ -168,6 +169,11 @@ class WandaPruning(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Verify every mask at the end of training."""
         self._verify(pl_module)
+        self.on_closing(trainer, pl_module)
+
+    def on_closing(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See that not every step of the training was left out."""
+        self._divergence.check_scaler(trainer, ended=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See that something was trained: of data that are known to be empty Lightning begins no epoch."""
