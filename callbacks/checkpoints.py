@@ -6,30 +6,28 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from sparsefit.callbacks.checkpoint_io import AtomicCheckpointIO, CompletingCheckpointIO
-from sparsefit.callbacks.hooks import PrunedRunCallback
+from sparsefit.callbacks.hooks import SPLITTING, PrunedRunCallback
 from sparsefit.callbacks.lightning_loops import Position, asks_for_data, at_batch_end, epoch_has_ended
 from sparsefit.callbacks.pruning import WandaPruning
 from sparsefit.callbacks.quantization import QuantizedBase
-from sparsefit.callbacks.random_states import RandomStates
+from sparsefit.callbacks.random_states import RandomStates, random_states, set_random_states
 from sparsefit.callbacks.resuming import (
     FORMAT,
     ChangedRates,
-    check_format,
     check_same_optimizers,
     check_same_run,
     data_name,
     optimizer_kinds,
 )
 from sparsefit.pruning import MaskSet
+from sparsefit.ranks import from_all
 from sparsefit.recovery.run_files import CHECKPOINTS_FOLDER, holds_run
 from sparsefit.recovery.same_recipe import check_same_recipe
 from sparsefit.recovery.sparse_base import InBase, compare, complete, leave_out
@@ -46,20 +44,19 @@ STAGE_FILE = "stage.ckpt"
 class SparseCheckpoints(PrunedRunCallback):
     """Leaves out of checkpoints what lies in the run folder already, and resumes from them exactly.
 
-    `RunReport` writes the sparse base and its masks to the run folder once. A checkpoint then holds the weights that
-    train, the optimizer, the state of the other callbacks, the masks' digest, the position in the data and all random
-    states. Whatever is not equal, bit by bit, to what lies in the base stays in the checkpoint; without a base, it is
-    whole. As it is read, it is filled up from the base, which is looked for in this run's folder, where the checkpoint
-    lies and where it was.
+    `RunReport` writes the sparse base to the run folder once. A checkpoint then holds what is not equal to it, bit by
+    bit: the weights that train; and the optimizer, the state of the other callbacks, the masks' digest, the position in
+    the data and all random states. Without a base it is whole. As it is read, it is filled up from the base, which is
+    looked for in this run's folder, where the checkpoint lies and where it was.
 
     It saves one of its own, `checkpoints/stage.ckpt`, as training begins and again as it ends, so that no pruning and
     no training is lost with a process that is killed before the first checkpoint, or in the end of its run.
 
     `trainer.fit(ckpt_path=...)` then ends with the same weights, bit by bit, as a run that was never interrupted, on
     the same machine and number of devices, if the data can be resumed (`TextDataModule` can) and its learning rate does
-    not depend on the clock: where `GPUHourBudget` ends a run before `max_steps` does, the seconds decide. A checkpoint
-    stands at the end of an optimizer step: one that is saved amid the batches of a step, or by an interrupt within it,
-    goes back to the end of the step before. Validation leaves the random numbers of the training as they were.
+    not depend on the clock: where `GPUHourBudget` ends a run before `max_steps` does, the seconds decide. For this the
+    position of the run is noted after each optimizer step, and whatever is saved stands at the last one that was noted
+    (`lightning_loops` has the cases). Validation leaves the random numbers of the training as they were.
 
     With a strategy that splits weights over devices (FSDP, DeepSpeed, ModelParallel) it leaves checkpoints alone.
 
@@ -108,9 +105,9 @@ class SparseCheckpoints(PrunedRunCallback):
         loops, data = checkpoint.get("loops", {}).get("fit_loop"), checkpoint.get(data_name(trainer, checkpoint))
         self._resumed = True
         if saved is None:  # Lightning's alone
-            self._position = Position(loops, data, RandomStates.now(), between_epochs=False)
+            self._position = Position(loops, data, random_states(), between_epochs=False)
             return
-        random = RandomStates.from_plain(saved["random"][trainer.global_rank])
+        random = saved["random"][trainer.global_rank]
         self._position = Position(loops, data, random, saved["between_epochs"], saved["whole_step"])
         self._optimizers, self._changed = saved.get("optimizers"), ChangedRates(checkpoint, pl_module)
         if not saved["whole_step"]:
@@ -131,7 +128,7 @@ class SparseCheckpoints(PrunedRunCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Have the rates be those that were asked for, and save the start."""
-        self._random = RandomStates.now()
+        self._random = random_states()
         if self._changed is not None:
             self._changed.apply(trainer)
             self._changed = None
@@ -147,12 +144,12 @@ class SparseCheckpoints(PrunedRunCallback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Have the loader of a resumed run draw what it drew, where it is asked a second time."""
         if self._resumed and self._position.between_epochs and asks_for_data(trainer):
-            self._position.random.set()
+            set_random_states(self._position.random)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Within an epoch, its loader had drawn already when the run was interrupted."""
         if self._resumed and not self._position.between_epochs:
-            self._position.random.set()
+            set_random_states(self._position.random)
         self._resumed = False
         # A module that steps by itself may do so at any batch: it is taken to be whole at the end of each.
         self._steps = trainer.global_step if pl_module.automatic_optimization else -1
@@ -163,18 +160,18 @@ class SparseCheckpoints(PrunedRunCallback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Note the position after a step."""
-        self._random = RandomStates.now()
+        self._random = random_states()
         self._note(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on with the random numbers of the training: a resumed run may validate once less."""
         if not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING and self._random is not None:
-            self._random.set()
+            set_random_states(self._random)
             self._note(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the position between two epochs; training that was stopped comes here, too, amid one."""
-        self._random = RandomStates.now()
+        self._random = random_states()
         if epoch_has_ended(trainer):
             self._note(trainer)
 
@@ -185,12 +182,12 @@ class SparseCheckpoints(PrunedRunCallback):
         if at_batch_end(trainer):  # where another callback saves, this one's turn may be yet to come
             self.on_train_batch_end(trainer, pl_module)
         name, position = data_name(trainer, checkpoint), self._position
-        position = position or Position.at_start(trainer, RandomStates.now())
+        position = position or Position.at_start(trainer, random_states())
         position.write(checkpoint, name)
         checkpoint[KEY] = {
             "format": FORMAT,
             "world_size": trainer.world_size,
-            "random": _of_all_ranks(trainer, position.random.plain()),
+            "random": from_all(position.random),
             "between_epochs": position.between_epochs,
             "whole_step": position.whole_step and not self._updating,
             "optimizers": optimizer_kinds(trainer),
@@ -204,9 +201,9 @@ class SparseCheckpoints(PrunedRunCallback):
         """Note how random numbers stand before the loader of the training data draws (its shuffling, the seeds of its
         workers), or have them stand so again."""
         if self._resumed:
-            self._position.random.set()
+            set_random_states(self._position.random)
         else:
-            self._position = Position.at_start(trainer, RandomStates.now())
+            self._position = Position.at_start(trainer, random_states())
 
     def _note(self, trainer: Trainer) -> None:
         """Note the position, unless batches of a step are yet to come."""
@@ -233,10 +230,8 @@ class SparseCheckpoints(PrunedRunCallback):
         saved = checkpoint.get(KEY)
         if saved is None:
             return
-        check_format(saved, path)
+        check_same_run(checkpoint, saved, trainer, path)
         fitting = trainer.state.fn == TrainerFn.FITTING
-        if fitting:
-            check_same_run(checkpoint, saved, trainer, path)
         check_same_recipe(checkpoint, module, path, training=fitting)
         if saved["base"] is None:
             return
@@ -253,12 +248,4 @@ class SparseCheckpoints(PrunedRunCallback):
 
 
 def _splits_weights(trainer: Trainer) -> bool:
-    return isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy)
-
-
-def _of_all_ranks(trainer: Trainer, mine: dict[str, Any]) -> list[dict[str, Any]]:
-    if trainer.world_size == 1 or not torch.distributed.is_initialized():
-        return [mine]
-    states: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(states, mine)
-    return states
+    return isinstance(trainer.strategy, SPLITTING)

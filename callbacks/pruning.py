@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -15,7 +14,7 @@ from torch.optim import Optimizer
 from sparsefit.callbacks.averages import restart_averages
 from sparsefit.callbacks.calibration import calibration_batches, calibration_forward, check_forward, predicting
 from sparsefit.callbacks.divergence import DivergenceGuard, saves_weights_only
-from sparsefit.callbacks.hooks import PrunedRunCallback, tell
+from sparsefit.callbacks.hooks import SPLITTING, PrunedRunCallback, tell
 from sparsefit.callbacks.ledgers import ledger_of
 from sparsefit.callbacks.progress import paid_progress
 from sparsefit.errors import CalibrationError, ConfigError, DataError, MaskError
@@ -234,7 +233,7 @@ class WandaPruning(PrunedRunCallback):
             self._prune(trainer, module)
 
     def _prune(self, trainer: Trainer, module: LightningModule) -> None:
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+        if isinstance(trainer.strategy, SPLITTING):
             raise ConfigError(
                 f"{type(trainer.strategy).__name__} splits the weights over devices before they can be compared; prune "
                 "first (`sparsefit prune`, or fit with max_steps=0 on one device) and train the pruned model with it"
