@@ -107,8 +107,8 @@ class SparseCheckpoints(PrunedRunCallback):
         if saved is None:  # Lightning's alone
             self._position = Position(loops, data, random_states(), between_epochs=False)
             return
-        random = saved["random"][trainer.global_rank]
-        self._position = Position(loops, data, random, saved["between_epochs"], saved["whole_step"])
+        random, training = (saved[key][trainer.global_rank] if key in saved else None for key in ("random", "training"))
+        self._position = Position(loops, data, random, saved["between_epochs"], saved["whole_step"], training)
         self._optimizers, self._changed = saved.get("optimizers"), ChangedRates(checkpoint, pl_module)
         if not saved["whole_step"]:
             rank_zero_warn(
@@ -128,12 +128,14 @@ class SparseCheckpoints(PrunedRunCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Have the rates be those that were asked for, and save the start."""
+        if self._resumed and self._position.training is not None:
+            set_random_states(self._position.training)
         self._random = random_states()
         if self._changed is not None:
             self._changed.apply(trainer)
             self._changed = None
         if trainer.global_step == 0 and not self._resumed and not _splits_weights(trainer):
-            self._position = Position.at_start(trainer, self._position.random)  # its data have been asked for by now
+            self._position = Position.at_start(trainer, self._position.random, self._random)
             trainer.save_checkpoint(self.folder / CHECKPOINTS_FOLDER / STAGE_FILE)
 
     def on_closing(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -188,6 +190,7 @@ class SparseCheckpoints(PrunedRunCallback):
             "format": FORMAT,
             "world_size": trainer.world_size,
             "random": from_all(position.random),
+            "training": from_all(position.training),
             "between_epochs": position.between_epochs,
             "whole_step": position.whole_step and not self._updating,
             "optimizers": optimizer_kinds(trainer),
@@ -202,7 +205,7 @@ class SparseCheckpoints(PrunedRunCallback):
         workers), or have them stand so again."""
         if self._resumed:
             set_random_states(self._position.random)
-        else:
+        elif self._position is None or trainer.train_dataloader is None:  # calibration may have asked for it
             self._position = Position.at_start(trainer, random_states())
 
     def _note(self, trainer: Trainer) -> None:

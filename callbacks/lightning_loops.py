@@ -79,6 +79,7 @@ class Position:
         random: The random numbers.
         between_epochs: Whether the data of an epoch are asked for next, which may draw from these.
         whole_step: Whether the weights saved with it are those of this moment.
+        training: At the start, the random numbers once the data were asked for, which may have been before calibration.
     """
 
     loops: dict[str, Any] | None
@@ -86,6 +87,7 @@ class Position:
     random: RandomStates
     between_epochs: bool
     whole_step: bool = True
+    training: RandomStates | None = None
 
     @classmethod
     def now(cls, trainer: Trainer, random: RandomStates) -> Position:
@@ -97,10 +99,10 @@ class Position:
         return cls(loops, _data_state(trainer), random, between_epochs=ended)
 
     @classmethod
-    def at_start(cls, trainer: Trainer, random: RandomStates) -> Position:
+    def at_start(cls, trainer: Trainer, random: RandomStates, training: RandomStates | None = None) -> Position:
         """Before any batch of this fit; another fit of the same trainer may have come before it."""
-        begun = trainer.global_step > 0
-        return cls(trainer.fit_loop.state_dict() if begun else None, _data_state(trainer), random, between_epochs=True)
+        loops = trainer.fit_loop.state_dict() if trainer.global_step > 0 else None
+        return cls(loops, _data_state(trainer), random, between_epochs=True, training=training)
 
     def write(self, checkpoint: dict[str, Any], data_name: str | None) -> None:
         """Have a checkpoint stand here."""

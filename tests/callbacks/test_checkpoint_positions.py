@@ -160,6 +160,22 @@ def test_a_run_that_is_interrupted_before_it_does_a_batch_goes_on_from_where_it_
     assert_same(resumed(tmp_path, path, *run), straight(*run))
 
 
+class CalibratesOnTraining(Data):
+    calibration_dataloader = None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_calibrates_on_its_training_data_can_begin_again_from_its_start(tmp_path, kind):
+    straight, again, killed = Drawing(), Drawing(), tmp_path / "killed"
+    fit(straight, CalibratesOnTraining(KINDS[kind]), *callbacks(tmp_path / "run"), max_steps=7)
+    used = [*callbacks(killed), Stop("on_train_batch_start", 1)]
+    with pytest.raises(SystemExit):
+        fit(Drawing(), CalibratesOnTraining(KINDS[kind]), *used, max_steps=7)
+    path = killed / "checkpoints/stage.ckpt"
+    fit(again, CalibratesOnTraining(KINDS[kind]), *callbacks(killed), ckpt_path=path, max_steps=7)
+    assert_same(weights(again), weights(straight))
+
+
 def test_a_module_that_steps_by_itself(straight, tmp_path):
     run = TwoSteps, "with a length", "epochs"
     path = interrupted(tmp_path / "between.ckpt", "on_train_batch_start", BATCHES + 1, *run)
