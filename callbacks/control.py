@@ -82,11 +82,11 @@ class DenseControl(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Take in the loss, to stop where it is not finite."""
-        self._guard.see_loss(loss)
+        self._guard.on_before_backward(trainer, pl_module, loss)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Take the learning rates of the run, and stop where a rate made for the pruned model breaks the dense one."""
-        self._guard.before_step(trainer, optimizer)
+        self._guard.on_before_optimizer_step(trainer, pl_module, optimizer)
         self.course.set_rates(trainer.global_step, optimizer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
