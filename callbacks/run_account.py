@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
+from torch import Tensor
 
 from sparsefit.callbacks.ledgers import budget_of, ledger_of
 from sparsefit.callbacks.quantization import QuantizedBase
@@ -78,6 +79,21 @@ def log_pruned(loggers: Iterable[Logger], summary: Mapping[str, Any], masks: Mas
     for logger in loggers:
         logger.log_hyperparams({**settings, "pruning/digest": summary["digest"]})
         logger.log_metrics(metrics, step=step)
+
+
+def point(trainer: Trainer, outputs: Any) -> list[dict[str, float]]:
+    """A point of the training's course, after a batch; none where its outputs have no loss."""
+    loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+    if not isinstance(loss, Tensor):
+        return []
+    return [
+        {
+            "step": trainer.global_step,
+            "gpu_hours": ledger_of(trainer).hours,
+            "loss": float(loss.detach()) * trainer.accumulate_grad_batches,
+            "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+        }
+    ]
 
 
 def standing(
