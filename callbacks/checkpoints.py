@@ -75,11 +75,11 @@ class SparseCheckpoints(PrunedRunCallback):
         self.folder = Path(folder)
         self._base: InBase | None = None
         self._origins: dict[str, int] = {}  # of quantized weights, when the base was compared
-        self._position: Position | None = None  # where what is saved stands
-        self._random: RandomStates | None = None  # of the training, which a validation leaves as they were
-        self._steps = math.inf  # before the batch
-        self._updating = False
-        self._resumed = False  # and no batch done since
+        self._position: Position | None = None  # the last one noted, where all that is saved stands
+        self._random: RandomStates | None = None  # after the last batch; a validation goes back to them
+        self._steps: float = math.inf  # optimizer steps before the batch; infinite before the first
+        self._updating = False  # the weights may have changed since the position was noted
+        self._resumed = False  # from a checkpoint, and no batch has been begun since
         self._optimizers: list[str] | None = None  # of a checkpoint
         self._changed: ChangedRates | None = None
 
@@ -123,7 +123,7 @@ class SparseCheckpoints(PrunedRunCallback):
         self._before_data(trainer)
 
     def on_base_ready(self, trainer: Trainer, pl_module: LightningModule, masks: MaskSet) -> None:
-        """Forget the random numbers that were drawn to get there."""
+        """The loader of the training data draws after the pruning, and what that drew does not count."""
         self._before_data(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -144,20 +144,21 @@ class SparseCheckpoints(PrunedRunCallback):
             trainer.save_checkpoint(self.folder / CHECKPOINTS_FOLDER / STAGE_FILE)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Have the loader of a resumed run draw what it drew, where it is asked a second time."""
+        """Have the loader of a resumed run draw the same again, where Lightning asks it a second time."""
         if self._resumed and self._position.between_epochs and asks_for_data(trainer):
             set_random_states(self._position.random)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Within an epoch, its loader had drawn already when the run was interrupted."""
+        """Go on with the random numbers of a position within an epoch: its loader had drawn before them, not after."""
         if self._resumed and not self._position.between_epochs:
             set_random_states(self._position.random)
         self._resumed = False
-        # A module that steps by itself may do so at any batch: it is taken to be whole at the end of each.
+        # Whether batches of a step are yet to come cannot be told of a module that steps by itself: it is taken to
+        # stand whole at the end of each batch.
         self._steps = trainer.global_step if pl_module.automatic_optimization else -1
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """From here on to the end of the batch, weights are those of no position."""
+        """From here to the end of the batch, weights may be neither those of the last position nor of the next."""
         self._updating = True
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:

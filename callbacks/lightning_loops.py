@@ -3,14 +3,14 @@
 Lightning goes on exactly from what its loops say at a few moments. A `Position` is noted at each of them, and whatever
 is saved stands at the last one, wherever the run is:
 
-| noted                                             | what is saved from then on has                              |
-|---------------------------------------------------|-------------------------------------------------------------|
-| as training begins                                | no numbers                                                  |
-| at the end of a batch that took an optimizer step | Lightning's, as they are in `on_train_batch_end`            |
-| at the end of the last batch of an epoch          | the same, but that the epoch is over                        |
-| at the end of a validation that followed a step   | Lightning's, as they are in `on_validation_end`             |
-| at the end of an epoch, if its data had an end    | Lightning's, as they are in `on_train_epoch_end`            |
-| as a checkpoint is read                           | the checkpoint's, as long as no step has been taken from it |
+| noted                                              | what is saved from then on has                              |
+|----------------------------------------------------|-------------------------------------------------------------|
+| as training begins                                 | no numbers                                                  |
+| at the end of a batch that took an optimizer step  | Lightning's, as they are in `on_train_batch_end`            |
+| at the end of the last batch of an epoch           | the same, but that the epoch is over                        |
+| at the end of a validation that followed a step    | Lightning's, as they are in `on_validation_end`             |
+| at the end of an epoch that came to its data's end | Lightning's, as they are in `on_train_epoch_end`            |
+| as a checkpoint is read                            | the checkpoint's, as long as no step has been taken from it |
 
 So what is saved amid the batches of a step, by an interrupt, or after training was stopped amid an epoch stands at the
 end of a step. A validation that is broken off is not made up for.
