@@ -176,6 +176,44 @@ def test_a_run_that_calibrates_on_its_training_data_can_begin_again_from_its_sta
     assert_same(weights(again), weights(straight))
 
 
+class Resumable:
+    """A loader that knows where it is, as torchdata's StatefulDataLoader."""
+
+    def __init__(self):
+        self.batches, self.done = list(labelled(4 * BATCHES)), 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        begun, self.done = self.done, 0
+        for number, batch in enumerate(self.batches[begun:], begun):
+            self.done = number + 1
+            yield batch
+
+    def state_dict(self):
+        return {"done": self.done}
+
+    def load_state_dict(self, state):
+        self.done = state["done"]
+
+
+def test_a_loader_that_knows_where_it_is_goes_back_to_the_end_of_a_step(tmp_path):
+    class Read(Data):
+        def train_dataloader(self):
+            return Resumable()
+
+    settings = {"accumulate_grad_batches": 2, "max_steps": 5}
+    straight, resumed, path = Drawing(), Drawing(), tmp_path / "amid.ckpt"
+    fit(straight, Read(False), *callbacks(tmp_path / "straight"), **settings)
+    used = [Interrupted(path, "on_train_batch_start", 4), *callbacks(tmp_path / "run")]
+    with pytest.raises(SystemExit):
+        fit(Drawing(), Read(False), *used, **settings)
+    fit(resumed, Read(False), *callbacks(tmp_path / "run"), ckpt_path=path, **settings)
+    assert len(resumed.seen) == len(straight.seen) - 2
+    assert_same(weights(resumed), weights(straight))
+
+
 def test_a_module_that_steps_by_itself(straight, tmp_path):
     run = TwoSteps, "with a length", "epochs"
     path = interrupted(tmp_path / "between.ckpt", "on_train_batch_start", BATCHES + 1, *run)
