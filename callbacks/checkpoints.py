@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from sparsefit.callbacks.checkpoint_io import AtomicCheckpointIO, CompletingCheckpointIO
 from sparsefit.callbacks.hooks import SPLITTING, PrunedRunCallback
-from sparsefit.callbacks.lightning_loops import Position, asks_for_data, at_batch_end, epoch_has_ended
+from sparsefit.callbacks.lightning_loops import Position, at_batch_end, epoch_has_ended
 from sparsefit.callbacks.pruning import WandaPruning
 from sparsefit.callbacks.quantization import QuantizedBase
 from sparsefit.callbacks.random_states import RandomStates, random_states, set_random_states
@@ -142,11 +142,6 @@ class SparseCheckpoints(PrunedRunCallback):
         """Save what the training has come to, before anything is made of it."""
         if not _splits_weights(trainer):
             trainer.save_checkpoint(self.folder / CHECKPOINTS_FOLDER / STAGE_FILE)
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Have the loader of a resumed run draw the same again, where Lightning asks it a second time."""
-        if self._resumed and self._position.between_epochs and asks_for_data(trainer):
-            set_random_states(self._position.random)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Go on with the random numbers of a position within an epoch: its loader had drawn before them, not after."""

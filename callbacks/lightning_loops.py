@@ -3,21 +3,22 @@
 Lightning goes on exactly from what its loops say at a few moments. A `Position` is noted at each of them, and whatever
 is saved stands at the last one, wherever the run is:
 
-| noted                                              | what is saved from then on has                              |
-|----------------------------------------------------|-------------------------------------------------------------|
-| as training begins                                 | no numbers                                                  |
-| at the end of a batch that took an optimizer step  | Lightning's, as they are in `on_train_batch_end`            |
-| at the end of the last batch of an epoch           | the same, but that the epoch is over                        |
-| at the end of a validation that followed a step    | Lightning's, as they are in `on_validation_end`             |
-| at the end of an epoch that came to its data's end | Lightning's, as they are in `on_train_epoch_end`            |
-| as a checkpoint is read                            | the checkpoint's, as long as no step has been taken from it |
+| noted                                             | what is saved from then on has                              |
+|---------------------------------------------------|-------------------------------------------------------------|
+| as training begins                                | no numbers                                                  |
+| at the end of a batch that took an optimizer step | Lightning's, as they are in `on_train_batch_end`            |
+| at the end of a validation that followed a step   | Lightning's, as they are in `on_validation_end`             |
+| at any of these, if no batch of an epoch is left  | those of a run that is about to begin the next epoch        |
+| and at the end of such an epoch                   |                                                             |
+| as a checkpoint is read                           | the checkpoint's, as long as no step has been taken from it |
 
 So what is saved amid the batches of a step, by an interrupt, or after training was stopped amid an epoch stands at the
 end of a step. A validation that is broken off is not made up for.
 
-The first and the third are not Lightning's own numbers. It takes loops that have begun nothing for ones that have just
-done a batch. And resumed after the last batch of an epoch, it asks twice for the data of the next one; where they have
-no length it does not even see that the epoch is over, and counts on.
+Two of these are not Lightning's own numbers. It takes loops that have begun nothing for ones that have just done a
+batch. And what it does with those of an epoch that has ended depends on `max_steps`, on whether there is a validation
+and on whether the data have a length: it may train the first batch of the next epoch as one of this, or ask for the
+data twice.
 
 A run that has no step left to take would be skipped as a whole, with the hooks that close it: `reopen` has it begin,
 and `end_now` has it end there.
@@ -94,8 +95,8 @@ class Position:
         """At this moment, which must be one of the table above."""
         loops, ended = trainer.fit_loop.state_dict(), epoch_has_ended(trainer)
         loops["state_dict"] = deepcopy(loops["state_dict"])  # of loaders that have one; all else are copies
-        if ended and at_batch_end(trainer):
-            _close_epoch(loops)
+        if ended:
+            _begin_next_epoch(loops)
         return cls(loops, _data_state(trainer), random, between_epochs=ended)
 
     @classmethod
@@ -126,20 +127,16 @@ def at_batch_end(trainer: Trainer) -> bool:
     return batches.ready == batches.processed > batches.completed
 
 
-def asks_for_data(trainer: Trainer) -> bool:
-    """In `on_train_epoch_start`: whether Lightning goes on to iterate over the data anew. In a resumed run it mostly
-    does not, as it has done so before."""
-    loop = trainer.fit_loop
-    return trainer.current_epoch > 0 and not loop.is_resuming and not loop.epoch_loop.restarting
-
-
 def _data_state(trainer: Trainer) -> dict[str, Any] | None:
     return None if trainer.datamodule is None else deepcopy(trainer.datamodule.state_dict()) or None
 
 
-def _close_epoch(loops: dict[str, Any]) -> None:
-    """Have loops at the end of the last batch of an epoch stand at the end of that epoch."""
+def _begin_next_epoch(loops: dict[str, Any]) -> None:
+    """Have loops that are at the end of an epoch stand before the next one."""
     epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
+    if epochs["current"]["processed"] < epochs["current"]["started"]:
+        loops["epoch_loop.state_dict"]["_batches_that_stepped"] += 1  # the step that loggers are told
     for part in ("current", "total"):
-        epochs[part]["processed"] = epochs[part]["started"]
-        batches[part]["completed"] = batches[part]["processed"]
+        epochs[part] = dict.fromkeys(epochs[part], epochs[part]["started"])
+        batches[part] = dict.fromkeys(batches[part], batches[part]["ready"] if part == "total" else 0)
+    batches["is_last_batch"] = False

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import signal
 
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.loggers import CSVLogger
 from resumed_runs import Stop, assert_same, fit, weights
 from small_runs import Classifier, labelled
 from torch.utils.data import DataLoader, IterableDataset
@@ -84,7 +86,16 @@ def callbacks(folder):
     return [SparseCheckpoints(str(folder)), WandaPruning()]
 
 
-KINDS = {"endless": True, "with a length": False}
+class Unvalidated(Data):
+    val_dataloader = None
+
+
+KINDS = {
+    "endless": lambda: Data(endless=True),
+    "with a length": lambda: Data(endless=False),
+    "endless, unvalidated": lambda: Unvalidated(endless=True),
+    "with a length, unvalidated": lambda: Unvalidated(endless=False),
+}
 FITS = {
     "steps": {"max_steps": EPOCHS * BATCHES, "max_epochs": -1},
     "epochs": {"max_epochs": EPOCHS},
@@ -108,7 +119,7 @@ def straight(tmp_path_factory):
     def run(cls, kind, limit):
         if (cls, kind, limit) not in runs:
             trained = cls()
-            fit(trained, Data(KINDS[kind]), *callbacks(tmp_path_factory.mktemp("run")), **FITS[limit])
+            fit(trained, KINDS[kind](), *callbacks(tmp_path_factory.mktemp("run")), **FITS[limit])
             runs[cls, kind, limit] = weights(trained)
         return runs[cls, kind, limit]
 
@@ -130,13 +141,13 @@ def interrupted(path, hook, number, cls, kind, limit, ckpt_path=None):
     """A checkpoint of where a callback is interrupted that is told before all others."""
     used = [Interrupted(path, hook, number), *callbacks(path.parent / "run")]
     with pytest.raises(SystemExit):
-        fit(cls(), Data(KINDS[kind]), *used, ckpt_path=ckpt_path, **FITS[limit])
+        fit(cls(), KINDS[kind](), *used, ckpt_path=ckpt_path, **FITS[limit])
     return path
 
 
 def resumed(folder, path, cls, kind, limit):
     trained = cls()
-    fit(trained, Data(KINDS[kind]), *callbacks(folder / "run"), ckpt_path=path, **FITS[limit])
+    fit(trained, KINDS[kind](), *callbacks(folder / "run"), ckpt_path=path, **FITS[limit])
     return weights(trained)
 
 
@@ -144,10 +155,28 @@ def resumed(folder, path, cls, kind, limit):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_an_interrupt_between_two_epochs_changes_nothing(straight, tmp_path, moment, kind, limit):
+    if "validation" in moment and "unvalidated" in kind:
+        pytest.skip("there is none")
     run = Drawing, kind, limit
     path = interrupted(tmp_path / "saved.ckpt", *MOMENTS[moment], *run)
     assert torch.load(path, weights_only=True)["sparsefit"]["whole_step"]
     assert_same(resumed(tmp_path, path, *run), straight(*run))
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_train_epoch_end"])
+def test_loggers_are_told_the_same_steps(tmp_path, hook):
+    class Logs(Drawing):
+        def training_step(self, batch, batch_idx):
+            self.log("loss", loss := super().training_step(batch, batch_idx))
+            return loss
+
+    number = BATCHES if hook == "on_train_batch_end" else 1
+    run = Logs, "with a length, unvalidated", "epochs"
+    path = interrupted(tmp_path / "saved.ckpt", hook, number, *run)
+    logger = CSVLogger(tmp_path, name="logs", version=0)
+    fit(Logs(), KINDS[run[1]](), *callbacks(tmp_path / "run"), ckpt_path=path, logger=logger, **FITS["epochs"])
+    rows = csv.DictReader((tmp_path / "logs/version_0/metrics.csv").open())
+    assert [int(row["step"]) for row in rows if row["loss"]] == list(range(BATCHES, EPOCHS * BATCHES))
 
 
 @pytest.mark.parametrize("number", [1, BATCHES + 1])  # of the batch where it was interrupted first
@@ -164,15 +193,15 @@ class CalibratesOnTraining(Data):
     calibration_dataloader = None
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_run_that_calibrates_on_its_training_data_can_begin_again_from_its_start(tmp_path, kind):
+@pytest.mark.parametrize("endless", [True, False])
+def test_a_run_that_calibrates_on_its_training_data_can_begin_again_from_its_start(tmp_path, endless):
     straight, again, killed = Drawing(), Drawing(), tmp_path / "killed"
-    fit(straight, CalibratesOnTraining(KINDS[kind]), *callbacks(tmp_path / "run"), max_steps=7)
+    fit(straight, CalibratesOnTraining(endless), *callbacks(tmp_path / "run"), max_steps=7)
     used = [*callbacks(killed), Stop("on_train_batch_start", 1)]
     with pytest.raises(SystemExit):
-        fit(Drawing(), CalibratesOnTraining(KINDS[kind]), *used, max_steps=7)
+        fit(Drawing(), CalibratesOnTraining(endless), *used, max_steps=7)
     path = killed / "checkpoints/stage.ckpt"
-    fit(again, CalibratesOnTraining(KINDS[kind]), *callbacks(killed), ckpt_path=path, max_steps=7)
+    fit(again, CalibratesOnTraining(endless), *callbacks(killed), ckpt_path=path, max_steps=7)
     assert_same(weights(again), weights(straight))
 
 
