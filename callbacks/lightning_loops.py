@@ -140,3 +140,4 @@ def _begin_next_epoch(loops: dict[str, Any]) -> None:
         epochs[part] = dict.fromkeys(epochs[part], epochs[part]["started"])
         batches[part] = dict.fromkeys(batches[part], batches[part]["ready"] if part == "total" else 0)
     batches["is_last_batch"] = False
+    loops["state_dict"] = {}  # loaders that have a state are at their end, and begin anew

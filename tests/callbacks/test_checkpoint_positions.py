@@ -208,17 +208,18 @@ def test_a_run_that_calibrates_on_its_training_data_can_begin_again_from_its_sta
 class Resumable:
     """A loader that knows where it is, as torchdata's StatefulDataLoader."""
 
-    def __init__(self):
-        self.batches, self.done = list(labelled(4 * BATCHES)), 0
+    batches = list(labelled(4 * BATCHES))
+    done = 0
 
     def __len__(self):
         return len(self.batches)
 
     def __iter__(self):
-        begun, self.done = self.done, 0
+        begun = self.done % len(self)
         for number, batch in enumerate(self.batches[begun:], begun):
             self.done = number + 1
             yield batch
+        self.done = 0
 
     def state_dict(self):
         return {"done": self.done}
@@ -227,7 +228,8 @@ class Resumable:
         self.done = state["done"]
 
 
-def test_a_loader_that_knows_where_it_is_goes_back_to_the_end_of_a_step(tmp_path):
+@pytest.mark.parametrize(("batch", "done"), [(4, 2), (BATCHES + 1, BATCHES)])
+def test_a_loader_that_knows_where_it_is_goes_back_to_the_end_of_a_step(tmp_path, batch, done):
     class Read(Data):
         def train_dataloader(self):
             return Resumable()
@@ -235,11 +237,11 @@ def test_a_loader_that_knows_where_it_is_goes_back_to_the_end_of_a_step(tmp_path
     settings = {"accumulate_grad_batches": 2, "max_steps": 5}
     straight, resumed, path = Drawing(), Drawing(), tmp_path / "amid.ckpt"
     fit(straight, Read(False), *callbacks(tmp_path / "straight"), **settings)
-    used = [Interrupted(path, "on_train_batch_start", 4), *callbacks(tmp_path / "run")]
+    used = [Interrupted(path, "on_train_batch_start", batch), *callbacks(tmp_path / "run")]
     with pytest.raises(SystemExit):
         fit(Drawing(), Read(False), *used, **settings)
     fit(resumed, Read(False), *callbacks(tmp_path / "run"), ckpt_path=path, **settings)
-    assert len(resumed.seen) == len(straight.seen) - 2
+    assert len(resumed.seen) == len(straight.seen) - done
     assert_same(weights(resumed), weights(straight))
 
 
