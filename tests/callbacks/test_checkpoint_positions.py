@@ -208,7 +208,7 @@ def test_a_run_that_calibrates_on_its_training_data_can_begin_again_from_its_sta
 class Resumable:
     """A loader that knows where it is, as torchdata's StatefulDataLoader."""
 
-    batches = list(labelled(4 * BATCHES))
+    batches = tuple(labelled(4 * BATCHES))
     done = 0
 
     def __len__(self):
