@@ -38,7 +38,7 @@ def allocate(
     outliers = {}
     for group in dict.fromkeys(groups.values()):
         scores = [
-            wanda_score(weight.matrix()[rows], statistics["squared_norm"])
+            wanda_score(weight.matrix()[rows], statistics["squared_norm"]).scores()
             for weight in weights
             if groups[weight.name] == group
             for rows, statistics in parts[weight.name]

@@ -10,9 +10,9 @@ from fractions import Fraction
 import torch
 
 from sparsefit.errors import ConfigError
-from sparsefit.pruning.granularity import Granularity
 from sparsefit.pruning.naming import REGEX
 from sparsefit.pruning.scores import SCORES
+from sparsefit.pruning.selection import Granularity
 from sparsefit.pruning.statistics import DERIVED
 from sparsefit.settings import as_number, named_settings, number
 

@@ -7,15 +7,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from sparsefit.calibration.batches import MicroBatch
 from sparsefit.errors import CalibrationError
-from sparsefit.pruning.finite import check_finite
 from sparsefit.pruning.groups import Part, Parts
 from sparsefit.pruning.layers.base import PrunableWeight
 from sparsefit.pruning.padding_rows import real_rows
-from sparsefit.pruning.statistics import InputStatistics, added_up
+from sparsefit.pruning.statistics import InputStatistics, added_up, all_finite
 from sparsefit.pruning.watch import Rows, Seen, version_of, watching
 from sparsefit.ranks import errors_on_all_ranks, from_all
 
@@ -163,7 +163,7 @@ class _Collector:
             self._shared.update(dict.fromkeys(rest, _Shared(rest, shared.statistics.clone(), shared.inputs)))
         for tokens in self._real_tokens(seen):
             if self._apart:
-                check_finite(tokens, seen, self._batch)
+                _check_finite(tokens, seen, self._batch)
             shared.statistics.add(tokens)
         shared.members, shared.pending, shared.arrived = shared.arrived, None, set()
         shared.inputs += 1
@@ -230,3 +230,22 @@ class _Collector:
 
     def _no_statistics(self, weight: PrunableWeight) -> InputStatistics:
         return InputStatistics(weight.shape[1], weight.device, self._kinds)
+
+
+def _check_finite(tokens: Tensor, seen: Seen, batch: MicroBatch) -> None:
+    """Raise a CalibrationError that names the layer and the batch if some of its (tokens, in) inputs are not finite."""
+    if all_finite(tokens.float().square()):
+        return
+    origin = batch.origin
+    # The tokens of packed sequences come step by step, and those of an expert in an order of their own.
+    packed = seen.inputs.ndim == 2 and isinstance(seen.weight.layers[0], nn.RNNBase)
+    if seen.weight.index is None and not packed:
+        finite = torch.cat([tokens.float().square().isfinite().all(dim=1) for tokens in seen.tokens()])
+        if len(finite) % len(origin) == 0:
+            samples = finite.view(len(origin), -1).all(dim=1).tolist()
+            origin = [number for number, fine in zip(origin, samples, strict=True) if not fine][:1] or origin
+    raise CalibrationError(
+        f"the inputs of {seen.weight.name} are NaN or infinite in calibration batch "
+        f"{' or '.join(map(str, dict.fromkeys(origin)))}. The model was left as it was; look at that batch, or run the "
+        "model in float32 or bfloat16 if it overflows in float16"
+    )

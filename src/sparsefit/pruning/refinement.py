@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsefit.pruning.devices import precise_dtype, triton_works
+from sparsefit.pruning.gram import precise_dtype
+from sparsefit.pruning.selection import triton_works
 
 GRID = 16  # intervals in which the bound on a pruned weight's best partner is interpolated
 CANDIDATES = 16  # pruned weights of a row that are tried with every partner at once

@@ -17,6 +17,15 @@ DERIVED = {"inverse_diagonal": "gram"}
 """What is computed at the end, and from what."""
 
 
+def all_finite(values: Tensor) -> bool:
+    """Whether no element is NaN or infinite; without a temporary of their size.
+
+    >>> all_finite(torch.tensor([1.0, torch.inf]))
+    False
+    """
+    return not values.numel() or bool(torch.stack(values.aminmax()).isfinite().all())
+
+
 class InputStatistics:
     """Those of `KINDS`, the squared norm always among them, over the tokens that a layer's inputs had; in float32.
 

@@ -11,16 +11,14 @@ from torch import Tensor
 from sparsefit.errors import CalibrationError, ConfigError
 from sparsefit.pruning import reconstruction
 from sparsefit.pruning.config import PruningConfig
-from sparsefit.pruning.finite import all_finite
 from sparsefit.pruning.gram import reconstruction_error
-from sparsefit.pruning.granularity import Granularity
 from sparsefit.pruning.groups import InputGroup, Rows
 from sparsefit.pruning.layers.convolution import channels_side_by_side
 from sparsefit.pruning.least_squares import least_squares
 from sparsefit.pruning.refinement import swap
-from sparsefit.pruning.scores import SCORES, sparsegpt_score
-from sparsefit.pruning.selection import Products, Scores, select, select_count, select_n_of_m
-from sparsefit.pruning.statistics import InputStatistics
+from sparsefit.pruning.scores import SCORES, Products, Scores, computed, sparsegpt_score
+from sparsefit.pruning.selection import Granularity, select, select_count, select_n_of_m
+from sparsefit.pruning.statistics import InputStatistics, all_finite
 
 ByWeight = dict[str, Tensor]  # (out, in) tensors by the name of the weight
 
@@ -158,7 +156,7 @@ class Steps:
         granularity = Granularity.parse(self._config.granularity)
         if zeros is not None:  # they go before anything else, and all of them
             least = 0 if granularity.axis == "variant" else -torch.inf
-            scores = scores.scores() if isinstance(scores, Products) else scores
+            scores = computed(scores)
             chosen = self._select(scores.masked_fill(zeros, least), count, None)
             return chosen & ~zeros if self._pattern else _with_all_zeros(chosen, scores, zeros)
         if self._pattern:
@@ -169,19 +167,15 @@ class Steps:
 
     def _scores(self, name: str, matrix: Tensor, needed: list[Tensor]) -> Scores:
         score = self._config.score
-        if self._score.factor is not None:
-            scores = Products(matrix, self._score.factor(*needed))
-            finite = not matrix.numel() or bool(scores.largest().isfinite())
-        else:
-            scores = self._score.function(matrix, *needed)
-            shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            if shape != tuple(matrix.shape):
-                raise ConfigError(
-                    f"score '{score}' gave {shape} for {tuple(matrix.shape)} weights of {name}; a score gives one "
-                    "number for each weight, as a tensor of their shape"
-                )
-            finite = all_finite(scores)
-        if not finite:
+        scores = self._score.function(matrix, *needed)
+        given = scores.weight if isinstance(scores, Products) else scores
+        shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+        if shape != tuple(matrix.shape):
+            raise ConfigError(
+                f"score '{score}' gave {shape} for {tuple(matrix.shape)} weights of {name}; a score gives one "
+                "number for each weight, as a tensor of their shape"
+            )
+        if not (scores.are_finite() if isinstance(scores, Products) else all_finite(scores)):
             raise CalibrationError(
                 f"the scores of {name} are not finite ('{score}'): its weights or their inputs are too large for "
                 "float32, or a score of your own divides by zero. The model was left as it was; look at the "
@@ -234,7 +228,7 @@ def _joined(parts: list[Scores]) -> Scores:
     """The scores, or masks, of a matrix from those of its rows."""
     if len(parts) == 1:
         return parts[0]
-    return torch.cat([part.scores() if isinstance(part, Products) else part for part in parts])
+    return torch.cat([computed(part) for part in parts])
 
 
 def _stacked(tensors: ByWeight, rows: Rows) -> Tensor:

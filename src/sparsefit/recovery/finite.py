@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsefit.errors import DivergenceError
-from sparsefit.pruning.finite import all_finite
 from sparsefit.pruning.naming import canonical_name
+from sparsefit.pruning.statistics import all_finite
 
 
 def nonfinite_count(values: Tensor) -> int:
