@@ -49,10 +49,7 @@ class Steps:
 
     def select_by_magnitude(self) -> ByWeight:
         """The masks of weights of which the inputs say nothing."""
-        return {
-            name: self._select(Products(dense), self._counts.get(name), self._zeros.get(name))
-            for name, dense in self._dense.items()
-        }
+        return {name: self._mask(name, Products(dense)) for name, dense in self._dense.items()}
 
     def adopt(self) -> ByWeight:
         """The zeros that the weights have as their masks."""
@@ -69,11 +66,9 @@ class Steps:
         """The masks by the scores of all weights; rows that see other inputs are scored apart."""
         masks = {}
         for name, dense in self._dense.items():
-            if self._score.needs:
-                scores = [self._scores(name, dense[rows], self._needed(own)) for rows, own in self._parts[name]]
-            else:
-                scores = [self._scores(name, dense, [])]
-            masks[name] = self._select(_joined(scores), self._counts.get(name), self._zeros.get(name))
+            parts = [(dense[rows], self._needed(own)) for rows, own in self._parts[name]]
+            parts = parts if self._score.needs else [(dense, [])]
+            masks[name] = self._mask(name, _joined([self._scores(name, *part) for part in parts]))
         return masks
 
     def refine(self, masks: ByWeight) -> ByWeight:
@@ -151,6 +146,10 @@ class Steps:
             return _joined(masks)
 
         return choose
+
+    def _mask(self, name: str, scores: Scores) -> Tensor:
+        """The mask of a whole matrix by its scores."""
+        return self._select(scores, self._counts.get(name), self._zeros.get(name))
 
     def _select(self, scores: Scores, count: int | None, zeros: Tensor | None) -> Tensor:
         granularity = Granularity.parse(self._config.granularity)
