@@ -11,7 +11,10 @@ import pytest
 
 import sparsefit.pruning
 
-MODULES = sorted(found.name for found in pkgutil.walk_packages(sparsefit.pruning.__path__, "sparsefit.pruning."))
+MODULES = [
+    *sorted(found.name for found in pkgutil.walk_packages(sparsefit.pruning.__path__, "sparsefit.pruning.")),
+    "sparsefit.quantized",
+]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sparsefit.pruning.layers.experts import eager_experts
-from sparsefit.pruning.layers.quantized import plain_layout
+from sparsefit.quantized import plain_layout
 
 
 @contextmanager

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from sparsefit.errors import MaskError
 from sparsefit.files import replacing_file
 from sparsefit.pruning.layers.base import PrunableWeight
-from sparsefit.pruning.layers.quantized import QuantizedWeight, is_quantized, matrix_shape, stored_matrix
+from sparsefit.pruning.layers.quantized import QuantizedWeight
 from sparsefit.pruning.naming import canonical_name
+from sparsefit.quantized import is_quantized, matrix_shape, stored_matrix
 
 _FORMAT = "sparsefit-masks-1"
 Tensors = nn.Module | Mapping[str, Tensor]  # a model, a state dict or the tensors of a file

@@ -15,10 +15,10 @@ from sparsefit.pruning.config import Pattern, PruningConfig
 from sparsefit.pruning.heads import expert_lists, output_layers, routers
 from sparsefit.pruning.layers import matrices_of, reason_left_dense
 from sparsefit.pruning.layers.base import PrunableWeight, is_dense
-from sparsefit.pruning.layers.quantized import awaits_quantization
 from sparsefit.pruning.naming import base_modules, copied_modules, layer_name, matches
 from sparsefit.pruning.statistics import all_finite
 from sparsefit.pruning.tracing import Trace, matrix_names
+from sparsefit.quantized import awaits_quantization
 
 EXCLUDED = "excluded by the configuration"
 CHECKS: list[Callable[[nn.Module, PruningConfig], None]] = []

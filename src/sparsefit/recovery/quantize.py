@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from sparsefit.errors import ConfigError
 from sparsefit.pruning import MaskSet
-from sparsefit.pruning.layers.quantized import dequantized, is_quantized, zero_outside
 from sparsefit.pruning.naming import base_modules, canonical_name, copied_modules
+from sparsefit.quantized import dequantized, is_quantized, zero_outside
 from sparsefit.recovery.export import base_state_dict
 
 Kind = Literal["nf4", "int8"]
