@@ -13,6 +13,7 @@ import sparsefit.pruning
 
 MODULES = [
     *sorted(found.name for found in pkgutil.walk_packages(sparsefit.pruning.__path__, "sparsefit.pruning.")),
+    "sparsefit.bare_model",
     "sparsefit.quantized",
 ]
 

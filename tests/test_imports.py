@@ -33,13 +33,17 @@ HEAVY = (
 
 # Beside the standard library, what all share (COMMON) and itself, a package may import these and no others. Whoever may
 # import a package may import the packages in it.
-COMMON = {"sparsefit.errors", "sparsefit.files", "sparsefit.settings", "sparsefit.ranks", "sparsefit.quantized"}
+COMMON = {"sparsefit.errors", "sparsefit.files", "sparsefit.settings", "sparsefit.ranks"} | {
+    "sparsefit.quantized",
+    "sparsefit.bare_model",
+}
 ALLOWED = {
     "errors": set(),
     "files": {"filelock", "safetensors"},
     "settings": set(),
     "ranks": {"torch"},
     "quantized": {"torch", "bitsandbytes"},
+    "bare_model": {"torch"},
     "calibration": {"torch"},
     "pruning": {"torch", "numpy", "safetensors", "triton"} | {"sparsefit.calibration", "sparsefit.pruning.layers"},
     "pruning.layers": {"torch"},

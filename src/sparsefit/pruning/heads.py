@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from sparsefit.bare_model import base_modules
 from sparsefit.pruning.layers import matrices_of
 from sparsefit.pruning.layers.base import PrunableWeight
 from sparsefit.pruning.layers.experts import find_stacks
-from sparsefit.pruning.naming import base_modules
 from sparsefit.pruning.tracing import Trace, matrix_names
 
 _ROUTERS = frozenset({"router", "gate", "gating"})

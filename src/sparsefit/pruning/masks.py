@@ -15,11 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from sparsefit.bare_model import canonical_name
 from sparsefit.errors import MaskError
 from sparsefit.files import replacing_file
 from sparsefit.pruning.layers.base import PrunableWeight
 from sparsefit.pruning.layers.quantized import QuantizedWeight
-from sparsefit.pruning.naming import canonical_name
 from sparsefit.quantized import is_quantized, matrix_shape, stored_matrix
 
 _FORMAT = "sparsefit-masks-1"

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from sparsefit.bare_model import base_modules
 from sparsefit.calibration.batches import MicroBatch, tensors_in
 from sparsefit.pruning.layers import PRODUCTS, matrices_of
-from sparsefit.pruning.naming import base_modules
 from sparsefit.ranks import from_all
 
 FORMS = 8  # kinds of samples that are looked at, at most

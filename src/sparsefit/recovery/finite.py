@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from sparsefit.bare_model import canonical_name
 from sparsefit.errors import DivergenceError
-from sparsefit.pruning.naming import canonical_name
 from sparsefit.pruning.statistics import all_finite
 
 

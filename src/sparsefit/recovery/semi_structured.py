@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from sparsefit.bare_model import base_modules
 from sparsefit.pruning import MaskSet
 from sparsefit.pruning.masks import split_name
-from sparsefit.pruning.naming import base_modules
 from sparsefit.quantized import is_quantized
 
 HALF = (torch.float16, torch.bfloat16)
