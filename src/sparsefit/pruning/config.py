@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import NamedTuple
 
 import torch
 
@@ -25,8 +26,7 @@ CHOICES = {
 }
 
 
-@dataclass(frozen=True)
-class Pattern:
+class Pattern(NamedTuple):
     """N:M sparsity: `n` non-zeros in every `m` consecutive weights along the input dimension."""
 
     n: int

@@ -73,11 +73,10 @@ class Steps:
 
     def refine(self, masks: ByWeight) -> ByWeight:
         """Better masks of as many weights, by swaps."""
-        pattern = (self._pattern.n, self._pattern.m) if self._pattern else None
         refined = self._empty(torch.bool)
         for statistics, rows in self._by_statistics.items():
             dense, mask = _stacked(self._dense, rows), _stacked(masks, rows)
-            _unstack(swap(dense, mask, statistics["gram"], self._config.swaps, pattern), rows, refined)
+            _unstack(swap(dense, mask, statistics["gram"], self._config.swaps, self._pattern), rows, refined)
         return refined
 
     def update(self, masks: ByWeight) -> ByWeight:
@@ -99,7 +98,7 @@ class Steps:
         for statistics, rows in self._by_statistics.items():
             dense, factor = _stacked(self._dense, rows), self._factor(statistics)
             if self._pattern and self._score.function is sparsegpt_score and not self._zeros:
-                mask, changed = reconstruction.prune_n_of_m(dense, factor, self._pattern.n, self._pattern.m)
+                mask, changed = reconstruction.prune_n_of_m(dense, factor, *self._pattern)
             else:
                 choose, m = self._block_chooser(statistics, rows), self._pattern.m if self._pattern else None
                 mask, changed = reconstruction.prune_iteratively(dense, factor, choose, group=m)
@@ -159,7 +158,7 @@ class Steps:
             chosen = self._select(scores.masked_fill(zeros, least), count, None)
             return chosen & ~zeros if self._pattern else _with_all_zeros(chosen, scores, zeros)
         if self._pattern:
-            return select_n_of_m(scores, self._pattern.n, self._pattern.m)
+            return select_n_of_m(scores, *self._pattern)
         if count is not None:
             return select_count(scores, granularity, count)
         return select(scores, granularity, self._config.exact_sparsity)
@@ -204,10 +203,8 @@ class Steps:
         asked = self._config.damping
         if damping > asked:
             name, _ = self._by_statistics[statistics][0]
-            self._note(
-                f"{name}: the Gram matrix of its inputs could not be inverted with damping {asked:g}; {damping:g} was "
-                "used"
-            )
+            why = f"the Gram matrix of its inputs could not be inverted with damping {asked:g}"
+            self._note(f"{name}: {why}; {damping:g} was used")
 
     def _empty(self, dtype: torch.dtype) -> ByWeight:
         return {name: torch.empty(dense.shape, dtype=dtype, device=dense.device) for name, dense in self._dense.items()}
