@@ -22,7 +22,7 @@ from sparsefit.callbacks.ledgers import ledger_of
 from sparsefit.callbacks.model_call import ModelCall
 from sparsefit.callbacks.progress import paid_progress
 from sparsefit.errors import CalibrationError
-from sparsefit.pruning.evaluating import evaluating
+from sparsefit.pruning.watch import evaluating
 
 TRAINING_SAMPLES = 128
 """How many samples are taken where nobody said and the training data must serve (the paper's number)."""

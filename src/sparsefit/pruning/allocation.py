@@ -9,10 +9,9 @@ from math import floor, prod
 from torch import Tensor
 
 from sparsefit.errors import ConfigError
-from sparsefit.pruning.config import PruningConfig
+from sparsefit.pruning.config import PruningConfig, layer_name, matches
 from sparsefit.pruning.groups import Part
 from sparsefit.pruning.layers.base import PrunableWeight
-from sparsefit.pruning.naming import layer_name, matches
 from sparsefit.pruning.scores import wanda_score
 
 

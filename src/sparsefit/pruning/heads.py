@@ -41,15 +41,9 @@ def output_layers(model: nn.Module, blocks: Iterable[nn.Module] = (), trace: Tra
     inside = {id(module) for block in blocks for module in block.modules()}
     outside = {path: module for path, module in base_modules(model).items() if id(module) not in inside}
     heads = _outside_base_models(outside.values())
-    if heads:
-        return frozenset(
-            name for path, module in outside.items() if id(module) in heads for name in _names(module, path)
-        )
-    return frozenset([name for path, module in outside.items() for name in _names(module, path)][-1:])
-
-
-def _names(module: nn.Module, path: str) -> list[str]:
-    return [weight.name.partition("[")[0] for weight in matrices_of(module, path)]
+    members = {path: module for path, module in outside.items() if not heads or id(module) in heads}
+    found = [weight.name.partition("[")[0] for path, module in members.items() for weight in matrices_of(module, path)]
+    return frozenset(found if heads else found[-1:])
 
 
 def _outside_base_models(modules: Iterable[nn.Module]) -> set[int]:

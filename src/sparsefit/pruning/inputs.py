@@ -14,9 +14,8 @@ from sparsefit.calibration.batches import MicroBatch
 from sparsefit.errors import CalibrationError
 from sparsefit.pruning.groups import Part, Parts
 from sparsefit.pruning.layers.base import PrunableWeight
-from sparsefit.pruning.padding_rows import real_rows
 from sparsefit.pruning.statistics import InputStatistics, added_up, all_finite
-from sparsefit.pruning.watch import Rows, Seen, version_of, watching
+from sparsefit.pruning.watch import Rows, Seen, real_rows, version_of, watching
 from sparsefit.ranks import errors_on_all_ranks, from_all
 
 Key = tuple[str, Rows]  # a weight and which of its rows

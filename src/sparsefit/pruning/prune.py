@@ -12,12 +12,12 @@ from sparsefit.calibration.batches import Forward
 from sparsefit.calibration.padding import watching_padding
 from sparsefit.pruning.block_sweep import BlockSweep
 from sparsefit.pruning.config import PruningConfig
-from sparsefit.pruning.evaluating import evaluating
 from sparsefit.pruning.groups import Parts, input_groups
 from sparsefit.pruning.layers.base import PrunableWeight
 from sparsefit.pruning.results import DenseStatistics, PruningResult, checksums
 from sparsefit.pruning.run import PruningRun
 from sparsefit.pruning.steps import Steps
+from sparsefit.pruning.watch import evaluating
 
 Progress = Callable[[int, int], None]
 
@@ -130,18 +130,8 @@ def collect_statistics(
     """Take, in one pass of the data through a dense model, the statistics that several prunings of it need.
 
     Each of them is then `prune_from_statistics(model, statistics, config)`, which reads no data and runs nothing. Gram
-    matrices, where a configuration needs them, are held for all layers at once.
-
-    Args:
-        model: As in `prune`; it is not changed.
-        batches: As in `prune`.
-        configs: The configurations to come; those of update "none" count.
-        forward: As in `prune`.
-        progress: As in `prune`.
-
-    Raises:
-        ConfigError: if a configuration does not fit the model.
-        CalibrationError: as in `prune`.
+    matrices, where a configuration needs them, are held for all layers at once. The model is not changed; arguments
+    and errors are those of `prune`. Of the configurations to come those of update "none" count.
 
     >>> model, config = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)), PruningConfig(update="none")
     >>> statistics = collect_statistics(model, [torch.randn(16, 4)], [config])
@@ -169,14 +159,8 @@ def prune_from_statistics(
 ) -> PruningResult:
     """Prune a model in place by what `collect_statistics` has found on it: reads no data and runs nothing.
 
-    Args:
-        model: The dense model.
-        statistics: What was found on it.
-        config: What to prune and how; of update "none", or one that needs no inputs.
-        progress: As in `prune`.
-
-    Raises:
-        ConfigError: if the statistics do not fit the configuration.
+    The configuration is one of update "none", or one that needs no inputs. A `ConfigError` if the statistics do not
+    fit it, or are of another model.
 
     >>> model, config = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)), PruningConfig(update="none", pattern="2:4")
     >>> statistics = collect_statistics(model, [torch.randn(16, 4)], [config])

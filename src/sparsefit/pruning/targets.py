@@ -12,11 +12,10 @@ from torch.nn.parameter import is_lazy
 
 from sparsefit.bare_model import base_modules, copied_modules
 from sparsefit.errors import ConfigError
-from sparsefit.pruning.config import Pattern, PruningConfig
+from sparsefit.pruning.config import Pattern, PruningConfig, layer_name, matches
 from sparsefit.pruning.heads import expert_lists, output_layers, routers
 from sparsefit.pruning.layers import matrices_of, reason_left_dense
 from sparsefit.pruning.layers.base import PrunableWeight, is_dense
-from sparsefit.pruning.naming import layer_name, matches
 from sparsefit.pruning.statistics import all_finite
 from sparsefit.pruning.tracing import Trace, matrix_names
 from sparsefit.quantized import awaits_quantization

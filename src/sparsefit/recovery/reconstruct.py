@@ -23,7 +23,7 @@ from sparsefit.calibration.padding import watching_padding
 from sparsefit.errors import ConfigError
 from sparsefit.pruning import MaskSet
 from sparsefit.pruning.blocks import find_block_lists, hidden_of
-from sparsefit.pruning.evaluating import evaluating
+from sparsefit.pruning.watch import evaluating
 from sparsefit.ranks import of_first_rank
 from sparsefit.recovery.block_runs import BlockRun, adapters_off, in_float32, sweep, sweepable_lists
 from sparsefit.recovery.guard import MaskGuard
