@@ -14,7 +14,7 @@ from sparsefit.calibration.batches import MicroBatch
 from sparsefit.errors import CalibrationError
 from sparsefit.pruning.groups import Part, Parts
 from sparsefit.pruning.layers.base import PrunableWeight
-from sparsefit.pruning.statistics import InputStatistics, added_up, all_finite
+from sparsefit.pruning.statistics import InputStatistics, all_finite
 from sparsefit.pruning.watch import Rows, Seen, real_rows, version_of, watching
 from sparsefit.ranks import errors_on_all_ranks, from_all
 
@@ -224,7 +224,10 @@ class _Collector:
             covering = [own for (first, last), own in ranges.items() if first <= start and stop <= last]
             if not covering:
                 return [Part(slice(*whole), self._no_statistics(weight))]
-            parts.append(Part(slice(start, stop), covering[0] if len(covering) == 1 else added_up(covering)))
+            total = covering[0] if len(covering) == 1 else covering[0].clone()
+            for other in covering[1:]:
+                total.merge(other)
+            parts.append(Part(slice(start, stop), total))
         return parts
 
     def _no_statistics(self, weight: PrunableWeight) -> InputStatistics:
