@@ -165,11 +165,11 @@ class MaskSet(Mapping[str, Tensor]):
         Raises:
             MaskError: naming the parameters in which weights came back, and how many; or if masks do not fit.
         """
-        broken = {name: alive for name, matrix in self.matrices_in(tensors) if (alive := self.alive(name, matrix))}
+        alive = {name: self.alive(name, matrix) for name, matrix in self.matrices_in(tensors)}
+        broken = [f"{name} ({count})" for name, count in alive.items() if count]
         if broken:
-            listed = ", ".join(f"{name} ({count})" for name, count in list(broken.items())[:5])
             raise MaskError(
-                f"pruned weights are not zero in {len(broken)} of {len(self)} matrices: {listed}. "
+                f"pruned weights are not zero in {len(broken)} of {len(self)} matrices: {', '.join(broken[:5])}. "
                 "Something wrote to them after pruning; MaskSet.apply(model) makes them zero again"
             )
 

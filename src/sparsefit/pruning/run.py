@@ -113,7 +113,8 @@ class PruningRun:
     def _look_at_existing_zeros(self) -> None:
         if self.config.existing_zeros not in (None, "adopt"):
             return
-        shares = {w.name: float((w.matrix() == 0).float().mean()) for w in self.weights if is_dense(w.parameter)}
+        dense = {weight.name: weight.matrix() for weight in self.weights if is_dense(weight.parameter)}
+        shares = {name: 1 - int(matrix.count_nonzero()) / matrix.numel() for name, matrix in dense.items()}
         most = max(shares, key=shares.get, default=None)
         if self.config.existing_zeros == "adopt" and (most is None or not shares[most]):
             raise ConfigError("the model has no zeros to adopt: leave out existing_zeros, and it is pruned")

@@ -35,11 +35,12 @@ class Products(NamedTuple):
         return magnitude
 
     def are_finite(self) -> bool:
-        """Whether none is infinite or NaN. Computes none but the largest of columns."""
+        """Whether none is infinite or NaN: none is computed where the largest weight times the largest factor is not."""
         if not self.weight.numel():
             return True
-        columns = torch.linalg.vector_norm(self.weight, torch.inf, dim=0).float()
-        return all_finite(columns if self.factor is None else columns * self.factor)
+        largest = torch.stack(self.weight.aminmax()).float().abs().max()
+        largest = largest if self.factor is None else largest * self.factor.max()
+        return bool(largest.isfinite()) or all_finite(self.scores())
 
 
 Scores = Tensor | Products
