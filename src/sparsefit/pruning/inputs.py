@@ -15,10 +15,8 @@ from sparsefit.errors import CalibrationError
 from sparsefit.pruning.groups import Part, Parts
 from sparsefit.pruning.layers.base import PrunableWeight
 from sparsefit.pruning.statistics import InputStatistics, all_finite
-from sparsefit.pruning.watch import Rows, Seen, real_rows, version_of, watching
+from sparsefit.pruning.watch import Key, Rows, Seen, real_rows, version_of, watching
 from sparsefit.ranks import errors_on_all_ranks, from_all
-
-Key = tuple[str, Rows]  # a weight and which of its rows
 
 
 def collect(
@@ -127,7 +125,7 @@ class _Collector:
         """Take in the input of one weight."""
         mask = self._batch.mask_of(seen.inputs)  # shows now: an input that is shared is added later
         seen = seen._replace(real=None if mask is None else real_rows(mask, seen))
-        key = (seen.weight.name, seen.rows)
+        key = seen.weight_rows
         before, shared = self._last or (None, None)
         if key in self._shared or self._apart or not seen.same_input(before) or shared.inputs > 1:
             self._arrive(key, seen)

@@ -91,7 +91,7 @@ def _block_by_block(run: PruningRun) -> None:
         rest = run.collect(run.outside(sweeps), kinds)
     for sweep in sweeps:
         for weights in sweep.turns():
-            parts = run.collect(weights, kinds, sweep.run, sweep.ends_after)
+            parts = run.collect(weights, kinds, sweep.run, sweep.to_the_end)
             _prune_weights(run, weights, parts)
             sweep.advance()
     if not dense:

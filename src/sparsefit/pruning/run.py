@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from sparsefit.pruning.block_sweep import BlockSweep
 from sparsefit.pruning.blocks import NotSweepable, find_block_lists
 from sparsefit.pruning.config import PruningConfig
 from sparsefit.pruning.groups import InputGroup, Parts
-from sparsefit.pruning.inputs import Key, collect
+from sparsefit.pruning.inputs import collect
 from sparsefit.pruning.layers.base import PrunableWeight, is_dense
 from sparsefit.pruning.results import PruningResult
 from sparsefit.pruning.scores import SCORES
@@ -103,6 +103,7 @@ class PruningRun:
 
     def find_targets(self, trace: Trace | None) -> None:
         """Decide which weights are pruned, by what samples have shown of the model."""
+        self._uses = trace.uses if trace else {}
         targets = find_weights(self._model, self._blocks, self.config, trace)
         self.weights, self.result.left_dense = targets.weights, targets.left_dense
         self.result.dense_sizes, self.result.dense_zeros = targets.sizes, targets.zeros
@@ -147,14 +148,14 @@ class PruningRun:
         weights: Sequence[PrunableWeight],
         kinds: Iterable[str],
         run: Callable[[int], object] | None = None,
-        until: Mapping[Key, int] | None = None,
+        to_the_end: bool = False,
     ) -> Parts:
         """Statistics of what some weights see: see `inputs.collect`. By default while the whole model runs, which it
-        does not for no weights."""
+        does not for no weights; a pass need not go on beyond the last of them if not `to_the_end`."""
         if run is None and not weights:
             return {}
         run = run or (lambda number: self._forward(self._data[number].data))
-        parts = collect(weights, kinds, self._data, run, self.result.note, until, self._step)
+        parts = collect(weights, kinds, self._data, run, self.result.note, {} if to_the_end else self._uses, self._step)
         tokens = [part.statistics.tokens for found in parts.values() for part in found]
         self.result.tokens = max([self.result.tokens, *tokens])
         return parts

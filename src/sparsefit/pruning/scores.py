@@ -35,7 +35,7 @@ class Products(NamedTuple):
         return magnitude
 
     def are_finite(self) -> bool:
-        """Whether none is infinite or NaN: none is computed where the largest weight times the largest factor is not."""
+        """Whether none is infinite or NaN; computed only where the largest weight times the largest factor is one."""
         if not self.weight.numel():
             return True
         largest = torch.stack(self.weight.aminmax()).float().abs().max()

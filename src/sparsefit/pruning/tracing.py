@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from sparsefit.bare_model import base_modules
 from sparsefit.calibration.batches import MicroBatch, tensors_in
 from sparsefit.pruning.layers import PRODUCTS, matrices_of
+from sparsefit.pruning.watch import Key, watching
 from sparsefit.ranks import from_all
 
 FORMS = 8  # kinds of samples that are looked at, at most
@@ -28,11 +30,13 @@ class Trace:
 
     Attributes:
         reached: Those that a sample was computed with.
+        uses: How often a sample uses each weight, or some of its rows, at most.
         outputs: For each tensor that the model returned, the last ones on the way to it: from them on nothing was
             multiplied by a parameter.
     """
 
     reached: frozenset[str]
+    uses: Mapping[Key, int]
     outputs: tuple[frozenset[str], ...]
 
 
@@ -51,15 +55,20 @@ def trace(model: nn.Module, data: Sequence[MicroBatch], forward: Callable[[Any],
         if len(samples) == FORMS:
             break
         samples.setdefault(_form(batch.data), batch)
-    tracer = _Tracer(matrix_names(model))
+    tracer, uses = _Tracer(matrix_names(model)), Counter()
+    weights = [weight for name, module in base_modules(model).items() for weight in matrices_of(module, name)]
     outputs: list[frozenset[str]] = []
     for batch in samples.values():
-        with _hooked(model, tracer), tracer:
+        seen: list[Key] = []
+        with watching(weights, lambda what, seen=seen: seen.append(what.weight_rows)), _hooked(model, tracer), tracer:
             result = forward(batch.first_sample())
+        uses |= Counter(seen)
         outputs += [found for tensor in output_tensors(result) if (found := tracer.last(tensor))]
-    of_ranks = from_all(Trace(frozenset(tracer.reached), tuple(dict.fromkeys(outputs))) if samples else None)
-    found = [one for one in of_ranks if one is not None]
-    return Trace(frozenset().union(*(one.reached for one in found)), found[0].outputs) if found else None
+    own = Trace(frozenset(tracer.reached), uses, tuple(dict.fromkeys(outputs))) if samples else None
+    found = [one for one in from_all(own) if one is not None]
+    for one in found:
+        uses |= one.uses
+    return Trace(frozenset().union(*(one.reached for one in found)), uses, found[0].outputs) if found else None
 
 
 def matrix_names(model: nn.Module) -> dict[int, str]:

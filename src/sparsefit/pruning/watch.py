@@ -19,6 +19,7 @@ from sparsefit.pruning.layers.experts import eager_experts
 from sparsefit.quantized import plain_layout
 
 Rows = tuple[int, int] | None
+Key = tuple[str, Rows]  # a weight and which of its rows
 
 
 class Seen(NamedTuple):
@@ -41,6 +42,11 @@ class Seen(NamedTuple):
     tokens: Tokens
     key: Hashable = None
     real: Tensor | str | None = None
+
+    @property
+    def weight_rows(self) -> Key:
+        """Names the weight, and which of its rows."""
+        return self.weight.name, self.rows
 
     def same_input(self, other: Seen | None) -> bool:
         """Whether another weight is multiplied by the very same."""
