@@ -15,7 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparsefit.bare_model import base_modules
-from sparsefit.calibration.batches import MicroBatch, tensors_in
+from sparsefit.calibration.batches import MicroBatch
+from sparsefit.calibration.samples import cut_batch, tensors_in
 from sparsefit.pruning.layers import PRODUCTS, matrices_of
 from sparsefit.pruning.watch import Key, watching
 from sparsefit.ranks import from_all
@@ -30,7 +31,7 @@ class Trace:
 
     Attributes:
         reached: Those that a sample was computed with.
-        uses: How often a sample uses each weight, or some of its rows, at most.
+        uses: How often a pass uses each weight, or some of its rows, at most.
         outputs: For each tensor that the model returned, the last ones on the way to it: from them on nothing was
             multiplied by a parameter.
     """
@@ -41,27 +42,25 @@ class Trace:
 
 
 def trace(model: nn.Module, data: Sequence[MicroBatch], forward: Callable[[Any], Any]) -> Trace | None:
-    """Follow the first sample of each form (the same keys, as many tensors) through a model, with all ranks.
-
-    Returns:
-        What they have shown; None if there are none.
+    """Follow two samples of each form (the same keys, as many tensors) through a model, with all ranks: two, as what
+    goes through a weight sample by sample uses it more often than once. None if there are none.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
     >>> trace(model, [MicroBatch(torch.ones(1, 2), origin=(0,))], model).outputs
     (frozenset({'2.weight'}),)
     """
     samples = {}
-    for batch in data:
+    for batch in sorted(data, key=lambda batch: len(batch.origin) < 2):
         if len(samples) == FORMS:
             break
-        samples.setdefault(_form(batch.data), batch)
+        samples.setdefault(_form(batch.data), cut_batch(batch.data, 2))
     tracer, uses = _Tracer(matrix_names(model)), Counter()
     weights = [weight for name, module in base_modules(model).items() for weight in matrices_of(module, name)]
     outputs: list[frozenset[str]] = []
-    for batch in samples.values():
+    for sample in samples.values():
         seen: list[Key] = []
         with watching(weights, lambda what, seen=seen: seen.append(what.weight_rows)), _hooked(model, tracer), tracer:
-            result = forward(batch.first_sample())
+            result = forward(sample)
         uses |= Counter(seen)
         outputs += [found for tensor in output_tensors(result) if (found := tracer.last(tensor))]
     own = Trace(frozenset(tracer.reached), uses, tuple(dict.fromkeys(outputs))) if samples else None
