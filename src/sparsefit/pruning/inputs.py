@@ -77,8 +77,8 @@ class _ChangedInPlace(Exception):
     """An input that is shared is no longer what it was; the message says whose."""
 
 
-class _AllSeen(Exception):
-    """Every weight has got its input."""
+class _AllSeen(BaseException):
+    """Every weight has got its input. (No `Exception`: a model may catch these.)"""
 
 
 @dataclass(eq=False)
