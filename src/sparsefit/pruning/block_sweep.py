@@ -19,17 +19,10 @@ class BlockSweep:
     """The micro-batches on their way through a list of blocks, before the block whose turn it is.
 
     One sample goes through the dense model to its end first: `NotSweepable` if the blocks cannot be run one by one.
-
-    Args:
-        blocks: The list.
-        weights: Those to prune in the model.
-        data: Calibration data.
-        forward: Runs the model on a batch.
-        config: In which order; where blocks are computed and hidden states are kept.
-        step: Called after each pass of a micro-batch, but for those of `run`.
+    `step` is called after each pass of a micro-batch, but for those of `run`.
 
     Attributes:
-        weights: Those in the blocks; if there are none, nothing is run.
+        weights: Those of the weights to prune that are in the blocks; if there are none, nothing is run.
         to_the_end: Whether what comes out of the block in a pass is of use.
     """
 

@@ -23,11 +23,6 @@ def output_layers(model: nn.Module, blocks: Iterable[nn.Module] = (), trace: Tra
     blocks (its residual stream brings them all to the output), or one that blocks share. Without a trace they are what
     transformers' models keep outside of their `base_model`; in other models the last matrix outside the blocks.
 
-    Args:
-        model: Any module.
-        blocks: Its repeated blocks.
-        trace: What samples have shown.
-
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1)))
     >>> output_layers(model)
     frozenset({'2.1.weight'})

@@ -76,12 +76,8 @@ def find_weights(
 ) -> Targets:
     """The weights that a configuration prunes, and those that stay dense.
 
-    Args:
-        model: Any module.
-        blocks: Its repeated blocks; without targets only the layers inside them are pruned, or, if there are
-            none, all but the output layer.
-        config: Its `targets`, `exclude`, `pattern` and what it needs inputs for are used.
-        trace: What samples have shown of the model: what they do not reach stays dense.
+    Without targets these are the layers inside the repeated blocks or, without blocks, all but the output layer. What
+    samples have shown not to be reached stays dense in any case.
 
     Raises:
         ConfigError: if nothing would be pruned, N:M does not divide a width, or weights are NaN or infinite; and as

@@ -184,10 +184,8 @@ def _rows_in(part: Tensor, whole: Tensor) -> Rows:
 
 
 def real_rows(mask: PaddingMask, seen: Seen) -> Tensor | str | None:
-    """Which of the rows that a weight multiplies are no padding, in their order.
-
-    Returns:
-        (tokens,) bool; None if the inputs are none of the mask's sequences; a word for why it cannot be told.
+    """Which of the rows that a weight multiplies are no padding, (tokens,) bool in their order; None if the inputs are
+    none of the mask's sequences; a word for why it cannot be told.
 
     >>> import torch
     >>> from sparsefit.pruning.layers import matrices_of
