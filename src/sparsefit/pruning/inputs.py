@@ -39,19 +39,21 @@ def collect(
     Raises:
         CalibrationError: if an input is not finite; names the layer and the calibration batch.
 
-    >>> import torch
     >>> from sparsefit.pruning.layers import matrices_of
-    >>> layer, data = torch.nn.Linear(2, 3), [MicroBatch(torch.tensor([[3.0, 4.0]]), origin=(0,))]
+    >>> layer, data = nn.Linear(2, 3), [MicroBatch(torch.tensor([[3.0, 4.0]]), origin=(0,))]
     >>> parts = collect(matrices_of(layer), (), data, lambda number: layer(data[number].data), note=print)
     >>> parts["weight"][0].statistics["squared_norm"]
     tensor([ 9., 16.])
     """
+    names = {weight.name for weight in weights}
+    uses = {key: count for key, count in (until or {}).items() if key[0] in names}
+    may_end = set(uses.values()) == {1} and {name for name, _ in uses} == names
 
     def collected(kinds: Iterable[str], apart: bool = False) -> _Collector:
-        collector = _Collector(weights, kinds, note, until or {}, apart)
+        collector = _Collector(weights, kinds, note, apart)
         with watching(weights, collector.record):
             for number, batch in enumerate(data):
-                collector.next_batch(batch)
+                collector.begin(batch, set(uses) if may_end else set())
                 with suppress(_AllSeen):
                     run(number)
                 collector.settle()
@@ -64,7 +66,7 @@ def collect(
         except _ChangedInPlace as changed:
             note(f"{changed}; the statistics were taken again, for each weight by itself")
             collector = collected(kinds, apart=True)
-        if not collector.all_finite():
+        if not all(shared.statistics.is_finite() for shared in collector.shared.values()):  # asked once, as it waits
             collected(("squared_norm",), apart=True)
             raise CalibrationError(
                 "the inputs of the model's layers are finite one by one, but their squares add up to more than float32 "
@@ -101,24 +103,16 @@ class _Collector:
     """
 
     def __init__(
-        self,
-        weights: Iterable[PrunableWeight],
-        kinds: Iterable[str],
-        note: Callable[[str], None],
-        until: Mapping[Key, int],
-        apart: bool,
+        self, weights: Iterable[PrunableWeight], kinds: Iterable[str], note: Callable[[str], None], apart: bool
     ) -> None:
         self._weights = {weight.name: weight for weight in weights}
         self._kinds, self._note, self._apart = kinds, note, apart
-        self._shared: dict[Key, _Shared] = {}
+        self.shared: dict[Key, _Shared] = {}
         self._last: tuple[Seen, _Shared] | None = None  # the last input that was added
-        uses = {key: count for key, count in until.items() if key[0] in self._weights}
-        once = {name for name, _ in uses} == set(self._weights) and set(uses.values()) == {1}
-        self._ends_after = set(uses) if once else set()  # if empty, a pass goes to its end
 
-    def next_batch(self, batch: MicroBatch) -> None:
-        """Say which micro-batch runs next."""
-        self._batch, self._awaited = batch, set(self._ends_after)
+    def begin(self, batch: MicroBatch, awaited: set[Key]) -> None:
+        """Say which micro-batch runs next, until all that is awaited has come; to its end if nothing is."""
+        self._batch, self._awaited = batch, awaited
         batch.begin()
 
     def record(self, seen: Seen) -> None:
@@ -127,23 +121,23 @@ class _Collector:
         seen = seen._replace(real=None if mask is None else real_rows(mask, seen))
         key = seen.weight_rows
         before, shared = self._last or (None, None)
-        if key in self._shared or self._apart or not seen.same_input(before) or shared.inputs > 1:
+        if key in self.shared or self._apart or not seen.same_input(before) or shared.inputs > 1:
             self._arrive(key, seen)
         else:  # its first input is the first and only one of those before it
             shared.members.add(key)
-            self._shared[key] = shared
+            self.shared[key] = shared
         if key in self._awaited:
             self._awaited.remove(key)
             if not self._awaited:
                 raise _AllSeen
 
     def _arrive(self, key: Key, seen: Seen) -> None:
-        if key not in self._shared:
-            self._shared[key] = _Shared({key}, self._no_statistics(seen.weight))
-        shared = self._shared[key]
+        if key not in self.shared:
+            self.shared[key] = _Shared({key}, self._no_statistics(seen.weight))
+        shared = self.shared[key]
         if key in shared.arrived or not (shared.pending is None or seen.same_input(shared.pending)):
             self._add_pending(shared)
-            shared = self._shared[key]
+            shared = self.shared[key]
         shared.pending = seen
         shared.arrived.add(key)
         if shared.arrived == shared.members:
@@ -157,7 +151,7 @@ class _Collector:
                 f"the input of {seen.weight.name} was changed in place before all weights that share it had got it"
             )
         if rest:
-            self._shared.update(dict.fromkeys(rest, _Shared(rest, shared.statistics.clone(), shared.inputs)))
+            self.shared.update(dict.fromkeys(rest, _Shared(rest, shared.statistics.clone(), shared.inputs)))
         for tokens in self._real_tokens(seen):
             if self._apart:
                 _check_finite(tokens, seen, self._batch)
@@ -168,7 +162,7 @@ class _Collector:
 
     def settle(self) -> None:
         """The end of a pass: an input that has not come to all by now does not."""
-        for shared in dict.fromkeys(self._shared.values()):
+        for shared in dict.fromkeys(self.shared.values()):
             if shared.pending is not None:
                 self._add_pending(shared)
         self._last = None
@@ -185,10 +179,6 @@ class _Collector:
         real = seen.real.to(pieces[0].device).split(sizes)
         return [piece[own] for piece, own in zip(pieces, real, strict=True)]
 
-    def all_finite(self) -> bool:
-        """Asked once, so that no pass waits for it."""
-        return all(bool(shared.statistics.is_finite()) for shared in self._shared.values())
-
     def parts(self) -> Parts:
         """The statistics of every weight, added up over all ranks of a distributed run."""
         found: dict[str, dict[Rows, InputStatistics]] = {name: {} for name in self._weights}
@@ -198,7 +188,7 @@ class _Collector:
 
     def _of_all_ranks(self) -> dict[Key, InputStatistics]:
         """What shares on every rank shares; ranks add up."""
-        found = {key: shared.statistics for key, shared in self._shared.items()}
+        found = {key: shared.statistics for key, shared in self.shared.items()}
         numbers = {statistics: number for number, statistics in enumerate(found.values())}
         of_ranks = from_all({key: numbers[statistics] for key, statistics in found.items()})
         if len(of_ranks) == 1:

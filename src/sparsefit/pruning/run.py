@@ -85,13 +85,9 @@ class PruningRun:
         self._forward = passing(self._data, watch, forward_of(self._model, forward))
         if config.needs_inputs:
             self.result.samples = sum(len(batch.origin) for batch in self._data)
-            self._steps_in_all = self._passes() * len(self._data) + 1  # the last step is that all is done
-
-    def _passes(self) -> int:
-        if self.takes_one_pass:
-            return 1
-        of_blocks = len(self._blocks) * (1 if self.config.update == "none" else 2)
-        return (of_blocks + len(self._block_lists) or 1) + (self.config.allocation == "owl")
+            of_blocks = len(self._blocks) * (1 if config.update == "none" else 2) + len(self._block_lists)
+            passes = 1 if self.takes_one_pass else (of_blocks or 1) + (config.allocation == "owl")
+            self._steps_in_all = passes * len(self._data) + 1  # the last step is that all is done
 
     def _step(self) -> None:
         self._steps_done = min(self._steps_done + 1, self._steps_in_all - 1)

@@ -119,14 +119,13 @@ class _Tracer(TorchFunctionMode):
         self._storages = {p.untyped_storage().data_ptr(): self.names[id(p)] for p in plain if p.device.type != "meta"}
         self._buffers = {id(buffer) for buffer in model.buffers()}
 
-    def last(self, tensor: Tensor) -> frozenset[str]:
-        """What was last multiplied by on the way to a tensor."""
-        return self._last.get(tensor, frozenset())
+    def last(self, output: Any) -> frozenset[str]:
+        """What was last multiplied by on the way to some tensors."""
+        return frozenset().union(*(self._last.get(tensor, frozenset()) for tensor in tensors_in(output)))
 
     def mark(self, output: Any, found: frozenset[str]) -> None:
         """Say so of what a layer has returned."""
-        for tensor in tensors_in(output):
-            self._last[tensor] = found
+        self._last.update(dict.fromkeys(tensors_in(output), found))
 
     def __torch_function__(
         self,
@@ -145,9 +144,8 @@ class _Tracer(TorchFunctionMode):
         used = frozenset().union(*weights)
         self.reached |= used
         if used and all(own or id(tensor) in self._buffers for tensor, own in zip(given, weights, strict=True)):
-            for tensor in results:  # a weight in another form: cast, masked, of low rank
-                self._made_of[tensor] = used
-        elif found := used if used and func in _PRODUCTS else frozenset().union(*map(self.last, given)):
+            self._made_of.update(dict.fromkeys(results, used))  # a weight in another form: cast, masked, of low rank
+        elif found := used if used and func in _PRODUCTS else self.last(given):
             self.mark(results, found)
         return result
 
@@ -170,7 +168,7 @@ def _hooked(model: nn.Module, tracer: _Tracer) -> Iterator[None]:
     def called(name: str) -> Callable[..., None]:
         def hook(layer: nn.Module, args: Any, output: Any) -> None:
             tracer.reached.add(name)
-            if not any(tracer.last(tensor) for tensor in tensors_in(output)):
+            if not tracer.last(output):
                 tracer.mark(output, frozenset({name}))
 
         return hook
