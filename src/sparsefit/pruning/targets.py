@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from sparsefit.bare_model import base_modules, copied_modules
 from sparsefit.errors import ConfigError
-from sparsefit.pruning.config import Pattern, PruningConfig, layer_name, matches
+from sparsefit.pruning.config import PruningConfig, layer_name, matches
 from sparsefit.pruning.heads import expert_lists, output_layers, routers
 from sparsefit.pruning.layers import matrices_of, reason_left_dense
 from sparsefit.pruning.layers.base import PrunableWeight, is_dense
@@ -53,21 +53,25 @@ def find_candidates(model: nn.Module, config: PruningConfig) -> list[PrunableWei
     """
     modules = base_modules(model)
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
-    if lazy:
-        raise ConfigError(f"{lazy[0]} has no shape yet: run the model on one batch first, which gives it one")
-    waiting = [name for name, module in modules.items() if awaits_quantization(module)]
-    if waiting:
-        raise ConfigError(
-            f"{waiting[0]} is to be quantized by bitsandbytes and is not yet: move the model to its device first "
-            "(`model.to('cpu')` or `.to('cuda')`), which quantizes it"
-        )
+    _refuse(lazy[:1], "{} has no shape yet: run the model on one batch first, which gives it one")
+    _refuse(
+        [name for name, module in modules.items() if awaits_quantization(module)][:1],
+        "{} is to be quantized by bitsandbytes and is not yet: move the model to its device first (`model.to('cpu')` "
+        "or `.to('cuda')`), which quantizes it",
+    )
+    _refuse(
+        [name for name, m in model.named_modules() if hasattr(m, "base_layer") and getattr(m, "merged", None) is True][
+            :1
+        ],
+        "an adapter is merged into {}: taking it out again would bring pruned weights back. Call unmerge_adapter() "
+        "first, or merge_and_unload() to keep it for good",
+    )
     candidates = [weight for name, module in modules.items() for weight in matrices_of(module, name)]
     names = [layer_name(weight.name) for weight in candidates]
     _check_names_exist((*(config.targets or ()), *config.exclude), names)
     wanted = [name for name in names if config.targets is None or matches(name, config.targets)]
     if all(matches(name, config.exclude) for name in wanted):
         raise ConfigError(_nothing_left(model, config, set()))
-    _check_unmerged(model)
     return candidates
 
 
@@ -103,9 +107,22 @@ def find_weights(
     weights = [weight for weight in found.values() if reasons.get(id(weight.parameter)) != EXCLUDED]
     if not weights:
         raise ConfigError(_nothing_left(model, config, set(reasons.values())))
-    _check_at_hand(weights)
-    _check_widths(weights, config.structure)
-    _check_finite(weights)
+    _refuse(
+        [weight.name for weight in weights if weight.device.type == "meta"],
+        "{}: these weights are not in memory (device 'meta'). Load the model without offloading to disk; one too large "
+        "for the GPU is pruned from CPU memory with PruningConfig(device='cuda')",
+    )
+    pattern, widths = config.structure, {weight.name: weight.shape[1] // weight.positions for weight in weights}
+    _refuse(
+        [f"{name} ({width} inputs)" for name, width in widths.items() if pattern and width % pattern.m],
+        f"pattern '{pattern}' needs widths that {pattern and pattern.m} divides; it does not fit {{}}: exclude them or "
+        "take another pattern",
+    )
+    _refuse(
+        [weight.name for weight in weights if not all_finite(weight.matrix())],
+        "{}: these weights are NaN or infinite, and such weights cannot be compared. The model was left as it was; "
+        "load sound ones, or exclude the layers",
+    )
     return _account(model, weights, candidates, reasons)
 
 
@@ -192,47 +209,10 @@ def _check_names_exist(patterns: Iterable[str], names: list[str]) -> None:
             )
 
 
-def _check_unmerged(model: nn.Module) -> None:
-    merged = [
-        name for name, m in model.named_modules() if hasattr(m, "base_layer") and getattr(m, "merged", None) is True
-    ]
-    if merged:
-        raise ConfigError(
-            f"an adapter is merged into {merged[0]}: taking it out again would bring pruned weights back. Call "
-            "unmerge_adapter() first, or merge_and_unload() to keep it for good"
-        )
-
-
-def _check_at_hand(weights: list[PrunableWeight]) -> None:
-    absent = [weight.name for weight in weights if weight.device.type == "meta"]
-    if absent:
-        raise ConfigError(
-            f"{_listed(absent)}: these weights are not in memory (device 'meta'). Load the model without offloading to "
-            "disk; one too large for the GPU is pruned from CPU memory with PruningConfig(device='cuda')"
-        )
-
-
-def _check_widths(weights: list[PrunableWeight], pattern: Pattern | None) -> None:
-    widths = {weight.name: weight.shape[1] // weight.positions for weight in weights}
-    misfits = [f"{name} ({width} inputs)" for name, width in widths.items() if pattern and width % pattern.m]
-    if misfits:
-        raise ConfigError(
-            f"pattern '{pattern}' needs widths that {pattern.m} divides; it does not fit {_listed(misfits)}: exclude "
-            "them or take another pattern"
-        )
-
-
-def _check_finite(weights: list[PrunableWeight]) -> None:
-    broken = [weight.name for weight in weights if not all_finite(weight.matrix())]
-    if broken:
-        raise ConfigError(
-            f"{_listed(broken)}: these weights are NaN or infinite, and such weights cannot be compared. The model was "
-            "left as it was; load sound ones, or exclude the layers"
-        )
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+def _refuse(names: list[str], why: str) -> None:
+    """A `ConfigError` if there are any names; it says why of the first of them, which take the place of {}."""
+    if names:
+        raise ConfigError(why.format(", ".join(names[:5]) + (", ..." if len(names) > 5 else "")))
 
 
 def _account(
