@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from sparsefit.calibration.batches import MicroBatch
+from sparsefit.calibration.samples import numbers_in
 from sparsefit.errors import CalibrationError
 from sparsefit.pruning.groups import Part, Parts
 from sparsefit.pruning.layers.base import PrunableWeight
@@ -25,15 +27,15 @@ def collect(
     data: Sequence[MicroBatch],
     run: Callable[[int], object],
     note: Callable[[str], None],
-    until: Mapping[Key, int] | None = None,
+    shares: Mapping[Key, Fraction | None] | None = None,
     step: Callable[[], None] = lambda: None,
 ) -> Parts:
     """The statistics, of `kinds` among `statistics.KINDS`, of what some weights see in the calibration data.
 
     Args:
         run: Runs the model, or one of its blocks, on the micro-batch of that number.
-        until: How often a pass uses each weight, if what it computes is of no other use: it ends as soon as all have
-            been used if that is once each.
+        shares: As in a `Trace`, if what a pass computes is of no other use: it ends as soon as all weights have got as
+            much of the data as they had of the sample that used each of them once.
         step: Called after each pass.
 
     Raises:
@@ -46,14 +48,15 @@ def collect(
     tensor([ 9., 16.])
     """
     names = {weight.name for weight in weights}
-    uses = {key: count for key, count in (until or {}).items() if key[0] in names}
-    may_end = set(uses.values()) == {1} and {name for name, _ in uses} == names
+    awaited = {key: share for key, share in (shares or {}).items() if key[0] in names}
+    if None in awaited.values() or {name for name, _ in awaited} != names:
+        awaited = {}
 
     def collected(kinds: Iterable[str], apart: bool = False) -> _Collector:
         collector = _Collector(weights, kinds, note, apart)
         with watching(weights, collector.record):
             for number, batch in enumerate(data):
-                collector.begin(batch, set(uses) if may_end else set())
+                collector.begin(batch, awaited)
                 with suppress(_AllSeen):
                     run(number)
                 collector.settle()
@@ -110,9 +113,9 @@ class _Collector:
         self.shared: dict[Key, _Shared] = {}
         self._last: tuple[Seen, _Shared] | None = None  # the last input that was added
 
-    def begin(self, batch: MicroBatch, awaited: set[Key]) -> None:
-        """Say which micro-batch runs next, until all that is awaited has come; to its end if nothing is."""
-        self._batch, self._awaited = batch, awaited
+    def begin(self, batch: MicroBatch, awaited: Mapping[Key, Fraction]) -> None:
+        """Say which micro-batch runs next, until these shares of it have come; to its end if there are none."""
+        self._batch, self._size, self._awaited = batch, numbers_in(batch.data), dict(awaited)
         batch.begin()
 
     def record(self, seen: Seen) -> None:
@@ -126,8 +129,8 @@ class _Collector:
         else:  # its first input is the first and only one of those before it
             shared.members.add(key)
             self.shared[key] = shared
-        if key in self._awaited:
-            self._awaited.remove(key)
+        if key in self._awaited and self._awaited[key] * self._size == seen.inputs.numel():
+            del self._awaited[key]
             if not self._awaited:
                 raise _AllSeen
 

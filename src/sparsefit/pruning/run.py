@@ -99,7 +99,7 @@ class PruningRun:
 
     def find_targets(self, trace: Trace | None) -> None:
         """Decide which weights are pruned, by what samples have shown of the model."""
-        self._uses = trace.uses if trace else {}
+        self._shares = trace.shares if trace else {}
         targets = find_weights(self._model, self._blocks, self.config, trace)
         self.weights, self.result.left_dense = targets.weights, targets.left_dense
         self.result.dense_sizes, self.result.dense_zeros = targets.sizes, targets.zeros
@@ -151,7 +151,8 @@ class PruningRun:
         if run is None and not weights:
             return {}
         run = run or (lambda number: self._forward(self._data[number].data))
-        parts = collect(weights, kinds, self._data, run, self.result.note, {} if to_the_end else self._uses, self._step)
+        shares = {} if to_the_end else self._shares
+        parts = collect(weights, kinds, self._data, run, self.result.note, shares, self._step)
         tokens = [part.statistics.tokens for found in parts.values() for part in found]
         self.result.tokens = max([self.result.tokens, *tokens])
         return parts

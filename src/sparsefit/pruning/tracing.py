@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -16,9 +16,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparsefit.bare_model import base_modules
 from sparsefit.calibration.batches import MicroBatch
-from sparsefit.calibration.samples import cut_batch, tensors_in
+from sparsefit.calibration.samples import numbers_in, tensors_in
 from sparsefit.pruning.layers import PRODUCTS, matrices_of
-from sparsefit.pruning.watch import Key, watching
+from sparsefit.pruning.watch import Key, Seen, watching
 from sparsefit.ranks import from_all
 
 FORMS = 8  # kinds of samples that are looked at, at most
@@ -31,43 +31,50 @@ class Trace:
 
     Attributes:
         reached: Those that a sample was computed with.
-        uses: How often a pass uses each weight, or some of its rows, at most.
+        shares: For each weight, or some of its rows, the numbers in its input as a share of those in the sample; None
+            if a sample uses it more often than once.
         outputs: For each tensor that the model returned, the last ones on the way to it: from them on nothing was
             multiplied by a parameter.
     """
 
     reached: frozenset[str]
-    uses: Mapping[Key, int]
+    shares: Mapping[Key, Fraction | None]
     outputs: tuple[frozenset[str], ...]
 
 
 def trace(model: nn.Module, data: Sequence[MicroBatch], forward: Callable[[Any], Any]) -> Trace | None:
-    """Follow two samples of each form (the same keys, as many tensors) through a model, with all ranks: two, as what
-    goes through a weight sample by sample uses it more often than once. None if there are none.
+    """Follow the first sample of each form (the same keys, as many tensors) through a model, with all ranks.
+
+    Returns:
+        What they have shown; None if there are none.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
     >>> trace(model, [MicroBatch(torch.ones(1, 2), origin=(0,))], model).outputs
     (frozenset({'2.weight'}),)
     """
     samples = {}
-    for batch in sorted(data, key=lambda batch: len(batch.origin) < 2):
+    for batch in data:
         if len(samples) == FORMS:
             break
-        samples.setdefault(_form(batch.data), cut_batch(batch.data, 2))
-    tracer, uses = _Tracer(matrix_names(model)), Counter()
+        samples.setdefault(_form(batch.data), batch)
+    tracer = _Tracer(matrix_names(model))
+    shares: dict[Key, Fraction | None] = {}
     weights = [weight for name, module in base_modules(model).items() for weight in matrices_of(module, name)]
     outputs: list[frozenset[str]] = []
-    for sample in samples.values():
-        seen: list[Key] = []
-        with watching(weights, lambda what, seen=seen: seen.append(what.weight_rows)), _hooked(model, tracer), tracer:
+    for batch in samples.values():
+        sample = batch.first_sample()
+        own: dict[Key, Fraction | None] = {}
+
+        def count(seen: Seen, own: dict[Key, Fraction | None] = own, size: int = numbers_in(sample)) -> None:
+            own[seen.weight_rows] = None if seen.weight_rows in own else Fraction(seen.inputs.numel(), size or 1)
+
+        with watching(weights, count), _hooked(model, tracer), tracer:
             result = forward(sample)
-        uses |= Counter(seen)
+        shares |= {key: None if None in (share, shares.get(key, share)) else share for key, share in own.items()}
         outputs += [found for tensor in output_tensors(result) if (found := tracer.last(tensor))]
-    own = Trace(frozenset(tracer.reached), uses, tuple(dict.fromkeys(outputs))) if samples else None
-    found = [one for one in from_all(own) if one is not None]
-    for one in found:
-        uses |= one.uses
-    return Trace(frozenset().union(*(one.reached for one in found)), uses, found[0].outputs) if found else None
+    shown = Trace(frozenset(tracer.reached), shares, tuple(dict.fromkeys(outputs))) if samples else None
+    found = [one for one in from_all(shown) if one is not None]
+    return Trace(frozenset().union(*(one.reached for one in found)), shares, found[0].outputs) if found else None
 
 
 def matrix_names(model: nn.Module) -> dict[int, str]:
