@@ -58,9 +58,7 @@ def swap(weight: Tensor, mask: Tensor, gram: Tensor, max_swaps: int, pattern: tu
     precise_gram = gram.to(precise_dtype(gram.device))
     reach = _strongest_correlation(gram) if pattern is None else None
     for places in open_rows.split(_rows_at_once(gram, pattern)):
-        own, kept = weight[places].to(precise_gram.dtype), mask[places]
-        alone = own.square() * precise_gram.diagonal()
-        rows = _Rows(places, kept, own, own.masked_fill(kept, 0) @ precise_gram, alone)
+        rows = _start(places, weight[places].to(precise_gram.dtype), mask[places], precise_gram)
         for _ in range(max_swaps):
             changes = _changes(rows)
             pair = _best_pair_in_groups(changes, gram, pattern[1]) if pattern else _best_pair(changes, gram, reach)
@@ -76,6 +74,10 @@ def _rows_at_once(gram: Tensor, pattern: tuple[int, int] | None) -> int:
     elements = CPU_ELEMENTS if gram.device.type == "cpu" else GPU_ELEMENTS
     temporaries = pattern[1] if pattern else 1 if triton_works(gram.device) else max(GRID + 1, CANDIDATES)
     return max(elements // (len(gram) * temporaries), 1)
+
+
+def _start(places: Tensor, weight: Tensor, kept: Tensor, gram: Tensor) -> _Rows:
+    return _Rows(places, kept, weight, weight.masked_fill(kept, 0) @ gram, weight.square() * gram.diagonal())
 
 
 def _changes(rows: _Rows) -> _Changes:
