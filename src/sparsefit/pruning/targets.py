@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -25,21 +26,13 @@ CHECKS: list[Callable[[nn.Module, PruningConfig], None]] = []
 """What else is seen to before a weight changes: each raises a ConfigError for a model that must not be pruned so."""
 
 
-@dataclass(frozen=True)
-class Targets:
-    """What of a model is pruned.
+class Targets(NamedTuple):
+    """What of a model is pruned."""
 
-    Attributes:
-        weights: Those that are, in the order of the model.
-        left_dense: For each other matrix its name and the reason.
-        sizes: How many weights each of those has, but for embeddings that nothing is multiplied by.
-        zeros: How many of these are zero.
-    """
-
-    weights: list[PrunableWeight]
-    left_dense: dict[str, str]
-    sizes: dict[str, int]
-    zeros: int
+    weights: list[PrunableWeight]  # in the order of the model
+    left_dense: dict[str, str]  # the reason by the name of each other matrix
+    sizes: dict[str, int]  # how many weights each of those has, but for embeddings that nothing is multiplied by
+    zeros: int  # how many of these are zero
 
 
 def find_candidates(model: nn.Module, config: PruningConfig) -> list[PrunableWeight]:
