@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,19 +64,20 @@ def trace(model: nn.Module, data: Sequence[MicroBatch], forward: Callable[[Any],
     weights = [weight for name, module in base_modules(model).items() for weight in matrices_of(module, name)]
     outputs: list[frozenset[str]] = []
     for batch in samples.values():
-        sample = batch.first_sample()
-        own: dict[Key, Fraction | None] = {}
-
-        def count(seen: Seen, own: dict[Key, Fraction | None] = own, size: int = numbers_in(sample)) -> None:
-            own[seen.weight_rows] = None if seen.weight_rows in own else Fraction(seen.inputs.numel(), size or 1)
-
-        with watching(weights, count), _hooked(model, tracer), tracer:
+        sample, seen = batch.first_sample(), []
+        with watching(weights, partial(_note_size, seen)), _hooked(model, tracer), tracer:
             result = forward(sample)
-        shares |= {key: None if None in (share, shares.get(key, share)) else share for key, share in own.items()}
+        uses, size = Counter(key for key, _ in seen), numbers_in(sample) or 1
+        for key, numbers in seen:
+            shares[key] = None if uses[key] > 1 else shares.get(key, Fraction(numbers, size))
         outputs += [found for tensor in output_tensors(result) if (found := tracer.last(tensor))]
     shown = Trace(frozenset(tracer.reached), shares, tuple(dict.fromkeys(outputs))) if samples else None
     found = [one for one in from_all(shown) if one is not None]
     return Trace(frozenset().union(*(one.reached for one in found)), shares, found[0].outputs) if found else None
+
+
+def _note_size(sizes: list[tuple[Key, int]], seen: Seen) -> None:
+    sizes.append((seen.weight_rows, seen.inputs.numel()))
 
 
 def matrix_names(model: nn.Module) -> dict[int, str]:
