@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from sparsefit.bare_model import canonical_name
 from sparsefit.errors import DivergenceError
-from sparsefit.pruning.finite import all_finite
-from sparsefit.pruning.naming import canonical_name
+from sparsefit.pruning.statistics import all_finite
 
 LOWEST_SCALE = 1e-4
 """Of a gradient scaler, which begins at 65,536: gradients that are finite only below this need more than 16 bits."""
