@@ -22,7 +22,8 @@ from sparsefit.callbacks.ledgers import ledger_of
 from sparsefit.callbacks.model_call import ModelCall
 from sparsefit.callbacks.progress import paid_progress
 from sparsefit.errors import CalibrationError
-from sparsefit.pruning.evaluating import evaluating
+from sparsefit.pruning.watch import evaluating
+from sparsefit.ranks import errors_on_all_ranks
 
 TRAINING_SAMPLES = 128
 """How many samples are taken where nobody said and the training data must serve (the paper's number)."""
@@ -194,14 +195,18 @@ def calibration_forward(trainer: Trainer, module: LightningModule) -> Callable[[
     return forward
 
 
-def check_forward(trainer: Trainer, module: LightningModule, forward: Callable[[Any], Any], batches: list[Any]) -> None:
-    """Send one sample through the model, before anything is spent.
+def checked_batches(
+    trainer: Trainer, forward: Callable[[Any], Any], source: Iterable[Any] | None, samples: int | None
+) -> tuple[list[Any], str]:
+    """As `calibration_batches`, and one sample of them is sent through the model, before anything is spent.
 
     Raises:
-        CalibrationError: if it does not go through.
+        CalibrationError: as there, or if the sample does not go through; on all ranks, if it is so on one.
     """
-    samples = split_samples(batches[0])
-    sample = samples[0] if samples else batches[0]
-    precision = trainer.precision_plugin.predict_step_context()
-    with torch.no_grad(), evaluating(module), precision, isolate_rng():
-        forward(sample)
+    with errors_on_all_ranks():
+        batches, name = calibration_batches(trainer, source, samples)
+        first = (split_samples(batches[0]) or batches)[0]
+        precision = trainer.precision_plugin.predict_step_context()
+        with torch.no_grad(), evaluating(trainer.lightning_module), precision, isolate_rng():
+            forward(first)
+    return batches, name

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +11,15 @@ import torch
 from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
 
 from sparsefit.errors import RunFolderError
-from sparsefit.files import sync_folder
+from sparsefit.files import is_partial, replacing_file, unwritable
 from sparsefit.recovery.run_files import checkpoint_damage
-
-_PARTIAL = ".partial"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes each checkpoint whole or not at all, whenever the process is killed or the machine goes down.
 
-    The file is written under another name in the same folder, brought to the disk, and then takes the place of the one
-    before. What killed runs left half-written is cleared away as the next one is saved there. Paths that are not local
-    are left to Lightning.
+    What killed runs left half-written is cleared away as the next one is saved there. Paths that are not local are left
+    to Lightning.
     """
 
     def __init__(self) -> None:
@@ -41,29 +36,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path).absolute()
-        partial = path.with_name(path.name + _PARTIAL)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._clear(path.parent)
-            with open(partial, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-            sync_folder(path.parent)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its archive
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise RunFolderError(
-                f"the checkpoint {path} cannot be written: {error}. Those written before are whole: free some space, "
-                "then resume from the last one"
-            ) from error
-
-    def _clear(self, folder: Path) -> None:
-        if folder not in self._cleared:
-            for left in folder.glob(f"*.ckpt{_PARTIAL}"):
+        if path.parent not in self._cleared:
+            for left in filter(is_partial, path.parent.glob(".*.ckpt.*")):
                 left.unlink(missing_ok=True)
-            self._cleared.add(folder)
+            self._cleared.add(path.parent)
+        with replacing_file(path) as partial, open(partial, "wb") as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # in which torch's archive wraps that a disk is full
+                raise unwritable(path, error) from error
 
 
 class CompletingCheckpointIO(CheckpointIO):

@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from sparsefit.callbacks.checkpoint_io import AtomicCheckpointIO, CompletingCheckpointIO
-from sparsefit.callbacks.hooks import PrunedRunCallback
-from sparsefit.callbacks.lightning_loops import at_the_start, batches_of, close_epoch, move
+from sparsefit.callbacks.hooks import SPLITTING, PrunedRunCallback
+from sparsefit.callbacks.lightning_loops import Position, at_batch_end, epoch_has_ended
 from sparsefit.callbacks.pruning import WandaPruning
 from sparsefit.callbacks.quantization import QuantizedBase
-from sparsefit.callbacks.random_states import RandomStates
+from sparsefit.callbacks.random_states import RandomStates, random_states, set_random_states
 from sparsefit.callbacks.resuming import (
     FORMAT,
     ChangedRates,
-    check_format,
     check_same_optimizers,
     check_same_run,
     data_name,
     optimizer_kinds,
 )
 from sparsefit.pruning import MaskSet
+from sparsefit.ranks import from_all
 from sparsefit.recovery.run_files import CHECKPOINTS_FOLDER, holds_run
 from sparsefit.recovery.same_recipe import check_same_recipe
 from sparsefit.recovery.sparse_base import InBase, compare, complete, leave_out
@@ -43,36 +40,23 @@ STAGE_FILE = "stage.ckpt"
 """The checkpoint of a run's own: of the moment when training began, and then of the one when it ended."""
 
 
-_POSITION = ("random", "between_epochs", "whole_step")
-
-
-@dataclass(frozen=True)
-class _Step:
-    """The start of an optimizer step: where its first batch stands, and how random numbers stood then."""
-
-    number: int
-    batch: int  # of its epoch
-    random: RandomStates
-
-
 @named_settings
 class SparseCheckpoints(PrunedRunCallback):
     """Leaves out of checkpoints what lies in the run folder already, and resumes from them exactly.
 
-    `RunReport` writes the sparse base and its masks to the run folder once. A checkpoint then holds the weights that
-    train, the optimizer, the state of the other callbacks, the masks' digest, the position in the data and all random
-    states. Whatever is not equal, bit by bit, to what lies in the base stays in the checkpoint; without a base, it is
-    whole. As it is read, it is filled up from the base, which is looked for in this run's folder, where the checkpoint
-    lies and where it was.
+    `RunReport` writes the sparse base to the run folder once. A checkpoint then holds what is not equal to it, bit by
+    bit: the weights that train; and the optimizer, the state of the other callbacks, the masks' digest, the position in
+    the data and all random states. Without a base it is whole. As it is read, it is filled up from the base, which is
+    looked for in this run's folder, where the checkpoint lies and where it was.
 
     It saves one of its own, `checkpoints/stage.ckpt`, as training begins and again as it ends, so that no pruning and
     no training is lost with a process that is killed before the first checkpoint, or in the end of its run.
 
     `trainer.fit(ckpt_path=...)` then ends with the same weights, bit by bit, as a run that was never interrupted, on
     the same machine and number of devices, if the data can be resumed (`TextDataModule` can) and its learning rate does
-    not depend on the clock: where `GPUHourBudget` ends a run before `max_steps` does, the seconds decide. A checkpoint
-    stands at the end of an optimizer step: one that is saved amid the batches of a step, or by an interrupt within it,
-    goes back to the end of the step before. Validation leaves the random numbers of the training as they were.
+    not depend on the clock: where `GPUHourBudget` ends a run before `max_steps` does, the seconds decide. For this the
+    position of the run is noted after each optimizer step, and whatever is saved stands at the last one that was noted
+    (`lightning_loops` has the cases). Validation leaves the random numbers of the training as they were.
 
     With a strategy that splits weights over devices (FSDP, DeepSpeed, ModelParallel) it leaves checkpoints alone.
 
@@ -91,20 +75,19 @@ class SparseCheckpoints(PrunedRunCallback):
         self.folder = Path(folder)
         self._base: InBase | None = None
         self._origins: dict[str, int] = {}  # of quantized weights, when the base was compared
-        self._step: _Step | None = None
-        self._updating = False
-        self._after_batch: RandomStates | None = None
-        self._resumed: tuple[RandomStates, bool] | None = None  # and whether an epoch's data come first
-        self._position: dict[str, Any] | None = None  # of a checkpoint, as long as no batch has been done
-        self._before_data: RandomStates | None = None
-        self._starting = False
+        self._position: Position | None = None  # the last one noted, where all that is saved stands
+        self._random: RandomStates | None = None  # after the last batch; a validation goes back to them
+        self._steps: float = math.inf  # optimizer steps before the batch; infinite before the first
+        self._updating = False  # the weights may have changed since the position was noted
+        self._resumed = False  # from a checkpoint, and no batch has been begun since
         self._optimizers: list[str] | None = None  # of a checkpoint
         self._changed: ChangedRates | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Have checkpoints filled up as they are read, before anything is restored."""
-        self._step = self._after_batch = self._resumed = self._optimizers = self._changed = self._position = None
-        self._updating = self._starting = False
+        if stage == "fit":
+            self._position = self._random = self._optimizers = self._changed = None
+            self._steps, self._updating, self._resumed = math.inf, False, False
         if _splits_weights(trainer):
             return
         io = trainer.strategy.checkpoint_io
@@ -115,49 +98,45 @@ class SparseCheckpoints(PrunedRunCallback):
         )
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take over the random states."""
-        saved = checkpoint.get(KEY)
-        if saved is None or trainer.state.fn != TrainerFn.FITTING:
+        """Take over the position."""
+        if trainer.state.fn != TrainerFn.FITTING or _splits_weights(trainer):
             return
-        self._resumed = RandomStates.from_plain(saved["random"][trainer.global_rank]), saved["between_epochs"]
-        held = {key: checkpoint[key] for key in ("loops", data_name(trainer, checkpoint)) if key in checkpoint}
-        self._position = {"held": held, "saved": {key: saved[key] for key in _POSITION}}
+        saved = checkpoint.get(KEY)
+        loops, data = checkpoint.get("loops", {}).get("fit_loop"), checkpoint.get(data_name(trainer, checkpoint))
+        self._resumed = True
+        if saved is None:  # Lightning's alone
+            self._position = Position(loops, data, random_states(), between_epochs=False)
+            return
+        random, training = (saved[key][trainer.global_rank] if key in saved else None for key in ("random", "training"))
+        self._position = Position(loops, data, random, saved["between_epochs"], saved["whole_step"], training)
         self._optimizers, self._changed = saved.get("optimizers"), ChangedRates(checkpoint, pl_module)
         if not saved["whole_step"]:
             rank_zero_warn(
                 "The checkpoint was saved by an interrupt while the optimizer changed the weights: the run goes on, "
                 "but not exactly as it would have. An earlier checkpoint is exact"
             )
-        self._restore(before_data=True)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the optimizers before their states are restored. And between two epochs, the next one's loader draws
-        first: its shuffling, the seeds of its workers."""
+        """Look at the optimizers before their states are restored."""
         if self._optimizers is not None:
             check_same_optimizers(self._optimizers, trainer)
-        self._restore(before_data=True)
-        self._before_data = RandomStates.now()
+        self._before_data(trainer)
 
     def on_base_ready(self, trainer: Trainer, pl_module: LightningModule, masks: MaskSet) -> None:
-        """Note how random numbers stand before the loader of the training data draws."""
-        self._before_data = RandomStates.now()
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same where Lightning, after the rest of an epoch that had none, asks the loader once more."""
-        loop = trainer.fit_loop
-        if trainer.current_epoch > 0 and not loop.is_resuming and not loop.epoch_loop.restarting:
-            self._restore(before_data=True)
+        """The loader of the training data draws after the pruning, and what that drew does not count."""
+        self._before_data(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note how random numbers stand, and have the rates be those that were asked for."""
-        self._after_batch = RandomStates.now()
+        """Have the rates be those that were asked for, and save the start."""
+        if self._resumed and self._position.training is not None:
+            set_random_states(self._position.training)
+        self._random = random_states()
         if self._changed is not None:
             self._changed.apply(trainer)
             self._changed = None
-        if trainer.global_step == 0 and self._position is None and not _splits_weights(trainer):
-            self._starting = True
+        if trainer.global_step == 0 and not self._resumed and not _splits_weights(trainer):
+            self._position = Position.at_start(trainer, self._position.random, self._random)
             trainer.save_checkpoint(self.folder / CHECKPOINTS_FOLDER / STAGE_FILE)
-            self._starting = False
 
     def on_closing(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what the training has come to, before anything is made of it."""
@@ -165,44 +144,71 @@ class SparseCheckpoints(PrunedRunCallback):
             trainer.save_checkpoint(self.folder / CHECKPOINTS_FOLDER / STAGE_FILE)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Within an epoch, its loader had drawn already when the run was interrupted."""
-        self._restore(before_data=False)
-        self._resumed = self._position = None
-        if self._step is None or batch_idx % trainer.accumulate_grad_batches == 0:
-            self._step = _Step(trainer.global_step, batches_of(trainer).current.ready - 1, RandomStates.now())
-        self._updating = False
+        """Go on with the random numbers of a position within an epoch: its loader had drawn before them, not after."""
+        if self._resumed and not self._position.between_epochs:
+            set_random_states(self._position.random)
+        self._resumed = False
+        # Whether batches of a step are yet to come cannot be told of a module that steps by itself: it is taken to
+        # stand whole at the end of each batch.
+        self._steps = trainer.global_step if pl_module.automatic_optimization else -1
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """From here on to the end of the step, weights are neither old nor new."""
+        """From here to the end of the batch, weights may be neither those of the last position nor of the next."""
         self._updating = True
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Note how random numbers stand: what validates or evaluates may draw, too."""
-        self._after_batch = RandomStates.now()
+        """Note the position after a step."""
+        self._random = random_states()
+        self._note(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on with the random numbers of the training: a resumed run may validate once less."""
-        if not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING and self._after_batch is not None:
-            self._after_batch.set()
+        if not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING and self._random is not None:
+            set_random_states(self._random)
+            self._note(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note how random numbers stand."""
-        self._after_batch = RandomStates.now()
+        """Note the position between two epochs; training that was stopped comes here, too, amid one."""
+        self._random = random_states()
+        if epoch_has_ended(trainer):
+            self._note(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add position and random states, and leave out what the base has."""
+        """Have a checkpoint stand at the last position that was noted, and leave out what the base has."""
         if _splits_weights(trainer):
             return
+        if at_batch_end(trainer):  # where another callback saves, this one's turn may be yet to come
+            self.on_train_batch_end(trainer, pl_module)
+        name, position = data_name(trainer, checkpoint), self._position
+        position = position or Position.at_start(trainer, random_states())
+        position.write(checkpoint, name)
         checkpoint[KEY] = {
             "format": FORMAT,
             "world_size": trainer.world_size,
-            **self._where(trainer, pl_module, checkpoint),
+            "random": from_all(position.random),
+            "training": from_all(position.training),
+            "between_epochs": position.between_epochs,
+            "whole_step": position.whole_step and not self._updating,
             "optimizers": optimizer_kinds(trainer),
-            "data": data_name(trainer, checkpoint),
+            "data": name,
             "base": None,
         }
         if trainer.is_global_zero:
             checkpoint[KEY]["base"] = self._leave_out(trainer, pl_module, checkpoint)
+
+    def _before_data(self, trainer: Trainer) -> None:
+        """Note how random numbers stand before the loader of the training data draws (its shuffling, the seeds of its
+        workers), or have them stand so again."""
+        if self._resumed:
+            set_random_states(self._position.random)
+        elif self._position is None or trainer.train_dataloader is None:  # calibration may have asked for it
+            self._position = Position.at_start(trainer, random_states())
+
+    def _note(self, trainer: Trainer) -> None:
+        """Note the position, unless batches of a step are yet to come."""
+        if trainer.global_step > self._steps:
+            self._position = Position.now(trainer, self._random)
+            self._updating = False
 
     def _leave_out(
         self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
@@ -217,55 +223,14 @@ class SparseCheckpoints(PrunedRunCallback):
             self._origins = origins
         return None if self._base is None else leave_out(self._base, checkpoint, pruning.state_key, origins)
 
-    def _where(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        """Have a checkpoint stand at a point from which Lightning resumes; the random states there, and what it is."""
-        if self._position is not None:  # no batch has been done since it was read
-            checkpoint |= self._position["held"]
-            return self._position["saved"]
-        if self._starting:
-            at_the_start(checkpoint)
-            random = (self._before_data or RandomStates.now()).plain()
-            return {"random": _of_all_ranks(trainer, random), "between_epochs": True, "whole_step": True}
-        random, whole_step = self._at_step_end(trainer, module, checkpoint)
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        done, total = progress["current"]["processed"], trainer.num_training_batches
-        ended = done == batches_of(trainer).current.ready and (progress["is_last_batch"] or done == total)
-        close_epoch(checkpoint, ended, endless=total == math.inf)
-        everywhere = _of_all_ranks(trainer, random.plain())
-        return {"random": everywhere, "between_epochs": ended, "whole_step": whole_step}
-
-    def _at_step_end(
-        self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
-    ) -> tuple[RandomStates, bool]:
-        """Move the position in the checkpoint to the end of an optimizer step; the random states there, and whether
-        the weights are those of that moment."""
-        now, step = batches_of(trainer).current, self._step
-        within = now.ready > now.processed
-        if step is None or not (within or now.processed > now.completed or now.processed > step.batch):
-            return self._after_batch or RandomStates.now(), True
-        stepped = trainer.global_step > step.number
-        if not stepped and (within or module.automatic_optimization):
-            movable = move(trainer, checkpoint, step.batch)
-            return step.random, movable and not (within and self._updating)
-        if within:
-            return RandomStates.now(), move(trainer, checkpoint, now.ready)
-        in_hook = now.processed > now.completed  # of this batch's end: this callback's own may be yet to come
-        return RandomStates.now() if in_hook or self._after_batch is None else self._after_batch, True
-
-    def _restore(self, before_data: bool) -> None:
-        if self._resumed is not None and self._resumed[1] == before_data:
-            self._resumed[0].set()
-
     def _complete(
         self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any], path: str | Path
     ) -> None:
         saved = checkpoint.get(KEY)
         if saved is None:
             return
-        check_format(saved, path)
+        check_same_run(checkpoint, saved, trainer, path)
         fitting = trainer.state.fn == TrainerFn.FITTING
-        if fitting:
-            check_same_run(checkpoint, saved, trainer, path)
         check_same_recipe(checkpoint, module, path, training=fitting)
         if saved["base"] is None:
             return
@@ -282,12 +247,4 @@ class SparseCheckpoints(PrunedRunCallback):
 
 
 def _splits_weights(trainer: Trainer) -> bool:
-    return isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy)
-
-
-def _of_all_ranks(trainer: Trainer, mine: dict[str, Any]) -> list[dict[str, Any]]:
-    if trainer.world_size == 1 or not torch.distributed.is_initialized():
-        return [mine]
-    states: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(states, mine)
-    return states
+    return isinstance(trainer.strategy, SPLITTING)

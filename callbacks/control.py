@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from sparsefit.callbacks.divergence import DivergenceGuard
 from sparsefit.callbacks.ledgers import budget_of, ledger_of, masks_of
-from sparsefit.callbacks.random_states import RandomStates
+from sparsefit.callbacks.random_states import RandomStates, random_states, set_random_states
 from sparsefit.callbacks.run_report import RunReport
 from sparsefit.errors import ConfigError, MaskError
 from sparsefit.reporting.console import console, control_summary, stage_progress
@@ -82,16 +82,16 @@ class DenseControl(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Take in the loss, to stop where it is not finite."""
-        self._guard.see_loss(loss)
+        self._guard.on_before_backward(trainer, pl_module, loss)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Take the learning rates of the run, and stop where a rate made for the pruned model breaks the dense one."""
-        self._guard.before_step(trainer, optimizer)
+        self._guard.on_before_optimizer_step(trainer, pl_module, optimizer)
         self.course.set_rates(trainer.global_step, optimizer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Stop after as many steps as the run took."""
-        self._after_batch = RandomStates.now()
+        self._after_batch = random_states()
         if self._advance is not None and (new := trainer.global_step - self._account["steps"]):
             self._advance(new)
         self._account["steps"] = trainer.global_step
@@ -101,7 +101,7 @@ class DenseControl(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on with the random numbers of the training."""
         if not trainer.sanity_checking and self._after_batch is not None:
-            self._after_batch.set()
+            set_random_states(self._after_batch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the control and add it to the report."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from sparsefit.callbacks.random_states import RandomStates
+from sparsefit.callbacks.random_states import RandomStates, random_states, set_random_states
 from sparsefit.pruning import MaskSet
 
 
@@ -28,12 +28,12 @@ class Course:
 
     def note_random(self, moment: str) -> None:
         """Note how random numbers stand, if the moment was not noted before."""
-        self._random.setdefault(moment, RandomStates.now())
+        self._random.setdefault(moment, random_states())
 
     def set_random(self, moment: str) -> None:
         """Have random numbers go on as they stood at a moment, where it is known."""
         if moment in self._random:
-            self._random[moment].set()
+            set_random_states(self._random[moment])
 
     def note_rates(self, step: int, optimizer: Optimizer) -> None:
         """Note the learning rates with which the step of this number, from 0 on, is taken."""
@@ -58,13 +58,13 @@ class Course:
     def state_dict(self) -> dict[str, Any]:
         """As tensors and numbers, which load with `torch.load(weights_only=True)`."""
         return {
-            "random": {moment: states.plain() for moment, states in self._random.items()},
+            "random": dict(self._random),
             "groups": [len(rates) for rates in self._rates],
             "rates": torch.tensor([rate for rates in self._rates for rate in rates], dtype=torch.float64),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """What `state_dict` gave."""
-        self._random = {moment: RandomStates.from_plain(plain) for moment, plain in state["random"].items()}
+        self._random = dict(state["random"])
         rates = iter(state["rates"].tolist())
         self._rates = [[next(rates) for _ in range(groups)] for groups in state["groups"]]

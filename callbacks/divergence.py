@@ -2,71 +2,124 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sparsefit.callbacks.hooks import PrunedRunCallback
 from sparsefit.errors import DivergenceError
-from sparsefit.recovery.finite import FiniteWatch, gradients_of, nonfinite_weights, told
+from sparsefit.recovery.finite import FiniteWatch, check_scaler, gradients_of, nonfinite_weights, told
 from sparsefit.recovery.schedule import first_rate
 
+_STEPS_BETWEEN_LOOKS = 50
+"""At a gradient scaler, for which a GPU is waited for."""
 
-class DivergenceGuard:
+
+class DivergenceGuard(PrunedRunCallback):
     """Looks at each step of a fit, and at the weights before they are saved. What it raises names the last checkpoint.
 
     Losses and gradients are seen before the step that they would spoil; on a GPU, which is not waited for, one step
     later. A gradient scaler (precision "16-mixed") leaves steps with infinite gradients out by itself, which is how it
-    finds its scale: then only losses are looked at.
+    finds its scale: then losses are looked at, and now and then whether it leaves out all.
     """
 
     def __init__(self) -> None:
         self._watch = FiniteWatch()
+        self._began: tuple[int, float] | None = None  # optimizer steps and the scale of a gradient scaler
 
-    def see_loss(self, loss: Tensor) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget an earlier fit."""
+        self._watch, self._began = FiniteWatch(), None
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Take in the loss of a batch."""
         self._watch.add_loss(loss)
 
-    def before_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Stop if this step (on a GPU, the one before) is not finite."""
-        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        try:
-            self._watch.check(trainer.global_step + 1, [] if scaled else gradients_of(optimizer))
-        except DivergenceError as error:
-            raise _with_way_out(str(error), trainer) from None
+        scaler = _scaler_of(trainer)
+        with _way_out(trainer):
+            self._watch.check(trainer.global_step + 1, gradients_of(optimizer) if scaler is None else [])
+        if scaler is not None and self._began is None:
+            self._began = trainer.global_step, scaler.get_scale()
+        elif trainer.global_step % _STEPS_BETWEEN_LOOKS == 0:
+            self._check_scaler(trainer)
 
-    def check_weights(self, trainer: Trainer, module: LightningModule) -> None:
-        """Stop if what is trained is not finite, in the last step or in the weights."""
-        try:
-            self._watch.settle()
-        except DivergenceError as error:
-            raise _with_way_out(str(error), trainer) from None
-        if broken := nonfinite_weights(module, trained_only=True):
-            steps = f"after {trainer.global_step} optimizer steps the model has diverged"
-            raise _with_way_out(f"{steps}: {told(broken)}", trainer)
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Look at the weights where Lightning may save them without asking callbacks."""
+        if any(getattr(callback, "save_weights_only", False) for callback in trainer.checkpoint_callbacks):
+            self._check_weights(trainer, pl_module)
 
-    def keep_checkpoints(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop if steps are left out for ever."""
+        self._check_scaler(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the weights before anything is written of them, at the end of training too."""
+        self._check_weights(trainer, pl_module)
+
+    def on_closing(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See that not every step of the training was left out."""
+        self._check_scaler(trainer, ended=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same, where nothing closes a run."""
+        self._check_scaler(trainer, ended=True)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """See that what is trained is finite before a checkpoint is written."""
+        self._check_weights(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Have no checkpoint written of weights that are not finite, where callbacks save one on an exception."""
-        if isinstance(exception, DivergenceError) and nonfinite_weights(module, trained_only=True):
+        if isinstance(exception, DivergenceError) and nonfinite_weights(pl_module, trained_only=True):
             for callback in trainer.checkpoint_callbacks:
                 if hasattr(callback, "save_on_exception"):
                     callback.save_on_exception = False
 
+    def _check_weights(self, trainer: Trainer, module: LightningModule) -> None:
+        self._check_scaler(trainer)
+        with _way_out(trainer):
+            self._watch.settle()
+            if broken := nonfinite_weights(module, trained_only=True):
+                steps = f"after {trainer.global_step} optimizer steps the model has diverged"
+                raise DivergenceError(f"{steps}: {told(broken)}")
 
-def saves_weights_only(trainer: Trainer) -> bool:
-    """Whether there are checkpoints that Lightning writes without asking callbacks."""
-    return any(getattr(callback, "save_weights_only", False) for callback in trainer.checkpoint_callbacks)
+    def _check_scaler(self, trainer: Trainer, ended: bool = False) -> None:
+        began, scaler = self._began, _scaler_of(trainer)
+        if scaler is None or began is None:
+            return
+        self._began = None  # what is saved because of an error holds whole weights
+        with _way_out(trainer, "Train with bf16-mixed or 32-true precision"):
+            check_scaler(scaler, began, trainer.global_step, ended)
+        self._began = began
 
 
-def _with_way_out(what: str, trainer: Trainer) -> DivergenceError:
-    kinds = ("last_model_path", "best_model_path")
-    named = [getattr(callback, kind, "") for callback in trainer.checkpoint_callbacks for kind in kinds]
-    files = [path for path in map(Path, filter(None, named)) if path.is_file()]
-    rate = first_rate(trainer.optimizers)
-    at_rate = "" if rate is None else f" at a learning rate of {rate:.3g}"
-    last = max(files, key=lambda file: file.stat().st_mtime, default=None)
-    kept = "no checkpoint had been written" if last is None else f"the last checkpoint with finite weights is {last}"
-    return DivergenceError(
-        f"{what}. Training was stopped{at_rate}; {kept}. Lower the learning rate, or look at the data and the precision"
-    )
+def _scaler_of(trainer: Trainer) -> torch.amp.GradScaler | None:
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler if scaler is not None and scaler.is_enabled() else None
+
+
+@contextmanager
+def _way_out(trainer: Trainer, way_out: str = "Lower the learning rate") -> Iterator[None]:
+    """Have an error name the last checkpoint, and what to do."""
+    try:
+        yield
+    except DivergenceError as error:
+        kinds = ("last_model_path", "best_model_path")
+        named = [getattr(callback, kind, "") for callback in trainer.checkpoint_callbacks for kind in kinds]
+        files = [path for path in map(Path, filter(None, named)) if path.is_file()]
+        last = max(files, key=lambda file: file.stat().st_mtime, default=None)
+        none = "no checkpoint had been written"
+        kept = none if last is None else f"the last checkpoint with finite weights is {last}"
+        rate = first_rate(trainer.optimizers)
+        at_rate = "" if rate is None else f" at a learning rate of {rate:.3g}"
+        raise DivergenceError(
+            f"{error}. Training was stopped{at_rate}; {kept}. {way_out}, or look at the data and the precision"
+        ) from None

@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from sparsefit.errors import ConfigError
 from sparsefit.pruning import MaskSet, PruningResult
+
+SPLITTING = FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy
+"""The strategies that split weights over devices."""
 
 
 class PrunedRunCallback(Callback):

@@ -1,17 +1,24 @@
-"""All that touches the inside of Lightning's loops: where a checkpoint stands in them, and the end of a run.
+"""All that touches the inside of Lightning's loops: where a run is in them, and the end of a run.
 
-Lightning resumes exactly from what its loops note at the end of a batch, and of an epoch. Saved anywhere else, its
-numbers are led back to such a point:
+Lightning goes on exactly from what its loops say at a few moments. A `Position` is noted at each of them, and whatever
+is saved stands at the last one, wherever the run is:
 
-| saved                                                   | stands at                    | by             |
-|---------------------------------------------------------|------------------------------|----------------|
-| as training begins                                      | the start: no numbers at all | `at_the_start` |
-| at the end of a batch that took a step, or of an epoch  | where it is                  | -              |
-| amid the batches of a step; in a step, by an interrupt  | the end of the step before   | `move`         |
-| before the first batch of an epoch, by an interrupt     | the end of the epoch before  | `close_epoch`  |
-| after the last batch of data that have no length        | the end of that epoch        | `close_epoch`  |
-| after training was stopped within an epoch              | within that epoch            | `close_epoch`  |
-| before a resumed run has done a batch                   | where it was resumed from    | (as it was)    |
+| noted                                             | what is saved from then on has                              |
+|---------------------------------------------------|-------------------------------------------------------------|
+| as training begins                                | no numbers                                                  |
+| at the end of a batch that took an optimizer step | Lightning's, as they are in `on_train_batch_end`            |
+| at the end of a validation that followed a step   | Lightning's, as they are in `on_validation_end`             |
+| at any of these, if no batch of an epoch is left  | those of a run that is about to begin the next epoch        |
+| and at the end of such an epoch                   |                                                             |
+| as a checkpoint is read                           | the checkpoint's, as long as no step has been taken from it |
+
+So what is saved amid the batches of a step, by an interrupt, or after training was stopped amid an epoch stands at the
+end of a step. A validation that is broken off is not made up for.
+
+Two of these are not Lightning's own numbers. It takes loops that have begun nothing for ones that have just done a
+batch. And what it does with those of an epoch that has ended depends on `max_steps`, on whether there is a validation
+and on whether the data have a length: it may train the first batch of the next epoch as one of this, or ask for the
+data twice.
 
 A run that has no step left to take would be skipped as a whole, with the hooks that close it: `reopen` has it begin,
 and `end_now` has it end there.
@@ -21,11 +28,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Trainer
 
 from sparsefit.callbacks.ledgers import budget_of
+from sparsefit.callbacks.random_states import RandomStates
 
 Limits = dict[str, Any]
 """What ends a run: the most steps and epochs, and the budget."""
@@ -60,49 +70,74 @@ def end_now(trainer: Trainer, limits: Limits | None) -> None:
     trainer.should_stop = True
 
 
-def at_the_start(checkpoint: dict[str, Any]) -> None:
-    """Have a checkpoint that was saved as training begins stand at the start. Lightning would take loops that have
-    begun nothing for ones that are at the end of a batch."""
-    del checkpoint["loops"]
+@dataclass(frozen=True)
+class Position:
+    """Where a run is, at a moment from which Lightning goes on exactly.
+
+    Attributes:
+        loops: The state of the fit loop; None at the start.
+        data: That of the data module; None if it has none.
+        random: The random numbers.
+        between_epochs: Whether the data of an epoch are asked for next, which may draw from these.
+        whole_step: Whether the weights saved with it are those of this moment.
+        training: At the start, the random numbers once the data were asked for, which may have been before calibration.
+    """
+
+    loops: dict[str, Any] | None
+    data: dict[str, Any] | None
+    random: RandomStates
+    between_epochs: bool
+    whole_step: bool = True
+    training: RandomStates | None = None
+
+    @classmethod
+    def now(cls, trainer: Trainer, random: RandomStates) -> Position:
+        """At this moment, which must be one of the table above."""
+        loops, ended = trainer.fit_loop.state_dict(), epoch_has_ended(trainer)
+        loops["state_dict"] = deepcopy(loops["state_dict"])  # of loaders that have one; all else are copies
+        if ended:
+            _begin_next_epoch(loops)
+        return cls(loops, _data_state(trainer), random, between_epochs=ended)
+
+    @classmethod
+    def at_start(cls, trainer: Trainer, random: RandomStates, training: RandomStates | None = None) -> Position:
+        """Before any batch of this fit; another fit of the same trainer may have come before it."""
+        loops = trainer.fit_loop.state_dict() if trainer.global_step > 0 else None
+        return cls(loops, _data_state(trainer), random, between_epochs=True, training=training)
+
+    def write(self, checkpoint: dict[str, Any], data_name: str | None) -> None:
+        """Have a checkpoint stand here."""
+        if self.loops is None:
+            checkpoint.pop("loops", None)
+        else:
+            checkpoint["loops"]["fit_loop"] = self.loops
+        if data_name is not None and self.data is not None:
+            checkpoint[data_name] = self.data
 
 
-def batches_of(trainer: Trainer) -> Any:
-    """The progress of the batches of an epoch."""
-    return trainer.fit_loop.epoch_loop.batch_progress
+def epoch_has_ended(trainer: Trainer) -> bool:
+    """Whether all batches of an epoch are done, in the hooks at the end of a batch, a validation or an epoch."""
+    batches = trainer.fit_loop.epoch_loop.batch_progress
+    return batches.is_last_batch or batches.current.ready == trainer.num_training_batches
 
 
-def move(trainer: Trainer, checkpoint: dict[str, Any], batches: int) -> bool:
-    """Have a checkpoint stand where so many batches of the epoch are done; whether its data can be moved, too."""
-    data, loops = trainer.datamodule, checkpoint["loops"]["fit_loop"]
-    data_state = type(data).__qualname__
-    if "combined_loader" in loops["state_dict"] or (data_state in checkpoint and not hasattr(data, "state_after")):
-        return False
-    if data_state in checkpoint:
-        checkpoint[data_state] = data.state_after(batches)
-    progress = loops["epoch_loop.batch_progress"]
-    before = progress["total"]["processed"] - progress["current"]["processed"]
-    for part, done in (("current", batches), ("total", before + batches)):
-        progress[part] = {name: done for name in progress[part]}
-    progress["is_last_batch"] &= batches >= batches_of(trainer).current.ready
-    return True
+def at_batch_end(trainer: Trainer) -> bool:
+    """Whether callbacks are just being told of the end of a batch."""
+    batches = trainer.fit_loop.epoch_loop.batch_progress.current
+    return batches.ready == batches.processed > batches.completed
 
 
-def close_epoch(checkpoint: dict[str, Any], ended: bool, endless: bool) -> None:
-    """Have a checkpoint between two epochs stand at the end of the first one, wherever it was saved. Lightning would
-    take the second for done where that was about to begin, and count its batches on from those of the first one where
-    that had just trained on its last batch (it knows the end of data that have a length). And have one that was saved
-    after training had stopped within an epoch stand within it: Lightning counts it as completed."""
-    loops = checkpoint["loops"]["fit_loop"]
+def _data_state(trainer: Trainer) -> dict[str, Any] | None:
+    return None if trainer.datamodule is None else deepcopy(trainer.datamodule.state_dict()) or None
+
+
+def _begin_next_epoch(loops: dict[str, Any]) -> None:
+    """Have loops that are at the end of an epoch stand before the next one."""
     epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
-    begun = epochs["current"]["started"]
-    if epochs["current"]["ready"] > begun > 0:
-        for part in ("current", "total"):
-            done = epochs[part]["processed"]
-            epochs[part] |= {"ready": done, "started": done, "completed": done - 1}
-    elif ended and endless and epochs["current"]["processed"] < begun:
-        for part in ("current", "total"):
-            epochs[part] |= {"processed": epochs[part]["started"]}
-            batches[part] |= {"completed": batches[part]["processed"]}
-    elif not ended and batches["current"]["processed"] and epochs["current"]["completed"] == begun:
-        for part in ("current", "total"):
-            epochs[part]["completed"] -= 1
+    if epochs["current"]["processed"] < epochs["current"]["started"]:
+        loops["epoch_loop.state_dict"]["_batches_that_stepped"] += 1  # the step that loggers are told
+    for part in ("current", "total"):
+        epochs[part] = dict.fromkeys(epochs[part], epochs[part]["started"])
+        batches[part] = dict.fromkeys(batches[part], batches[part]["ready"] if part == "total" else 0)
+    batches["is_last_batch"] = False
+    loops["state_dict"] = {}  # loaders that have a state are at their end, and begin anew

@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence, Set
-from dataclasses import asdict
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
-from torch.optim import Optimizer
 
 from sparsefit.callbacks.averages import restart_averages
-from sparsefit.callbacks.calibration import calibration_batches, calibration_forward, check_forward, predicting
-from sparsefit.callbacks.divergence import DivergenceGuard, saves_weights_only
-from sparsefit.callbacks.hooks import tell
+from sparsefit.callbacks.calibration import calibration_forward, checked_batches, predicting
+from sparsefit.callbacks.divergence import DivergenceGuard
+from sparsefit.callbacks.hooks import SPLITTING, tell
 from sparsefit.callbacks.ledgers import ledger_of
 from sparsefit.callbacks.progress import paid_progress
+from sparsefit.callbacks.run_account import log_pruned, plain_config, pruned
 from sparsefit.errors import CalibrationError, ConfigError, DataError, MaskError
 from sparsefit.pruning import MaskSet, PruningConfig, PruningResult, prune
-from sparsefit.ranks import errors_on_all_ranks
 from sparsefit.recovery.adapters import bind_masks
 from sparsefit.recovery.guard import MaskGuard
 from sparsefit.recovery.magnitudes import magnitudes_follow
 from sparsefit.recovery.tuners import check_tuners
-from sparsefit.reporting.machine import peak_memory
 from sparsefit.settings import named_settings, number
 
 
 @named_settings
-class WandaPruning(Callback):
+class WandaPruning(DivergenceGuard):
     """Prunes once, at fit start, and keeps the masks fixed through training.
 
     The module needs to know nothing of it. Its model may be a plain torch module, a transformers model or a
@@ -93,19 +88,16 @@ class WandaPruning(Callback):
         states_on_cpu: bool = False,
     ) -> None:
         given = {name: value for name, value in locals().items() if name in PruningConfig.__dataclass_fields__}
+        super().__init__()
         self.config = PruningConfig(**given)
         self.calibration = calibration
-        self.calibration_samples = (
-            None
-            if calibration_samples is None
-            else number("calibration_samples", calibration_samples, least=1, whole=True)
-        )
+        self.calibration_samples = calibration_samples
+        if calibration_samples is not None:
+            self.calibration_samples = number("calibration_samples", calibration_samples, least=1, whole=True)
         self.masks: MaskSet | None = None
         self.result: PruningResult | None = None
         self.summary: dict[str, Any] = {}
         self._guard: MaskGuard | None = None
-        self._divergence = DivergenceGuard()
-        self._saves_weights_only = False
         self._batches_seen = False
         self._bound: MaskSet | None = None  # what masked adapters keep to
 
@@ -120,16 +112,17 @@ class WandaPruning(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check what a checkpoint brought back, and guard the weights that train."""
+        super().on_train_start(trainer, pl_module)
         if trainer.strategy.restore_checkpoint_after_setup:
             self._prune_if_dense(trainer, pl_module)
         self.masks.verify(pl_module)
         self._bind(pl_module)
         self._guard = MaskGuard(self.masks)
         self._guard.watch(pl_module, trainer.optimizers)
-        self._divergence, self._saves_weights_only = DivergenceGuard(), saves_weights_only(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give masked adapters the masks of a checkpoint, where nothing is trained before."""
+        super().on_validation_start(trainer, pl_module)
         self._bind(pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -145,28 +138,19 @@ class WandaPruning(Callback):
         if batch_idx == 0:  # not on_train_epoch_start: callbacks further down the list have not had theirs then
             self._guard.watch(pl_module, trainer.optimizers)
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Look at a loss; what is found is told before the optimizer's step."""
-        self._divergence.see_loss(loss)
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Stop before a step that is not finite."""
-        self._divergence.before_step(trainer, optimizer)
-
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Look at the weights where they may be saved without `on_save_checkpoint`."""
+        """Note that there was something to train on."""
         self._batches_seen = True
-        if self._saves_weights_only:
-            self._divergence.check_weights(trainer, pl_module)
+        super().on_train_batch_end(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the weights before anything is written of them, at the end of training too; and see that there was
-        anything to train on: without a limit of epochs, Lightning asks an empty stream again and again."""
+        """See that there was: without a limit of epochs, Lightning asks an empty stream again and again."""
         self._check_trained(trainer)
-        self._divergence.check_weights(trainer, pl_module)
+        super().on_train_epoch_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Verify every mask at the end of training."""
+        super().on_train_end(trainer, pl_module)
         self._verify(pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -174,9 +158,9 @@ class WandaPruning(Callback):
         self._check_trained(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Verify every mask, and that what is trained is finite, before a checkpoint is written."""
+        """Verify every mask before a checkpoint is written."""
         self._verify(pl_module)
-        self._divergence.check_weights(trainer, pl_module)
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the hooks off the weights and optimizers."""
@@ -185,7 +169,7 @@ class WandaPruning(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """The same: Lightning calls no `teardown` after an exception."""
         self._unguard()
-        self._divergence.keep_checkpoints(trainer, pl_module, exception)
+        super().on_exception(trainer, pl_module, exception)
 
     def state_dict(self) -> dict[str, Any]:
         """The masks (one bit a weight), the configuration and an account of the pruning."""
@@ -215,7 +199,7 @@ class WandaPruning(Callback):
             raise MaskError("the checkpoint is damaged: its masks do not give the digest saved with them")
         self.masks, self.summary = masks, dict(state_dict["summary"])
         # A checkpoint of an earlier version knows fewer settings.
-        now, saved = _plain(self.config), self.summary.get("config") or {}
+        now, saved = plain_config(self.config), self.summary.get("config") or {}
         others = [f"{name}={value!r}" for name, value in now.items() if name in saved and saved[name] != value]
         if others:
             rank_zero_warn(
@@ -228,7 +212,7 @@ class WandaPruning(Callback):
             self._prune(trainer, module)
 
     def _prune(self, trainer: Trainer, module: LightningModule) -> None:
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+        if isinstance(trainer.strategy, SPLITTING):
             raise ConfigError(
                 f"{type(trainer.strategy).__name__} splits the weights over devices before they can be compared; prune "
                 "first (`sparsefit prune`, or fit with max_steps=0 on one device) and train the pruned model with it"
@@ -241,7 +225,7 @@ class WandaPruning(Callback):
         tell(trainer, "on_pruning_check", module)
         forward = calibration_forward(trainer, module)
         with ledger_of(trainer).stage("calibration and pruning"), predicting(trainer):
-            batches, source = self._batches(trainer, module, forward)
+            batches, source = self._batches(trainer, forward)
         tell(trainer, "on_pruning_start", module)
         with ledger_of(trainer).stage("calibration and pruning"), predicting(trainer):
             if self.config.needs_inputs:
@@ -257,14 +241,14 @@ class WandaPruning(Callback):
                 "a batch whose samples cannot be told apart counts as a whole, and samples of padding alone do not"
             )
         self.masks = self.result.masks
-        self.summary = self._account(trainer, source)
+        self.summary = pruned(self.result, source)
         rank_zero_info(
             f"Pruned {self.result.coverage:.1%} of the weights in the model's matrices to "
             f"{self.masks.sparsity:.2%} zeros, which makes {self.result.overall_sparsity:.2%} over all matrices."
         )
         for note in self.result.notes:
             rank_zero_warn(note)
-        self._log(trainer)
+        log_pruned(trainer.loggers, self.summary, self.masks, trainer.global_step)
         self._bind(module)
         restart_averages(trainer, module)
         tell(trainer, "on_pruning_end", module, self.result)
@@ -272,53 +256,18 @@ class WandaPruning(Callback):
         restart_averages(trainer, module)
         tell(trainer, "on_base_ready", module, self.masks)
 
-    def _batches(
-        self, trainer: Trainer, module: LightningModule, forward: Callable[[Any], Any]
-    ) -> tuple[list[Any] | None, str]:
-        """The calibration data, once they are seen to fit, and where they come from. Where none are needed, one sample
-        that shows what of the model is reached, if there is one that fits."""
-        if not self.config.needs_inputs:
-            try:
-                batches, _ = calibration_batches(trainer, self.calibration, 1)
-                check_forward(trainer, module, forward, batches)
-            except CalibrationError:
-                batches = None
-            return batches, "nothing: this method needs no data"
-        with errors_on_all_ranks():
-            batches, source = calibration_batches(trainer, self.calibration, self.calibration_samples)
-            check_forward(trainer, module, forward, batches)
-        return batches, source
-
-    def _account(self, trainer: Trainer, source: str) -> dict[str, Any]:
-        result = self.result
-        memory, kind = peak_memory()
-        return {
-            "config": _plain(self.config),
-            "update": result.update,
-            "digest": result.masks.digest(),
-            "sparsity": result.masks.sparsity,
-            "coverage": result.coverage,
-            "overall_sparsity": result.overall_sparsity,
-            "source": source,
-            "samples": result.samples,
-            "tokens": result.tokens,
-            "seconds": result.seconds,
-            "peak_memory_bytes": memory,
-            "peak_memory_kind": kind,
-            "layer_errors": dict(result.layer_errors),
-            "notes": list(result.notes),
-            "left_dense": dict(result.left_dense),
-        }
-
-    def _log(self, trainer: Trainer) -> None:
-        keys = ("sparsity", "coverage", "overall_sparsity", "seconds", "peak_memory_bytes")
-        metrics = {f"pruning/{key}": self.summary[key] for key in keys if self.summary[key] is not None}
-        counts = self.masks.counts().items()
-        metrics |= {f"sparsity/{name}": zeros / weights for name, (weights, zeros) in counts}
-        settings = {f"pruning/{key}": value for key, value in self.summary["config"].items()}
-        for logger in trainer.loggers:
-            logger.log_hyperparams({**settings, "pruning/digest": self.summary["digest"]})
-            logger.log_metrics(metrics, step=trainer.global_step)
+    def _batches(self, trainer: Trainer, forward: Callable[[Any], Any]) -> tuple[list[Any] | None, str]:
+        """The calibration data, and where they come from. Where none are needed, one sample that shows what of the
+        model is reached, if there is one that fits."""
+        needed = self.config.needs_inputs
+        samples = self.calibration_samples if needed else 1
+        try:
+            batches, source = checked_batches(trainer, forward, self.calibration, samples)
+        except CalibrationError:
+            if needed:
+                raise
+            batches = None
+        return batches, source if needed else "nothing: this method needs no data"
 
     def _bind(self, module: LightningModule) -> None:
         if self.masks is not None and self._bound is not self.masks:
@@ -348,8 +297,3 @@ class WandaPruning(Callback):
     def _verify(self, module: LightningModule) -> None:
         if self.masks is not None:
             self.masks.verify(module)
-
-
-def _plain(config: PruningConfig) -> dict[str, Any]:
-    """A configuration as a checkpoint and a logger take it: lists for tuples."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}

@@ -10,13 +10,12 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from sparsefit.callbacks.calibration import calibration_batches, calibration_forward, check_forward, predicting
+from sparsefit.callbacks.calibration import calibration_batches, calibration_forward, checked_batches, predicting
 from sparsefit.callbacks.hooks import PrunedRunCallback
 from sparsefit.callbacks.ledgers import budget_of, ledger_of
 from sparsefit.errors import ConfigError
 from sparsefit.pruning import MaskSet
 from sparsefit.pruning.blocks import find_block_lists
-from sparsefit.ranks import errors_on_all_ranks
 from sparsefit.recovery.reconstruct import ReconstructSettings, dense_weights, reconstruct
 from sparsefit.reporting.console import stage_progress
 from sparsefit.settings import named_settings
@@ -65,9 +64,9 @@ class BlockwiseReconstruction(PrunedRunCallback):
             CalibrationError: if that cannot be done.
         """
         if self.settings.passes:
-            with ledger_of(trainer).stage("calibration and pruning"), predicting(trainer), errors_on_all_ranks():
-                batches, _ = self._data = calibration_batches(trainer, self.calibration, self.calibration_samples)
-                check_forward(trainer, pl_module, calibration_forward(trainer, pl_module), batches)
+            with ledger_of(trainer).stage("calibration and pruning"), predicting(trainer):
+                forward = calibration_forward(trainer, pl_module)
+                self._data = checked_batches(trainer, forward, self.calibration, self.calibration_samples)
 
     def on_pruning_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the dense weights.

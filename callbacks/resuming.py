@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
@@ -19,31 +20,25 @@ FORMAT = 1
 _WAY_OUT = "Resume with the settings of its run (config.yaml in the run folder), or start a new run in another folder"
 
 
-def check_format(saved: Mapping[str, Any], path: str | Path) -> None:
-    """See that this version can read what `SparseCheckpoints` added.
+def check_same_run(checkpoint: Mapping[str, Any], saved: Mapping[str, Any], trainer: Trainer, path: str | Path) -> None:
+    """See that this version reads a checkpoint, and that a fit goes on with its devices and data.
+
+    Args:
+        checkpoint: As it was read, before it is filled up and anything is restored.
+        saved: What `SparseCheckpoints` added to it.
+        trainer: Of this run.
+        path: Where the checkpoint was read.
 
     Raises:
-        ConfigError: if it cannot.
+        ConfigError: if it cannot, or they are others; says which.
     """
     if saved["format"] != FORMAT:
         raise ConfigError(
             f"the checkpoint {path} has the format {saved['format']!r} of another version of sparsefit; this one "
             f"reads {FORMAT}. Resume with the version that saved it"
         )
-
-
-def check_same_run(checkpoint: Mapping[str, Any], saved: Mapping[str, Any], trainer: Trainer, path: str | Path) -> None:
-    """See that a fit goes on with the devices and data of the checkpoint, before anything is restored.
-
-    Args:
-        checkpoint: As it was read, before it is filled up.
-        saved: What `SparseCheckpoints` added to it.
-        trainer: Of this run.
-        path: Where the checkpoint was read.
-
-    Raises:
-        ConfigError: if they are others; says which.
-    """
+    if trainer.state.fn != TrainerFn.FITTING:
+        return
     if saved["world_size"] != trainer.world_size:
         raise ConfigError(
             f"the checkpoint {path} is from a run on {saved['world_size']} devices, and this one has "

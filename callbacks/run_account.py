@@ -1,19 +1,23 @@
-"""What a report says of a run: how it began, and how it stands."""
+"""What a report says of a run: how it began, how its model was pruned, and how it stands."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+from torch import Tensor
 
 from sparsefit.callbacks.ledgers import budget_of, ledger_of
 from sparsefit.callbacks.quantization import QuantizedBase
 from sparsefit.callbacks.reconstruction import BlockwiseReconstruction
+from sparsefit.pruning import MaskSet, PruningConfig, PruningResult
 from sparsefit.reporting.machine import machine, peak_memory, versions
 
 
@@ -29,6 +33,67 @@ def beginning(name: str, folder: Path, module: LightningModule) -> dict[str, Any
         "versions": versions(),
         "machine": machine(),
     }
+
+
+def pruned(result: PruningResult, source: str) -> dict[str, Any]:
+    """How a model was pruned, in values that a checkpoint takes.
+
+    Args:
+        result: What pruning gave.
+        source: Where the calibration data came from, in words.
+    """
+    memory, kind = peak_memory()
+    kept = ("update", "coverage", "overall_sparsity", "samples", "tokens", "seconds")
+    return {
+        "config": plain_config(result.config),
+        "digest": result.masks.digest(),
+        "sparsity": result.masks.sparsity,
+        **{name: getattr(result, name) for name in kept},
+        "source": source,
+        "peak_memory_bytes": memory,
+        "peak_memory_kind": kind,
+        "layer_errors": dict(result.layer_errors),
+        "notes": list(result.notes),
+        "left_dense": dict(result.left_dense),
+    }
+
+
+def plain_config(config: PruningConfig) -> dict[str, Any]:
+    """A configuration as a checkpoint and a logger take it: lists for tuples."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
+
+
+def log_pruned(loggers: Iterable[Logger], summary: Mapping[str, Any], masks: MaskSet, step: int) -> None:
+    """Tell loggers how a model was pruned.
+
+    Args:
+        loggers: Of the trainer.
+        summary: What `pruned` gave.
+        masks: The masks.
+        step: Optimizer steps taken.
+    """
+    keys = ("sparsity", "coverage", "overall_sparsity", "seconds", "peak_memory_bytes")
+    metrics = {f"pruning/{key}": summary[key] for key in keys if summary[key] is not None}
+    metrics |= {f"sparsity/{name}": zeros / weights for name, (weights, zeros) in masks.counts().items()}
+    settings = {f"pruning/{key}": value for key, value in summary["config"].items()}
+    for logger in loggers:
+        logger.log_hyperparams({**settings, "pruning/digest": summary["digest"]})
+        logger.log_metrics(metrics, step=step)
+
+
+def point(trainer: Trainer, outputs: Any) -> list[dict[str, float]]:
+    """A point of the training's course, after a batch; none where its outputs have no loss."""
+    loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+    if not isinstance(loss, Tensor):
+        return []
+    return [
+        {
+            "step": trainer.global_step,
+            "gpu_hours": ledger_of(trainer).hours,
+            "loss": float(loss.detach()) * trainer.accumulate_grad_batches,
+            "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+        }
+    ]
 
 
 def standing(

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from torch import nn
 
@@ -116,13 +117,7 @@ class RunFolder:
         except (OSError, ValueError, AttributeError):
             return None
 
-    def claim(self, module: nn.Module, resuming: bool) -> None:
-        """See that a run may use the folder and that a run of this model fits into it, and lock it.
-
-        Raises:
-            RunFolderError: as `check`, or if its disk is too full for the model and a checkpoint of it.
-        """
-        self._prepare(resuming)
+    def _check_room(self, module: nn.Module) -> None:
         # The sparse base and the recovered model, the checkpoint of the last epoch and the timed one, and what replaces
         # each, with the two moments of Adam for what trains.
         sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in module.parameters()]
@@ -134,7 +129,35 @@ class RunFolder:
                 f"the disk of the run folder {self.path} has {size(free)} free; the sparse model and its "
                 f"checkpoints need about {size(needed)}. Free some space or choose another folder"
             )
-        self.lock(resuming)
+
+    def claim(self, module: nn.Module, run: str | None, masks: MaskSet | None, resuming: bool, may_resume: bool) -> str:
+        """See that a run may use the folder and fits into it, and lock it.
+
+        Args:
+            module: Its module.
+            run: Its id, where a checkpoint knows one.
+            masks: Its masks, where a checkpoint brought them, by the names in `masks.safetensors`.
+            resuming: Whether it goes on from a checkpoint.
+            may_resume: Whether it goes on with what lies there, if anything does.
+
+        Returns:
+            The id of the run.
+
+        Raises:
+            RunFolderError: as `check` and `check_same_run`; if the disk is too full for the model and a checkpoint of
+                it; or if the run would begin anew where it has a checkpoint.
+        """
+        self._prepare(resuming or may_resume)
+        self._check_room(module)
+        self.lock(resuming or may_resume)
+        if not resuming and (newest := self.newest_checkpoint()) is not None:
+            raise RunFolderError(
+                f"the run in {self.path} has a checkpoint, {newest}: give it to the fit "
+                "(trainer.fit(..., ckpt_path=report.checkpoint)), or take a new folder"
+            )
+        if masks is not None:
+            self.check_same_run(run, masks)
+        return run or self.run_id() or uuid4().hex
 
     def check_same_run(self, run: str | None, masks: MaskSet) -> None:
         """See that a base in the folder, if there is one, is whole and that of a run which is resumed.
@@ -173,6 +196,11 @@ class RunFolder:
     def state(self) -> RunState | None:
         """The state of the run in the folder."""
         return run_files.read_state(self.path)
+
+    def has_results(self) -> bool:
+        """Whether an earlier end of the run has left its results."""
+        state = self.state()
+        return state is not None and state.results > 0
 
     def newest_checkpoint(self) -> Path | None:
         """The checkpoint that the run has come furthest in; None where there is none."""

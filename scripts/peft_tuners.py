@@ -26,9 +26,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sparsefit import MaskSet, PruningConfig, prune
+from sparsefit.bare_model import base_modules
 from sparsefit.errors import ConfigError
 from sparsefit.pruning import targets
-from sparsefit.pruning.naming import base_modules
 from sparsefit.recovery.adapter_files import export_adapter
 from sparsefit.recovery.export import WEIGHTS_FILE, export_base
 from sparsefit.recovery.magnitudes import magnitudes_follow

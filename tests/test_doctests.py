@@ -11,7 +11,11 @@ import pytest
 
 import sparsefit.pruning
 
-MODULES = sorted(found.name for found in pkgutil.walk_packages(sparsefit.pruning.__path__, "sparsefit.pruning."))
+MODULES = [
+    *sorted(found.name for found in pkgutil.walk_packages(sparsefit.pruning.__path__, "sparsefit.pruning.")),
+    "sparsefit.bare_model",
+    "sparsefit.quantized",
+]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -33,16 +33,20 @@ HEAVY = (
 
 # Beside the standard library, what all share (COMMON) and itself, a package may import these and no others. Whoever may
 # import a package may import the packages in it.
-COMMON = {"sparsefit.errors", "sparsefit.files", "sparsefit.settings", "sparsefit.ranks"}
+COMMON = {"sparsefit.errors", "sparsefit.files", "sparsefit.settings", "sparsefit.ranks"} | {
+    "sparsefit.quantized",
+    "sparsefit.bare_model",
+}
 ALLOWED = {
     "errors": set(),
     "files": {"filelock", "safetensors"},
     "settings": set(),
     "ranks": {"torch"},
+    "quantized": {"torch", "bitsandbytes"},
+    "bare_model": {"torch"},
     "calibration": {"torch"},
-    "pruning": {"torch", "numpy", "safetensors", "bitsandbytes", "triton"}
-    | {"sparsefit.calibration", "sparsefit.pruning.layers"},
-    "pruning.layers": {"torch", "bitsandbytes"},
+    "pruning": {"torch", "numpy", "safetensors", "triton"} | {"sparsefit.calibration", "sparsefit.pruning.layers"},
+    "pruning.layers": {"torch"},
     "recovery": {"torch", "safetensors", "transformers", "peft", "bitsandbytes"}
     | {"sparsefit.calibration", "sparsefit.pruning"},
     "evaluation": {"torch", "transformers", "datasets", "torchmetrics", "lightning", "lm_eval"},

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from sparsefit.pruning.gram import reconstruction_error
-from sparsefit.pruning.granularity import Granularity
 from sparsefit.pruning.least_squares import least_squares
 from sparsefit.pruning.reconstruction import (
     inverse_factor,
@@ -30,7 +29,7 @@ from sparsefit.pruning.reconstruction import (
     update_sequentially,
 )
 from sparsefit.pruning.refinement import swap
-from sparsefit.pruning.selection import Products, select, select_count, select_n_of_m
+from sparsefit.pruning.selection import Granularity, Products, select, select_count, select_n_of_m
 
 BLOCKS = 32
 SWAPS = 10

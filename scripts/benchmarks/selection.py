@@ -20,8 +20,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from sparsefit.pruning.granularity import Granularity
-from sparsefit.pruning.selection import Products, Scores, select, select_n_of_m
+from sparsefit.pruning.selection import Granularity, Products, Scores, select, select_n_of_m
 
 HALF = Fraction(1, 2)
 SHAPES = [(4096, 4096), (11008, 4096)]

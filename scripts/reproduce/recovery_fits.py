@@ -16,10 +16,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from recovery_subjects import DENSE, FORMS, PATTERNS, PRUNINGS, SUBJECTS, Settings
 from safetensors.torch import load_file
 
+from sparsefit.bare_model import canonical_name
 from sparsefit.callbacks import BlockwiseReconstruction, GPUHourBudget, WandaPruning
 from sparsefit.modules import CausalLMModule
 from sparsefit.pruning import MaskSet
-from sparsefit.pruning.naming import canonical_name
 from sparsefit.recovery.adapters import AdapterSettings
 from sparsefit.recovery.distill import DistillSettings
 from sparsefit.recovery.export import export_base, pretrained_part

@@ -122,6 +122,11 @@ INTERRUPTS = {
     "after the first epoch": ("on_train_epoch_end", 1, {}),
     "before the second epoch": ("on_train_epoch_start", 2, {}),
     "in a validation": ("on_validation_batch_end", 3, VALIDATING),
+    "in a validation amid a step": (
+        "on_validation_batch_end",
+        2,
+        VALIDATING | {"accumulate_grad_batches": 2, "max_steps": 5},
+    ),
 }
 
 
@@ -189,7 +194,7 @@ def test_a_checkpoint_holds_only_what_changes(straight):
     assert checkpoint["callbacks"]["WandaPruning"].keys() == {"digest", "summary"}
     assert checkpoint["callbacks"]["GPUHourBudget"]["ledger"]["hours"]
     assert checkpoint["sparsefit"]["world_size"] == 1
-    assert not list((folder / "run/checkpoints").glob("*.partial"))
+    assert not list((folder / "run/checkpoints").glob(".*.partial"))
 
 
 def test_what_differs_from_the_base_stays_in_the_checkpoint(straight, tmp_path):
@@ -255,14 +260,14 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(RunFolderError, match=r"No space left on device.*Those written before are whole"):
+    with pytest.raises(RunFolderError, match=r"cannot be written: .*No space left on device.*is as it was\. Free"):
         writer.save_checkpoint({"step": 2}, path)
     assert writer.load_checkpoint(path) == {"step": 1}
     assert [file.name for file in path.parent.iterdir()] == ["a.ckpt"]
 
 
 def test_what_a_killed_run_left_is_cleared_away(tmp_path):
-    for name in ("a.ckpt.partial", "b.ckpt.partial", "mine.partial"):
+    for name in (".a.ckpt.0123.partial", ".b.ckpt.4567.partial", "mine.partial"):
         (tmp_path / name).write_bytes(b"half")
     AtomicCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "a.ckpt")
     assert {file.name for file in tmp_path.iterdir()} == {"a.ckpt", "mine.partial"}

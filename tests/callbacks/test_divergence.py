@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from small_runs import Classifier, fit, labelled
+from lightning.pytorch.plugins.precision import MixedPrecision
+from small_runs import Classifier, fit, labelled, trainer_with
 from torch import nn
 
 from sparsefit.callbacks import RunReport, WandaPruning
@@ -114,14 +115,54 @@ def test_steps_that_a_gradient_scaler_leaves_out_are_no_error():
             Scaler.skipped += all(map(torch.equal, before, after))
             return result
 
-    from lightning.pytorch.plugins.precision import MixedPrecision
-
     scaler = Scaler(device="cpu", init_scale=2.0)
     module = Spoiled(at=1, spoil="gradient", value=math.inf)
     plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
     fit(module, labelled(16), WandaPruning(0.5), plugins=[plugin], max_epochs=1)
     assert Scaler.skipped == 1
     assert all_finite(module.parameters())
+
+
+class AlwaysInfinite(Classifier):
+    """No scale makes its gradients finite."""
+
+    def on_after_backward(self):
+        self.model.head.bias.grad[0] = math.inf
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+
+def scaled(scale):
+    return [MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=scale))]
+
+
+LOOKS = {
+    "every so many steps": (50, {}),
+    "at the end of an epoch": (8, {"limit_train_batches": 8}),
+    "before a validation": (9, {"val_check_interval": 9, "num_sanity_val_steps": 0}),
+    "before a checkpoint": (10, {"enable_checkpointing": True}),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_run_of_which_a_gradient_scaler_leaves_out_every_step_is_stopped(tmp_path, look):
+    step, settings = LOOKS[look]
+    saving = [ModelCheckpoint(tmp_path, every_n_train_steps=10)] if "enable_checkpointing" in settings else []
+    module, loaders = AlwaysInfinite(), {"train_dataloaders": labelled(240), "val_dataloaders": labelled(4)}
+    trainer = trainer_with(WandaPruning(0.5), *saving, plugins=scaled(0.01), max_epochs=100, **settings)
+    said = rf"left out all of {step} optimizer steps, .*weights stay as they were\..* Train with bf16-mixed or 32-true"
+    with pytest.raises(DivergenceError, match=said):
+        trainer.fit(module, **loaders)
+
+
+@pytest.mark.parametrize("report_first", [True, False])
+def test_a_short_run_of_which_every_step_was_left_out_is_not_reported_as_trained(tmp_path, report_first):
+    report = RunReport(str(tmp_path / "run"))
+    callbacks = [report, WandaPruning(0.5)] if report_first else [WandaPruning(0.5), report]
+    with pytest.raises(DivergenceError, match="left out all of 6 optimizer steps"):
+        fit(AlwaysInfinite(), labelled(16), *callbacks, plugins=scaled(65536.0), max_steps=6)
+    assert report.report["status"] == "failed"
 
 
 def test_a_module_without_trained_floats_or_gradients_is_left_alone():

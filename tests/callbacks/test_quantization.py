@@ -14,7 +14,7 @@ from small_runs import Classifier, fit, labelled
 from sparsefit.callbacks import PrunedRunCallback, WandaPruning
 from sparsefit.callbacks.quantization import QuantizedBase
 from sparsefit.errors import ConfigError
-from sparsefit.pruning.layers.quantized import dequantized
+from sparsefit.quantized import dequantized
 from sparsefit.recovery.distill import DistillSettings
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: no quantized base")

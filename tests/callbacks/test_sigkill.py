@@ -133,11 +133,11 @@ def test_killed_while_a_checkpoint_is_written(workplace, straight, number, share
     output, _ = process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL, output
     base = {file: file.stat().st_mtime_ns for file in [*(run / "base").iterdir(), run / "masks.safetensors"]}
-    assert list((run / "checkpoints").glob("*.partial"))
+    assert list((run / "checkpoints").glob(".*.partial"))
     weights, step = resumed(workplace, run)
     assert step == (number - 2) // 2  # the start is the first file; each step writes two, last.ckpt being the second
     assert_same(weights, straight)
-    assert not list((run / "checkpoints").glob("*.partial"))
+    assert not list((run / "checkpoints").glob(".*.partial"))
     assert all(file.stat().st_mtime_ns == time for file, time in base.items())
 
 

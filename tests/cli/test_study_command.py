@@ -130,6 +130,34 @@ def test_seeds_draw_other_calibration_images_and_other_trainings(sparsefit, reci
     assert "<h2>Differences</h2>" in page
 
 
+def test_seeds_draw_other_calibration_text(sparsefit, tmp_path):
+    for part in range(8):
+        words = (f"number {number} of {number % 7} and {number % 11}" for number in range(100 * part, 100 * part + 100))
+        (tmp_path / f"{part}.txt").write_text(" ".join(words))
+    recipe = {
+        "study": {"folder": str(tmp_path / "study"), "calibration_seeds": 3},
+        "models": {"net": {"class_path": "sparsefit.modules.CausalLMModule", "init_args": {"model": "tiny-llama"}}},
+        "data": {
+            "class_path": "sparsefit.data.TextDataModule",
+            "init_args": {
+                "tokenizer": "tiny-llama",
+                "calibration_source": str(tmp_path / "*.txt"),
+                "test_source": str(tmp_path / "*.txt"),
+                "sequence_length": 32,
+                "calibration_samples": 4,
+                "test_windows": 2,
+            },
+        },
+        "grid": {"scores": ["wanda"], "granularities": ["own"], "sparsities": [0.5]},
+        "trainer": {"accelerator": "cpu", "enable_progress_bar": False},
+    }
+    status, _, errors = sparsefit("study", recipe=recipe)
+    assert status == 0, errors
+    pruned = [row for row in table(tmp_path) if row["stage"] == "pruned"]
+    assert [row["calibration_seed"] for row in pruned] == ["0", "1", "2"]
+    assert len({row["digest"] for row in pruned}) == 3
+
+
 def test_a_study_goes_on_with_the_model_that_it_trained(sparsefit, recipe, tmp_path):
     recipe["grid"]["sparsities"], recipe["finetuning"] = [0.5], {"epochs": 0}
     assert sparsefit("study", recipe=recipe)[0] == 0
@@ -157,8 +185,8 @@ def test_perplexity_of_language_models_in_the_order_of_the_paper(sparsefit, reci
         "class_path": "sparsefit.data.TextDataModule",
         "init_args": {
             "tokenizer": str(model),
-            "calibration_source": str(tmp_path / "text.txt"),
-            "test_source": str(tmp_path / "text.txt"),
+            "calibration_source": str(tmp_path / "*.txt"),
+            "test_source": str(tmp_path / "*.txt"),
             "sequence_length": 16,
             "calibration": "pack",
             "calibration_samples": 8,

@@ -137,3 +137,20 @@ def test_layers_outside_the_blocks_see_the_dense_network_too_where_that_was_aske
         assert torch.equal(mask, swap(dense, start, torch.from_numpy(gram_of(inputs)).float(), 2))
     else:
         assert_mask(mask, *score_of(place.get("score", "wanda"), dense, inputs))
+
+
+@pytest.mark.parametrize("update", ["block", "none"])
+def test_all_samples_count_where_a_block_takes_them_one_by_one(update):
+    class OneByOne(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.stack([self.down(self.up(sample).tanh()) for sample in x])
+
+    def pruned(size: int) -> tuple[str, int]:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(OneByOne() for _ in range(2)))
+        data = torch.randn(8, 5, WIDTH) * torch.linspace(0.1, 3, 8)[:, None, None]
+        result = prune(model, [data], PruningConfig(update=update, micro_batch_size=size))
+        return result.masks.digest(), result.tokens
+
+    assert pruned(8) == pruned(1)
+    assert pruned(8)[1] == 8 * 5

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from sparsefit import PruningConfig, prune
 from sparsefit.errors import ConfigError
-from sparsefit.pruning.granularity import Granularity
-from sparsefit.pruning.selection import select
+from sparsefit.pruning.selection import Granularity, select
 
 METHODS = {
     "wanda": {},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 
 import pytest
 import torch
@@ -269,11 +270,13 @@ def test_a_pass_ends_once_every_weight_has_got_its_input():
     model = spread_weights(Layers(noted))
     whole, _ = collected(model, batches())
     assert len(ends) == 4
-    once = {(f"{name}.weight", None): 1 for name in "abc"}
-    parts, runs = collected(model, batches(), until=once)
+    once = {(f"{name}.weight", None): Fraction(1) for name in "abc"}
+    parts, runs = collected(model, batches(), shares=once)
     assert (runs, len(ends)) == (4, 4)
-    twice, _ = collected(model, batches(), until=once | {("a.weight", None): 2})
+    twice, _ = collected(model, batches(), shares=once | {("a.weight", None): None})
     assert len(ends) == 8
+    in_part, _ = collected(model, batches(), shares=once | {("a.weight", None): Fraction(2)})
+    assert len(ends) == 12
     for name in whole:
-        for other in (parts, twice):
+        for other in (parts, twice, in_part):
             assert torch.equal(other[name][0].statistics["gram"], whole[name][0].statistics["gram"])

@@ -11,8 +11,7 @@ from torch import nn
 from sparsefit import PruningConfig, collect_statistics, prune
 from sparsefit.calibration.padding_masks import PaddingMask, masks_given
 from sparsefit.pruning.layers import matrices_of
-from sparsefit.pruning.padding_rows import real_rows
-from sparsefit.pruning.watch import Seen
+from sparsefit.pruning.watch import Seen, real_rows
 
 LENGTHS = [5, 16, 9, 7, 12, 3, 16, 11]
 

@@ -35,11 +35,10 @@ from unfolded import (
 from sparsefit import MaskSet, PruningConfig, prune
 from sparsefit.errors import CalibrationError, ConfigError, MaskError
 from sparsefit.pruning.blocks import find_block_lists
-from sparsefit.pruning.granularity import Granularity
 from sparsefit.pruning.least_squares import least_squares
 from sparsefit.pruning.reconstruction import inverse_factor, prune_iteratively, update_sequentially
 from sparsefit.pruning.refinement import swap
-from sparsefit.pruning.selection import select, select_n_of_m
+from sparsefit.pruning.selection import Granularity, select, select_n_of_m
 
 
 @pytest.fixture(autouse=True)

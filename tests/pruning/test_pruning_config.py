@@ -65,8 +65,11 @@ BAD_CONFIGS = [
         ({"reconstruction": name}, "unknown reconstruction .*; the choices are sequential, iterative, least_squares")
         for name in ("obs", "", True, "Sequential")
     ),
-    *(({"swaps": value}, "swaps .*whole number from 0") for value in (-1, 1.5, True, None, "3")),
-    *(({"damping": value}, "damping .*from 0 on") for value in (-0.01, float("nan"), float("inf"), None, "0.01", True)),
+    *(({"swaps": value}, "swaps .*whole number of at least 0") for value in (-1, 1.5, True, None, "3")),
+    *(
+        ({"damping": value}, "damping .*of at least 0")
+        for value in (-0.01, float("nan"), float("inf"), None, "0.01", True)
+    ),
     *(({"device": value}, "device .*no device") for value in ("gpu", "", "cuda:x", 1.5, ["cpu"], "meta")),
     ({"targets": ()}, "targets is empty"),
     ({"targets": [1]}, "targets"),

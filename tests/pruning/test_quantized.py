@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sparsefit.errors import MaskError
-from sparsefit.pruning.layers.quantized import (
+from sparsefit.pruning.layers.quantized import matrices
+from sparsefit.quantized import (
     awaits_quantization,
     dequantized,
     is_quantized,
-    matrices,
     matrix_shape,
     plain_layout,
     stored_matrix,

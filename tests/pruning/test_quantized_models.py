@@ -13,10 +13,10 @@ from quantized_layers import FOUR_BIT, held_bits, make_layer, random_mask
 from safetensors.torch import load_file
 from torch import nn
 
-from sparsefit.pruning.layers.quantized import (
+from sparsefit.pruning.layers.quantized import matrices
+from sparsefit.quantized import (
     dequantized,
     is_quantized,
-    matrices,
     matrix_shape,
     plain_layout,
     stored_matrix,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparsefit.errors import CalibrationError, ConfigError
 from sparsefit.pruning import PruningConfig, prune, register_score
-from sparsefit.pruning.scores import SCORES
+from sparsefit.pruning.scores import SCORES, computed
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -57,7 +57,7 @@ def own_scores() -> Iterator[None]:
 def test_scores_equal_numpy(name: str, dtype: torch.dtype, zeros: dict):
     weight, inputs = weight_and_inputs(dtype, **zeros)
     before, given = weight.clone(), statistics(inputs)
-    scores = SCORES[name].function(weight, *(given[need] for need in SCORES[name].needs))
+    scores = computed(SCORES[name].function(weight, *(given[need] for need in SCORES[name].needs)))
     assert scores.dtype == torch.float32
     assert scores.isfinite().all()
     assert torch.equal(weight, before)
@@ -86,7 +86,8 @@ def test_every_score_has_a_reference_and_the_granularity_of_its_authors():
 def test_scores_of_large_half_precision_values_do_not_overflow(dtype: torch.dtype):
     weight, inputs = torch.full((3, 4), 6e4, dtype=dtype), torch.full((5, 4), 300.0)
     for name, score in SCORES.items():
-        assert score.function(weight, *(statistics(inputs)[need] for need in score.needs)).isfinite().all(), name
+        scores = computed(score.function(weight, *(statistics(inputs)[need] for need in score.needs)))
+        assert scores.isfinite().all(), name
 
 
 def test_the_exponent_of_ria():

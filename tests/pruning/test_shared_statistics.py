@@ -57,7 +57,7 @@ def test_each_pruning_is_that_of_its_own_pass(tiny_model, architecture):
 
 def test_a_pass_runs_the_model_once_a_micro_batch_and_pruning_not_at_all():
     model, calls = image_model("DeiT"), []
-    model.register_forward_hook(lambda *_: calls.append(1))
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
     statistics = collect_statistics(model, images(10).split(4), [PruningConfig(update="none", micro_batch_size=5)])
     assert len(calls) == 3  # and once with the sample that shows what is reached
     prune_from_statistics(model, statistics, PruningConfig(update="none"))

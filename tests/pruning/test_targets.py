@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from sparsefit import PruningConfig, collect_statistics, prune, prune_from_statistics
 from sparsefit.errors import ConfigError
+from sparsefit.pruning.config import matches
 from sparsefit.pruning.heads import output_layers
-from sparsefit.pruning.naming import matches
 
 IDS = torch.randint(1, 61, (3, 9), generator=torch.Generator().manual_seed(0))
 

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from sparsefit import PruningConfig, prune
+from sparsefit.bare_model import canonical_name
 from sparsefit.errors import ConfigError, MaskError
-from sparsefit.pruning.naming import canonical_name
 from sparsefit.recovery.adapters import AdapterSettings, attach_adapter, bind_masks
 
 FORMS = ("lora", "masked_lora", "hira", "full")

@@ -8,7 +8,7 @@ import transformers
 from safetensors.torch import load_file
 
 from sparsefit import MaskSet, PruningConfig, prune
-from sparsefit.pruning.layers.quantized import dequantized
+from sparsefit.quantized import dequantized
 from sparsefit.recovery.export import export_base
 from sparsefit.recovery.inspection import inspect_folder
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from sparsefit import PruningConfig, prune
-from sparsefit.pruning.naming import canonical_name
+from sparsefit.bare_model import canonical_name
 from sparsefit.recovery.adapters import AdapterSettings, attach_adapter, bind_masks
 
 # Memory.

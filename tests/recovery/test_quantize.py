@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from sparsefit import PruningConfig, prune
 from sparsefit.errors import ConfigError, MaskError
 from sparsefit.pruning import MaskSet
-from sparsefit.pruning.layers.quantized import dequantized, is_quantized
+from sparsefit.quantized import dequantized, is_quantized
 from sparsefit.recovery.adapters import AdapterSettings
 from sparsefit.recovery.distill import DenseTeacher
 from sparsefit.recovery.quantize import (

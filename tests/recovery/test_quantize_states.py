@@ -9,7 +9,7 @@ import torch
 from quantized_bases import KINDS, assert_same_bits, layers_of, logits, pruned_llama
 from torch import nn
 
-from sparsefit.pruning.layers.quantized import dequantized
+from sparsefit.quantized import dequantized
 from sparsefit.recovery.adapters import AdapterSettings
 from sparsefit.recovery.merge import merge
 from sparsefit.recovery.quantize import (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sparsefit import register_score
-from sparsefit.pruning.scores import wanda_score
+from sparsefit.pruning.scores import Products
 from tables.setup import Settings
 
 SPARSITIES: dict[str, Settings] = {
@@ -16,7 +16,7 @@ PAPERS = ("50%", "4:8", "2:4")
 """The sparsities that the paper compares throughout."""
 
 # Wanda itself takes no Gram matrix, which the error of a layer's outputs is computed from.
-register_score("wanda_with_errors", lambda weight, norm, _: wanda_score(weight, norm), ("squared_norm", "gram"))
+register_score("wanda_with_errors", lambda weight, norm, _: Products(weight, norm.sqrt()), ("squared_norm", "gram"))
 SPARSEGPT: Settings = {"score": "sparsegpt", "reconstruction": "iterative"}
 METHODS: dict[str, Settings] = {
     "magnitude": {"score": "magnitude"},

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparsefit.calibration.padding import PaddingWatch, Scope
 from sparsefit.calibration.padding_masks import PaddingMask
-from sparsefit.calibration.samples import count_samples, join_samples, map_tensors, split_samples, tensors_in
+from sparsefit.calibration.samples import count_samples, cut_batch, join_samples, map_tensors, split_samples, tensors_in
 from sparsefit.calibration.trimming import Look, Looking, join_masks, mask_named, without_padding
 from sparsefit.errors import CalibrationError
 from sparsefit.ranks import errors_on_all_ranks
@@ -41,8 +41,7 @@ class MicroBatch:
 
     def first_sample(self) -> Any:
         """A batch of its first sample alone, or all of it if it cannot be taken apart."""
-        samples = split_samples(self.data)
-        return samples[0] if samples else self.data
+        return cut_batch(self.data, 1)
 
     def begin(self) -> None:
         """It is what runs next."""

@@ -24,6 +24,15 @@ def tensors_in(batch: Any) -> Iterator[Tensor]:
         yield from tensors_in(value)
 
 
+def numbers_in(batch: Any) -> int:
+    """How many numbers all tensors of a batch hold.
+
+    >>> numbers_in({"ids": torch.zeros(2, 3), "text": "hello"})
+    6
+    """
+    return sum(tensor.numel() for tensor in tensors_in(batch))
+
+
 def map_tensors(function: Callable[..., Tensor], *batches: Any) -> Any:
     """Apply a function to the corresponding tensors of batches of one structure; the rest is taken from the first.
 

@@ -90,6 +90,7 @@ class TextDataModule(ResumableDataModule):
         tokenizer = as_text(tokenizer)
         settings = {name: as_text(value) for name, value in locals().items() if name not in ("self", "__class__")}
         _check(settings)
+        self._drawn: dict[int, Calibration] = {}  # by seed
         named = isinstance(tokenizer, str)
         self.save_hyperparameters(settings | {"tokenizer": tokenizer if named else type(tokenizer).__name__})
         if not named:
@@ -166,17 +167,20 @@ class TextDataModule(ResumableDataModule):
         apart = not _overlap(train, calibration)
         return settings | {name: (given[name], None if apart else value) for name, value in drawn.items()}
 
-    @cached_property
+    @property
     def _calibration(self) -> Calibration:
+        """What the seed of now draws: a study draws with several."""
         settings = self.hparams
-        return calibration_windows(
-            self._shards("calibration_source"),
-            self.tokenizer,
-            settings.calibration_samples,
-            settings.calibration_length or settings.sequence_length,
-            settings.calibration,
-            settings.seed,
-        )
+        if settings.seed not in self._drawn:
+            self._drawn[settings.seed] = calibration_windows(
+                self._shards("calibration_source"),
+                self.tokenizer,
+                settings.calibration_samples,
+                settings.calibration_length or settings.sequence_length,
+                settings.calibration,
+                settings.seed,
+            )
+        return self._drawn[settings.seed]
 
     def _calibration_documents(self) -> frozenset[tuple[str, int]]:
         if not _overlap(self._shards("train_source"), self._shards("calibration_source")):

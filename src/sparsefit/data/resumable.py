@@ -33,11 +33,8 @@ class ResumableDataModule(LightningDataModule):
         """How far training has come, and the settings that decide what that means."""
         if self.trainer is None:
             return {}
-        return self.state_after(self.trainer.fit_loop.epoch_loop.batch_progress.current.processed)
-
-    def state_after(self, batches: int) -> dict[str, Any]:
-        """What `state_dict` gives when so many batches of the epoch are done."""
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        batches = progress.current.processed
         last = progress.is_last_batch or progress.current.ready == self.trainer.num_training_batches
         ended = last and batches >= progress.current.ready
         settings = {name: list(pair) for name, pair in self.deciding.items()}

@@ -103,6 +103,7 @@ class SelfGeneratedDataModule(TextDataModule):
         self._texts: dict[str, WrittenText] = {}
         self._writer: weakref.ref[PreTrainedModel] | None = None
         self._kept: Path | None = None  # where the run that is resumed had its training text
+        self._trained_on: Path | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Looks at the model while it is dense, in a run that is resumed, too, and at the sources of real text.
@@ -171,8 +172,12 @@ class SelfGeneratedDataModule(TextDataModule):
             self.write_with(trainer.lightning_module)
         # Lightning asks for the data of a fit that takes no step, too.
         idle = trainer is not None and not _trains(trainer)
-        text = numpy.empty((0, 1), dtype=numpy.int32) if idle else self._of("training").read()
-        windows = WrittenWindows(text, self.hparams.seed, *self.rank_and_world_size())
+        if idle:
+            tokens = numpy.empty((0, 1), dtype=numpy.int32)
+        else:
+            text = self._of("training")
+            tokens, self._trained_on = text.read(), text.path.absolute()
+        windows = WrittenWindows(tokens, self.hparams.seed, *self.rank_and_world_size())
         return loader(windows, self.hparams.batch_size, self.hparams.num_workers, self.position)
 
     def test_dataloader(self) -> DataLoader | None:  # type: ignore[override]
@@ -194,10 +199,9 @@ class SelfGeneratedDataModule(TextDataModule):
         decided = {name: (given.get(name, value), value) for name, value in text.decided_by.items()}
         return settings | decided | {"writing_batch_size": (given.writing_batch_size, given.writing_batch_size)}
 
-    def state_after(self, batches: int) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """As `ResumableDataModule`; and where the text lies that the run trains on."""
-        found = self._found("training") if self.hparams.train_source is None else None
-        return super().state_after(batches) | {"written": None if found is None else str(found.path.absolute())}
+        return super().state_dict() | {"written": str(self._trained_on) if self._trained_on is not None else None}
 
     def check_resumable(self, state_dict: Mapping[str, Any]) -> None:
         """As `ResumableDataModule`; and see that the text is there: the model that would write it again is pruned.

@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from sparsefit.bare_model import base_modules, canonical_name
 from sparsefit.errors import CalibrationError, ConfigError
-from sparsefit.pruning.naming import base_modules, canonical_name
 from sparsefit.recovery.export import adapted_part, pretrained_part
 
 if TYPE_CHECKING:

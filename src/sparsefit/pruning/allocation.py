@@ -9,10 +9,9 @@ from math import floor, prod
 from torch import Tensor
 
 from sparsefit.errors import ConfigError
-from sparsefit.pruning.config import PruningConfig
+from sparsefit.pruning.config import PruningConfig, layer_name, matches
 from sparsefit.pruning.groups import Part
 from sparsefit.pruning.layers.base import PrunableWeight
-from sparsefit.pruning.naming import layer_name, matches
 from sparsefit.pruning.scores import wanda_score
 
 
@@ -38,7 +37,7 @@ def allocate(
     outliers = {}
     for group in dict.fromkeys(groups.values()):
         scores = [
-            wanda_score(weight.matrix()[rows], statistics["squared_norm"])
+            wanda_score(weight.matrix()[rows], statistics["squared_norm"]).scores()
             for weight in weights
             if groups[weight.name] == group
             for rows, statistics in parts[weight.name]

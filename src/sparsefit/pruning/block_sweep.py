@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -13,27 +12,18 @@ from torch import Tensor, nn
 from sparsefit.calibration.batches import Forward, MicroBatch, device_of
 from sparsefit.pruning.blocks import BlockCall, NotSweepable, capture_calls, hidden_of, order_of
 from sparsefit.pruning.config import PruningConfig
-from sparsefit.pruning.inputs import Key
 from sparsefit.pruning.layers.base import PrunableWeight
-from sparsefit.pruning.watch import Seen, watching
 
 
 class BlockSweep:
     """The micro-batches on their way through a list of blocks, before the block whose turn it is.
 
     One sample goes through the dense model to its end first: `NotSweepable` if the blocks cannot be run one by one.
-
-    Args:
-        blocks: The list.
-        weights: Those to prune in the model.
-        data: Calibration data.
-        forward: Runs the model on a batch.
-        config: In which order; where blocks are computed and hidden states are kept.
-        step: Called after each pass of a micro-batch, but for those of `run`.
+    `step` is called after each pass of a micro-batch, but for those of `run`.
 
     Attributes:
-        weights: Those in the blocks; if there are none, nothing is run.
-        ends_after: How often a pass of the block uses each, if what comes out of it is of no use.
+        weights: Those of the weights to prune that are in the blocks; if there are none, nothing is run.
+        to_the_end: Whether what comes out of the block in a pass is of use.
     """
 
     def __init__(
@@ -49,16 +39,10 @@ class BlockSweep:
         self.weights = [weight for own in self._by_block.values() for weight in own]
         self._blocks, self._config, self._step = blocks, config, step
         self._dense = config.update == "none"
-        self._uses: Counter[Key] = Counter()
         self._order: list[int] = []
         if not self.weights:
             return
-
-        def count(seen: Seen) -> None:
-            self._uses[seen.weight.name, seen.rows] += 1
-
-        with watching(self.weights, count):
-            _, calls, simple = capture_calls(blocks, lambda: forward(data[0].first_sample()), to_the_end=True)
+        _, calls, simple = capture_calls(blocks, lambda: forward(data[0].first_sample()), to_the_end=True)
         order_of([calls])
         self._hidden, self._calls = [], []
         for batch in data:
@@ -77,7 +61,7 @@ class BlockSweep:
             # Popped: a block's masks and embeddings are not needed again.
             self._block_calls = [calls.pop(0) for calls in self._calls]
             self._is_last = not self._calls[0]
-            self.ends_after = self._uses if self._is_last or not self._dense else None
+            self.to_the_end = self._dense and not self._is_last
             with _on_device(self._block, self._config.device):
                 yield self._by_block.get(self._block, [])
 

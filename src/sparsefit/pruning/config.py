@@ -5,25 +5,29 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from fractions import Fraction
+from typing import NamedTuple
 
 import torch
 
 from sparsefit.errors import ConfigError
-from sparsefit.pruning.granularity import Granularity
-from sparsefit.pruning.naming import REGEX
 from sparsefit.pruning.scores import SCORES
+from sparsefit.pruning.selection import Granularity
 from sparsefit.pruning.statistics import DERIVED
-from sparsefit.settings import as_number, named_settings
+from sparsefit.settings import as_number, named_settings, number
 
-UPDATES = ("block", "none")
+REGEX = "re:"  # what a pattern for names that is a regular expression begins with
 ALLOCATIONS = ("uniform", "owl")
-RECONSTRUCTIONS = ("sequential", "iterative", "least_squares")
-EXISTING_ZEROS = ("keep", "adopt", "ignore")
+CHOICES = {
+    "score": SCORES,
+    "update": ("block", "none"),
+    "reconstruction": (None, "sequential", "iterative", "least_squares"),
+    "existing_zeros": (None, "keep", "adopt", "ignore"),
+}
 
 
-@dataclass(frozen=True)
-class Pattern:
+class Pattern(NamedTuple):
     """N:M sparsity: `n` non-zeros in every `m` consecutive weights along the input dimension."""
 
     n: int
@@ -123,31 +127,32 @@ class PruningConfig:
     states_on_cpu: bool = False
 
     def __post_init__(self) -> None:
-        _check_choice("score", self.score, SCORES)
         if self.update == "layer":
             raise ConfigError(
                 "update 'layer' is no longer there, as it won nothing over 'block' in any measurement: take update "
                 "'block', or 'none', which takes one pass of the data as 'layer' did"
             )
-        _check_choice("update", self.update, UPDATES)
-        if self.reconstruction is not None:
-            _check_choice("reconstruction", self.reconstruction, RECONSTRUCTIONS)
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in tuple(choices):
+                known = ", ".join(choice for choice in choices if choice)
+                raise ConfigError(f"unknown {name} {getattr(self, name)!r}; the choices are {known}")
+        _check_device(self.device)
         own = SCORES[self.score].granularity
         granularity = Granularity.parse(own if self.granularity is None else self.granularity)
-        object.__setattr__(self, "granularity", str(granularity))
         pattern = None if self.pattern is None else Pattern.parse(self.pattern)
-        object.__setattr__(self, "pattern", None if pattern is None else str(pattern))
-        object.__setattr__(self, "sparsity", _checked_sparsity(self.sparsity, pattern))
-        object.__setattr__(self, "allocation", _checked_allocation(self.allocation))
-        for names in ("targets", "exclude"):
-            object.__setattr__(self, names, _checked_names(names, getattr(self, names)))
-        if self.existing_zeros is not None:
-            _check_choice("existing_zeros", self.existing_zeros, EXISTING_ZEROS)
-        for name, least in (("micro_batch_size", 1), ("swaps", 0)):
-            object.__setattr__(self, name, _checked_whole(name, getattr(self, name), least))
-        for name in ("damping", "owl_threshold", "owl_spread"):
-            object.__setattr__(self, name, _checked_number(name, getattr(self, name)))
-        _check_device(self.device)
+        checked = {
+            "granularity": str(granularity),
+            "pattern": None if pattern is None else str(pattern),
+            "sparsity": _checked_sparsity(self.sparsity, pattern),
+            "allocation": _checked_allocation(self.allocation),
+            "targets": None if self.targets is None else _checked_names("targets", self.targets),
+            "exclude": _checked_names("exclude", self.exclude),
+            "micro_batch_size": number("micro_batch_size", self.micro_batch_size, least=1, whole=True),
+            "swaps": number("swaps", self.swaps, least=0, whole=True),
+            **{name: number(name, getattr(self, name), least=0) for name in ("damping", "owl_threshold", "owl_spread")},
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
         self._check_combinations(granularity)
 
     def _check_combinations(self, granularity: Granularity) -> None:
@@ -193,41 +198,14 @@ class PruningConfig:
         return bool(self.statistics) or self.allocation == "owl"
 
 
-def _check_choice(field: str, value: object, choices: Iterable[str]) -> None:
-    names = tuple(choices)
-    if value not in names:
-        raise ConfigError(f"unknown {field} {value!r}; the choices are {', '.join(names)}")
-
-
-def _checked_share(value: object) -> float | None:
-    number = as_number(value)
-    return float(number) if number is not None and 0 <= number < 1 else None
-
-
 def _checked_sparsity(sparsity: object, pattern: Pattern | None) -> float:
     implied = 0.5 if pattern is None else float(pattern.sparsity)
-    if sparsity is None:
-        return implied
-    share = _checked_share(sparsity)
-    if share is None:
+    share = implied if sparsity is None else as_number(sparsity)
+    if share is None or not 0 <= share < 1:
         raise ConfigError(f"sparsity is {sparsity!r}; it must be a number in [0, 1), the share of weights to remove")
     if pattern is not None and share != implied:
         raise ConfigError(f"sparsity {sparsity} contradicts pattern '{pattern}', which is {implied}: give one of them")
-    return share
-
-
-def _checked_whole(field: str, value: object, least: int) -> int:
-    number = as_number(value)
-    if not isinstance(number, int) or number < least:
-        raise ConfigError(f"{field} is {value!r}; it must be a whole number from {least} on")
-    return number
-
-
-def _checked_number(field: str, value: object) -> float:
-    number = as_number(value)
-    if number is None or number < 0:
-        raise ConfigError(f"{field} is {value!r}; it must be a number from 0 on")
-    return number
+    return float(share)
 
 
 def _check_device(device: object) -> None:
@@ -247,16 +225,15 @@ def _checked_allocation(allocation: object) -> str | dict[str, float] | None:
             f"unknown allocation {allocation!r}; the choices are {', '.join(ALLOCATIONS)}, a mapping such as "
             "{'down_proj': 0.4}, or None"
         )
-    shares = {name: _checked_share(share) for name, share in allocation.items()}
-    wrong = {name: allocation[name] for name, share in shares.items() if not isinstance(name, str) or share is None}
+    shares = {name: as_number(share) for name, share in allocation.items()}
+    wrong = [name for name, share in shares.items() if not isinstance(name, str) or share is None or not 0 <= share < 1]
     if wrong:
-        raise ConfigError(f"allocation gives {wrong}; every layer name needs a sparsity in [0, 1)")
-    return {_checked_pattern("allocation", name): share for name, share in shares.items()}
+        given = {name: allocation[name] for name in wrong}
+        raise ConfigError(f"allocation gives {given}; every layer name needs a sparsity in [0, 1)")
+    return {_checked_pattern("allocation", name): float(share) for name, share in shares.items()}
 
 
-def _checked_names(field: str, names: object) -> tuple[str, ...] | None:
-    if names is None and field == "targets":
-        return None
+def _checked_names(field: str, names: object) -> tuple[str, ...]:
     if isinstance(names, str):
         names = (names,)
     if isinstance(names, Mapping) or not isinstance(names, Iterable):
@@ -277,3 +254,37 @@ def _checked_pattern(field: str, name: str) -> str:
         except re.error as error:
             raise ConfigError(f"{field}: {name!r} is no regular expression: {error}") from error
     return name
+
+
+def layer_name(weight_name: str) -> str:
+    """The name by which a configuration speaks of a weight: without ".weight" and without an expert's number.
+
+    >>> layer_name("0.fc.weight"), layer_name("0.experts.down_proj[3]")
+    ('0.fc', '0.experts.down_proj')
+    """
+    return re.sub(r"\[\d+\]$", "", weight_name).removesuffix(".weight")
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a layer's name fits one of the patterns.
+
+    Args:
+        name: The layer's name.
+        patterns: Each is one or more consecutive parts of a name, so that it means a layer ("q_proj", "mlp.down_proj")
+            as well as everything in a module ("vision_tower", "layers.0"); or a glob ("*.experts.*", "layers.[0-3].*");
+            or, after "re:", a regular expression that is searched for in the name.
+
+    >>> matches("model.layers.0.q_proj", ["q_proj"]), matches("model.layers.0.q_proj", ["proj"])
+    (True, False)
+    >>> [matches("model.vision.layers.0.fc1", [pattern]) for pattern in ("vision", "layers.*.fc?", r"re:\.fc\d$")]
+    [True, True, True]
+    """
+    return any(_matches(name, pattern) for pattern in patterns)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    if pattern.startswith(REGEX):
+        return re.search(pattern.removeprefix(REGEX), name) is not None
+    if set(pattern) & set("*?["):
+        return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+    return f".{pattern}." in f".{name}."

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from sparsefit.bare_model import base_modules
 from sparsefit.pruning.layers import matrices_of
 from sparsefit.pruning.layers.base import PrunableWeight
 from sparsefit.pruning.layers.experts import find_stacks
-from sparsefit.pruning.naming import base_modules
 from sparsefit.pruning.tracing import Trace, matrix_names
 
 _ROUTERS = frozenset({"router", "gate", "gating"})
@@ -22,11 +22,6 @@ def output_layers(model: nn.Module, blocks: Iterable[nn.Module] = (), trace: Tra
     With a trace they are those that a sample met last. A model has no head where these are several, in the repeated
     blocks (its residual stream brings them all to the output), or one that blocks share. Without a trace they are what
     transformers' models keep outside of their `base_model`; in other models the last matrix outside the blocks.
-
-    Args:
-        model: Any module.
-        blocks: Its repeated blocks.
-        trace: What samples have shown.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1)))
     >>> output_layers(model)
@@ -41,15 +36,9 @@ def output_layers(model: nn.Module, blocks: Iterable[nn.Module] = (), trace: Tra
     inside = {id(module) for block in blocks for module in block.modules()}
     outside = {path: module for path, module in base_modules(model).items() if id(module) not in inside}
     heads = _outside_base_models(outside.values())
-    if heads:
-        return frozenset(
-            name for path, module in outside.items() if id(module) in heads for name in _names(module, path)
-        )
-    return frozenset([name for path, module in outside.items() for name in _names(module, path)][-1:])
-
-
-def _names(module: nn.Module, path: str) -> list[str]:
-    return [weight.name.partition("[")[0] for weight in matrices_of(module, path)]
+    members = {path: module for path, module in outside.items() if not heads or id(module) in heads}
+    found = [weight.name.partition("[")[0] for path, module in members.items() for weight in matrices_of(module, path)]
+    return frozenset(found if heads else found[-1:])
 
 
 def _outside_base_models(modules: Iterable[nn.Module]) -> set[int]:

@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import pairwise
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from sparsefit.calibration.batches import MicroBatch
+from sparsefit.calibration.samples import numbers_in
 from sparsefit.errors import CalibrationError
-from sparsefit.pruning.finite import check_finite
 from sparsefit.pruning.groups import Part, Parts
 from sparsefit.pruning.layers.base import PrunableWeight
-from sparsefit.pruning.padding_rows import real_rows
-from sparsefit.pruning.statistics import InputStatistics, added_up
-from sparsefit.pruning.watch import Rows, Seen, version_of, watching
+from sparsefit.pruning.statistics import InputStatistics, all_finite
+from sparsefit.pruning.watch import Key, Rows, Seen, real_rows, version_of, watching
 from sparsefit.ranks import errors_on_all_ranks, from_all
-
-Key = tuple[str, Rows]  # a weight and which of its rows
 
 
 def collect(
@@ -28,33 +27,36 @@ def collect(
     data: Sequence[MicroBatch],
     run: Callable[[int], object],
     note: Callable[[str], None],
-    until: Mapping[Key, int] | None = None,
+    shares: Mapping[Key, Fraction | None] | None = None,
     step: Callable[[], None] = lambda: None,
 ) -> Parts:
     """The statistics, of `kinds` among `statistics.KINDS`, of what some weights see in the calibration data.
 
     Args:
         run: Runs the model, or one of its blocks, on the micro-batch of that number.
-        until: How often a pass uses each weight, if what it computes is of no other use: it ends as soon as all have
-            been used if that is once each.
+        shares: As in a `Trace`, if what a pass computes is of no other use: it ends as soon as all weights have got as
+            much of the data as they had of the sample that used each of them once.
         step: Called after each pass.
 
     Raises:
         CalibrationError: if an input is not finite; names the layer and the calibration batch.
 
-    >>> import torch
     >>> from sparsefit.pruning.layers import matrices_of
-    >>> layer, data = torch.nn.Linear(2, 3), [MicroBatch(torch.tensor([[3.0, 4.0]]), origin=(0,))]
+    >>> layer, data = nn.Linear(2, 3), [MicroBatch(torch.tensor([[3.0, 4.0]]), origin=(0,))]
     >>> parts = collect(matrices_of(layer), (), data, lambda number: layer(data[number].data), note=print)
     >>> parts["weight"][0].statistics["squared_norm"]
     tensor([ 9., 16.])
     """
+    names = {weight.name for weight in weights}
+    awaited = {key: share for key, share in (shares or {}).items() if key[0] in names}
+    if None in awaited.values() or {name for name, _ in awaited} != names:
+        awaited = {}
 
     def collected(kinds: Iterable[str], apart: bool = False) -> _Collector:
-        collector = _Collector(weights, kinds, note, until or {}, apart)
+        collector = _Collector(weights, kinds, note, apart)
         with watching(weights, collector.record):
             for number, batch in enumerate(data):
-                collector.next_batch(batch)
+                collector.begin(batch, awaited)
                 with suppress(_AllSeen):
                     run(number)
                 collector.settle()
@@ -67,7 +69,7 @@ def collect(
         except _ChangedInPlace as changed:
             note(f"{changed}; the statistics were taken again, for each weight by itself")
             collector = collected(kinds, apart=True)
-        if not collector.all_finite():
+        if not all(shared.statistics.is_finite() for shared in collector.shared.values()):  # asked once, as it waits
             collected(("squared_norm",), apart=True)
             raise CalibrationError(
                 "the inputs of the model's layers are finite one by one, but their squares add up to more than float32 "
@@ -80,8 +82,8 @@ class _ChangedInPlace(Exception):
     """An input that is shared is no longer what it was; the message says whose."""
 
 
-class _AllSeen(Exception):
-    """Every weight has got its input."""
+class _AllSeen(BaseException):
+    """Every weight has got its input. (No `Exception`: a model may catch these.)"""
 
 
 @dataclass(eq=False)
@@ -104,49 +106,41 @@ class _Collector:
     """
 
     def __init__(
-        self,
-        weights: Iterable[PrunableWeight],
-        kinds: Iterable[str],
-        note: Callable[[str], None],
-        until: Mapping[Key, int],
-        apart: bool,
+        self, weights: Iterable[PrunableWeight], kinds: Iterable[str], note: Callable[[str], None], apart: bool
     ) -> None:
         self._weights = {weight.name: weight for weight in weights}
         self._kinds, self._note, self._apart = kinds, note, apart
-        self._shared: dict[Key, _Shared] = {}
+        self.shared: dict[Key, _Shared] = {}
         self._last: tuple[Seen, _Shared] | None = None  # the last input that was added
-        uses = {key: count for key, count in until.items() if key[0] in self._weights}
-        once = {name for name, _ in uses} == set(self._weights) and set(uses.values()) == {1}
-        self._ends_after = set(uses) if once else set()  # if empty, a pass goes to its end
 
-    def next_batch(self, batch: MicroBatch) -> None:
-        """Say which micro-batch runs next."""
-        self._batch, self._awaited = batch, set(self._ends_after)
+    def begin(self, batch: MicroBatch, awaited: Mapping[Key, Fraction]) -> None:
+        """Say which micro-batch runs next, until these shares of it have come; to its end if there are none."""
+        self._batch, self._size, self._awaited = batch, numbers_in(batch.data), dict(awaited)
         batch.begin()
 
     def record(self, seen: Seen) -> None:
         """Take in the input of one weight."""
         mask = self._batch.mask_of(seen.inputs)  # shows now: an input that is shared is added later
         seen = seen._replace(real=None if mask is None else real_rows(mask, seen))
-        key = (seen.weight.name, seen.rows)
+        key = seen.weight_rows
         before, shared = self._last or (None, None)
-        if key in self._shared or self._apart or not seen.same_input(before) or shared.inputs > 1:
+        if key in self.shared or self._apart or not seen.same_input(before) or shared.inputs > 1:
             self._arrive(key, seen)
         else:  # its first input is the first and only one of those before it
             shared.members.add(key)
-            self._shared[key] = shared
-        if key in self._awaited:
-            self._awaited.remove(key)
+            self.shared[key] = shared
+        if key in self._awaited and self._awaited[key] * self._size == seen.inputs.numel():
+            del self._awaited[key]
             if not self._awaited:
                 raise _AllSeen
 
     def _arrive(self, key: Key, seen: Seen) -> None:
-        if key not in self._shared:
-            self._shared[key] = _Shared({key}, self._no_statistics(seen.weight))
-        shared = self._shared[key]
+        if key not in self.shared:
+            self.shared[key] = _Shared({key}, self._no_statistics(seen.weight))
+        shared = self.shared[key]
         if key in shared.arrived or not (shared.pending is None or seen.same_input(shared.pending)):
             self._add_pending(shared)
-            shared = self._shared[key]
+            shared = self.shared[key]
         shared.pending = seen
         shared.arrived.add(key)
         if shared.arrived == shared.members:
@@ -160,10 +154,10 @@ class _Collector:
                 f"the input of {seen.weight.name} was changed in place before all weights that share it had got it"
             )
         if rest:
-            self._shared.update(dict.fromkeys(rest, _Shared(rest, shared.statistics.clone(), shared.inputs)))
+            self.shared.update(dict.fromkeys(rest, _Shared(rest, shared.statistics.clone(), shared.inputs)))
         for tokens in self._real_tokens(seen):
             if self._apart:
-                check_finite(tokens, seen, self._batch)
+                _check_finite(tokens, seen, self._batch)
             shared.statistics.add(tokens)
         shared.members, shared.pending, shared.arrived = shared.arrived, None, set()
         shared.inputs += 1
@@ -171,7 +165,7 @@ class _Collector:
 
     def settle(self) -> None:
         """The end of a pass: an input that has not come to all by now does not."""
-        for shared in dict.fromkeys(self._shared.values()):
+        for shared in dict.fromkeys(self.shared.values()):
             if shared.pending is not None:
                 self._add_pending(shared)
         self._last = None
@@ -188,10 +182,6 @@ class _Collector:
         real = seen.real.to(pieces[0].device).split(sizes)
         return [piece[own] for piece, own in zip(pieces, real, strict=True)]
 
-    def all_finite(self) -> bool:
-        """Asked once, so that no pass waits for it."""
-        return all(bool(shared.statistics.is_finite()) for shared in self._shared.values())
-
     def parts(self) -> Parts:
         """The statistics of every weight, added up over all ranks of a distributed run."""
         found: dict[str, dict[Rows, InputStatistics]] = {name: {} for name in self._weights}
@@ -201,7 +191,7 @@ class _Collector:
 
     def _of_all_ranks(self) -> dict[Key, InputStatistics]:
         """What shares on every rank shares; ranks add up."""
-        found = {key: shared.statistics for key, shared in self._shared.items()}
+        found = {key: shared.statistics for key, shared in self.shared.items()}
         numbers = {statistics: number for number, statistics in enumerate(found.values())}
         of_ranks = from_all({key: numbers[statistics] for key, statistics in found.items()})
         if len(of_ranks) == 1:
@@ -225,8 +215,30 @@ class _Collector:
             covering = [own for (first, last), own in ranges.items() if first <= start and stop <= last]
             if not covering:
                 return [Part(slice(*whole), self._no_statistics(weight))]
-            parts.append(Part(slice(start, stop), covering[0] if len(covering) == 1 else added_up(covering)))
+            total = covering[0] if len(covering) == 1 else covering[0].clone()
+            for other in covering[1:]:
+                total.merge(other)
+            parts.append(Part(slice(start, stop), total))
         return parts
 
     def _no_statistics(self, weight: PrunableWeight) -> InputStatistics:
         return InputStatistics(weight.shape[1], weight.device, self._kinds)
+
+
+def _check_finite(tokens: Tensor, seen: Seen, batch: MicroBatch) -> None:
+    """Raise a CalibrationError that names the layer and the batch if some of its (tokens, in) inputs are not finite."""
+    if all_finite(tokens.float().square()):
+        return
+    origin = batch.origin
+    # The tokens of packed sequences come step by step, and those of an expert in an order of their own.
+    packed = seen.inputs.ndim == 2 and isinstance(seen.weight.layers[0], nn.RNNBase)
+    if seen.weight.index is None and not packed:
+        finite = torch.cat([tokens.float().square().isfinite().all(dim=1) for tokens in seen.tokens()])
+        if len(finite) % len(origin) == 0:
+            samples = finite.view(len(origin), -1).all(dim=1).tolist()
+            origin = [number for number, fine in zip(origin, samples, strict=True) if not fine][:1] or origin
+    raise CalibrationError(
+        f"the inputs of {seen.weight.name} are NaN or infinite in calibration batch "
+        f"{' or '.join(map(str, dict.fromkeys(origin)))}. The model was left as it was; look at that batch, or run the "
+        "model in float32 or bfloat16 if it overflows in float16"
+    )

@@ -7,8 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sparsefit.pruning.devices import precise_dtype
-from sparsefit.pruning.gram import cholesky, next_damping, reconstruction_error, unit_gram
+from sparsefit.pruning.gram import cholesky, next_damping, precise_dtype, reconstruction_error, unit_gram
 
 TEMPORARY_BYTES = 256 * 2**20
 DIRECT_WORK = 5e11  # multiply-adds of a GPU's factorisations, a second or so; above it all rows are solved together

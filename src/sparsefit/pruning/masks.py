@@ -6,29 +6,23 @@ import difflib
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Callable, Container, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from sparsefit.bare_model import canonical_name
 from sparsefit.errors import MaskError
 from sparsefit.files import replacing_file
 from sparsefit.pruning.layers.base import PrunableWeight
-from sparsefit.pruning.layers.quantized import QuantizedWeight, is_quantized, matrix_shape, stored_matrix
-from sparsefit.pruning.naming import canonical_name
+from sparsefit.pruning.layers.quantized import QuantizedWeight
+from sparsefit.quantized import is_quantized, matrix_shape, stored_matrix
 
 _FORMAT = "sparsefit-masks-1"
-_BITS = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
-_GATHER = 0x8040201008040201 - (1 << 64)  # as a signed integer
-# (256, 8): what each byte stands for
-_BOOLS = torch.arange(256, dtype=torch.uint8).unsqueeze(1).bitwise_and(_BITS) != 0
-
 Tensors = nn.Module | Mapping[str, Tensor]  # a model, a state dict or the tensors of a file
 
 
@@ -38,12 +32,11 @@ def pack_bits(mask: Tensor) -> Tensor:
     >>> pack_bits(torch.tensor([[True, False], [True, True]]))
     tensor([176], dtype=torch.uint8)
     """
-    flat = mask.flatten()
-    eights = nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
-    if sys.byteorder == "big" or eights.storage_offset() % 8:
-        return (eights * _BITS.to(mask.device)).sum(dim=1, dtype=torch.uint8).cpu()
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.packbits(mask.numpy()))
+    eights = nn.functional.pad(mask.flatten(), (0, -mask.numel() % 8)).view(torch.int64)
     # Eight bools are the bytes of one integer; this product moves their bits, in order, into its highest byte.
-    return (eights.view(torch.int64).squeeze(1) * _GATHER >> 56).to(torch.uint8).cpu()
+    return (eights * (0x8040201008040201 - (1 << 64)) >> 56).to(torch.uint8).cpu()
 
 
 def unpack_bits(packed: Tensor, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
@@ -52,15 +45,13 @@ def unpack_bits(packed: Tensor, shape: tuple[int, ...], device: torch.device | s
     >>> unpack_bits(torch.tensor([176], dtype=torch.uint8), (2, 2)).tolist()
     [[True, False], [True, True]]
     """
-    words = _words(torch.device(device)).index_select(0, packed.to(device).int())
-    return words.view(torch.bool)[: torch.Size(shape).numel()].view(shape)
-
-
-@cache
-def _words(device: torch.device) -> Tensor:
-    """What each byte stands for, (256,), its eight bools as one integer: looked up much faster than rows of bools.
-    On a device once, as a copy to a GPU waits for it."""
-    return _BOOLS.to(device).view(torch.int64).squeeze(1)
+    count = torch.Size(shape).numel()
+    if torch.device(device).type == "cpu":
+        bits = torch.from_numpy(np.unpackbits(packed.cpu().numpy(), count=count))
+    else:
+        places = torch.arange(7, -1, -1, dtype=torch.uint8, device=device)
+        bits = (packed.to(device)[:, None] >> places & 1).flatten()[:count]
+    return bits.view(torch.bool).view(shape)
 
 
 def split_name(name: str) -> tuple[str, int | None]:
@@ -73,8 +64,7 @@ def split_name(name: str) -> tuple[str, int | None]:
     return (match[1], int(match[2])) if match else (name, None)
 
 
-@dataclass(frozen=True)
-class _Packed:
+class _Packed(NamedTuple):
     bits: Tensor  # (ceil(out * in / 8),) uint8
     shape: tuple[int, int]  # (out, in)
     transposed: bool  # whether the parameter is stored (in, out)
@@ -175,11 +165,11 @@ class MaskSet(Mapping[str, Tensor]):
         Raises:
             MaskError: naming the parameters in which weights came back, and how many; or if masks do not fit.
         """
-        broken = {name: alive for name, matrix in self.matrices_in(tensors) if (alive := self.alive(name, matrix))}
+        alive = {name: self.alive(name, matrix) for name, matrix in self.matrices_in(tensors)}
+        broken = [f"{name} ({count})" for name, count in alive.items() if count]
         if broken:
-            listed = ", ".join(f"{name} ({count})" for name, count in list(broken.items())[:5])
             raise MaskError(
-                f"pruned weights are not zero in {len(broken)} of {len(self)} matrices: {listed}. "
+                f"pruned weights are not zero in {len(broken)} of {len(self)} matrices: {', '.join(broken[:5])}. "
                 "Something wrote to them after pruning; MaskSet.apply(model) makes them zero again"
             )
 
@@ -221,10 +211,7 @@ class MaskSet(Mapping[str, Tensor]):
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and primitives, for a checkpoint."""
-        return {
-            name: {"bits": packed.bits, "shape": list(packed.shape), "transposed": packed.transposed}
-            for name, packed in self._packed.items()
-        }
+        return {name: packed._asdict() | {"shape": list(packed.shape)} for name, packed in self._packed.items()}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> MaskSet:

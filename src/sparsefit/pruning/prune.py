@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsefit.calibration.batches import Forward, MicroBatch, forward_of, passing
+from sparsefit.calibration.batches import Forward
 from sparsefit.calibration.padding import watching_padding
 from sparsefit.pruning.block_sweep import BlockSweep
 from sparsefit.pruning.config import PruningConfig
-from sparsefit.pruning.evaluating import evaluating
-from sparsefit.pruning.groups import InputGroup, Parts, input_groups
+from sparsefit.pruning.groups import Parts, input_groups
+from sparsefit.pruning.layers.base import PrunableWeight
 from sparsefit.pruning.results import DenseStatistics, PruningResult, checksums
 from sparsefit.pruning.run import PruningRun
 from sparsefit.pruning.steps import Steps
-from sparsefit.pruning.tracing import trace
+from sparsefit.pruning.watch import evaluating
 
 Progress = Callable[[int, int], None]
 
@@ -59,72 +59,64 @@ def prune(
     """
     run = PruningRun(model, config or PruningConfig(), progress)
     with run.undone_by_errors(), torch.no_grad(), evaluating(model), watching_padding(model) as watch:
-        data = run.calibration_data(batches, forward, watch)
-        through = passing(data, watch, forward_of(model, forward))
-        run.find_targets(trace(model, data, through))
+        run.read(batches, forward, watch)
+        run.find_targets(run.trace())
         if run.takes_one_pass:
-            _in_one_pass(run, data, through)
+            _in_one_pass(run)
         else:
-            _block_by_block(run, data, through)
+            _block_by_block(run)
     return run.result
 
 
-def _in_one_pass(run: PruningRun, data: Sequence[MicroBatch], forward: Forward) -> None:
+def _in_one_pass(run: PruningRun) -> None:
     """All weights, from statistics of the dense network (the paper's order for image classifiers)."""
-    parts = run.collect_whole(run.weights, run.config.statistics, data, forward) if run.config.needs_inputs else {}
-    _prune_all(run, parts)
-
-
-def _prune_all(run: PruningRun, parts: Parts) -> None:
-    """All weights, from statistics that were taken before."""
+    parts = run.collect(run.weights, run.config.statistics) if run.config.needs_inputs else {}
     run.allocate(parts)
-    for group in input_groups(run.weights, parts):
-        _prune_group(run, group)
+    _prune_weights(run, run.weights, parts)
 
 
-def _block_by_block(run: PruningRun, data: Sequence[MicroBatch], forward: Forward) -> None:
+def _block_by_block(run: PruningRun) -> None:
     """One block after the other, each from what the pruned blocks before it give (the paper's order for language
     models); what is in no block comes last.
 
     With update "none" a block sees what the dense ones before it give. Blocks are taken one by one then, too, where
     Gram matrices are needed: those of all layers at once are many times the model.
     """
-    dense = run.config.update == "none"
+    dense, kinds = run.config.update == "none", run.config.statistics
     if run.config.allocation == "owl":
-        run.allocate(run.collect_whole(run.weights, (), data, forward))
-    sweeps: Iterable[BlockSweep] = run.sweeps(data, forward)  # a decoder's inputs come from the pruned encoder,
+        run.allocate(run.collect(run.weights, ()))
+    sweeps: Iterable[BlockSweep] = run.sweeps()  # a decoder's inputs come from the pruned encoder,
     if dense:  # or all of them from the dense model
         sweeps = list(sweeps)
-        rest = run.collect_whole(run.outside(sweeps), run.config.statistics, data, forward)
+        rest = run.collect(run.outside(sweeps), kinds)
     for sweep in sweeps:
         for weights in sweep.turns():
-            parts = run.collect(weights, run.config.statistics, data, sweep.run, sweep.ends_after)
-            for group in input_groups(weights, parts):
-                _prune_group(run, group)
+            parts = run.collect(weights, kinds, sweep.run, sweep.to_the_end)
+            _prune_weights(run, weights, parts)
             sweep.advance()
     if not dense:
-        rest = run.collect_whole(run.outside(), run.config.statistics, data, forward)
-    for group in input_groups(run.outside(), rest):
-        _prune_group(run, group)
+        rest = run.collect(run.outside(), kinds)
+    _prune_weights(run, run.outside(), rest)
 
 
-def _prune_group(run: PruningRun, group: InputGroup) -> None:
-    """Score, mask, (refine,) (update,) and apply: the weights that see the same inputs."""
-    config, values = run.config, None
-    steps = Steps(group, config, run.counts, run.result.note)
-    if config.existing_zeros == "adopt":
-        masks = steps.adopt()
-    elif config.statistics and not group.says_something:
-        masks = steps.select_by_magnitude()
-    elif config.reconstruction == "iterative":
-        masks, values = steps.iterate()
-    else:
-        masks = steps.select()
-        if config.swaps:
-            masks = steps.refine(masks)
-        if config.reconstruction:
-            values = steps.update(masks)
-    run.apply(group, steps, masks, values)
+def _prune_weights(run: PruningRun, weights: Sequence[PrunableWeight], parts: Parts) -> None:
+    """Score, mask, (refine,) (update,) and apply, for those together that see the same inputs."""
+    config = run.config
+    for group in input_groups(weights, parts):
+        steps, values = Steps(group, config, run.counts, run.result.note), None
+        if config.existing_zeros == "adopt":
+            masks = steps.adopt()
+        elif config.statistics and not group.says_something:
+            masks = steps.select_by_magnitude()
+        elif config.reconstruction == "iterative":
+            masks, values = steps.iterate()
+        else:
+            masks = steps.select()
+            if config.swaps:
+                masks = steps.refine(masks)
+            if config.reconstruction:
+                values = steps.update(masks)
+        run.apply(group, steps, masks, values)
 
 
 def collect_statistics(
@@ -138,18 +130,8 @@ def collect_statistics(
     """Take, in one pass of the data through a dense model, the statistics that several prunings of it need.
 
     Each of them is then `prune_from_statistics(model, statistics, config)`, which reads no data and runs nothing. Gram
-    matrices, where a configuration needs them, are held for all layers at once.
-
-    Args:
-        model: As in `prune`; it is not changed.
-        batches: As in `prune`.
-        configs: The configurations to come; those of update "none" count.
-        forward: As in `prune`.
-        progress: As in `prune`.
-
-    Raises:
-        ConfigError: if a configuration does not fit the model.
-        CalibrationError: as in `prune`.
+    matrices, where a configuration needs them, are held for all layers at once. The model is not changed; arguments
+    and errors are those of `prune`. Of the configurations to come those of update "none" count.
 
     >>> model, config = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)), PruningConfig(update="none")
     >>> statistics = collect_statistics(model, [torch.randn(16, 4)], [config])
@@ -161,13 +143,12 @@ def collect_statistics(
     kinds = frozenset({"squared_norm"}).union(*(config.statistics for config in configs))
     run = runs[0]
     with torch.no_grad(), evaluating(model), watching_padding(model) as watch:
-        data = run.calibration_data(batches, forward, watch)
-        through = passing(data, watch, forward_of(model, forward))
-        found = trace(model, data, through)
+        run.read(batches, forward, watch)
+        found = run.trace()
         for one in runs:
             one.find_targets(found)
         weights = list({weight.name: weight for one in runs for weight in one.weights}.values())
-        parts = run.collect_whole(weights, kinds, data, through)
+        parts = run.collect(weights, kinds)
     run.finish()
     result = run.result
     return DenseStatistics(parts, kinds, found, checksums(weights), result.samples, result.seconds, tuple(result.notes))
@@ -178,14 +159,8 @@ def prune_from_statistics(
 ) -> PruningResult:
     """Prune a model in place by what `collect_statistics` has found on it: reads no data and runs nothing.
 
-    Args:
-        model: The dense model.
-        statistics: What was found on it.
-        config: What to prune and how; of update "none", or one that needs no inputs.
-        progress: As in `prune`.
-
-    Raises:
-        ConfigError: if the statistics do not fit the configuration.
+    The configuration is one of update "none", or one that needs no inputs. A `ConfigError` if the statistics do not
+    fit it, or are of another model.
 
     >>> model, config = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)), PruningConfig(update="none", pattern="2:4")
     >>> statistics = collect_statistics(model, [torch.randn(16, 4)], [config])
@@ -196,6 +171,8 @@ def prune_from_statistics(
     run.find_targets(statistics.trace)
     statistics.check(run.weights, config)
     with run.undone_by_errors(), torch.no_grad():
-        _prune_all(run, {weight.name: statistics.parts.get(weight.name, []) for weight in run.weights})
+        parts = {weight.name: statistics.parts.get(weight.name, []) for weight in run.weights}
+        run.allocate(parts)
+        _prune_weights(run, run.weights, parts)
     run.result.samples = statistics.samples if config.needs_inputs else 0
     return run.result

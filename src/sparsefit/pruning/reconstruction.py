@@ -12,9 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsefit.pruning.devices import triton_works
 from sparsefit.pruning.gram import cholesky, next_damping, unit_gram
-from sparsefit.pruning.selection import select_n_of_m
+from sparsefit.pruning.selection import select_n_of_m, triton_works
 
 Choose = Callable[[Tensor, slice, Tensor], Tensor]
 

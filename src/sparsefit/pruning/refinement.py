@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsefit.pruning.devices import precise_dtype, triton_works
+from sparsefit.pruning.gram import precise_dtype
+from sparsefit.pruning.selection import triton_works
 
 GRID = 16  # intervals in which the bound on a pruned weight's best partner is interpolated
 CANDIDATES = 16  # pruned weights of a row that are tried with every partner at once
@@ -76,8 +77,7 @@ def _rows_at_once(gram: Tensor, pattern: tuple[int, int] | None) -> int:
 
 
 def _start(places: Tensor, weight: Tensor, kept: Tensor, gram: Tensor) -> _Rows:
-    gradient = weight.masked_fill(kept, 0) @ gram
-    return _Rows(places, kept, weight, gradient, weight.square() * gram.diagonal())
+    return _Rows(places, kept, weight, weight.masked_fill(kept, 0) @ gram, weight.square() * gram.diagonal())
 
 
 def _changes(rows: _Rows) -> _Changes:

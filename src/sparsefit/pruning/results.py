@@ -63,21 +63,18 @@ class PruningResult:
         """Add a note where less than half of the model's matrices were pruned: what stayed dense, and the way out."""
         if self.coverage >= 0.5:
             return
-        by_reason: dict[str, list[str]] = {}
-        for name in self.dense_sizes:
-            by_reason.setdefault(self.left_dense[name], []).append(name)
-        shares = {reason: sum(self.dense_sizes[name] for name in names) for reason, names in by_reason.items()}
-        largest = sorted(shares, key=shares.get, reverse=True)[:3]
+        by_reason: dict[str, dict[str, int]] = {}
+        for name, size in self.dense_sizes.items():
+            by_reason.setdefault(self.left_dense[name], {})[name] = size
         in_all = sum(self.dense_sizes.values()) / (1 - self.coverage)
-        dense = "; ".join(
-            f"{shares[reason] / in_all:.1%} {reason} ({max(by_reason[reason], key=self.dense_sizes.get)}"
-            + (f" and {len(by_reason[reason]) - 1} more)" if len(by_reason[reason]) > 1 else ")")
-            for reason in largest
-        )
+        told = []
+        for reason, sizes in sorted(by_reason.items(), key=lambda found: -sum(found[1].values()))[:3]:
+            more = f" and {len(sizes) - 1} more" if len(sizes) > 1 else ""
+            told.append(f"{sum(sizes.values()) / in_all:.1%} {reason} ({max(sizes, key=sizes.get)}{more})")
         self.note(
             f"only {self.coverage:.1%} of the weights in the model's matrices were pruned, so that "
-            f"{self.overall_sparsity:.1%} of them are zero. Dense stayed: {dense}. Name in `targets` what shall be "
-            "pruned of it; calibration data must reach it"
+            f"{self.overall_sparsity:.1%} of them are zero. Dense stayed: {'; '.join(told)}. Name in `targets` what "
+            "shall be pruned of it; calibration data must reach it"
         )
 
     def note(self, note: str) -> None:

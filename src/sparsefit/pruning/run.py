@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsefit.calibration.batches import Forward, MicroBatch, calibration_data
+from sparsefit.calibration.batches import Forward, MicroBatch, calibration_data, forward_of, passing
 from sparsefit.calibration.padding import PaddingWatch
 from sparsefit.errors import ConfigError
 from sparsefit.pruning.allocation import allocate
@@ -19,13 +19,13 @@ from sparsefit.pruning.block_sweep import BlockSweep
 from sparsefit.pruning.blocks import NotSweepable, find_block_lists
 from sparsefit.pruning.config import PruningConfig
 from sparsefit.pruning.groups import InputGroup, Parts
-from sparsefit.pruning.inputs import Key, collect
+from sparsefit.pruning.inputs import collect
 from sparsefit.pruning.layers.base import PrunableWeight, is_dense
 from sparsefit.pruning.results import PruningResult
 from sparsefit.pruning.scores import SCORES
 from sparsefit.pruning.steps import Steps
 from sparsefit.pruning.targets import CHECKS, find_candidates, find_weights
-from sparsefit.pruning.tracing import Trace
+from sparsefit.pruning.tracing import Trace, trace
 from sparsefit.pruning.undo import Undo
 from sparsefit.ranks import of_first_rank
 
@@ -56,30 +56,6 @@ class PruningRun:
         self._dead: list[str] = []
         self._steps_done, self._steps_in_all = 0, 1
 
-    def find_targets(self, trace: Trace | None) -> None:
-        """Decide which weights are pruned, by what samples have shown of the model."""
-        targets = find_weights(self._model, self._blocks, self.config, trace)
-        self.weights, self.result.left_dense = targets.weights, targets.left_dense
-        self.result.dense_sizes, self.result.dense_zeros = targets.sizes, targets.zeros
-        self._look_at_existing_zeros()
-        if self.config.allocation != "owl":
-            self.counts = allocate(self.weights, self.config)
-
-    def _look_at_existing_zeros(self) -> None:
-        if self.config.existing_zeros not in (None, "adopt"):
-            return
-        shares = {w.name: float((w.matrix() == 0).float().mean()) for w in self.weights if is_dense(w.parameter)}
-        most = max(shares, key=shares.get, default=None)
-        if self.config.existing_zeros == "adopt" and (most is None or not shares[most]):
-            raise ConfigError("the model has no zeros to adopt: leave out existing_zeros, and it is pruned")
-        many = [name for name, share in shares.items() if share > 0.05]
-        if self.config.existing_zeros is None and many:
-            self.result.note(
-                f"{len(many)} matrices are more than 5% zeros already ({most}: {shares[most]:.1%}), which count as "
-                "weights like any other and may get values again. Set existing_zeros to 'keep' (they stay zero, and "
-                "pruning goes on from them), to 'adopt' (they are the masks), or to 'ignore'"
-            )
-
     @property
     def takes_one_pass(self) -> bool:
         """Whether all statistics are taken at once: those of the dense network, where they fit in memory."""
@@ -97,6 +73,56 @@ class PruningRun:
                 self._undo.restore()
             raise
 
+    def read(self, batches: Iterable[Any] | None, forward: Forward | None, watch: PaddingWatch) -> None:
+        """Take in the calibration data; if none is needed, a batch of what there is, to look at the model."""
+        config = self.config
+        if not config.needs_inputs:
+            batches = list(itertools.islice(batches or (), 1))
+        self._data: list[MicroBatch] = []
+        if config.needs_inputs or batches:
+            needed_by = _what_needs_inputs(config)
+            self._data = calibration_data(self._model, batches, config.micro_batch_size, forward, needed_by, watch)
+        self._forward = passing(self._data, watch, forward_of(self._model, forward))
+        if config.needs_inputs:
+            self.result.samples = sum(len(batch.origin) for batch in self._data)
+            of_blocks = len(self._blocks) * (1 if config.update == "none" else 2) + len(self._block_lists)
+            passes = 1 if self.takes_one_pass else (of_blocks or 1) + (config.allocation == "owl")
+            self._steps_in_all = passes * len(self._data) + 1  # the last step is that all is done
+
+    def _step(self) -> None:
+        self._steps_done = min(self._steps_done + 1, self._steps_in_all - 1)
+        self._progress(self._steps_done, self._steps_in_all)
+
+    def trace(self) -> Trace | None:
+        """What the samples show of the model."""
+        return trace(self._model, self._data, self._forward)
+
+    def find_targets(self, trace: Trace | None) -> None:
+        """Decide which weights are pruned, by what samples have shown of the model."""
+        self._shares = trace.shares if trace else {}
+        targets = find_weights(self._model, self._blocks, self.config, trace)
+        self.weights, self.result.left_dense = targets.weights, targets.left_dense
+        self.result.dense_sizes, self.result.dense_zeros = targets.sizes, targets.zeros
+        self._look_at_existing_zeros()
+        if self.config.allocation != "owl":
+            self.counts = allocate(self.weights, self.config)
+
+    def _look_at_existing_zeros(self) -> None:
+        if self.config.existing_zeros not in (None, "adopt"):
+            return
+        dense = {weight.name: weight.matrix() for weight in self.weights if is_dense(weight.parameter)}
+        shares = {name: 1 - int(matrix.count_nonzero()) / matrix.numel() for name, matrix in dense.items()}
+        most = max(shares, key=shares.get, default=None)
+        if self.config.existing_zeros == "adopt" and (most is None or not shares[most]):
+            raise ConfigError("the model has no zeros to adopt: leave out existing_zeros, and it is pruned")
+        many = [name for name, share in shares.items() if share > 0.05]
+        if self.config.existing_zeros is None and many:
+            self.result.note(
+                f"{len(many)} matrices are more than 5% zeros already ({most}: {shares[most]:.1%}), which count as "
+                "weights like any other and may get values again. Set existing_zeros to 'keep' (they stay zero, and "
+                "pruning goes on from them), to 'adopt' (they are the masks), or to 'ignore'"
+            )
+
     def finish(self) -> None:
         """Close the account."""
         for which in _by_parameter(self._unseen):
@@ -113,49 +139,23 @@ class PruningRun:
         self.result.seconds = time.perf_counter() - self._start
         self._progress(self._steps_in_all, self._steps_in_all)
 
-    def calibration_data(
-        self, batches: Iterable[Any] | None, forward: Forward | None, watch: PaddingWatch
-    ) -> list[MicroBatch]:
-        """The calibration data in micro-batches; if none is needed, a batch of what there is, to look at the model."""
-        config, needed_by = self.config, _what_needs_inputs(self.config)
-        if not config.needs_inputs:
-            batches = list(itertools.islice(batches or (), 1))
-            if not batches:
-                return []
-        data = calibration_data(self._model, batches, config.micro_batch_size, forward, needed_by, watch)
-        if not config.needs_inputs:
-            return data
-        self.result.samples = sum(len(batch.origin) for batch in data)
-        passes = 1
-        if not self.takes_one_pass:
-            of_blocks = len(self._blocks) * (1 if config.update == "none" else 2)
-            passes = (of_blocks + len(self._block_lists) or 1) + (config.allocation == "owl")
-        self._steps_in_all = passes * len(data) + 1  # the last step is that all is done
-        return data
-
-    def _step(self) -> None:
-        self._steps_done = min(self._steps_done + 1, self._steps_in_all - 1)
-        self._progress(self._steps_done, self._steps_in_all)
-
     def collect(
         self,
         weights: Sequence[PrunableWeight],
         kinds: Iterable[str],
-        data: Sequence[MicroBatch],
-        run: Callable[[int], object],
-        until: Mapping[Key, int] | None = None,
+        run: Callable[[int], object] | None = None,
+        to_the_end: bool = False,
     ) -> Parts:
-        """Statistics of some weights: see `inputs.collect`."""
-        parts = collect(weights, kinds, data, run, self.result.note, until, self._step)
+        """Statistics of what some weights see: see `inputs.collect`. By default while the whole model runs, which it
+        does not for no weights; a pass need not go on beyond the last of them if not `to_the_end`."""
+        if run is None and not weights:
+            return {}
+        run = run or (lambda number: self._forward(self._data[number].data))
+        shares = {} if to_the_end else self._shares
+        parts = collect(weights, kinds, self._data, run, self.result.note, shares, self._step)
         tokens = [part.statistics.tokens for found in parts.values() for part in found]
         self.result.tokens = max([self.result.tokens, *tokens])
         return parts
-
-    def collect_whole(
-        self, weights: Sequence[PrunableWeight], kinds: Iterable[str], data: Sequence[MicroBatch], forward: Forward
-    ) -> Parts:
-        """Statistics of some weights while the whole model runs; nothing, and no run, for no weights."""
-        return self.collect(weights, kinds, data, lambda number: forward(data[number].data)) if weights else {}
 
     def allocate(self, parts: Parts) -> None:
         """Decide by what the dense network shows how many weights each matrix loses, if that is asked for (OWL)."""
@@ -165,7 +165,7 @@ class PruningRun:
             groups = {w.name: owners.get(w.layers[0], -1 - number) for number, w in enumerate(self.weights)}
             self.counts = allocate(self.weights, self.config, groups, parts)
 
-    def sweeps(self, data: Sequence[MicroBatch], forward: Forward) -> Iterator[BlockSweep]:
+    def sweeps(self) -> Iterator[BlockSweep]:
         """Each list of blocks, with the calibration data before its first block: what the model gives at that time.
 
         A list whose blocks cannot be run one by one is left out, with a note.
@@ -173,7 +173,7 @@ class PruningRun:
         reasons, found = [] if self._block_lists else ["no repeated blocks were found in the model"], False
         for blocks in self._block_lists:
             try:
-                sweep = BlockSweep(blocks, self.weights, data, forward, self.config, self._step)
+                sweep = BlockSweep(blocks, self.weights, self._data, self._forward, self.config, self._step)
             except NotSweepable as reason:
                 reasons.append(str(reason))
                 continue

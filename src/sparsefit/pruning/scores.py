@@ -1,7 +1,7 @@
 """How important each weight is. One short function for each score; a larger score is kept first.
 
 Each takes an (out, in) weight of any floating dtype and the statistics of the inputs that it needs, and returns
-(out, in) in float32.
+(out, in) scores in float32, or the two factors whose `Products` they are.
 """
 
 from __future__ import annotations
@@ -14,26 +14,64 @@ import torch
 from torch import Tensor
 
 from sparsefit.errors import ConfigError
-from sparsefit.pruning.statistics import DERIVED, KINDS
+from sparsefit.pruning.statistics import DERIVED, KINDS, all_finite
 
 
-def _magnitude_score(weight: Tensor) -> Tensor:
+class Products(NamedTuple):
+    """The scores |W_ij| * f_j in float32, not computed before they are compared.
+
+    >>> Products(torch.tensor([[1.0, -3.0]]), torch.tensor([4.0, 1.0])).scores()
+    tensor([[4., 3.]])
+    """
+
+    weight: Tensor  # (out, in), any floating dtype
+    factor: Tensor | None = None  # (in,) float32, not negative, repeated along rows that join several; None is ones
+
+    def scores(self) -> Tensor:
+        """(out, in) float32."""
+        magnitude = self.weight.float().abs()
+        if self.factor is not None and magnitude.numel():
+            magnitude.unflatten(1, (-1, len(self.factor))).mul_(self.factor)
+        return magnitude
+
+    def are_finite(self) -> bool:
+        """Whether none is infinite or NaN; computed only where the largest weight times the largest factor is one."""
+        if not self.weight.numel():
+            return True
+        largest = torch.stack(self.weight.aminmax()).float().abs().max()
+        largest = largest if self.factor is None else largest * self.factor.max()
+        return bool(largest.isfinite()) or all_finite(self.scores())
+
+
+Scores = Tensor | Products
+
+
+def computed(scores: Scores) -> Tensor:
+    """Scores as (out, in) numbers.
+
+    >>> computed(torch.ones(1, 2)), computed(Products(torch.ones(1, 2)))
+    (tensor([[1., 1.]]), tensor([[1., 1.]]))
+    """
+    return scores.scores() if isinstance(scores, Products) else scores
+
+
+def _magnitude_score(weight: Tensor) -> Products:
     """|W|: the magnitude of each weight (Han et al. 2015, arXiv 1506.02626)."""
-    return weight.float().abs()
+    return Products(weight)
 
 
-def wanda_score(weight: Tensor, squared_norm: Tensor) -> Tensor:
+def wanda_score(weight: Tensor, squared_norm: Tensor) -> Products:
     """|W_ij| * ||X_j||_2 (Sun et al. 2023, arXiv 2306.11695, Equation 1); a constant factor changes no mask.
 
-    >>> wanda_score(torch.tensor([[1.0, -2.0]]), torch.tensor([9.0, 4.0]))
+    >>> wanda_score(torch.tensor([[1.0, -2.0]]), torch.tensor([9.0, 4.0])).scores()
     tensor([[3., 4.]])
     """
-    return weight.float().abs().mul_(squared_norm.sqrt())
+    return Products(weight, squared_norm.sqrt())
 
 
-def _wanda_norm_score(weight: Tensor, norm: Tensor) -> Tensor:
+def _wanda_norm_score(weight: Tensor, norm: Tensor) -> Products:
     """|W_ij| * ||X_j||: another norm of the inputs in place of Wanda's l2 (arXiv 2306.11695, its ablation of norms)."""
-    return weight.float().abs().mul_(norm)
+    return Products(weight, norm)
 
 
 def sparsegpt_score(weight: Tensor, inverse_diagonal: Tensor) -> Tensor:
@@ -63,21 +101,18 @@ class Score(NamedTuple):
         function: Called with an (out, in) weight and one tensor for each name in `needs`; returns (out, in).
         granularity: What its authors compare by.
         needs: Statistics of the inputs: names in `statistics.KINDS`, or "inverse_diagonal", (in,).
-        factor: What makes f, (in,) or None for ones, of the needs, for a score |W_ij| * f_j: such scores need not be
-            computed to be compared (`selection.Products`).
     """
 
-    function: Callable[..., Tensor]
+    function: Callable[..., Scores]
     granularity: str
     needs: tuple[str, ...]
-    factor: Callable[..., Tensor | None] | None = None
 
 
 SCORES: dict[str, Score] = {
-    "wanda": Score(wanda_score, "output", ("squared_norm",), torch.sqrt),
-    "magnitude": Score(_magnitude_score, "layer", (), lambda: None),
-    "wanda_l1": Score(_wanda_norm_score, "output", ("abs_sum",), lambda l1: l1),
-    "wanda_linf": Score(_wanda_norm_score, "output", ("abs_max",), lambda largest: largest),
+    "wanda": Score(wanda_score, "output", ("squared_norm",)),
+    "magnitude": Score(_magnitude_score, "layer", ()),
+    "wanda_l1": Score(_wanda_norm_score, "output", ("abs_sum",)),
+    "wanda_linf": Score(_wanda_norm_score, "output", ("abs_max",)),
     "sparsegpt": Score(sparsegpt_score, "(input, 128)", ("inverse_diagonal",)),
     "ria": Score(_ria_score, "output", ("squared_norm",)),
 }
@@ -110,7 +145,7 @@ def register_score(
         raise ConfigError(f"there is a score '{name}' already; give yours another name")
 
     @wraps(function)
-    def on_copies(*tensors: Tensor) -> Tensor:  # the weights are the model's own, and stay as they are
+    def on_copies(*tensors: Tensor) -> Scores:  # the weights are the model's own, and stay as they are
         return function(*(tensor.clone() for tensor in tensors))
 
     SCORES[name] = Score(on_copies, granularity, needs)

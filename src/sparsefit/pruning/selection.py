@@ -7,45 +7,83 @@ group into what goes, what stays and the ties. On a GPU the kernels of `selectio
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from math import floor
 from types import ModuleType
-from typing import NamedTuple
+from warnings import warn
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sparsefit.pruning.devices import triton_works
-from sparsefit.pruning.granularity import Granularity
+from sparsefit.errors import ConfigError
+from sparsefit.pruning.layers.base import CHUNK
+from sparsefit.pruning.scores import Products, Scores, computed
 
-CHUNK = 2**18  # scores that are worked on at once on a CPU: they and their temporaries stay in its cache
+AXES = ("output", "input", "layer", "variant")
+SPELLING = re.compile(r"(\w+)|(\w+)\s*:\s*(\d+)|[(\[]\s*['\"]?(\w+)['\"]?\s*,\s*(\d+)\s*[)\]]")
 
 
-class Products(NamedTuple):
-    """The scores |W_ij| * f_j in float32 of Wanda, its other norms and magnitude, to be computed as they are compared.
+@dataclass(frozen=True)
+class Granularity:
+    """Which weights of an (out, in) matrix compete with each other (arXiv 2306.11695, Table 5).
 
-    >>> select(Products(torch.tensor([[1.0, -3.0]]), torch.tensor([4.0, 1.0])), Granularity("output"), Fraction(1, 2))
-    tensor([[ True, False]])
+    Args:
+        axis: "output": `size` consecutive rows with all their inputs; "input": `size` consecutive columns with all
+            their outputs; "layer": the whole matrix; "variant": each row, by a share of the sum of its scores
+            (`use_variant` in the paper's code).
+        size: Rows or columns of one group; the last group is smaller where they do not divide evenly.
     """
 
-    weight: Tensor  # (out, in), any floating dtype
-    factor: Tensor | None = None  # (in,) float32, not negative, repeated along rows that join several; None is ones
+    axis: str
+    size: int = 1
 
-    def scores(self) -> Tensor:
-        """(out, in) float32."""
-        magnitude = self.weight.float().abs()
-        if self.factor is not None and magnitude.numel():
-            magnitude.unflatten(1, (-1, len(self.factor))).mul_(self.factor)
-        return magnitude
+    @classmethod
+    def parse(cls, value: object) -> Granularity:
+        """Read "output", "input", "layer", "variant", ("output", 128), "(output, 128)" or "output:128".
 
-    def largest(self) -> Tensor:
-        """The largest score, (), float32; infinite or NaN if any is. Computes none but the largest of columns."""
-        columns = torch.linalg.vector_norm(self.weight, torch.inf, dim=0).float()
-        return (columns if self.factor is None else columns * self.factor).max()
+        >>> Granularity.parse("input:4")
+        Granularity(axis='input', size=4)
+        """
+        if isinstance(value, Granularity):
+            return value
+        axis, sized = None, []
+        if isinstance(value, str) and (match := SPELLING.fullmatch(value.strip())):
+            axis, *numbers = filter(None, match.groups())
+            sized = [int(number) for number in numbers]
+        elif isinstance(value, tuple | list) and len(value) == 2:
+            axis, *sized = value
+        if axis not in (AXES[:2] if sized else AXES) or not all(type(size) is int and size > 0 for size in sized):
+            raise ConfigError(
+                f"unknown granularity {value!r}; the choices are 'output', 'input', 'layer', 'variant', and groups of "
+                "k rows ('output', k) or of k columns ('input', k), where k is a whole number from 1 on"
+            )
+        return cls(axis, *sized)
+
+    def __str__(self) -> str:
+        return self.axis if self.size == 1 else f"({self.axis}, {self.size})"
 
 
-Scores = Tensor | Products
+@cache
+def triton_works(device: torch.device) -> bool:
+    """Whether the Triton kernels run on a device, tried once for each. Where not, tensor operations do the same.
+
+    >>> triton_works(torch.device("cpu"))
+    False
+    """
+    if device.type != "cuda":
+        return False
+    try:
+        from sparsefit.pruning.selection_kernels import n_of_m
+
+        n_of_m(torch.ones(1, 4, device=device), None, 2, 4)
+    except Exception as error:  # no Triton or C compiler, a GPU that is too old, ...: they have no common class
+        warn(f"Triton does not work on {device} ({error}); slower tensor operations are used", stacklevel=2)
+        return False
+    return True
 
 
 def select(scores: Scores, granularity: Granularity, sparsity: Fraction) -> Tensor:
@@ -55,7 +93,7 @@ def select(scores: Scores, granularity: Granularity, sparsity: Fraction) -> Tens
     [[True, False], [True, False]]
     """
     if granularity.axis == "variant":
-        return select_variant(_tensor(scores), sparsity)
+        return select_variant(computed(scores), sparsity)
     return _select_in_groups(scores, granularity, sparsity)
 
 
@@ -84,14 +122,10 @@ def _of(scores: Scores, matrix: Tensor) -> Scores:
     return scores._replace(weight=matrix) if isinstance(scores, Products) else matrix
 
 
-def _tensor(scores: Scores) -> Tensor:
-    return scores.scores() if isinstance(scores, Products) else scores
-
-
 def _select_in_groups(scores: Scores, granularity: Granularity, share: Fraction, total: int | None = None) -> Tensor:
     """Each group loses its share, rounded down; of what a total then lacks, the first groups lose one each."""
     dim = 1 if granularity.axis == "input" else 0
-    scores = _tensor(scores) if dim == 1 else scores
+    scores = computed(scores) if dim == 1 else scores
     matrix = _matrix(scores)
     if not matrix.numel():
         return torch.ones_like(matrix, dtype=torch.bool)
@@ -129,7 +163,7 @@ def mask_of_smallest(scores: Scores, count: int) -> Tensor:
     kept = torch.empty(matrix.shape, dtype=torch.bool, device=matrix.device)
     rows = _rows_at_once(matrix)
     for part, out in zip(matrix.split(rows), kept.split(rows), strict=True):
-        exact = _tensor(_of(scores, part))
+        exact = computed(_of(scores, part))
         exact = exact if exact.dtype == torch.float64 else exact.float()
         if exact.device.type == "cpu":
             # NumPy's vectorised quickselect takes an eighth of the time of torch's, and a fortieth of a stable sort's.
@@ -198,7 +232,7 @@ def select_n_of_m(scores: Scores, n: int, m: int) -> Tensor:
     place = torch.arange(rows * inputs, device=matrix.device).remainder_(m).to(torch.int8 if m <= 128 else torch.int16)
     same_group = [place < m - distance for distance in range(m)]  # the right one of the pair is in it too
     for some, out in zip(matrix.split(rows), kept.split(rows), strict=True):
-        part = _tensor(_of(scores, some)).flatten()
+        part = computed(_of(scores, some)).flatten()
         rank = place[: len(part)].clone()
         for distance in range(1, m):
             right_first = torch.lt(part[distance:], part[:-distance])

@@ -21,8 +21,7 @@ except ImportError:  # the CPU builds of torch come without it
     triton = tl = None
 
 WIDEST_ROW = 2**16  # scores of a row that the registers of one program hold
-SAMPLE = 2**15  # scores of a long row that show where its threshold lies
-BINS = 2**11  # of the scores around the threshold that are counted apart
+SAMPLE = 2**16  # scores of a long row that show where its threshold lies
 
 
 def jit(function: Callable) -> Callable:
@@ -31,7 +30,7 @@ def jit(function: Callable) -> Callable:
     >>> jit(len) is len if triton is None else True
     True
     """
-    varied = ["count", "number", "step", "first", "last", "removed"]
+    varied = ["number", "step", "first", "last", "room", "count", "removed"]
     return triton.jit(function, do_not_specialize=varied) if triton else function
 
 
@@ -102,68 +101,27 @@ def _sample_kernel(values, factor, sample, number, step, factors, width, BLOCK: 
 
 
 @jit
-def _bracket(sample, first, last, BINS: tl.constexpr):
-    """Two scores of the sorted sample, low < high, and a shift: fewer than BINS bins of 2^shift numbers lie between."""
-    low = tl.load(sample + first)
-    high = tl.maximum(tl.load(sample + last), low + 1)
-    shift = 0
-    while (high.to(tl.int64) - low) >> shift >= BINS - 1:
-        shift += 1
-    return low, high, shift
-
-
-@jit
-def _count_kernel(values, factor, counts, sample, first, last, factors, width, BINS: tl.constexpr, BLOCK: tl.constexpr):
-    """Counts a long row's scores below the bracket's low in bin 0, and in those behind it the scores below its high."""
-    low, high, shift = _bracket(sample, first, last, BINS)
+def _split_kernel(values, factor, kept, sample, first, last, keys, room, found, factors, width, BLOCK: tl.constexpr):
+    """The mask of a long row with all that two scores of the sorted sample bracket in it. These are listed with their
+    places behind them, as far as there is room: so no two are equal, and the first of equal scores comes first. Found
+    are the number of scores below the bracket, and of those in it."""
+    low, high = tl.load(sample + first), tl.load(sample + last)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = place < width
     scores = _ordered(values, factor, place, place, inside, factors, width)
-    # Relaxed, as only kernels behind this one read the counts.
-    tl.atomic_add(counts, tl.sum((inside & (scores < low)).to(tl.int32)), sem="relaxed")
-    # A score that many weights share is low itself, as a rule: those are added up before.
-    tl.atomic_add(counts + 1, tl.sum((inside & (scores == low)).to(tl.int32)), sem="relaxed")
-    within = inside & (scores > low) & (scores < high)
-    tl.atomic_add(counts + 1 + ((scores.to(tl.int64) - low) >> shift), 1, mask=within, sem="relaxed")
-
-
-@jit
-def _bin_kernel(counts, sample, first, last, found, count, width, BINS: tl.constexpr):
-    """Finds the bin that holds the count-th smallest score of a long row, or what lies above all bins: its least and
-    largest score, how many scores are below it, how many in it, and how many of those are listed, none yet."""
-    low, high, shift = _bracket(sample, first, last, BINS)
-    ends = tl.cumsum(tl.load(counts + tl.arange(0, BINS)), 0)
-    number = tl.sum((ends < count).to(tl.int32))
-    before = tl.max(tl.where(ends < count, ends, 0))
-    until = tl.min(tl.where(ends < count, width, ends))
-    start = tl.minimum(low + ((number - 1).to(tl.int64) << shift), high)
-    end = tl.minimum(start + (1 << shift), high)
-    tl.store(found, tl.where(number == 0, -0x80000000, start))
-    tl.store(found + 1, tl.where(number == BINS, 0x7FFFFFFF, end - 1))
-    tl.store(found + 2, before)
-    tl.store(found + 3, until - before)
-    tl.store(found + 4, 0)
-
-
-@jit
-def _split_kernel(values, factor, kept, keys, found, factors, width, BLOCK: tl.constexpr):
-    """The mask of a long row with all of the range found in it, whose scores are listed with their places behind them:
-    so no two are equal, and the first of equal scores comes first."""
-    least, largest = tl.load(found), tl.load(found + 1)
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < width
-    scores = _ordered(values, factor, place, place, inside, factors, width)
-    tl.store(kept + place, scores >= least, mask=inside)
-    listed = inside & (scores >= least) & (scores <= largest)
+    tl.store(kept + place, scores >= low, mask=inside)
+    # Relaxed, as only what comes after this kernel reads the numbers.
+    tl.atomic_add(found, tl.sum((inside & (scores < low)).to(tl.int32)), sem="relaxed")
+    listed = inside & (scores >= low) & (scores <= high)
     number = tl.sum(listed.to(tl.int32))
     if number > 0:
-        index = tl.atomic_add(found + 4, number, sem="relaxed") + tl.cumsum(listed.to(tl.int32), 0) - 1
-        tl.store(keys + index, (scores.to(tl.int64) << 32) | place, mask=listed)
+        index = tl.atomic_add(found + 1, number, sem="relaxed") + tl.cumsum(listed.to(tl.int32), 0) - 1
+        tl.store(keys + index, (scores.to(tl.int64) << 32) | place, mask=listed & (index < room))
 
 
 def _mask_long_row(values: Tensor, factor: Tensor | None, kept: Tensor, count: int, factors: int) -> None:
-    """A sample gives a bracket of the threshold, as a rule; a count tells in which of its bins, or outside, it is in
-    fact. The scores there, a thousand of 30 million, are sorted, and the smallest of them go."""
+    """Two scores of a sample bracket the threshold, as a rule: of the scores between them, one in seventy, the smallest
+    go, and so do all below. Where they do not, or too many scores are equal, all scores are sorted."""
     width = len(values)
     step = width // SAMPLE | 1  # odd: it meets all columns in turn
     number = triton.cdiv(width, step)
@@ -172,14 +130,15 @@ def _mask_long_row(values: Tensor, factor: Tensor | None, kept: Tensor, count: i
     # The rank of the threshold in a random sample of n has a standard deviation of at most sqrt(n) / 2: four of them.
     middle, margin = count * number // width, 2 * isqrt(number) + 2
     bracket = sample.sort().values, max(middle - margin, 0), min(middle + margin, number - 1)
-    counts, found = sample.new_zeros(BINS), sample.new_empty(5)
-    sizes, grid = {"BLOCK": 8192, "num_warps": 8}, (triton.cdiv(width, 8192),)
-    _count_kernel[grid](values, factor, counts, *bracket, factors, width, BINS=BINS, **sizes)
-    _bin_kernel[(1,)](counts, *bracket, found, count, width, BINS=BINS)
-    _, _, below, several, _ = found.tolist()  # the only wait for the GPU
-    keys = sample.new_empty(several, dtype=torch.int64)
-    _split_kernel[grid](values, factor, kept, keys, found, factors, width, **sizes)
-    kept.index_fill_(0, keys.sort().values[: count - below] & 0xFFFFFFFF, False)
+    for room in (width // 16, width):
+        keys, found = sample.new_empty(room, dtype=torch.int64), sample.new_zeros(2)
+        sizes, grid = {"BLOCK": 8192, "num_warps": 8}, (triton.cdiv(width, 8192),)
+        _split_kernel[grid](values, factor, kept, *bracket, keys, room, found, factors, width, **sizes)
+        below, listed = found.tolist()  # the only wait for the GPU
+        if listed <= room and below <= count <= below + listed:
+            break
+        bracket = sample.new_tensor([-(2**31), 2**31 - 1]), 0, 1
+    kept.index_fill_(0, keys[:listed].sort().values[: count - below] & 0xFFFFFFFF, False)
 
 
 @jit

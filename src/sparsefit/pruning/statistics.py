@@ -17,6 +17,15 @@ DERIVED = {"inverse_diagonal": "gram"}
 """What is computed at the end, and from what."""
 
 
+def all_finite(values: Tensor) -> bool:
+    """Whether no element is NaN or infinite; without a temporary of their size.
+
+    >>> all_finite(torch.tensor([1.0, torch.inf]))
+    False
+    """
+    return not values.numel() or bool(torch.stack(values.aminmax()).isfinite().all())
+
+
 class InputStatistics:
     """Those of `KINDS`, the squared norm always among them, over the tokens that a layer's inputs had; in float32.
 
@@ -55,6 +64,13 @@ class InputStatistics:
         """The same statistics apart from these."""
         return copy.deepcopy(self)
 
+    def merge(self, other: InputStatistics) -> None:
+        """Add what others of the same kinds have seen."""
+        for kind, values in other._sums.items():
+            mine = self._sums[kind]
+            torch.maximum(mine, values, out=mine) if kind == "abs_max" else mine.add_(values)
+        self.tokens += other.tokens
+
     def columns(self, order: Tensor) -> InputStatistics:
         """The statistics of the same inputs in another order of the features."""
         other = copy.copy(self)
@@ -68,24 +84,6 @@ class InputStatistics:
         for kind, values in self._sums.items():
             add_up(values, largest=kind == "abs_max")
         self.tokens = sum(from_all(self.tokens))
-
-
-def added_up(several: Iterable[InputStatistics]) -> InputStatistics:
-    """The statistics of what several of the same kinds have seen.
-
-    >>> one = InputStatistics(2, torch.device("cpu"))
-    >>> one.add(torch.tensor([[3.0, 1.0]]))
-    >>> added_up([one, one])["squared_norm"]
-    tensor([18.,  2.])
-    """
-    first, *others = several
-    total = first.clone()
-    for other in others:
-        for kind, values in other._sums.items():
-            mine = total._sums[kind]
-            torch.maximum(mine, values, out=mine) if kind == "abs_max" else mine.add_(values)
-        total.tokens += other.tokens
-    return total
 
 
 def _squared_norms(inputs: Tensor) -> Tensor:

@@ -11,16 +11,14 @@ from torch import Tensor
 from sparsefit.errors import CalibrationError, ConfigError
 from sparsefit.pruning import reconstruction
 from sparsefit.pruning.config import PruningConfig
-from sparsefit.pruning.finite import all_finite
 from sparsefit.pruning.gram import reconstruction_error
-from sparsefit.pruning.granularity import Granularity
 from sparsefit.pruning.groups import InputGroup, Rows
 from sparsefit.pruning.layers.convolution import channels_side_by_side
 from sparsefit.pruning.least_squares import least_squares
 from sparsefit.pruning.refinement import swap
-from sparsefit.pruning.scores import SCORES, sparsegpt_score
-from sparsefit.pruning.selection import Products, Scores, select, select_count, select_n_of_m
-from sparsefit.pruning.statistics import InputStatistics
+from sparsefit.pruning.scores import SCORES, Products, Scores, computed, sparsegpt_score
+from sparsefit.pruning.selection import Granularity, select, select_count, select_n_of_m
+from sparsefit.pruning.statistics import InputStatistics, all_finite
 
 ByWeight = dict[str, Tensor]  # (out, in) tensors by the name of the weight
 
@@ -51,10 +49,7 @@ class Steps:
 
     def select_by_magnitude(self) -> ByWeight:
         """The masks of weights of which the inputs say nothing."""
-        return {
-            name: self._select(Products(dense), self._counts.get(name), self._zeros.get(name))
-            for name, dense in self._dense.items()
-        }
+        return {name: self._mask(name, Products(dense)) for name, dense in self._dense.items()}
 
     def adopt(self) -> ByWeight:
         """The zeros that the weights have as their masks."""
@@ -71,20 +66,17 @@ class Steps:
         """The masks by the scores of all weights; rows that see other inputs are scored apart."""
         masks = {}
         for name, dense in self._dense.items():
-            if self._score.needs:
-                scores = [self._scores(name, dense[rows], self._needed(own)) for rows, own in self._parts[name]]
-            else:
-                scores = [self._scores(name, dense, [])]
-            masks[name] = self._select(_joined(scores), self._counts.get(name), self._zeros.get(name))
+            parts = [(dense[rows], self._needed(own)) for rows, own in self._parts[name]]
+            parts = parts if self._score.needs else [(dense, [])]
+            masks[name] = self._mask(name, _joined([self._scores(name, *part) for part in parts]))
         return masks
 
     def refine(self, masks: ByWeight) -> ByWeight:
         """Better masks of as many weights, by swaps."""
-        pattern = (self._pattern.n, self._pattern.m) if self._pattern else None
         refined = self._empty(torch.bool)
         for statistics, rows in self._by_statistics.items():
             dense, mask = _stacked(self._dense, rows), _stacked(masks, rows)
-            _unstack(swap(dense, mask, statistics["gram"], self._config.swaps, pattern), rows, refined)
+            _unstack(swap(dense, mask, statistics["gram"], self._config.swaps, self._pattern), rows, refined)
         return refined
 
     def update(self, masks: ByWeight) -> ByWeight:
@@ -106,7 +98,7 @@ class Steps:
         for statistics, rows in self._by_statistics.items():
             dense, factor = _stacked(self._dense, rows), self._factor(statistics)
             if self._pattern and self._score.function is sparsegpt_score and not self._zeros:
-                mask, changed = reconstruction.prune_n_of_m(dense, factor, self._pattern.n, self._pattern.m)
+                mask, changed = reconstruction.prune_n_of_m(dense, factor, *self._pattern)
             else:
                 choose, m = self._block_chooser(statistics, rows), self._pattern.m if self._pattern else None
                 mask, changed = reconstruction.prune_iteratively(dense, factor, choose, group=m)
@@ -154,34 +146,34 @@ class Steps:
 
         return choose
 
+    def _mask(self, name: str, scores: Scores) -> Tensor:
+        """The mask of a whole matrix by its scores."""
+        return self._select(scores, self._counts.get(name), self._zeros.get(name))
+
     def _select(self, scores: Scores, count: int | None, zeros: Tensor | None) -> Tensor:
         granularity = Granularity.parse(self._config.granularity)
         if zeros is not None:  # they go before anything else, and all of them
             least = 0 if granularity.axis == "variant" else -torch.inf
-            scores = scores.scores() if isinstance(scores, Products) else scores
+            scores = computed(scores)
             chosen = self._select(scores.masked_fill(zeros, least), count, None)
             return chosen & ~zeros if self._pattern else _with_all_zeros(chosen, scores, zeros)
         if self._pattern:
-            return select_n_of_m(scores, self._pattern.n, self._pattern.m)
+            return select_n_of_m(scores, *self._pattern)
         if count is not None:
             return select_count(scores, granularity, count)
         return select(scores, granularity, self._config.exact_sparsity)
 
     def _scores(self, name: str, matrix: Tensor, needed: list[Tensor]) -> Scores:
         score = self._config.score
-        if self._score.factor is not None:
-            scores = Products(matrix, self._score.factor(*needed))
-            finite = not matrix.numel() or bool(scores.largest().isfinite())
-        else:
-            scores = self._score.function(matrix, *needed)
-            shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            if shape != tuple(matrix.shape):
-                raise ConfigError(
-                    f"score '{score}' gave {shape} for {tuple(matrix.shape)} weights of {name}; a score gives one "
-                    "number for each weight, as a tensor of their shape"
-                )
-            finite = all_finite(scores)
-        if not finite:
+        scores = self._score.function(matrix, *needed)
+        given = scores.weight if isinstance(scores, Products) else scores
+        shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+        if shape != tuple(matrix.shape):
+            raise ConfigError(
+                f"score '{score}' gave {shape} for {tuple(matrix.shape)} weights of {name}; a score gives one "
+                "number for each weight, as a tensor of their shape"
+            )
+        if not (scores.are_finite() if isinstance(scores, Products) else all_finite(scores)):
             raise CalibrationError(
                 f"the scores of {name} are not finite ('{score}'): its weights or their inputs are too large for "
                 "float32, or a score of your own divides by zero. The model was left as it was; look at the "
@@ -211,10 +203,8 @@ class Steps:
         asked = self._config.damping
         if damping > asked:
             name, _ = self._by_statistics[statistics][0]
-            self._note(
-                f"{name}: the Gram matrix of its inputs could not be inverted with damping {asked:g}; {damping:g} was "
-                "used"
-            )
+            why = f"the Gram matrix of its inputs could not be inverted with damping {asked:g}"
+            self._note(f"{name}: {why}; {damping:g} was used")
 
     def _empty(self, dtype: torch.dtype) -> ByWeight:
         return {name: torch.empty(dense.shape, dtype=dtype, device=dense.device) for name, dense in self._dense.items()}
@@ -234,7 +224,7 @@ def _joined(parts: list[Scores]) -> Scores:
     """The scores, or masks, of a matrix from those of its rows."""
     if len(parts) == 1:
         return parts[0]
-    return torch.cat([part.scores() if isinstance(part, Products) else part for part in parts])
+    return torch.cat([computed(part) for part in parts])
 
 
 def _stacked(tensors: ByWeight, rows: Rows) -> Tensor:

@@ -4,45 +4,35 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from sparsefit.bare_model import base_modules, copied_modules
 from sparsefit.errors import ConfigError
-from sparsefit.pruning.config import Pattern, PruningConfig
-from sparsefit.pruning.finite import all_finite
+from sparsefit.pruning.config import PruningConfig, layer_name, matches
 from sparsefit.pruning.heads import expert_lists, output_layers, routers
 from sparsefit.pruning.layers import matrices_of, reason_left_dense
 from sparsefit.pruning.layers.base import PrunableWeight, is_dense
-from sparsefit.pruning.layers.quantized import awaits_quantization
-from sparsefit.pruning.naming import base_modules, copied_modules, layer_name, matches
+from sparsefit.pruning.statistics import all_finite
 from sparsefit.pruning.tracing import Trace, matrix_names
+from sparsefit.quantized import awaits_quantization
 
 EXCLUDED = "excluded by the configuration"
-EMBEDDED = "output layer, shared with the embedding"
-OUTPUT = "output layer"
-UNREACHED = "not reached by the calibration data"
 CHECKS: list[Callable[[nn.Module, PruningConfig], None]] = []
 """What else is seen to before a weight changes: each raises a ConfigError for a model that must not be pruned so."""
 
 
-@dataclass(frozen=True)
-class Targets:
-    """What of a model is pruned.
+class Targets(NamedTuple):
+    """What of a model is pruned."""
 
-    Attributes:
-        weights: Those that are, in the order of the model.
-        left_dense: For each other matrix its name and the reason.
-        sizes: How many weights each of those has, but for embeddings that nothing is multiplied by.
-        zeros: How many of these are zero.
-    """
-
-    weights: list[PrunableWeight]
-    left_dense: dict[str, str]
-    sizes: dict[str, int]
-    zeros: int
+    weights: list[PrunableWeight]  # in the order of the model
+    left_dense: dict[str, str]  # the reason by the name of each other matrix
+    sizes: dict[str, int]  # how many weights each of those has, but for embeddings that nothing is multiplied by
+    zeros: int  # how many of these are zero
 
 
 def find_candidates(model: nn.Module, config: PruningConfig) -> list[PrunableWeight]:
@@ -56,21 +46,25 @@ def find_candidates(model: nn.Module, config: PruningConfig) -> list[PrunableWei
     """
     modules = base_modules(model)
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
-    if lazy:
-        raise ConfigError(f"{lazy[0]} has no shape yet: run the model on one batch first, which gives it one")
-    waiting = [name for name, module in modules.items() if awaits_quantization(module)]
-    if waiting:
-        raise ConfigError(
-            f"{waiting[0]} is to be quantized by bitsandbytes and is not yet: move the model to its device first "
-            "(`model.to('cpu')` or `.to('cuda')`), which quantizes it"
-        )
+    _refuse(lazy[:1], "{} has no shape yet: run the model on one batch first, which gives it one")
+    _refuse(
+        [name for name, module in modules.items() if awaits_quantization(module)][:1],
+        "{} is to be quantized by bitsandbytes and is not yet: move the model to its device first (`model.to('cpu')` "
+        "or `.to('cuda')`), which quantizes it",
+    )
+    _refuse(
+        [name for name, m in model.named_modules() if hasattr(m, "base_layer") and getattr(m, "merged", None) is True][
+            :1
+        ],
+        "an adapter is merged into {}: taking it out again would bring pruned weights back. Call unmerge_adapter() "
+        "first, or merge_and_unload() to keep it for good",
+    )
     candidates = [weight for name, module in modules.items() for weight in matrices_of(module, name)]
     names = [layer_name(weight.name) for weight in candidates]
     _check_names_exist((*(config.targets or ()), *config.exclude), names)
     wanted = [name for name in names if config.targets is None or matches(name, config.targets)]
     if all(matches(name, config.exclude) for name in wanted):
         raise ConfigError(_nothing_left(model, config, set()))
-    _check_unmerged(model)
     return candidates
 
 
@@ -79,12 +73,8 @@ def find_weights(
 ) -> Targets:
     """The weights that a configuration prunes, and those that stay dense.
 
-    Args:
-        model: Any module.
-        blocks: Its repeated blocks; without targets only the layers inside them are pruned, or, if there are
-            none, all but the output layer.
-        config: Its `targets`, `exclude`, `pattern` and what it needs inputs for are used.
-        trace: What samples have shown of the model: what they do not reach stays dense.
+    Without targets these are the layers inside the repeated blocks or, without blocks, all but the output layer. What
+    samples have shown not to be reached stays dense in any case.
 
     Raises:
         ConfigError: if nothing would be pruned, N:M does not divide a width, or weights are NaN or infinite; and as
@@ -96,11 +86,10 @@ def find_weights(
     (['body.weight'], {'top.weight': 'output layer'})
     """
     candidates = find_candidates(model, config)
-    rule = _Rule(model, list(blocks), config, candidates, trace)
-    reasons: dict[int, str] = {}
+    reasons: dict[int, str] = {}  # by id of the parameter
     found: dict[tuple[int, int | None], PrunableWeight] = {}
-    for weight in candidates:
-        key, reason = (id(weight.parameter), weight.index), rule.reason_to_keep(weight)
+    for weight, reason in zip(candidates, _reasons_to_keep(model, blocks, config, candidates, trace), strict=True):
+        key = (id(weight.parameter), weight.index)
         if reason:
             reasons[id(weight.parameter)] = reason
         elif key not in found:
@@ -111,68 +100,76 @@ def find_weights(
     weights = [weight for weight in found.values() if reasons.get(id(weight.parameter)) != EXCLUDED]
     if not weights:
         raise ConfigError(_nothing_left(model, config, set(reasons.values())))
-    _check_at_hand(weights)
-    _check_widths(weights, config.structure)
-    _check_finite(weights)
-    left_dense = _left_dense(model, {id(weight.parameter) for weight in weights}, reasons)
-    return Targets(weights, left_dense, *_counted(model, candidates, left_dense))
+    _refuse(
+        [weight.name for weight in weights if weight.device.type == "meta"],
+        "{}: these weights are not in memory (device 'meta'). Load the model without offloading to disk; one too large "
+        "for the GPU is pruned from CPU memory with PruningConfig(device='cuda')",
+    )
+    pattern, widths = config.structure, {weight.name: weight.shape[1] // weight.positions for weight in weights}
+    _refuse(
+        [f"{name} ({width} inputs)" for name, width in widths.items() if pattern and width % pattern.m],
+        f"pattern '{pattern}' needs widths that {pattern and pattern.m} divides; it does not fit {{}}: exclude them or "
+        "take another pattern",
+    )
+    _refuse(
+        [weight.name for weight in weights if not all_finite(weight.matrix())],
+        "{}: these weights are NaN or infinite, and such weights cannot be compared. The model was left as it was; "
+        "load sound ones, or exclude the layers",
+    )
+    return _account(model, weights, candidates, reasons)
 
 
-class _Rule:
-    """Says of each matrix of a model why it stays dense."""
+def _reasons_to_keep(
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    config: PruningConfig,
+    candidates: Sequence[PrunableWeight],
+    trace: Trace | None,
+) -> list[str | None]:
+    """Why each candidate stays dense, or None for one that is pruned."""
+    names, blocks = matrix_names(model), list(blocks)
+    unreached = _unreached(model, blocks, names, trace)
 
-    def __init__(
-        self,
-        model: nn.Module,
-        blocks: list[nn.Module],
-        config: PruningConfig,
-        candidates: Sequence[PrunableWeight],
-        trace: Trace | None,
-    ) -> None:
-        self._config, self._names = config, matrix_names(model)
-        self._unreached = _unreached(model, blocks, self._names, trace)
-        # Blocks that nothing goes through say nothing of the rest of the model.
-        blocks = [block for block in blocks if not self._is_unreached(block)]
-        self._inside = {id(module) for block in blocks for module in block.modules()}
-        outputs = output_layers(model, blocks, trace)
-        # A model that is nothing but its output layer is pruned: there is nothing else to mean.
-        others = {self._names[id(weight.parameter)] for weight in candidates} - self._unreached - outputs
-        self._outputs = outputs if others else frozenset()
-        self._routers = routers(model, candidates, blocks)
-        self._copied = copied_modules(model)
-        self._embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    def is_reached(block: nn.Module) -> bool:
+        own = {names[id(p)] for p in block.parameters() if id(p) in names}
+        return not own or not own <= unreached
 
-    def _is_unreached(self, block: nn.Module) -> bool:
-        names = {self._names[id(p)] for p in block.parameters() if id(p) in self._names}
-        return bool(names) and names <= self._unreached
+    # Blocks that nothing goes through say nothing of the rest of the model.
+    blocks = [block for block in blocks if is_reached(block)]
+    inside = {id(module) for block in blocks for module in block.modules()}
+    outputs = output_layers(model, blocks, trace)
+    if not {names[id(weight.parameter)] for weight in candidates} - unreached - outputs:
+        outputs = frozenset()  # a model that is nothing but its output layer is pruned: there is nothing else to mean
+    routing, copied = routers(model, candidates, blocks), copied_modules(model)
+    embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
 
-    def reason_to_keep(self, weight: PrunableWeight) -> str | None:
-        """The reason, or None for one that is pruned."""
-        config, name, layer = self._config, layer_name(weight.name), weight.layers[0]
-        own = self._names[id(weight.parameter)]
+    def reason_to_keep(weight: PrunableWeight) -> str | None:
+        name, layer, own = layer_name(weight.name), weight.layers[0], names[id(weight.parameter)]
         if matches(name, config.exclude):
             return EXCLUDED
         if not weight.parameter.numel():
             return "has no weights"
-        if id(layer) in self._copied:
+        if id(layer) in copied:
             return "the model computes with a copy of it that PEFT trains (modules_to_save)"
-        if id(weight.parameter) in self._embedded:
-            return EMBEDDED
+        if id(weight.parameter) in embedded:
+            return "output layer, shared with the embedding"
         if config.targets is not None and not matches(name, config.targets):
             return "not among the targets"
-        if own in self._unreached and (config.targets is None or config.needs_inputs):
-            return UNREACHED
+        if own in unreached and (config.targets is None or config.needs_inputs):
+            return "not reached by the calibration data"
         if config.targets is not None:
             return None
-        if weight.name in self._routers:
+        if weight.name in routing:
             return "router of experts"
-        if own in self._outputs:
-            return OUTPUT
-        if self._inside and id(layer) not in self._inside:
+        if own in outputs:
+            return "output layer"
+        if inside and id(layer) not in inside:
             return "outside the repeated blocks"
         if any(part.startswith("downsampl") for part in name.split(".")):
             return "downsampling between stages"
         return None
+
+    return [reason_to_keep(weight) for weight in candidates]
 
 
 def _unreached(model: nn.Module, blocks: list[nn.Module], names: dict[int, str], trace: Trace | None) -> set[str]:
@@ -205,78 +202,33 @@ def _check_names_exist(patterns: Iterable[str], names: list[str]) -> None:
             )
 
 
-def _check_unmerged(model: nn.Module) -> None:
-    merged = [
-        name for name, m in model.named_modules() if hasattr(m, "base_layer") and getattr(m, "merged", None) is True
-    ]
-    if merged:
-        raise ConfigError(
-            f"an adapter is merged into {merged[0]}: taking it out again would bring pruned weights back. Call "
-            "unmerge_adapter() first, or merge_and_unload() to keep it for good"
-        )
+def _refuse(names: list[str], why: str) -> None:
+    """A `ConfigError` if there are any names; it says why of the first of them, which take the place of {}."""
+    if names:
+        raise ConfigError(why.format(", ".join(names[:5]) + (", ..." if len(names) > 5 else "")))
 
 
-def _check_at_hand(weights: list[PrunableWeight]) -> None:
-    absent = [weight.name for weight in weights if weight.device.type == "meta"]
-    if absent:
-        raise ConfigError(
-            f"{', '.join(absent[:5])}{', ...' if len(absent) > 5 else ''}: these weights are not in memory (device "
-            "'meta'). Load the model without offloading to disk; one too large for the GPU is pruned from CPU memory "
-            "with PruningConfig(device='cuda')"
-        )
-
-
-def _check_widths(weights: list[PrunableWeight], pattern: Pattern | None) -> None:
-    if pattern is None:
-        return
-    channels = {w.name: w.shape[1] // w.positions for w in weights}
-    misfits = [f"{name} ({width} inputs)" for name, width in channels.items() if width % pattern.m]
-    if misfits:
-        raise ConfigError(
-            f"pattern '{pattern.n}:{pattern.m}' needs widths that {pattern.m} divides; it does not fit "
-            f"{', '.join(misfits[:5])}{', ...' if len(misfits) > 5 else ''}: exclude them or take another pattern"
-        )
-
-
-def _check_finite(weights: list[PrunableWeight]) -> None:
-    broken = [weight.name for weight in weights if not all_finite(weight.matrix())]
-    if broken:
-        raise ConfigError(
-            f"{', '.join(broken[:5])}{', ...' if len(broken) > 5 else ''}: these weights are NaN or infinite, and such "
-            "weights cannot be compared. The model was left as it was; load sound ones, or exclude the layers"
-        )
-
-
-def _left_dense(model: nn.Module, pruned: set[int], reasons: dict[int, str]) -> dict[str, str]:
-    left = {}
-    for module_name, module in base_modules(model).items():
-        for name, parameter in module.named_parameters(recurse=False):
+def _account(
+    model: nn.Module, weights: list[PrunableWeight], candidates: list[PrunableWeight], reasons: dict[int, str]
+) -> Targets:
+    """The weights beside what is left dense: why, and how many weights and zeros it has, a shared one once."""
+    pruned = {id(weight.parameter) for weight in weights}
+    left_dense: dict[str, str] = {}
+    counted: dict[int, tuple[str, nn.Parameter]] = {}
+    for path, module in base_modules(model).items():
+        for own, parameter in module.named_parameters(recurse=False):
             if parameter.ndim < 2 or id(parameter) in pruned:
                 continue
-            default = reason_left_dense(module)
+            name, reason = f"{path}.{own}".lstrip("."), reason_left_dense(module)
             if not parameter.is_floating_point() or parameter.element_size() == 1:
-                default = f"quantized: {type(module).__name__}"
-            left[f"{module_name}.{name}".lstrip(".")] = reasons.get(id(parameter), default)
-        # Some quantized layers keep their weights there.
-        for name, buffer in module.named_buffers(recurse=False):
+                reason = f"quantized: {type(module).__name__}"
+            left_dense[name] = reasons.get(id(parameter), reason)
+            if left_dense[name] != "embedding":
+                counted[id(parameter)] = (name, parameter)
+        for own, buffer in module.named_buffers(recurse=False):  # some quantized layers keep their weights there
             if buffer.ndim == 2 and min(buffer.shape) > 1 and buffer.dtype != torch.bool:
-                left[f"{module_name}.{name}".lstrip(".")] = f"a buffer of {type(module).__name__}, not a parameter"
-    return left
-
-
-def _counted(
-    model: nn.Module, candidates: Sequence[PrunableWeight], left_dense: dict[str, str]
-) -> tuple[dict[str, int], int]:
-    """How many weights what is left dense has, a shared one once, and how many zeros in all."""
-    parameters = {
-        f"{path}.{name}".lstrip("."): p
-        for path, m in base_modules(model).items()
-        for name, p in m.named_parameters(recurse=False)
-    }
-    matrices = [name for name, reason in left_dense.items() if reason != "embedding" and name in parameters]
-    once = {id(parameters[name]): name for name in matrices}
-    counted = {name: parameters[name] for name in once.values()}
-    packed = {weight.name: weight.shape[0] * weight.shape[1] for weight in candidates if weight.index is None}
-    sizes = {name: packed.get(name, parameter.numel()) for name, parameter in counted.items()}
-    zeros = sum(int((p == 0).sum()) for p in counted.values() if is_dense(p) and p.device.type != "meta")
-    return sizes, zeros
+                left_dense[f"{path}.{own}".lstrip(".")] = f"a buffer of {type(module).__name__}, not a parameter"
+    unpacked = {weight.name: weight.shape[0] * weight.shape[1] for weight in candidates if weight.index is None}
+    sizes = {name: unpacked.get(name, parameter.numel()) for name, parameter in counted.values()}
+    zeros = sum(int((p == 0).sum()) for _, p in counted.values() if is_dense(p) and p.device.type != "meta")
+    return Targets(weights, left_dense, sizes, zeros)

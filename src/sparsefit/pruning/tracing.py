@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +16,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sparsefit.calibration.batches import MicroBatch, tensors_in
+from sparsefit.bare_model import base_modules
+from sparsefit.calibration.batches import MicroBatch
+from sparsefit.calibration.samples import numbers_in, tensors_in
 from sparsefit.pruning.layers import PRODUCTS, matrices_of
-from sparsefit.pruning.naming import base_modules
+from sparsefit.pruning.watch import Key, Seen, watching
 from sparsefit.ranks import from_all
 
 FORMS = 8  # kinds of samples that are looked at, at most
@@ -28,11 +33,14 @@ class Trace:
 
     Attributes:
         reached: Those that a sample was computed with.
+        shares: For each weight, or some of its rows, the numbers in its input as a share of those in the sample; None
+            if a sample uses it more often than once.
         outputs: For each tensor that the model returned, the last ones on the way to it: from them on nothing was
             multiplied by a parameter.
     """
 
     reached: frozenset[str]
+    shares: Mapping[Key, Fraction | None]
     outputs: tuple[frozenset[str], ...]
 
 
@@ -52,14 +60,24 @@ def trace(model: nn.Module, data: Sequence[MicroBatch], forward: Callable[[Any],
             break
         samples.setdefault(_form(batch.data), batch)
     tracer = _Tracer(matrix_names(model))
+    shares: dict[Key, Fraction | None] = {}
+    weights = [weight for name, module in base_modules(model).items() for weight in matrices_of(module, name)]
     outputs: list[frozenset[str]] = []
     for batch in samples.values():
-        with _hooked(model, tracer), tracer:
-            result = forward(batch.first_sample())
+        sample, seen = batch.first_sample(), []
+        with watching(weights, partial(_note_size, seen)), _hooked(model, tracer), tracer:
+            result = forward(sample)
+        uses, size = Counter(key for key, _ in seen), numbers_in(sample) or 1
+        for key, numbers in seen:
+            shares[key] = None if uses[key] > 1 else shares.get(key, Fraction(numbers, size))
         outputs += [found for tensor in output_tensors(result) if (found := tracer.last(tensor))]
-    of_ranks = from_all(Trace(frozenset(tracer.reached), tuple(dict.fromkeys(outputs))) if samples else None)
-    found = [one for one in of_ranks if one is not None]
-    return Trace(frozenset().union(*(one.reached for one in found)), found[0].outputs) if found else None
+    shown = Trace(frozenset(tracer.reached), shares, tuple(dict.fromkeys(outputs))) if samples else None
+    found = [one for one in from_all(shown) if one is not None]
+    return Trace(frozenset().union(*(one.reached for one in found)), shares, found[0].outputs) if found else None
+
+
+def _note_size(sizes: list[tuple[Key, int]], seen: Seen) -> None:
+    sizes.append((seen.weight_rows, seen.inputs.numel()))
 
 
 def matrix_names(model: nn.Module) -> dict[int, str]:
@@ -111,14 +129,13 @@ class _Tracer(TorchFunctionMode):
         self._storages = {p.untyped_storage().data_ptr(): self.names[id(p)] for p in plain if p.device.type != "meta"}
         self._buffers = {id(buffer) for buffer in model.buffers()}
 
-    def last(self, tensor: Tensor) -> frozenset[str]:
-        """What was last multiplied by on the way to a tensor."""
-        return self._last.get(tensor, frozenset())
+    def last(self, output: Any) -> frozenset[str]:
+        """What was last multiplied by on the way to some tensors."""
+        return frozenset().union(*(self._last.get(tensor, frozenset()) for tensor in tensors_in(output)))
 
     def mark(self, output: Any, found: frozenset[str]) -> None:
         """Say so of what a layer has returned."""
-        for tensor in tensors_in(output):
-            self._last[tensor] = found
+        self._last.update(dict.fromkeys(tensors_in(output), found))
 
     def __torch_function__(
         self,
@@ -137,9 +154,8 @@ class _Tracer(TorchFunctionMode):
         used = frozenset().union(*weights)
         self.reached |= used
         if used and all(own or id(tensor) in self._buffers for tensor, own in zip(given, weights, strict=True)):
-            for tensor in results:  # a weight in another form: cast, masked, of low rank
-                self._made_of[tensor] = used
-        elif found := used if used and func in _PRODUCTS else frozenset().union(*map(self.last, given)):
+            self._made_of.update(dict.fromkeys(results, used))  # a weight in another form: cast, masked, of low rank
+        elif found := used if used and func in _PRODUCTS else self.last(given):
             self.mark(results, found)
         return result
 
@@ -162,7 +178,7 @@ def _hooked(model: nn.Module, tracer: _Tracer) -> Iterator[None]:
     def called(name: str) -> Callable[..., None]:
         def hook(layer: nn.Module, args: Any, output: Any) -> None:
             tracer.reached.add(name)
-            if not any(tracer.last(tensor) for tensor in tensors_in(output)):
+            if not tracer.last(output):
                 tracer.mark(output, frozenset({name}))
 
         return hook

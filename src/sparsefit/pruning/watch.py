@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -11,10 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from sparsefit.calibration.padding_masks import PaddingMask
 from sparsefit.pruning.layers import PRODUCTS
 from sparsefit.pruning.layers.base import PrunableWeight, Tokens, as_matrix
+from sparsefit.pruning.layers.experts import eager_experts
+from sparsefit.quantized import plain_layout
 
 Rows = tuple[int, int] | None
+Key = tuple[str, Rows]  # a weight and which of its rows
 
 
 class Seen(NamedTuple):
@@ -37,6 +42,11 @@ class Seen(NamedTuple):
     tokens: Tokens
     key: Hashable = None
     real: Tensor | str | None = None
+
+    @property
+    def weight_rows(self) -> Key:
+        """Names the weight, and which of its rows."""
+        return self.weight.name, self.rows
 
     def same_input(self, other: Seen | None) -> bool:
         """Whether another weight is multiplied by the very same."""
@@ -110,6 +120,32 @@ def watching(weights: Iterable[PrunableWeight], record: Callable[[Seen], None]) 
             yield
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and nothing that would hide a layer's input or compute with weights of before: no key-value
+    caches, fused attention, compiled blocks or autocast copies of weights. All as it was afterwards.
+
+    >>> with evaluating(model := nn.Dropout()): print(model.training)
+    False
+    """
+    fused = torch.backends.mha
+    with ExitStack() as stack:
+        for module in model.modules():
+            if module.training:
+                stack.callback(setattr, module, "training", True)
+            config = getattr(module, "config", None)
+            if getattr(config, "use_cache", False) is True:
+                stack.callback(setattr, config, "use_cache", True)
+                config.use_cache = False
+        stack.callback(fused.set_fastpath_enabled, fused.get_fastpath_enabled())
+        stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+        fused.set_fastpath_enabled(False)
+        torch.set_autocast_cache_enabled(False)
+        model.eval()
+        with torch.compiler.set_stance("force_eager"), eager_experts(model), plain_layout(model):
+            yield
+
+
 def version_of(tensor: Tensor) -> int:
     """A number that grows when a tensor is changed in place (0 for inference tensors, which keep none).
 
@@ -145,3 +181,50 @@ def _rows_in(part: Tensor, whole: Tensor) -> Rows:
     first, rest = divmod(part.storage_offset() - whole.storage_offset(), whole.stride(0) or 1)
     inside = not rest and first >= 0 and first + len(part) <= len(whole)
     return (first, first + len(part)) if inside else None
+
+
+def real_rows(mask: PaddingMask, seen: Seen) -> Tensor | str | None:
+    """Which of the rows that a weight multiplies are no padding, (tokens,) bool in their order; None if the inputs are
+    none of the mask's sequences; a word for why it cannot be told.
+
+    >>> import torch
+    >>> from sparsefit.pruning.layers import matrices_of
+    >>> [weight], mask = matrices_of(nn.Linear(4, 4)), torch.tensor([[True, False], [True, True]])
+    >>> seen = Seen(weight, None, torch.ones(2, 2, 4), 0, lambda: iter(()), None)
+    >>> real_rows(PaddingMask(mask, mask), seen)
+    tensor([ True, False,  True,  True])
+    """
+    real, layer, inputs = mask.real, seen.weight.layers[0], seen.inputs
+    if seen.weight.index is not None:
+        return "experts get tokens in an order of their own"
+    if isinstance(layer, nn.RNNBase | nn.MultiheadAttention):  # these give theirs sequence by sequence
+        return real.flatten() if inputs.ndim == 3 and inputs.shape[:2] in (real.shape, real.t().shape) else None
+    if seen.weight.view.ndim > 2:  # (batch, channels, positions)
+        lead = (inputs.shape[0], *inputs.shape[2:])
+        return real.flatten() if lead == real.shape else "of a signal" if mask.of_signal else None
+    lead = tuple(inputs.shape[:-1])
+    if mask.of_signal and len(lead) == 2 and lead[0] == len(real) and real.shape[1] % lead[1] == 0:
+        real = real[:, :: real.shape[1] // lead[1]]  # as a convolution of that stride goes over them
+    return _expanded(real, lead, mask)
+
+
+def _expanded(real: Tensor, lead: tuple[int, ...], mask: PaddingMask) -> Tensor | str | None:
+    """A (batch, sequence) mask for inputs (*lead, in)."""
+    (batch, length), total = real.shape, real.numel()
+    by_step = lead[:2] == (length, batch)
+    if by_step and (mask.seq_first or lead[:2] != (batch, length)):
+        return _spread(real.t(), lead, (0, 1))
+    if len(lead) > 1 and lead[0] == batch and length in lead[1:]:
+        return _spread(real, lead, (0, lead.index(length, 1)))
+    if math.prod(lead) == total:
+        return (real.t() if mask.seq_first and len(lead) == 1 else real).flatten()
+    if mask.of_signal:
+        return "several samples of a signal make one state"
+    if len(lead) == 1 and lead[0] < total and lead[0] not in (batch, int(real.sum())):
+        return "only some tokens come"
+    return None
+
+
+def _spread(real: Tensor, lead: tuple[int, ...], places: tuple[int, int]) -> Tensor:
+    shape = [size if place in places else 1 for place, size in enumerate(lead)]
+    return real.reshape(shape).expand(lead).flatten()

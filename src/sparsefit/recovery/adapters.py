@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from sparsefit.bare_model import canonical_name
 from sparsefit.errors import ConfigError
 from sparsefit.pruning.blocks import find_block_lists
 from sparsefit.pruning.heads import output_layers
 from sparsefit.pruning.layers.experts import find_stacks
-from sparsefit.pruning.naming import canonical_name
 from sparsefit.recovery.model_kinds import task_type
 from sparsefit.recovery.tuners import forbidden_targets
 from sparsefit.settings import named_settings, number

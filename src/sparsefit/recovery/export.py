@@ -9,8 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sparsefit.bare_model import base_modules, canonical_name
 from sparsefit.pruning import MaskSet
-from sparsefit.pruning.naming import base_modules, canonical_name
 from sparsefit.recovery.finite import check_finite_weights
 
 WEIGHTS_FILE = "model.safetensors"

@@ -8,9 +8,12 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from sparsefit.bare_model import canonical_name
 from sparsefit.errors import DivergenceError
-from sparsefit.pruning.finite import all_finite
-from sparsefit.pruning.naming import canonical_name
+from sparsefit.pruning.statistics import all_finite
+
+LOWEST_SCALE = 1e-4
+"""Of a gradient scaler, which begins at 65,536: gradients that are finite only below this need more than 16 bits."""
 
 
 def nonfinite_count(values: Tensor) -> int:
@@ -111,6 +114,28 @@ class FiniteWatch:
         if not (loss and gradient):
             what = "gradient" if loss else "loss"
             raise DivergenceError(f"the {what} of optimizer step {step} is NaN or infinite")
+
+
+def check_scaler(scaler: torch.amp.GradScaler, began: tuple[int, float], step: int, ended: bool = False) -> None:
+    """See that a gradient scaler lets steps be taken. A GPU is waited for.
+
+    Args:
+        scaler: It leaves out steps whose gradients are not finite, and lowers its scale with each.
+        began: Optimizer steps at an earlier moment of the run, and the scale then.
+        step: Optimizer steps now; those that were left out count.
+        ended: Whether no step follows, in which it might find its scale.
+
+    Raises:
+        DivergenceError: if its scale has fallen too far, or a run has ended in which all steps were left out.
+    """
+    scale, taken = scaler.get_scale(), step - began[0]
+    all_left_out = taken > 0 and scale < began[1] * scaler.get_backoff_factor() ** (taken - 0.5)
+    if scale < LOWEST_SCALE or (ended and all_left_out):
+        raise DivergenceError(
+            f"the gradient scaler of 16-bit training has left out {'all' if all_left_out else 'most'} of {taken} "
+            f"optimizer steps, as their gradients are NaN or infinite in 16 bits at whatever scale (now {scale:.1e}), "
+            "so the weights stay as they were"
+        )
 
 
 def gradients_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:

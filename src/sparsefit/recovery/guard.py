@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from sparsefit.bare_model import canonical_name
 from sparsefit.pruning import MaskSet
 from sparsefit.pruning.masks import pack_bits, unpack_bits
-from sparsefit.pruning.naming import canonical_name
 
 
 class MaskGuard:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from sparsefit.errors import DivergenceError, MaskError, RunFolderError
 from sparsefit.files import is_plain
 from sparsefit.pruning import MaskSet
-from sparsefit.pruning.layers.quantized import stored_matrix
+from sparsefit.quantized import stored_matrix
 from sparsefit.recovery.finite import nonfinite_count, told
 
 MASKS_FILE = "masks.safetensors"

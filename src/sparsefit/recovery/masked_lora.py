@@ -17,8 +17,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from sparsefit.errors import ConfigError, MaskError
 from sparsefit.pruning.layers.base import as_matrix, zero_outside_mask
-from sparsefit.pruning.layers.quantized import dequantized, is_quantized
 from sparsefit.pruning.masks import pack_bits, unpack_bits
+from sparsefit.quantized import dequantized, is_quantized
 
 
 def masked_sum(base: Tensor | None, a: Tensor, b: Tensor, scale: float, bits: Tensor) -> Tensor:

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from sparsefit.bare_model import canonical_name
 from sparsefit.errors import MaskError, MergeError
 from sparsefit.pruning import MaskSet
-from sparsefit.pruning.layers.quantized import is_quantized
 from sparsefit.pruning.masks import pack_bits
-from sparsefit.pruning.naming import canonical_name
+from sparsefit.quantized import is_quantized
 from sparsefit.recovery.export import adapted_part, base_state_dict
 from sparsefit.recovery.tuner_trials import fills_zeros
 

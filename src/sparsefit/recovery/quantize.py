@@ -15,10 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from sparsefit.bare_model import base_modules, canonical_name, copied_modules
 from sparsefit.errors import ConfigError
 from sparsefit.pruning import MaskSet
-from sparsefit.pruning.layers.quantized import dequantized, is_quantized, zero_outside
-from sparsefit.pruning.naming import base_modules, canonical_name, copied_modules
+from sparsefit.quantized import dequantized, is_quantized, zero_outside
 from sparsefit.recovery.export import base_state_dict
 
 Kind = Literal["nf4", "int8"]

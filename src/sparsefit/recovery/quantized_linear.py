@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from sparsefit.pruning.layers.quantized import dequantized, matrix_shape, write_quantized
+from sparsefit.quantized import dequantized, matrix_shape, write_quantized
 
 OUTLIERS = 6.0
 """Magnitude from which on LLM.int8() takes a column of the inputs out of the 8-bit product (Dettmers et al. 2022)."""

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsefit.bare_model import base_modules, canonical_name
 from sparsefit.calibration.batches import calibration_data, forward_of
 from sparsefit.calibration.padding import watching_padding
 from sparsefit.errors import ConfigError
 from sparsefit.pruning import MaskSet
 from sparsefit.pruning.blocks import find_block_lists, hidden_of
-from sparsefit.pruning.evaluating import evaluating
-from sparsefit.pruning.naming import base_modules, canonical_name
+from sparsefit.pruning.watch import evaluating
 from sparsefit.ranks import of_first_rank
 from sparsefit.recovery.block_runs import BlockRun, adapters_off, in_float32, sweep, sweepable_lists
 from sparsefit.recovery.guard import MaskGuard

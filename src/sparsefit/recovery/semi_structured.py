@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from sparsefit.bare_model import base_modules
 from sparsefit.pruning import MaskSet
-from sparsefit.pruning.layers.quantized import is_quantized
 from sparsefit.pruning.masks import split_name
-from sparsefit.pruning.naming import base_modules
+from sparsefit.quantized import is_quantized
 
 HALF = (torch.float16, torch.bfloat16)
 MULTIPLES = {"cusparselt": (16, 16), "cutlass": (32, 64)}

@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from sparsefit.bare_model import canonical_name
 from sparsefit.errors import MaskError, RunFolderError
 from sparsefit.pruning import MaskSet
-from sparsefit.pruning.naming import canonical_name
 from sparsefit.recovery.export import pretrained_part
 from sparsefit.recovery.inspection import BASE_FOLDER, MASKS_FILE, SavedTensors
 from sparsefit.recovery.quantize import scale_keys

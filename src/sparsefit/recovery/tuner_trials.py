@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sparsefit.pruning.naming import base_modules, canonical_name
+from sparsefit.bare_model import base_modules, canonical_name
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from sparsefit.bare_model import base_modules, canonical_name
 from sparsefit.errors import ConfigError
-from sparsefit.pruning.naming import base_modules, canonical_name
 from sparsefit.recovery.tuner_trials import BEGUN, begins_in_its_own_way, own_randomness, set_values, try_reload
 
 if TYPE_CHECKING:

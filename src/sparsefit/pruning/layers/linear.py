@@ -59,8 +59,9 @@ def _see_factors(left: Tensor, right: Tensor, see: See) -> None:
 
 
 def _one_matrix(tensor: Tensor) -> Tensor:
-    """The matrix of a batch of one; other tensors as they are."""
-    while tensor.ndim > 2 and len(tensor) == 1:
+    """The matrix of a batch of one, or of one that is repeated; other tensors as they are."""
+    repeats = tensor.layout is torch.strided and len(tensor) > 0
+    while tensor.ndim > 2 and (len(tensor) == 1 or (repeats and tensor.stride(0) == 0)):
         tensor = tensor[0]
     return tensor
 

@@ -1,34 +1,22 @@
-"""Weights that bitsandbytes holds in 4 or 8 bits: read as an (out, in) matrix, pruned, written, put back.
-
-A zero of such a weight is a code, not a small number: NF4, FP4 and int8 have a code for 0. To prune is to write that
-code (`zero_outside`): scales and the codes of kept weights stay as they are, to the bit. Only weights that a
-reconstruction changed have to be quantized again (`write_quantized`), and for that alone bitsandbytes is imported:
-its CPU kernel (0.50, AVX-512) reads wrong values where the width is a multiple of 32 but not of the blocksize.
-
-All functions take the layer, not its parameter: the scales of an 8-bit layer move from the parameter to
-`layer.state` in the first forward pass, and what is cached there must change together with the weights.
-Formats: QLoRA (Dettmers et al. 2023, arXiv 2305.14314), LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339).
-"""
+"""Layers of bitsandbytes: weights in 4 or 8 bits, and floats that such a layer still holds."""
 
 from __future__ import annotations
 
-import copy
-import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from sparsefit.errors import MaskError
 from sparsefit.pruning.layers.base import PrunableWeight, is_dense
-
-_BITS = {"Linear4bit": 4, "Linear8bitLt": 8}
-_INT8_MAX = 127  # a row's scale (SCB) is its largest magnitude, and that is code 127
-_CPU_LAYOUT = "support_avx512bf16_for_cpu"  # whether a Linear4bit may change to its layout for a CPU
-_CPU_ROWS = 32  # rows that this interleaves
+from sparsefit.quantized import (
+    bits_of,
+    dequantized,
+    is_quantized,
+    matrix_shape,
+    snapshot,
+    write_quantized,
+    zero_outside,
+)
 
 
 class QuantizedWeight(PrunableWeight):
@@ -59,19 +47,8 @@ class QuantizedWeight(PrunableWeight):
         write_quantized(self.layers[0], matrix)
 
     def snapshot(self) -> Callable[[], None]:
-        """Remember codes and scales; what is returned puts them back, to the bit, however often it is called."""
-        layer, codes = self.layers[0], self.layers[0].weight.data.clone()
-        if _bits(layer) == 8:
-            scales = _row_scales(layer).clone()
-            return lambda: _put_int8(layer, codes, scales)
-        fields, cpu_layout = copy.deepcopy(vars(_state(layer))), getattr(layer, _CPU_LAYOUT, False)
-
-        def put_back() -> None:
-            _state(layer).__dict__ = dict(fields)
-            layer.weight.data = codes
-            setattr(layer, _CPU_LAYOUT, cpu_layout)
-
-        return put_back
+        """Remember the weights; what is returned puts them back, to the bit."""
+        return snapshot(self.layers[0])
 
 
 class CachedWeight(PrunableWeight):
@@ -81,7 +58,7 @@ class CachedWeight(PrunableWeight):
     def changed(self) -> None:
         """Make the layer forget its copy."""
         for layer in self.layers:
-            if _bits(layer) == 8:  # another layer can share the weight
+            if bits_of(layer) == 8:  # another layer can share the weight
                 layer.state.reset_grads()
 
 
@@ -93,249 +70,6 @@ def matrices(module: nn.Module) -> list[PrunableWeight]:
     """
     if is_quantized(module):
         return [QuantizedWeight("weight", module.weight, (module,), called=True)]
-    if _bits(module) and is_dense(module.weight) and module.weight.ndim == 2:
+    if bits_of(module) and is_dense(module.weight) and module.weight.ndim == 2:
         return [CachedWeight("weight", module.weight, (module,), called=True)]
     return []
-
-
-def _bits(layer: nn.Module) -> int:
-    """4 or 8 if a layer is bitsandbytes' own, whatever it holds at the moment; else 0."""
-    # The layers of PEFT have the same names: they wrap these, and are not meant.
-    own = (c.__name__ for c in type(layer).__mro__ if c.__module__.startswith("bitsandbytes"))
-    return next((_BITS[name] for name in own if name in _BITS), 0)
-
-
-def is_quantized(layer: nn.Module) -> bool:
-    """Whether a layer is bitsandbytes' own and its weight is quantized already.
-
-    >>> is_quantized(nn.Linear(3, 5))
-    False
-    """
-    bits = _bits(layer)
-    if bits == 4:
-        return _state(layer) is not None
-    return bits == 8 and layer.weight.dtype == torch.int8 and _row_scales(layer) is not None
-
-
-def awaits_quantization(layer: nn.Module) -> bool:
-    """Whether a bitsandbytes layer still holds floats that it quantizes later: when it is moved to a device
-    (`model.to("cpu")` does it, too) or, with 8 bits, in its first forward pass.
-
-    >>> awaits_quantization(nn.Linear(3, 5))
-    False
-    """
-    keeps_floats = _bits(layer) == 8 and layer.state.has_fp16_weights
-    return _bits(layer) > 0 and not is_quantized(layer) and not keeps_floats
-
-
-def matrix_shape(layer: nn.Module) -> tuple[int, int]:
-    """(out, in) of a quantized layer's weight, however it is stored.
-
-    >>> matrix_shape(nn.Linear(3, 5))
-    (5, 3)
-    """
-    rows, columns = _state(layer).shape if _bits(layer) == 4 else layer.weight.shape
-    return int(rows), int(columns)
-
-
-def dequantized(layer: nn.Module) -> Tensor:
-    """The weights of a quantized layer as a fresh (out, in) tensor on its device: with 4 bits in the dtype that they
-    had before, with 8 bits in float32, in which the scales are held and the products are scaled.
-
-    >>> layer = nn.Linear(2, 1).requires_grad_(False)  # with what a Linear8bitLt holds
-    >>> layer.weight.data, layer.weight.SCB = torch.tensor([[127, -64]], dtype=torch.int8), torch.tensor([2.0])
-    >>> dequantized(layer)
-    tensor([[ 2.0000, -1.0079]])
-    """
-    if _bits(layer) == 4:
-        return _values(layer.weight.data, _state(layer))
-    return _row_scales(layer).unsqueeze(1) / _INT8_MAX * layer.weight.data
-
-
-def zero_outside(layer: nn.Module, mask: Tensor) -> None:
-    """Set the weights outside an (out, in) bool mask to exactly zero; the others keep their value to the bit. A
-    MaskError if the mask has another shape than the weights.
-
-    >>> layer = nn.Linear(2, 1)  # with what a Linear8bitLt holds
-    >>> layer.weight.SCB, layer.state = torch.ones(1), SimpleNamespace(reset_grads=lambda: None)
-    >>> zero_outside(layer, torch.tensor([[True, False]])); layer.weight != 0
-    tensor([[ True, False]])
-    """
-    _check_shape(layer, mask)
-    mask = mask.to(layer.weight.device)
-    if _bits(layer) == 4:
-        _write_codes(layer, _with_zeros(layer.weight.data, _state(layer), mask))
-    else:
-        _put_int8(layer, layer.weight.data.masked_fill(~mask, 0), _row_scales(layer))
-
-
-def write_quantized(layer: nn.Module, matrix: Tensor) -> None:
-    """Quantize an (out, in) float matrix with the layer's own settings, as its new weights. Its zeros are exact zeros
-    afterwards; the other weights get the rounding error of the format.
-
-    >>> write_quantized(nn.Linear(3, 5), torch.zeros(3, 5))  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-    sparsefit.errors.MaskError: a mask or matrix of shape (3, 5) does not fit ...
-    """
-    _check_shape(layer, matrix)
-    from bitsandbytes import functional
-
-    weight, kept = layer.weight, (matrix != 0).to(layer.weight.device)
-    if _bits(layer) == 8:
-        codes, scales, _ = functional.int8_vectorwise_quant(matrix.to(weight.device, torch.float16).contiguous())
-        # The scale of a row without weights is 0, and what a kernel makes of 0 / 0 is its own affair.
-        _put_int8(layer, codes.masked_fill(~kept, 0), scales)
-        return
-    state = _state(layer)
-    packed, new = functional.quantize_4bit(
-        matrix.to(weight.device, _dtype(state)).contiguous(),
-        blocksize=state.blocksize,
-        compress_statistics=getattr(state, "original_nested", state.nested),
-        quant_type=state.quant_type,
-        quant_storage=getattr(state, "original_storage_type", weight.dtype),
-    )
-    # A block without weights has the scale 0; quantized in its turn, that scale can come back as another number,
-    # and not every kernel gives the code of 0 to a weight of such a block.
-    packed = _with_zeros(packed, new, kept)
-    # The fields change, not the object: the parameter and every layer that shares it hold the same one. One
-    # assignment, so that an interrupt finds the old fields or the new ones.
-    state.__dict__ = vars(new)
-    _write_codes(layer, packed)
-
-
-@contextmanager
-def plain_layout(model: nn.Module) -> Iterator[None]:
-    """Keep the 4-bit layers of a model in the layout in which they are stored, from now on, unless an error comes.
-
-    On a CPU with AVX-512 BF16, a Linear4bit in evaluation mode rearranges its weights in its first forward pass. That
-    rounds the scales, fails for some shapes, and (bitsandbytes 0.50) is saved with the scales in the wrong order and
-    does not survive `model.to(device)`.
-
-    >>> with plain_layout(nn.Linear(3, 5)) as held: print(held)
-    None
-    """
-    switched = [layer for layer in model.modules() if _bits(layer) == 4 and getattr(layer, _CPU_LAYOUT, False)]
-    for layer in switched:
-        setattr(layer, _CPU_LAYOUT, False)
-    try:
-        yield
-    except BaseException:
-        for layer in switched:
-            setattr(layer, _CPU_LAYOUT, True)
-        raise
-
-
-def stored_matrix(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """The weight of a name out of all tensors of a state dict or a file, (out, in); dequantized if it was saved in 4 or
-    8 bits. Its scales are found by their names.
-
-    >>> stored_matrix({"weight": torch.tensor([[127, -64]], dtype=torch.int8), "SCB": torch.tensor([2.0])}, "weight")
-    tensor([[ 2.0000, -1.0079]])
-    """
-    data = tensors[name]
-    if f"{name}.absmax" in tensors:
-        parts = {key.removeprefix(f"{name}."): tensors[key] for key in tensors if key.startswith(f"{name}.")}
-        return _values(data, _state_of_parts(parts))
-    scales = tensors.get(f"{name.removesuffix('weight')}SCB")
-    if data.dtype == torch.int8 and scales is not None:
-        return scales.unsqueeze(1) / _INT8_MAX * data
-    return data
-
-
-def _state(layer: nn.Module) -> Any:
-    # The layer keeps a second reference: sharding strategies lose the attributes of a parameter.
-    state = getattr(layer.weight, "quant_state", None)
-    return state if state is not None else getattr(layer, "quant_state", None)
-
-
-def _row_scales(layer: nn.Module) -> Tensor | None:
-    scales = getattr(layer.weight, "SCB", None)
-    scales = scales if scales is not None else layer.state.SCB
-    return scales.to(layer.weight.device) if scales is not None else None
-
-
-def _put_int8(layer: nn.Module, codes: Tensor, scales: Tensor) -> None:
-    """Make a Linear8bitLt what it is right after quantization: its next forward pass takes codes and scales over."""
-    layer.weight.data = codes
-    layer.weight.CB, layer.weight.SCB = codes, scales
-    layer.state.reset_grads()
-
-
-def _write_codes(layer: nn.Module, packed: Tensor) -> None:
-    """New codes for a Linear4bit, in the plain layout, and its scales in that layout, too."""
-    state = _state(layer)
-    state.absmax, state.dtype = _flat_absmax(state), _dtype(state)
-    state.packing_format_for_cpu = False
-    layer.weight.data = packed
-    setattr(layer, _CPU_LAYOUT, False)
-
-
-def _with_zeros(data: Tensor, state: Any, mask: Tensor) -> Tensor:
-    """The packed codes with the code of 0 wherever an (out, in) mask is False; a column, as they are stored."""
-    codes = _codes(data, state)
-    zero = int((state.code == 0).nonzero()[0])
-    codes[: mask.numel()].masked_fill_(~mask.flatten(), zero)
-    storage = getattr(state, "original_storage_type", data.dtype)
-    return (codes[::2] << 4 | codes[1::2]).view(storage).unsqueeze(1)
-
-
-def _values(data: Tensor, state: Any) -> Tensor:
-    """Code times block scale, in float32 and rounded once, as the kernels do it."""
-    count, scales = torch.Size(state.shape).numel(), _block_scales(state)
-    codes = nn.functional.pad(_codes(data, state)[:count], (0, len(scales) * state.blocksize - count))
-    values = state.code.float()[codes.int()].view(len(scales), state.blocksize) * scales.unsqueeze(1)
-    return values.flatten()[:count].view(*state.shape).to(_dtype(state))
-
-
-def _codes(data: Tensor, state: Any) -> Tensor:
-    """One 4-bit code a byte, row after row, as a fresh tensor; a last one over if the weights are odd in number."""
-    stored = data.contiguous().view(torch.uint8)
-    if data.ndim == 1 or 1 in data.shape:  # the plain layout: pairs, the first of each in the high half
-        stored = stored.flatten()
-        return torch.stack((stored >> 4, stored & 15), dim=1).flatten()
-    # The CPU layout, (out, in / 2): in each pair of columns of 32 rows, rows 0-15 are the low halves and rows 16-31 the
-    # high ones.
-    rows, columns = state.shape
-    stored = stored.view(rows // _CPU_ROWS, columns // 2, _CPU_ROWS)
-    pairs = torch.cat((stored & 15, stored >> 4), dim=2).view(rows // _CPU_ROWS, columns // 2, _CPU_ROWS, 2)
-    return pairs.transpose(1, 2).flatten()
-
-
-def _block_scales(state: Any) -> Tensor:
-    """The scale of each block, float32; where the scales are themselves quantized, these are dequantized."""
-    if not state.nested:
-        return _flat_absmax(state).float()
-    codes, outer = state.absmax, state.state2
-    scales = outer.absmax.repeat_interleave(outer.blocksize)[: len(codes)]
-    return outer.code[codes.int()] * scales + state.offset
-
-
-def _flat_absmax(state: Any) -> Tensor:
-    # The CPU layout has them (blocks of a row, rows) in bfloat16.
-    return state.absmax.t().flatten().float() if state.absmax.ndim == 2 else state.absmax
-
-
-def _dtype(state: Any) -> torch.dtype:
-    return getattr(state, "original_dtype", state.dtype)
-
-
-def _state_of_parts(parts: Mapping[str, Tensor]) -> Any:
-    """The fields of a QuantState out of its saved tensors; what is no tensor is JSON in one of them."""
-    packed = next(value for key, value in parts.items() if key.startswith("quant_state."))
-    fields = SimpleNamespace(**json.loads(bytes(packed.cpu().tolist())))
-    fields.dtype, fields.absmax, fields.code = getattr(torch, fields.dtype), parts["absmax"], parts["quant_map"]
-    fields.nested = "nested_absmax" in parts
-    if fields.nested:
-        fields.state2 = SimpleNamespace(
-            absmax=parts["nested_absmax"], code=parts["nested_quant_map"], blocksize=fields.nested_blocksize
-        )
-        fields.offset = fields.nested_offset
-    return fields
-
-
-def _check_shape(layer: nn.Module, tensor: Tensor) -> None:
-    if tuple(tensor.shape) != matrix_shape(layer):
-        raise MaskError(
-            f"a mask or matrix of shape {tuple(tensor.shape)} does not fit quantized weights of shape "
-            f"{matrix_shape(layer)}: give it as (out, in), not packed"
-        )

@@ -1,39 +1,68 @@
-"""What a run measures, at which cost: the half of `RunReport` that evaluates."""
+"""What a run makes of its model, figures and files, and at which cost: what `RunReport` evaluates and exports."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from sparsefit.callbacks.hooks import PrunedRunCallback
 from sparsefit.callbacks.ledgers import budget_of, ledger_of, masks_of
+from sparsefit.callbacks.quantization import QuantizedBase
 from sparsefit.callbacks.reconstruction import BlockwiseReconstruction
+from sparsefit.callbacks.run_account import point
+from sparsefit.callbacks.run_folder import RunFolder
 from sparsefit.callbacks.task_figures import LEDGER_STAGE, METRIC, TaskFigures
-from sparsefit.callbacks.validating import better, validated
+from sparsefit.callbacks.validating import better, logged_as, validated
+from sparsefit.errors import MergeError
+from sparsefit.pruning import MaskSet
 from sparsefit.recovery.adapter_files import form_of
 from sparsefit.recovery.adapters import LOSSLESS
-from sparsefit.recovery.merge import lossy_layers
+from sparsefit.recovery.inspection import inspect_folder
+from sparsefit.recovery.merge import lossy_layers, merged_in_place
+from sparsefit.recovery.quantize import in_floats
 from sparsefit.reporting.console import stage_progress
 
 _MARGIN = 1.25  # the last evaluation may be somewhat slower than the ones it is measured by
 
 
-class RunMeasuring(PrunedRunCallback):
-    """Measures a module at the stages of a run, and has the budget keep what that takes.
+class RunProducts(PrunedRunCallback):
+    """Measures and exports a module at the stages of a run, and has the budget keep what that takes.
 
     Args:
+        folder: Where the files go.
         tasks: Zero-shot tasks that it is measured by, too.
     """
 
-    def __init__(self, tasks: TaskFigures) -> None:
+    def __init__(self, folder: RunFolder, tasks: TaskFigures) -> None:
+        self.folder = folder
         self.tasks = tasks
         self.report: dict[str, Any] = {}
+        self.history: list[dict[str, float]] = []
         self._seconds = {"evaluation": 0.0, "export": 0.0, LEDGER_STAGE: 0.0}  # the longest of each
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note loss, learning rate and GPU-hours, as often as the trainer logs."""
+        step = trainer.global_step
+        new = not self.history or self.history[-1]["step"] < step
+        if new and (step == 1 or step % trainer.log_every_n_steps == 0):
+            self.history += point(trainer, outputs)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what a validation logged as `val_` and the name of a figure."""
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return
+        for metric in self.report.get("metrics", {}):
+            if (value := trainer.callback_metrics.get(logged_as(metric))) is not None:
+                self._note(trainer, "validation", metric, float(value))
 
     def measure(self, trainer: Trainer, module: LightningModule, stage: str) -> dict[str, float]:
         """What the module measures on the test data; of one that declares nothing, what its validation logs."""
@@ -93,3 +122,47 @@ class RunMeasuring(PrunedRunCallback):
         with ledger_of(trainer).stage(stage):
             yield
         self._seconds[stage] = max(self._seconds[stage], time.monotonic() - start)
+
+    def _export_base(self, trainer: Trainer, module: LightningModule, masks: MaskSet) -> None:
+        if trainer.is_global_zero:
+            with self._charged(trainer, "export"):
+                self.folder.write_base(module, masks)
+                self._count(self.folder.path)
+
+    def _export_trained(self, trainer: Trainer, module: LightningModule, merged: bool = True) -> None:
+        masks = masks_of(trainer)
+        if not trainer.is_global_zero or masks is None:
+            return
+        with self._charged(trainer, "export"):
+            quantization = next((c.account for c in trainer.callbacks if isinstance(c, QuantizedBase)), None)
+            written = self.folder.write_trained(module, masks, {"quantization": quantization or None})
+            if not merged and written == self.folder.adapter:
+                self.folder.drop_merged()  # of an end that was never made whole
+            if written == self.folder.model or "sparsity" not in self.report:  # a resumed run has not counted yet
+                self._count(self.folder.path if written == self.folder.adapter else written)
+
+    def _count(self, folder: Path) -> None:
+        inspection = inspect_folder(folder)
+        files = ", ".join(str(file.relative_to(self.folder.path)) for file in inspection.files)
+        self.report["sparsity"] = inspection.account() | {"counted_on": files}
+
+    def _merge(self, trainer: Trainer, module: LightningModule) -> None:
+        """Write the model with its adapters merged, if that loses nothing, and evaluate it."""
+        form, masks = form_of(module), masks_of(trainer)
+        if form is None or masks is None:
+            return
+        self.report["merge"] = {"form": form, "lossless": False}
+        try:
+            with in_floats(module), merged_in_place(module, masks):
+                if trainer.is_global_zero:
+                    with self._charged(trainer, "export"):
+                        self.folder.write_merged(module, masks)
+                        self._count(self.folder.model)
+                self._evaluate(trainer, module, "merged")
+        except MergeError as reason:
+            self.report["merge"]["reason"] = str(reason)
+            if trainer.is_global_zero:
+                self.folder.drop_merged()
+            return
+        counted = self.report.get("sparsity", {}).get("total")
+        self.report["merge"] |= {"lossless": True, "folder": self.folder.model.name, "sparsity": counted}
