@@ -11,7 +11,7 @@ seconds at that pace, beside those of a reconstruction. Every point is a fit by 
 callbacks, kept in a file of the output folder, so a run that was stopped goes on where it was. What a pruning or a
 reconstruction gives is kept, too, and shared by the points that start from it. The model on TinyStories expects the
 folder data/ (see configs/tinystories.yaml), and so does SmolLM2 (see configs/smollm2-135m_c4.yaml): in bfloat16
-autocast, 32 calibration windows and batches of 4 x 512 tokens of C4, and 24 windows of WikiText-2.
+autocast, 128 calibration windows and batches of 4 x 512 tokens of C4, and 24 windows of WikiText-2.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def refined(model: str, rates: dict[str, float], limit: Settings, pattern: str) 
 
 
 PAPERS: Settings = {"form": "lora q, v (the paper's)"}
-OURS: Settings = {"form": BEST, "passes": PASSES, "distill": 0.5}
+OURS: Settings = {"form": BEST, "passes": 2, "pruning": "refined"}
 
 
 def headline(output: Path, model: str, steps: int, patterns: list[str], seeds: list[int]) -> list[Settings]:

@@ -63,7 +63,7 @@ def c4(seed: int) -> C4DataModule:
         sequence_length=512,
         batch_size=4,
         calibration="pack",
-        calibration_samples=32,
+        calibration_samples=128,
         test_windows=24,
         seed=seed,
     )
