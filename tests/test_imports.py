@@ -55,6 +55,7 @@ ALLOWED = {
     "data": {"torch", "transformers", "datasets", "torchmetrics", "lightning", "huggingface_hub"}
     | {"pyarrow", "fsspec", "numpy", "PIL", "sklearn", "sparsefit.modules"},
     "reporting": {"torch", "rich", "matplotlib", "numpy", "psutil"},
+    "planning": set(),
     "study": {"torch", "sparsefit.calibration", "sparsefit.pruning", "sparsefit.reporting"},
     "callbacks": {
         "torch",
