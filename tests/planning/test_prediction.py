@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -31,7 +32,9 @@ def measured(blocks: int, samples: int = 8) -> Measured:
             "update": 0.5 + 0.01 * blocks,
             "export": 2.0 + blocks,
         },
-        peaks={"pruning": 100.0 + 10 * blocks, "training": 200.0 + 40 * blocks},
+        # What a process holds is no line; that of its tensors is.
+        peaks={"pruning": 100.0 + 10 * blocks + 3 * blocks**2, "training": 200.0 + 40 * blocks},
+        tensors={"pruning": 10.0 * blocks, "training": 40.0 * blocks},
         counts={"all": 1000.0 + 100 * blocks, "pruned": 70.0 * blocks, "train": 80.0 * blocks},
         disk=500.0 + 9 * blocks,
     )
@@ -50,7 +53,7 @@ def test_what_grows_by_the_block_is_predicted_exactly(few, more):
         }
     )
     assert plan.step == pytest.approx(36.8)
-    assert plan.peaks == pytest.approx({"pruning": 400, "training": 1400})
+    assert plan.peaks == pytest.approx({"pruning": 400 + 3 * more**2, "training": 1400})
     assert plan.counts == pytest.approx({"all": 4000, "pruned": 2100, "train": 2400})
     assert plan.disk == pytest.approx(770)
     assert plan.gpu_hours == pytest.approx(sum(stage.seconds for stage in plan.stages) / 3600)
@@ -78,7 +81,7 @@ def test_the_budget_buys_what_is_left_beside_the_other_stages(devices, gpu_hours
 
 
 def test_the_reserve_is_kept_even_where_the_end_takes_less():
-    quick = Measured(2, 8, 1, {"pruning": 0.0, "batch": 1.0, "update": 0.0}, {}, {"all": 1.0})
+    quick = Measured(2, 8, 1, {"pruning": 0.0, "batch": 1.0, "update": 0.0}, counts={"all": 1.0})
     plan = predict(Work(2, 8, 1, 1, 1, 1, None, gpu_hours=100 / 3600, reserve=0.2), quick)
     assert plan.steps == 80
 
@@ -92,7 +95,7 @@ def test_max_steps_may_end_it_first():
 def test_states_data_and_libraries_are_added_to_the_memory():
     work = Work(30, 32, 512, 10, 2, 2048, 50, state_bytes=5, held=1000.0)
     plan = predict(work, measured(2), measured(4), measured(4, 16))
-    assert plan.peaks == pytest.approx({"pruning": 1000 + 400 + 24 * 5, "training": 1000 + 1400})
+    assert plan.peaks == pytest.approx({"pruning": 1000 + 400 + 48 + 24 * 5, "training": 1000 + 1400})
 
 
 def test_reading_belongs_to_its_stage_and_the_control_to_no_budget():
@@ -105,5 +108,5 @@ def test_reading_belongs_to_its_stage_and_the_control_to_no_budget():
 
 
 def test_noise_that_falls_with_the_blocks_is_taken_as_level():
-    noisy = Measured(4, 8, 4, {**measured(4).seconds, "batch": 2.0}, measured(4).peaks, measured(4).counts)
+    noisy = replace(measured(4), seconds={**measured(4).seconds, "batch": 2.0})
     assert predict(WORK, measured(2), noisy).step == pytest.approx(2 * 2.0 + 0.8)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sparsefit.callbacks import BlockwiseReconstruction, GPUHourBudget, RunReport, SparseCheckpoints, WandaPruning
@@ -125,11 +126,11 @@ def _measured(run: Miniature) -> Measured:
         seconds["evaluation"] = spent.get("evaluation", 0.0) / evaluations
     counts = {
         "all": float(sum(p.numel() for p in module.parameters())),
-        "pruned": float(sum(weights for weights, _ in pruning.masks.counts().values())),
+        "pruned": float(_bits(pruning.masks)),
         "train": float(sum(p.numel() for p in module.parameters() if p.requires_grad)),
     }
     seconds |= watch.seconds()
-    return Measured(run.blocks or 1, run.samples, evaluations, seconds, watch.peaks, counts, disk)
+    return Measured(run.blocks or 1, run.samples, evaluations, seconds, watch.peaks, watch.tensors, counts, disk)
 
 
 class Batches(LightningDataModule):
@@ -158,6 +159,8 @@ class Watch(PrunedRunCallback):
     def __init__(self, held: float) -> None:
         self._held = held
         self.peaks: dict[str, float] = {}
+        self.tensors: dict[str, float] = {}
+        self._saved: SavedActivations | None = None
         self._batches: list[float] = []
         self._updates: list[float] = []
         self._mark = 0.0
@@ -172,11 +175,20 @@ class Watch(PrunedRunCallback):
 
     def on_base_ready(self, trainer: Trainer, pl_module: LightningModule, masks: MaskSet) -> None:
         """Pruning and reconstruction are over."""
+        self.tensors["pruning"] = sum(map(_bytes, pl_module.parameters())) + _bits(masks) / 8
         self._take_peak("pruning")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """A batch begins."""
+        """A batch begins; of the first one the activations are counted."""
+        if batch_idx == 0:
+            self._saved = SavedActivations(pl_module)
+            self._saved.__enter__()
         self._mark = _now(trainer)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """What a backward pass needs is there."""
+        if self._saved is not None and self._saved.counting:
+            self._saved.__exit__(None, None, None)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Its gradients are there."""
@@ -189,11 +201,45 @@ class Watch(PrunedRunCallback):
 
     def on_closing(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Training is over."""
+        held = [p for p in pl_module.parameters() if p.requires_grad]  # as many bytes of gradients
+        states = [state for optimizer in trainer.optimizers for state in optimizer.state.values()]
+        held += [tensor for state in states for tensor in state.values() if isinstance(tensor, Tensor)]
+        activations = 0.0 if self._saved is None else self._saved.bytes
+        self.tensors["training"] = self.tensors["pruning"] + sum(map(_bytes, held)) + activations
         self._take_peak("training")
 
     def _take_peak(self, stage: str) -> None:
         self.peaks[stage] = float(peak_memory()[0] or 0) - self._held
         reset_peak_memory()
+
+
+class SavedActivations(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes of what autograd keeps for a backward pass, each memory once, the model's own left out."""
+
+    def __init__(self, module: LightningModule) -> None:
+        super().__init__(self._count, lambda tensor: tensor)
+        self._seen = {p.untyped_storage().data_ptr() for p in module.parameters()}
+        self.bytes, self.counting = 0.0, True
+
+    def _count(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.bytes += storage.nbytes()
+        return tensor
+
+    def __exit__(self, *error: Any) -> None:
+        """The forward pass is over."""
+        self.counting = False
+        super().__exit__(*error)
+
+
+def _bits(masks: MaskSet) -> int:
+    return sum(weights for weights, _ in masks.counts().values())
+
+
+def _bytes(tensor: Tensor) -> float:
+    return float(tensor.numel() * tensor.element_size())
 
 
 def _now(trainer: Trainer) -> float:

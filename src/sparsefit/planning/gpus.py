@@ -88,7 +88,7 @@ def estimated(
         "pruning": counts["all"] * shape.weight_bytes + work.samples * work.state_bytes,
         "training": training_bytes(counts, shape, work.blocks, work.batch_tokens),
     }
-    return Measured(work.blocks, work.samples, evaluations, seconds, peaks, counts)
+    return Measured(work.blocks, work.samples, evaluations, seconds, peaks, counts=counts)
 
 
 def training_bytes(counts: Mapping[str, float], shape: Shape, blocks: int, tokens: int) -> float:

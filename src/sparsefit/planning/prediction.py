@@ -63,6 +63,7 @@ class Measured:
             and backward pass of a training "batch", of the optimizer's "update", and of "export". A stage that the
             recipe has not is missing.
         peaks: Most bytes held in the stages "pruning" and "training", beside what was held before there was a model.
+        tensors: Bytes of the tensors that are held then, counted one by one: exact where the process's memory is not.
         counts: Weights in "all", those that are "pruned", and those that "train".
         disk: Bytes in its run folder.
     """
@@ -72,6 +73,7 @@ class Measured:
     evaluations: int
     seconds: Mapping[str, float]
     peaks: Mapping[str, float] = field(default_factory=dict)
+    tensors: Mapping[str, float] = field(default_factory=dict)
     counts: Mapping[str, float] = field(default_factory=dict)
     disk: float = 0.0
 
@@ -146,7 +148,12 @@ def predict(work: Work, one: Measured, two: Measured | None = None, more: Measur
     if "reconstruction" in seconds:
         seconds["reconstruction"] *= work.samples / one.samples
     read = {stage: work.reading.get(stage, 0.0) for stage in ("pruning", "evaluation")}
-    peaks, counts = {stage: work.held + peak for stage, peak in whole("peaks").items()}, whole("counts")
+    largest, counts, grown = two or one, whole("counts"), whole("tensors")
+    # What is measured of a few blocks, and what the tensors of the others add.
+    peaks = {
+        stage: work.held + peak + grown.get(stage, 0.0) - largest.tensors.get(stage, 0.0)
+        for stage, peak in largest.peaks.items()
+    }
     if "pruning" in peaks:
         peaks["pruning"] += (work.samples - one.samples) * work.state_bytes
     step = work.batches_in_step * seconds.get("batch", 0.0) + seconds.get("update", 0.0)
