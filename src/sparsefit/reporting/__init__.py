@@ -9,18 +9,8 @@ console.print(summary(report))
 """
 
 from sparsefit.reporting.console import stage_progress, summary
-from sparsefit.reporting.html import render_html
 from sparsefit.reporting.machine import peak_memory, versions
-from sparsefit.reporting.report import layer_type, read_json, share_won_back, write_json
+from sparsefit.reporting.pages import render_html
+from sparsefit.reporting.report import read_json, write_json
 
-__all__ = [
-    "layer_type",
-    "peak_memory",
-    "read_json",
-    "render_html",
-    "share_won_back",
-    "stage_progress",
-    "summary",
-    "versions",
-    "write_json",
-]
+__all__ = ["peak_memory", "read_json", "render_html", "stage_progress", "summary", "versions", "write_json"]
