@@ -46,7 +46,16 @@ def test_the_page_shows_the_key_figures(report):
     for shown in (report["folder"], report["command"], "gpu_hours budget reached", "tied to the embedding", "2.8.0"):
         assert shown in text
     assert all(layer["name"] in text for layer in report["sparsity"]["layers"])
-    assert "20.00% over all matrices of the model" in text
+    assert "Of all matrices of the model 20.00% are zero" in text
+
+
+def test_the_errors_of_layers_are_told_as_their_mean(report):
+    rows = Page(render_html(report)).rows["Pruning"]
+    assert ["score", "wanda"] in rows
+    assert ["tokens", "32,768"] in rows
+    assert ["order used", "block"] in rows
+    report["pruning"]["layer_errors"] = {"a": 0.02, "b": 0.04, "c": None}
+    assert ["mean error of outputs", "3.00%"] in Page(render_html(report)).rows["Pruning"]
 
 
 def test_a_control_has_its_figures_and_costs_apart(report, controlled):

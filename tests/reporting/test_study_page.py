@@ -89,7 +89,8 @@ def test_failed_points_are_listed_with_their_error():
     page = Page(html)
     assert page.text.count("ConfigError: <b>5 & 6</b>") == 1
     assert "Failed: 2" in page.headings
-    assert "deit: wanda per layer, 60%, pruned; deit: wanda per layer, 70%, pruned" in page.text
+    assert "deit: wanda per layer, 60%, pruned\n" in page.text
+    assert "deit: wanda per layer, 70%, pruned\n" in page.text
     assert page.badge == "1 of 3 points, 2 failed"
     assert [line[0:2] for line in cells(html, "Results")][2:] == [["60%", "failed"], ["70%", "failed"]]
     assert printed(ONE, rows)[0] == f"{ONE['name']}: 1 of 3 points, 2 failed"
@@ -284,6 +285,18 @@ def test_every_text_is_escaped():
         "Some CPU @ 3 GHz<s",
     ):
         assert shown in page.text
+
+
+def test_names_of_metrics_and_models_are_no_template_code():
+    metric, model = "<b>score</b> {{ 7 * 7 }}", "{% include 'x' %}"
+    study = {"metrics": {"accuracy": "higher", metric: "higher"}, "models": {model: {"class": metric}}}
+    rows = [row(model, accuracy=0.8, **{metric: 0.9}), pruned(model=model, accuracy=0.7, **{metric: 0.5})]
+    html = render_study(study, rows)
+    assert "<b>score" not in html
+    page = Page(html)
+    assert f"Also measured: {metric}" in page.summaries
+    assert ["class", metric] in page.rows["Models"]
+    assert any(model in line for line in page.text.splitlines())
 
 
 def test_the_terminal_shows_tables_and_differences():

@@ -1,12 +1,4 @@
-"""The report of a run: `report.json`, one self-contained HTML page, and the summary on the terminal.
-
-from sparsefit.reporting import render_html, summary, write_json
-from sparsefit.reporting.console import console
-
-write_json(report, folder / "report.json")
-(folder / "report.html").write_text(render_html(report), encoding="utf-8")
-console.print(summary(report))
-"""
+"""The report of a run: `report.json`, one self-contained HTML page, and the summary on the terminal."""
 
 from sparsefit.reporting.console import stage_progress, summary
 from sparsefit.reporting.machine import peak_memory, versions

@@ -28,10 +28,7 @@ _STYLES = {"finished": "bold green", "interrupted": "bold yellow", "failed": "bo
 
 
 def summary(report: Mapping[str, Any]) -> Group:
-    """The tables a run ends with, to be printed with `console.print(summary(report))`.
-
-    What the report does not hold is left out.
-    """
+    """The tables a run ends with, to be printed with `console.print(summary(report))`."""
     status = str(report.get("status") or "unknown")
     head = Text.assemble((str(report.get("name") or "run"), "bold"), ": ", (status, _STYLES.get(status, "bold")))
     shown = [run_tables.quality(report), *run_tables.timelines(report)]
@@ -87,12 +84,12 @@ def _closing_lines(report: Mapping[str, Any]) -> Iterator[str]:
     if training.get("stop_reason"):
         steps = formats.count(training.get("steps"))
         yield f"training: {steps} steps, stopped because: {training['stop_reason']}"
-    if merged := reading.section(report, "merge"):
-        told = f"without loss, sparsity {formats.percent(merged.get('sparsity'))}, in {merged.get('folder')}"
-        title, told = (
-            ("merged model", told) if merged.get("lossless") else ("not merged", f"kept apart: {merged.get('reason')}")
-        )
-        yield f"{title}: {merged.get('form')}, {told}"
+    merged = reading.section(report, "merge")
+    if merged.get("lossless"):
+        sparsity = formats.percent(merged.get("sparsity"))
+        yield f"merged model: {merged.get('form')}, without loss, sparsity {sparsity}, in {merged.get('folder')}"
+    elif merged:
+        yield f"not merged: {merged.get('form')}, kept apart: {merged.get('reason')}"
     if reading.section(report, "control"):
         yield _control(report)
     if reading.number(memory.get("peak_bytes")) is not None:
@@ -117,13 +114,8 @@ def stage_progress(
 ) -> Iterator[Callable[..., None]]:
     """Show the progress of one stage and the time left: a bar on a terminal, at most six plain lines anywhere else.
 
-    Args:
-        description: What is being done, e.g. "calibration".
-        total: How many units there are, or None where nobody knows yet.
-        visible: False shows nothing, for the ranks that keep silent.
-
-    Yields:
-        `advance(n=1, total=None)`, to be called when `n` more units are done; it may bring a total that is known now.
+    `total` is None where nobody knows yet how many units there are; `visible` False is for the ranks that keep silent.
+    What is yielded, `advance(n=1, total=None)`, is called when `n` more units are done, and may bring the total.
     """
     if not visible:
         yield lambda n=1, total=None: None

@@ -1,7 +1,7 @@
 """The style of a report's figures, which are drawn with matplotlib and returned as SVG text to be placed inside a page.
 
-Ink and lines take the page's colours (`--ink`, `--muted`, `--line`, `--card`) where the page defines them, so that a
-figure reads in a light and in a dark theme. All ids carry a digest of the figure: any number of them live in one page.
+Ink and lines take the page's colours (`--ink`, ...), so that a figure reads in a light and in a dark theme. All ids
+carry a digest of the figure: any number of them live in one page.
 """
 
 from __future__ import annotations
@@ -67,10 +67,7 @@ def figure_of(width: float, height: float) -> Figure:
 
 
 def metric_axis(axes: Axes, metric: str, values: Sequence[float]) -> str:
-    """Scale the y axis for these values of a metric; returns `log scale, ` where it is one, else nothing.
-
-    Accuracies are in percent; a perplexity whose values lie far apart has a log scale.
-    """
+    """Scale the y axis for these values of a metric; returns `log scale, ` where perplexities lie far apart."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
     low, high = min(values), max(values)

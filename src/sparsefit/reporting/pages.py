@@ -1,6 +1,4 @@
-"""The pages of a run and of a study: one self-contained HTML file each, which needs no network and reads on a phone, in
-light and in dark. They are filled in from the templates beside this file; whatever is put into one is escaped.
-"""
+"""The pages of a run and of a study: one self-contained HTML file each, filled in from the templates beside it."""
 
 from __future__ import annotations
 
@@ -47,6 +45,7 @@ def _run_tiles(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     asked = f"asked {formats.percent(sparsity['asked'])}" if sparsity.get("asked") is not None else ""
     total, budget = reading.number(spent.get("total")), reading.number(spent.get("budget"))
     share = f"of {formats.hours(budget)} ({total / budget:.1%})" if budget and total is not None else "no budget set"
+    share += f", devices: {formats.count(spent['devices'])}" if spent.get("devices") else ""
     tiles.append(("sparsity", formats.percent(sparsity.get("total")), asked))
     tiles.append(("GPU-hours", formats.hours(total), share))
     tiles.append(("peak memory", formats.size(memory.get("peak_bytes")), str(memory.get("kind") or "")))
@@ -54,14 +53,9 @@ def _run_tiles(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def render_study(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    """A study as HTML, to be written as UTF-8; whatever study and rows do not hold is left out.
-
-    Args:
-        study: What `study.json` holds.
-        rows: The rows of `results.csv`: one for each point, stage and pair of seeds.
-    """
+    """A study (what `study.json` holds) and its rows (those of `results.csv`) as HTML, to be written as UTF-8."""
     results = read_results(study, rows)
-    firsts = [results.metric_of(model) for model in results.models]
+    shown = {*map(results.metric_of, results.models)}
     return _filled(
         "study.html",
         name=study.get("name") or "study",
@@ -73,11 +67,10 @@ def render_study(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
         tables=study_tables.results_tables(results),
         differences=study_tables.differences(results),
         others={
-            metric: ([draw_panels([panel]) for panel in score_panels(results, metric)], found)
+            metric: ([draw_panels([panel]) for panel in score_panels(results, metric)], tables)
             for metric in results.metrics
-            if metric not in firsts and (found := study_tables.results_tables(results, metric))
+            if metric not in shown and (tables := study_tables.results_tables(results, metric))
         },
-        failures=_failures(results),
         times={kind: formats.seconds(spent) for kind, spent in seconds_by_kind(study).items()},
         point_times=study_tables.point_times(results),
     )
@@ -106,15 +99,6 @@ def _study_tiles(study: Mapping[str, Any], results: Results) -> list[tuple[str, 
     return tiles + ([("time", formats.seconds(spent), "")] if spent else [])
 
 
-def _failures(results: Results) -> dict[str, list[str]]:
-    """Each error with the points that it ended."""
-    ended: dict[str, list[str]] = {}
-    for point, error in results.failures:
-        way = (point.way.name, point.way.score and point.amount, point.stage)
-        ended.setdefault(error, []).append(f"{point.model}: {', '.join(filter(None, way))}")
-    return ended
-
-
 def _filled(template: str, **values: Any) -> str:
     """A template filled in; only what it calls safe, the figures, is taken as markup."""
     return _environment().get_template(template).render(values)
@@ -122,9 +106,6 @@ def _filled(template: str, **values: Any) -> str:
 
 @functools.cache
 def _environment() -> Environment:
-    loader = PackageLoader("sparsefit.reporting")
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(loader=PackageLoader("sparsefit.reporting"), autoescape=True, undefined=StrictUndefined)
     environment.globals |= {"formats": formats, "reading": reading}
     return environment

@@ -1,7 +1,6 @@
 """The run's report: a plain dict, its file `report.json`, and the pure functions that read figures out of it.
 
-Every reader takes a report in which anything may be missing: a run without training has no recovered value, an
-interrupted run has partial data. What is missing reads as `None` or as an empty container, never as an error.
+Anything may be missing from a report, as where a run was interrupted: it reads as `None` or an empty container.
 """
 
 from __future__ import annotations
@@ -17,15 +16,9 @@ from typing import Any, NamedTuple
 from sparsefit.errors import RunFolderError
 from sparsefit.files import is_sealed, sealed, write_text
 
-STAGES = ("dense", "pruned", "recovered")
-"""What `share_won_back` compares."""
-
-CONTROL = "control"
-"""The dense model trained by the recipe of the run."""
-
-ALL_STAGES = ("dense", "pruned", "reconstructed", "recovered", "merged", CONTROL)
-"""What a metric may be measured on, in the order of a run, and on its control."""
-
+CONTROL = "control"  # the dense model trained by the recipe of the run
+STAGES = ("dense", "pruned", "recovered")  # what `share_won_back` compares
+ALL_STAGES = ("dense", "pruned", "reconstructed", "recovered", "merged", CONTROL)  # what may be measured
 _METRICS = {"perplexity": "lower", "accuracy": "higher"}
 _RUN_ORDER = ("setup", "calibration and pruning", "reconstruction", "training", "validation", "evaluation")
 _RUN_ORDER += ("zero-shot tasks", "export", "closing", "merge")
@@ -145,16 +138,21 @@ def timeline(report: Mapping[str, Any], metric: str) -> list[Moment]:
     return sorted(moments, key=lambda moment: moment.hours)
 
 
-def nats_lost(report: Mapping[str, Any], metric: str, moment: Moment) -> float | None:
-    """Nats per token by which a perplexity lies above the dense model's: ln value - ln dense.
-
-    None where that says nothing: for other metrics, and for validations, whose text is another.
-    """
-    dense = next((m.value for m in timeline(report, metric) if m.stage == "dense"), None)
-    dense = metric_values(report, metric).get("dense", dense)
-    if "perplexity" not in metric or moment.stage == "validation" or not dense or min(dense, moment.value) <= 0:
+def distance(metric: str, value: float | None, reference: float | None) -> float | None:
+    """How far a value lies above another: of perplexities in nats, ln value - ln reference, else the difference."""
+    if value is None or reference is None:
         return None
-    return math.log(moment.value) - math.log(dense)
+    if "perplexity" not in metric:
+        return value - reference
+    return math.log(value) - math.log(reference) if min(value, reference) > 0 else None
+
+
+def nats_lost(report: Mapping[str, Any], metric: str, moment: Moment) -> float | None:
+    """Nats per token by which a perplexity is above the dense model's; None for validations, whose text is another."""
+    stages = {moment.stage: moment.value for moment in timeline(report, metric)} | metric_values(report, metric)
+    if "perplexity" not in metric or moment.stage == "validation":
+        return None
+    return distance(metric, moment.value, stages.get("dense"))
 
 
 def block_errors(report: Mapping[str, Any]) -> list[tuple[float, float]]:
@@ -193,19 +191,12 @@ def won_back(report: Mapping[str, Any], metric: str) -> float | None:
 def distance_from_control(report: Mapping[str, Any], metric: str) -> float | None:
     """How far the recovered model is above the control: what the masks cost, whatever both have learnt.
 
-    Of perplexities in nats, ln recovered - ln control; of other metrics the difference. None where either is missing.
-
     >>> report = {"metrics": {"accuracy": "higher"}, "accuracy": {"recovered": 0.75, "control": 1.0}}
     >>> distance_from_control(report, "accuracy")
     -0.25
     """
     values = metric_values(report, metric)
-    recovered, control = values.get("recovered"), values.get(CONTROL)
-    if recovered is None or control is None:
-        return None
-    if "perplexity" not in metric:
-        return recovered - control
-    return math.log(recovered) - math.log(control) if min(recovered, control) > 0 else None
+    return distance(metric, values.get("recovered"), values.get(CONTROL))
 
 
 def control_harmed(report: Mapping[str, Any]) -> list[str]:

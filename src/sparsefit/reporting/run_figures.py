@@ -29,9 +29,8 @@ def timeline(report: Mapping[str, Any]) -> str | None:
     if not measured:
         return None
     figure = figure_of(WIDTH, 3.6 * len(measured))
-    for axes, (metric, moments) in zip(
-        figure.subplots(len(measured), squeeze=False).flat, measured.items(), strict=True
-    ):
+    plots = figure.subplots(len(measured), squeeze=False).flat
+    for axes, (metric, moments) in zip(plots, measured.items(), strict=True):
         scale = metric_axis(axes, metric, [moment.value for moment in moments])
         axes.set_title(f"{metric} over the run ({scale}{reading.metrics(report)[metric]} is better)")
         _hours_axis(axes, report, moments[-1].hours)
@@ -86,6 +85,7 @@ def _hours_axis(axes: Axes, report: Mapping[str, Any], last: float) -> None:
         last = max(last, budget)
     axes.set_xlim(0, 1.02 * last or 1)
     axes.set_xlabel("GPU-hours spent, all stages")
+    axes.locator_params(axis="x", nbins=6)
 
 
 @styled

@@ -58,14 +58,14 @@ def layer_types(report: Mapping[str, Any]) -> Table:
     """Zeros of each type of layer, and of all that was pruned."""
     whole = reading.section(report, "sparsity")
     types = reading.sparsity_by_type(report)
-    rows = [_zeros(name, formats.count(entry["layers"]), entry) for name, entry in types.items()]
+    rows = [_zeros(name, entry, formats.count(entry["layers"])) for name, entry in types.items()]
     counted = reading.number(whole.get("total")) is not None
     layers = formats.count(len(reading.items(report, "sparsity", "layers")) or None)
-    total = _zeros("all pruned", layers, {**whole, "sparsity": whole["total"]}) if counted else []
+    total = _zeros("all pruned", {**whole, "sparsity": whole["total"]}, layers) if counted else []
     overall = formats.percent(whole.get("overall_sparsity"))
-    notes = [f"{overall} over all matrices of the model."] if overall != formats.MISSING else []
+    notes = [f"Of all matrices of the model {overall} are zero."] if overall != formats.MISSING else []
     notes += [f"Counted on {whole['counted_on']}."] if whole.get("counted_on") else []
-    return Table("Sparsity by layer type", ["layers", "count", "weights", "zeros", "sparsity"], rows, notes, total)
+    return Table("Sparsity by layer type", ["layers", "weights", "zeros", "sparsity", "count"], rows, notes, total)
 
 
 def layers(report: Mapping[str, Any]) -> Table:
@@ -73,13 +73,13 @@ def layers(report: Mapping[str, Any]) -> Table:
     rows = []
     for layer in reading.entries(report, "sparsity", "layers"):
         shape = " x ".join(map(str, reading.items(layer, "shape"))) or formats.MISSING
-        rows.append(_zeros(formats.value(layer.get("name")), shape, layer))
-    return Table(f"All {len(rows)} layers", ["layer", "shape (out x in)", "weights", "zeros", "sparsity"], rows)
+        rows.append(_zeros(formats.value(layer.get("name")), layer, shape))
+    return Table(f"All {len(rows)} layers", ["layer", "weights", "zeros", "sparsity", "shape (out x in)"], rows)
 
 
-def _zeros(name: str, second: str, entry: Mapping[str, Any]) -> Row:
+def _zeros(name: str, entry: Mapping[str, Any], last: str) -> Row:
     counts = (formats.count(entry.get(key)) for key in ("weights", "zeros"))
-    return [name, second, *counts, formats.percent(reading.layer_sparsity(entry))]
+    return [name, *counts, formats.percent(reading.layer_sparsity(entry)), last]
 
 
 def costs(report: Mapping[str, Any]) -> Table:
@@ -154,11 +154,10 @@ def task_rows(report: Mapping[str, Any]) -> list[TaskRow]:
         told = {stage: reading.section(results, task) for stage, results in stages.items()}
         first = next(filter(None, told.values()), {})
         for metric in ("acc", "acc_norm"):
-            values = {stage: reading.number(known.get(metric)) for stage, known in told.items()}
             found = {
-                stage: Accuracy(value, reading.number(told[stage].get(f"{metric}_stderr")))
-                for stage, value in values.items()
-                if value is not None
+                stage: Accuracy(value, reading.number(known.get(f"{metric}_stderr")))
+                for stage, known in told.items()
+                if (value := reading.number(known.get(metric))) is not None
             }
             known = (reading.number(first.get("items")), first.get("version"), reading.number(first.get("truncated")))
             rows += [TaskRow(task, metric, found, *known)] if found else []

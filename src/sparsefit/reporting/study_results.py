@@ -130,10 +130,9 @@ def joint_spread(first: Point, second: Point, metric: str) -> float | None:
 
 
 def headline(results: Results, model: str, score: str) -> Way | None:
-    """The way that stands for a score where scores are compared on a model.
+    """The way that stands for a score on a model: of image classifiers per layer where that was tried, as in the paper.
 
-    Image classifiers are compared per layer where that was tried, as in the paper; else, and for perplexities, it is
-    the first granularity of the score. None where the score was used with N:M patterns alone.
+    Else it is the first granularity of the score; None where that was used with N:M patterns alone.
     """
     ways = [p.way for p in results.points if p.model == model and p.way.score == score and not p.pattern]
     layer = [way for way in ways if way.granularity == "layer" and not is_log(results.metric_of(model))]

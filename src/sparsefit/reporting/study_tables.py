@@ -117,13 +117,9 @@ def differences(results: Results) -> Table:
                 rows += [[name, first.amount, *_claim(metric, better, first, second)] for first, second in ordered]
     logs = {is_log(results.metric_of(model)) for model in results.models}
     notes = ["Above zero the first is better."] * (False in logs) + ["Of a perplexity, below zero."] * (True in logs)
-    if several:
-        notes.append(
-            "Differences of means over seeds; spread: the sum of both standard deviations. The choice of the "
-            "dense model and of the test data is in no spread."
-        )
-    else:
-        notes.append("Each point was measured once, so there is no spread: small differences may be chance.")
+    once = "Each point was measured once, so there is no spread: small differences may be chance."
+    means = "Differences of means over seeds; spread: the sum of both standard deviations. In none of it are the choice"
+    notes.append(f"{means} of the dense model and of the test data." if several else once)
     columns = ["compared", "at", "difference", "spread of seeds", "beyond it"]
     return Table("Differences" if several else "Single-run differences", columns, rows, notes)
 
@@ -186,16 +182,12 @@ def point_times(results: Results) -> Table:
 def summary_csv(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     """The points of a study as CSV: the mean of each metric, its standard deviation and the number of seeds."""
     results = reading.read_results(study, rows)
-    lines = []
-    for point in results.points:
-        line = {"model": point.model, "stage": point.stage, **point.way._asdict(), "pattern": point.pattern}
-        line |= {"sparsity": point.sparsity, "seeds": point.runs}
-        for metric in results.metrics:
-            spread = point.spreads.get(metric) if point.runs > 1 else None
-            line |= {metric: point.values.get(metric), f"{metric}_deviation": spread}
-        lines.append(line)
     buffer = io.StringIO()
-    table = csv.DictWriter(buffer, list(lines[0]) if lines else [], lineterminator="\n")
-    table.writeheader()
-    table.writerows(lines)
+    table = csv.writer(buffer, lineterminator="\n")
+    heads = [head for metric in results.metrics for head in (metric, f"{metric}_deviation")]
+    table.writerow(["model", "stage", *reading.Way._fields, "pattern", "sparsity", "seeds", *heads])
+    for point in results.points:
+        spreads = point.spreads if point.runs > 1 else {}
+        values = [value for metric in results.metrics for value in (point.values.get(metric), spreads.get(metric))]
+        table.writerow([point.model, point.stage, *point.way, point.pattern, point.sparsity, point.runs, *values])
     return buffer.getvalue()
