@@ -26,7 +26,7 @@ from sparsefit.pruning import MaskSet, PruningResult
 from sparsefit.recovery.export import exported_masks, trains_base
 from sparsefit.recovery.run_files import CLAIMED, CLOSING, FAILED, FINISHED, PRUNED, TRAINING
 from sparsefit.reporting.console import console, summary
-from sparsefit.reporting.html import render_html
+from sparsefit.reporting.pages import render_html
 from sparsefit.reporting.report import read_json, write_json
 from sparsefit.settings import named_settings
 

@@ -54,7 +54,7 @@ ALLOWED = {
     | {"sparsefit.calibration", "sparsefit.evaluation", "sparsefit.recovery", "sparsefit.pruning"},
     "data": {"torch", "transformers", "datasets", "torchmetrics", "lightning", "huggingface_hub"}
     | {"pyarrow", "fsspec", "numpy", "PIL", "sklearn", "sparsefit.modules"},
-    "reporting": {"torch", "rich", "matplotlib", "numpy", "psutil"},
+    "reporting": {"torch", "rich", "jinja2", "matplotlib", "numpy", "psutil"},
     "planning": set(),
     "study": {"torch", "sparsefit.calibration", "sparsefit.pruning", "sparsefit.reporting"},
     "callbacks": {

@@ -31,7 +31,7 @@ def test_the_summary_holds_the_values(report):
     text = printed(summary(report))
     for line in (
         "perplexity 18.25 26.75 20.50 69.6%",
-        "q_proj 393,216 196,608 50.00%",
+        "q_proj 393,216 196,608 50.00% 6",
         "training 1 min 52 s 0.0310 62.0%",
         "total 2 min 29 s 0.0415 83.0%",
     ):

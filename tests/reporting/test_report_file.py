@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from sparsefit.errors import RunFolderError
-from sparsefit.reporting import formats, layer_type, read_json, share_won_back, write_json
+from sparsefit.reporting import formats, read_json, write_json
 from sparsefit.reporting import report as reading
-from sparsefit.reporting.report import distance_from_control
+from sparsefit.reporting.report import distance_from_control, layer_type, share_won_back
 
 
 def test_a_report_reads_back_as_it_was_written(report, tmp_path):
@@ -155,9 +155,9 @@ def test_a_name_tells_type_and_block(name, kind, block):
 
 def test_layers_sum_up_by_type(report):
     layers = report["sparsity"]["layers"]
-    types = reading.by_type(layers)
+    types = reading.sparsity_by_type(report)
     assert list(types) == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    assert types["k_proj"] == {"layers": 6, "weights": 6 * 128 * 256, "zeros": 6 * 128 * 128, "sparsity": 0.5}
+    assert types["k_proj"] == {"layers": 6, "weights": 6 * 128 * 256, "zeros": 6 * 128 * 128}
     for key in ("weights", "zeros"):
         assert sum(entry[key] for entry in types.values()) == sum(layer[key] for layer in layers)
 
@@ -185,6 +185,14 @@ def test_stages_come_in_the_order_of_a_run():
         (formats.metric("perplexity", 48211.4), "48,211.4"),
         (formats.metric("accuracy", 0.8212), "82.12%"),
         (formats.metric("perplexity", None), "—"),
+        (formats.value(True), "yes"),
+        (formats.value(["cuda:0", "cuda:1"]), "cuda:0, cuda:1"),
+        (formats.value([]), "—"),
+        (formats.value(8 * 2**30, "memory_bytes"), "8.00 GiB"),
+        (formats.value(0.5, "sparsity"), "50.00%"),
+        (formats.value(1e-4, "learning_rate"), "0.0001"),
+        (formats.value(49152), "49,152"),
+        (formats.name("peak_memory_bytes"), "peak memory"),
     ],
 )
 def test_numbers_for_people(text, expected):

@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 import io
-import re
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+from html_page import Page
 from rich.console import Console
 
 from sparsefit.reporting import render_html, summary
-from sparsefit.reporting.timeline_figure import timeline
+from sparsefit.reporting.run_figures import timeline
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -18,10 +18,7 @@ def texts(svg):
 
 
 def rows(html, heading):
-    """The cells of the tables below a heading of the page."""
-    card = html[html.index(f"<h2>{heading}</h2>") :].split("</section>")[0]
-    found = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr.*?</tr>", card)]
-    return [[re.sub(r"<[^>]*>", "", cell) for cell in row] for row in found]
+    return Page(html).rows[heading]
 
 
 def printed(report):
@@ -32,13 +29,14 @@ def printed(report):
 
 def test_the_figure_names_the_stages_with_their_values(reconstructed):
     found = texts(timeline(reconstructed))
-    assert {"dense 18.25", "pruned 26.75", "reconstructed 22.50", "recovered, merged 20.50"} <= set(found)
-    assert {"validation data", "budget", "perplexity over the run (lower is better)"} <= set(found)
+    stages = {"dense 18.25", "pruned 26.75", "reconstructed 22.50", "recovered 20.50", "merged 20.50"}
+    assert stages <= set(found)
+    assert {"validation data", "budget 0.0500", "perplexity over the run (lower is better)"} <= set(found)
 
 
-def test_stages_that_lie_apart_have_labels_of_their_own(reconstructed):
-    reconstructed["timeline"][-1]["value"] = 25.0
-    assert {"recovered 20.50", "merged 25.00"} <= set(texts(timeline(reconstructed)))
+def test_a_budget_that_is_far_away_is_not_drawn(reconstructed):
+    reconstructed["gpu_hours"]["budget"] = 5.0
+    assert not any(text.startswith("budget") for text in texts(timeline(reconstructed)))
 
 
 @pytest.mark.parametrize(("pruned", "log"), [(26.75, False), (8123.4, True)])
@@ -64,7 +62,8 @@ def test_any_part_of_a_timeline_can_be_drawn(entries, shown):
     ]
     report = {"metrics": {"perplexity": "lower"}, "timeline": moments}
     assert shown <= set(texts(timeline(report)))
-    assert "Quality against GPU-hours" in render_html(report)
+    measured = any(stage != "validation" for stage, _, _ in entries)
+    assert ("Quality against GPU-hours" in Page(render_html(report)).headings) == measured
     assert printed(report)
 
 
@@ -78,17 +77,24 @@ def test_each_metric_has_its_own_axes(reconstructed):
     assert {"accuracy over the run (higher is better)", "dense 80.00%", "pruned 60.00%", "dense 18.25"} <= set(found)
 
 
-def test_the_table_has_all_stages_and_some_validations(reconstructed):
-    header, *body = rows(render_html(reconstructed), "Quality against GPU-hours")
-    assert header == ["stage", "GPU-hours", "step", "perplexity", "nats lost"]
-    assert body[:3] == [
+def test_the_table_has_all_stages(reconstructed):
+    assert rows(render_html(reconstructed), "Quality against GPU-hours") == [
+        ["after", "GPU-hours", "step", "perplexity", "nats lost"],
         ["dense", "0.00200", "0", "18.25", "+0.000"],
         ["pruned", "0.00550", "0", "26.75", "+0.382"],  # ln 26.75 - ln 18.25
         ["reconstructed", "0.00750", "0", "22.50", "+0.209"],
+        ["recovered", "0.0398", "200", "20.50", "+0.116"],
+        ["merged", "0.0415", "200", "20.50", "+0.116"],
     ]
-    assert [row[0] for row in body[3:]] == ["validation"] * 8 + ["recovered", "merged"]
-    assert body[10][2] == "200"  # the last validation is among those shown
-    assert {row[4] for row in body[3:11]} == {"—"}
+
+
+def test_only_a_perplexity_has_nats(reconstructed):
+    reconstructed["metrics"] = {"accuracy": "higher"}
+    for moment in reconstructed["timeline"]:
+        moment |= {"metric": "accuracy", "value": moment["value"] / 100}
+    header, *body = rows(render_html(reconstructed), "Quality against GPU-hours")
+    assert header == ["after", "GPU-hours", "step", "accuracy"]
+    assert body[0] == ["dense", "0.00200", "0", "18.25%"]
 
 
 def test_blocks_show_their_error_before_and_after(reconstructed):
@@ -100,20 +106,34 @@ def test_blocks_show_their_error_before_and_after(reconstructed):
 
 
 def test_many_blocks_are_folded_up(reconstructed):
-    assert "All 24 blocks" not in render_html(reconstructed)
+    assert "All 24 blocks" not in Page(render_html(reconstructed)).summaries
     reconstructed["reconstruction"]["blocks"] *= 4
-    assert "<summary>All 24 blocks</summary>" in render_html(reconstructed)
+    assert "All 24 blocks" in Page(render_html(reconstructed)).summaries
 
 
-@pytest.mark.parametrize(("lossless", "said"), [(True, "yes"), (False, "no")])
-def test_the_merged_model_is_described(reconstructed, lossless, said):
-    reconstructed["merge"]["lossless"] = lossless
+@pytest.mark.parametrize(
+    ("merge", "said", "line"),
+    [
+        (
+            {"lossless": True, "folder": "model", "sparsity": 0.5},
+            ["lossless", "yes"],
+            "merged model: masked_lora, without loss, sparsity 50.00%, in model",
+        ),
+        (
+            {"lossless": False, "reason": "it rounds"},
+            ["lossless", "no"],
+            "not merged: masked_lora, kept apart: it rounds",
+        ),
+    ],
+)
+def test_the_merged_model_is_described(reconstructed, merge, said, line):
+    reconstructed["merge"] = {"form": "masked_lora"} | merge
     found = rows(render_html(reconstructed), "Merged model")
-    for row in (["form", "masked_lora"], ["lossless", said], ["sparsity", "50.00%"], ["perplexity", "20.50"]):
-        assert row in found
-    line = next(line for line in printed(reconstructed) if line.startswith("merged model:"))
-    assert ("without loss" in line) == lossless
-    assert "sparsity 50.00%, perplexity 20.50, in model" in line
+    assert ["form", "masked_lora"] in found
+    assert said in found
+    assert (["sparsity", "50.00%"] in found) == ("sparsity" in merge)
+    assert (["reason", "it rounds"] in found) == ("reason" in merge)
+    assert line in printed(reconstructed)
 
 
 def test_the_terminal_shows_quality_against_hours(reconstructed):

@@ -3,22 +3,28 @@ from __future__ import annotations
 import math
 
 import pytest
+from html_page import Page
 from study_rows import plain, pruned, row, vision_study
 
-from sparsefit.reporting.study_differences import differences
-from sparsefit.reporting.study_page import render_study
-from sparsefit.reporting.study_results import per
-from sparsefit.reporting.study_table import change, results_table
+from sparsefit.reporting import study_tables
+from sparsefit.reporting.pages import render_study
+from sparsefit.reporting.study_results import per, read_results
+from sparsefit.reporting.study_tables import change
 
 ONE = vision_study(("deit",))
 
 
+def results_tables(study, rows):
+    return study_tables.results_tables(read_results(study, rows))
+
+
+def differences(study, rows):
+    return study_tables.differences(read_results(study, rows))
+
+
 def told(study, rows):
-    """The cells of each comparison, by stage and what is compared."""
-    return {
-        (row.model, row.stage, row.compared): {amount: plain(cell) for amount, cell in row.cells.items()}
-        for row in differences(study, rows).rows
-    }
+    """The claims of a study: what is compared, at which amount, difference, spread, whether it is beyond that."""
+    return {(claim[0], claim[1]): tuple(map(plain, claim[2:])) for claim in differences(study, rows).rows}
 
 
 def seeds(values, name="calibration_seed", **known):
@@ -26,32 +32,36 @@ def seeds(values, name="calibration_seed", **known):
     return [pruned(**known, accuracy=value, **{name: str(seed)}) for seed, value in enumerate(values)]
 
 
+def best(table):
+    return [cell.kind == "best" for cell in table.rows[0][1:]]
+
+
 def test_the_best_of_a_row_and_stage_is_marked():
     rows = [row("deit", accuracy=0.8)]
     values = {"magnitude": (0.5, 0.7), "wanda": (0.6, 0.7), "ria": (0.55, 0.6)}
     for score, (before, after) in values.items():
         rows += [pruned(score, accuracy=before), pruned(score, stage="finetuned", epochs=1, accuracy=after)]
-    (table,) = results_table(ONE, rows)
-    assert [cell.best for cell in table.rows[0][1]] == [False, True, False, True, True, False]
-    assert [plain(cell.change) for cell in table.rows[0][1]][:2] == ["-30.00", "-20.00"]
-    assert [column.stage for column in table.columns] == ["pruned"] * 3 + ["after 1 epoch"] * 3
-    lowest = ONE | {"metrics": {"accuracy": "lower"}}
-    assert [cell.best for cell in results_table(lowest, rows)[0].rows[0][1]][:3] == [True, False, False]
+    before, after = results_tables(ONE, rows)
+    assert (best(before), best(after)) == ([False, True, False], [True, True, False])
+    assert [plain(cell.small) for cell in before.rows[0][1:]] == ["-30.00", "-20.00", "-25.00"]
+    assert before.title == "deit: accuracy, pruned, dense 80.00%"
+    assert after.title == "deit: accuracy, after 1 epoch, dense 80.00%"
+    assert best(results_tables(ONE | {"metrics": {"accuracy": "lower"}}, rows)[0]) == [True, False, False]
 
 
 def test_patterns_stand_among_the_sparsities_where_each_score_has_one_granularity():
     rows = [pruned(sparsity=0.4, accuracy=0.7), pruned(accuracy=0.6), pruned(sparsity=0.6, accuracy=0.5)]
     rows.append(pruned(granularity="", pattern="2:4", accuracy=0.55))
-    (table,) = results_table(ONE, rows)
-    assert [(amount, shown[0].value) for amount, shown in table.rows] == [
-        ("40%", 0.7),
-        ("50%", 0.6),
-        ("2:4", 0.55),
-        ("60%", 0.5),
+    (table,) = results_tables(ONE, rows)
+    assert [(amount, cell.text) for amount, cell in table.rows] == [
+        ("40%", "70.00%"),
+        ("50%", "60.00%"),
+        ("2:4", "55.00%"),
+        ("60%", "50.00%"),
     ]
-    free, patterns = results_table(ONE, [*rows, pruned(granularity="output", accuracy=0.3)])
-    assert [amount for amount, _ in free.rows] == ["40%", "50%", "60%"]
-    assert [(amount, [cell.value for cell in shown]) for amount, shown in patterns.rows] == [("2:4", [0.55])]
+    free, patterns = results_tables(ONE, [*rows, pruned(granularity="output", accuracy=0.3)])
+    assert [amount for amount, *_ in free.rows] == ["40%", "50%", "60%"]
+    assert [(amount, cell.text) for amount, cell in patterns.rows] == [("2:4", "55.00%")]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +97,7 @@ def test_granularities_read_as_words(granularity, told):
 
 def test_of_rows_of_one_point_the_last_counts():
     rows = [pruned(accuracy=None, error="out of memory"), pruned(accuracy=0.7)]
-    assert results_table(ONE, rows)[0].rows[0][1][0].value == 0.7
+    assert results_tables(ONE, rows)[0].rows[0][1].text == "70.00%"
     assert "out of memory" not in render_study(ONE, rows)
 
 
@@ -98,20 +108,26 @@ def test_scores_granularities_and_orders_are_compared_with_the_first_of_each():
         rows.append(pruned("wanda", sparsity, granularity="output", accuracy=output))
         rows.append(pruned("wanda", sparsity, accuracy=layer))
     rows += [pruned(s, granularity="", pattern="2:4", accuracy=v) for s, v in (("magnitude", 0.6), ("wanda", 0.62))]
+    scores, granularities = "wanda against magnitude, per layer", "per layer against per output, wanda"
     assert told(ONE, rows) == {
-        ("deit", "pruned", "wanda against magnitude, per layer"): {"50%": "+8.00", "60%": "+0.00", "2:4": "+2.00"},
-        ("deit", "pruned", "per layer against per output, wanda"): {"50%": "+3.00", "60%": "-1.00"},
+        (scores, "50%"): ("+8.00", "one run", "not known"),
+        (scores, "2:4"): ("+2.00", "one run", "not known"),
+        (scores, "60%"): ("+0.00", "one run", "not known"),
+        (granularities, "50%"): ("+3.00", "one run", "not known"),
+        (granularities, "60%"): ("-1.00", "one run", "not known"),
     }
     found = differences(ONE, rows)
-    assert (found.title, found.amounts) == ("Single-run differences", ["50%", "2:4", "60%"])
-    assert "no spread" in found.note
+    assert found.title == "Single-run differences"
+    assert [row[1] for row in found.rows] == ["50%", "2:4", "60%", "50%", "60%"]
+    assert any("no spread" in note for note in found.notes)
 
 
 def test_a_perplexity_is_compared_in_per_cent_and_an_infinite_one_is_not():
     study = ONE | {"metrics": {"perplexity": "lower"}}
     rows = [pruned("magnitude", 0.5, perplexity=20.0), pruned("magnitude", 0.6, perplexity=math.inf)]
     rows += [pruned("wanda", s, granularity="output", perplexity=10.0) for s in (0.5, 0.6)]
-    assert told(study, rows) == {("deit", "pruned", "wanda per output against magnitude per layer"): {"50%": "-50.0%"}}
+    claim = ("wanda per output against magnitude per layer", "50%")
+    assert told(study, rows) == {claim: ("-50.0%", "one run", "not known")}
 
 
 def test_models_of_different_metrics_are_compared_apart():
@@ -120,12 +136,12 @@ def test_models_of_different_metrics_are_compared_apart():
     rows += [pruned(s, model="text", perplexity=v) for s, v in (("magnitude", 20.0), ("wanda", 40.0))]
     compared = "wanda against magnitude, per layer"
     assert told(study, rows) == {
-        ("net", "pruned", compared): {"50%": "+10.00"},
-        ("text", "pruned", compared): {"50%": "+100.0%"},
+        (f"net: {compared}", "50%"): ("+10.00", "one run", "not known"),
+        (f"text: {compared}", "50%"): ("+100.0%", "one run", "not known"),
     }
-    assert [(table.model, table.metric) for table in results_table(study, rows)] == [
-        ("net", "accuracy"),
-        ("text", "perplexity"),
+    assert [table.title for table in results_tables(study, rows)] == [
+        "net: accuracy, pruned",
+        "text: perplexity, pruned",
     ]
     assert "Also measured" not in render_study(study, rows)
 
@@ -134,9 +150,8 @@ def test_orders_are_compared_where_they_were_really_used():
     rows = [pruned(sparsity=s, update="none", used_update="none", accuracy=0.6) for s in (0.5, 0.6)]
     rows += [pruned(sparsity=0.5, update="block", used_update="block", accuracy=0.7)]
     rows += [pruned(sparsity=0.6, update="block", used_update="none", accuracy=0.6)]
-    assert told(ONE, rows) == {
-        ("deit", "pruned", "update block against update none, wanda per layer"): {"50%": "+10.00"}
-    }
+    claim = ("update block against update none, wanda per layer", "50%")
+    assert told(ONE, rows) == {claim: ("+10.00", "one run", "not known")}
 
 
 def test_a_difference_within_the_spread_of_the_seeds_is_not_told():
@@ -144,46 +159,55 @@ def test_a_difference_within_the_spread_of_the_seeds_is_not_told():
     rows += seeds((0.59, 0.61, 0.63), score="wanda", sparsity=0.5)
     rows += seeds((0.69, 0.71, 0.73), score="wanda", sparsity=0.6)
     rows += [*seeds((0.7,), score="wanda", sparsity=0.7), pruned("magnitude", 0.7, accuracy=0.5)]
+    compared = "wanda against magnitude, per layer"
     assert told(ONE, rows) == {
-        ("deit", "pruned", "wanda against magnitude, per layer"): {
-            "50%": "within 2.00",
-            "60%": "+11.00 ± 2.00",
-            "70%": "+20.00 (one run)",
-        }
+        (compared, "50%"): ("—", "2.00", "no"),
+        (compared, "60%"): ("+11.00", "2.00", "yes"),
+        (compared, "70%"): ("+20.00", "one run", "not known"),
     }
     found = differences(ONE, rows)
     assert found.title == "Differences"
-    assert "single" not in found.note.lower()
-    page = render_study(ONE, rows)
-    assert "within 2.00" in page
-    assert "+1.00" not in page  # what the means differ by
+    assert not any("single" in note.lower() for note in found.notes)
+    html = render_study(ONE, rows)
+    assert [compared, "50%", "—", "2.00", "no"] in Page(html).rows["Differences"]
+    assert "+1.00" not in html  # what the means differ by
 
 
 def test_two_spreads_add_up():
     rows = seeds((0.50, 0.52), "training_seed", stage="finetuned", epochs=1, score="magnitude")
     rows += seeds((0.52, 0.54), "training_seed", stage="finetuned", epochs=1, score="wanda")
-    (cells,) = told(ONE, rows).values()
-    assert cells == {"50%": "within 2.83"}
+    assert list(told(ONE, rows).values()) == [("—", "2.83", "no")]
+
+
+def test_a_claim_names_model_and_stage_where_there_are_several():
+    study, rows = vision_study(), []
+    for model in ("convnext-tiny", "deit-small"):
+        for stage in ("pruned", "finetuned"):
+            rows += [pruned(s, model=model, stage=stage, epochs=1, accuracy=0.5) for s in ("magnitude", "wanda")]
+    assert [claim for claim, _ in told(study, rows)] == [
+        f"{model}, {stage}: wanda against magnitude, per layer"
+        for model in ("convnext-tiny", "deit-small")
+        for stage in ("pruned", "after 1 epoch")
+    ]
 
 
 def test_a_table_of_seeds_shows_mean_deviation_and_count_and_marks_what_is_within_the_spread_of_the_best():
     rows = [row("deit", accuracy=0.8), pruned("magnitude", accuracy=0.58), pruned("ria", accuracy=0.605)]
     rows += seeds((0.59, 0.61, 0.63), score="wanda")
-    (table,) = results_table(ONE, rows)
-    cells = table.rows[0][1]
-    assert [tuple(map(plain, cell.told("accuracy"))) for cell in cells] == [
+    (table,) = results_tables(ONE, rows)
+    assert [(cell.text, plain(cell.small)) for cell in table.rows[0][1:]] == [
         ("58.00%", "-22.00"),
         ("60.50%", "-19.50"),
         ("61.00% ± 2.00", "-19.00, 3 seeds"),
     ]
-    assert [cell.best for cell in cells] == [False, True, True]
+    assert best(table) == [False, True, True]
     once = [line for line in rows if line.get("calibration_seed", "0") == "0"]
-    assert [cell.best for cell in results_table(ONE, once)[0].rows[0][1]] == [False, True, False]
+    assert best(results_tables(ONE, once)[0]) == [False, True, False]
     assert "±" not in render_study(ONE, once)
 
 
 def test_a_seed_that_failed_is_left_out_of_the_mean_and_listed():
     rows = [*seeds((0.6, 0.62)), pruned(accuracy=None, error="out of memory", calibration_seed="2")]
-    (table,) = results_table(ONE, rows)
-    assert table.rows[0][1][0].told("accuracy") == ("61.00% ± 1.41", "2 seeds")
+    (table,) = results_tables(ONE, rows)
+    assert table.rows[0][1][:2] == ("61.00% ± 1.41", "2 seeds")
     assert "out of memory" in render_study(ONE, rows)

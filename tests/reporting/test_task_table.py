@@ -1,10 +1,10 @@
 from __future__ import annotations
 
+from html_page import Page
 from rich.console import Console
 
-from sparsefit.reporting.console import summary
-from sparsefit.reporting.html import render_html
-from sparsefit.reporting.task_table import task_rows, tasks
+from sparsefit.reporting import render_html, summary
+from sparsefit.reporting.run_tables import task_rows, tasks
 
 
 def told(acc, norm=None, **more):
@@ -35,7 +35,8 @@ def test_what_is_missing_is_left_out():
     assert task_rows({}) == task_rows({"tasks": None}) == task_rows({"tasks": {"dense": {"boolq": 3}}}) == []
     (row,) = task_rows({"tasks": {"pruned": {"rte": {"acc": 0.5, "acc_norm": None}}}})
     assert (row.values, row.items, row.accuracies["pruned"].error) == ({"pruned": 0.5}, None, None)
-    assert tasks({}) == ""
+    assert tasks({}).rows == []
+    assert "Zero-shot tasks" not in Page(render_html({})).headings
 
 
 def test_on_the_terminal():
@@ -47,8 +48,11 @@ def test_on_the_terminal():
 
 
 def test_on_the_page():
-    page = render_html({"name": "run", "tasks": TASKS | {"dense": {"<i>": told(0.5), **TASKS["dense"]}}})
-    assert "<td>hellaswag acc_norm</td><td class=n>45.00% ± 2.00</td>" in page
-    assert "3 requests of boolq lost their beginning" in page
-    assert "&lt;i&gt; acc" in page
-    assert "<i> acc" not in page
+    html = render_html({"name": "run", "tasks": TASKS | {"dense": {"<i>": told(0.5), **TASKS["dense"]}}})
+    page = Page(html)
+    rows = page.rows["Zero-shot tasks"]
+    assert rows[0] == ["task", "dense", "pruned", "recovered", "items", "version"]
+    assert ["hellaswag acc_norm", "45.00% ± 2.00", "35.00% ± 2.00", "40.00% ± 2.00", "200", "1.0"] in rows
+    assert "3 requests of boolq lost their beginning" in page.text
+    assert "<i> acc" in [row[0] for row in rows]
+    assert "<i>" not in html

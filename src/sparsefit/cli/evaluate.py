@@ -23,7 +23,7 @@ from sparsefit.pruning import MaskSet
 from sparsefit.reporting.console import console, stage_progress
 from sparsefit.reporting.machine import machine, versions
 from sparsefit.reporting.report import write_json
-from sparsefit.reporting.task_table import task_rows, truncated_notes, with_error
+from sparsefit.reporting.run_tables import task_rows, truncated_notes, with_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,10 +11,10 @@ import yaml
 
 from sparsefit.errors import ConfigError, RunFolderError
 from sparsefit.files import lock_folder, write_text
+from sparsefit.reporting.pages import render_study
 from sparsefit.reporting.report import read_json, write_json
 from sparsefit.reporting.study_figures import study_figures
-from sparsefit.reporting.study_page import render_study
-from sparsefit.reporting.study_table import summary_csv
+from sparsefit.reporting.study_tables import summary_csv
 from sparsefit.study.results import Results, Row
 
 _TIMED = ("selection", "evaluation", "finetuning")

@@ -1,26 +1,8 @@
-"""The report of a run: `report.json`, one self-contained HTML page, and the summary on the terminal.
-
-from sparsefit.reporting import render_html, summary, write_json
-from sparsefit.reporting.console import console
-
-write_json(report, folder / "report.json")
-(folder / "report.html").write_text(render_html(report), encoding="utf-8")
-console.print(summary(report))
-"""
+"""The report of a run: `report.json`, one self-contained HTML page, and the summary on the terminal."""
 
 from sparsefit.reporting.console import stage_progress, summary
-from sparsefit.reporting.html import render_html
 from sparsefit.reporting.machine import peak_memory, versions
-from sparsefit.reporting.report import layer_type, read_json, share_won_back, write_json
+from sparsefit.reporting.pages import render_html
+from sparsefit.reporting.report import read_json, write_json
 
-__all__ = [
-    "layer_type",
-    "peak_memory",
-    "read_json",
-    "render_html",
-    "share_won_back",
-    "stage_progress",
-    "summary",
-    "versions",
-    "write_json",
-]
+__all__ = ["peak_memory", "read_json", "render_html", "stage_progress", "summary", "versions", "write_json"]

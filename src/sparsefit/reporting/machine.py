@@ -10,33 +10,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = (
-    "sparsefit",
-    "torch",
-    "lightning",
-    "transformers",
-    "peft",
-    "datasets",
-    "tokenizers",
-    "torchmetrics",
-    "safetensors",
-    "accelerate",
-    "bitsandbytes",
-    "torchvision",
-    "timm",
-    "lm_eval",
-    "numpy",
-)
+_PACKAGES = "sparsefit torch lightning transformers peft datasets tokenizers torchmetrics safetensors accelerate"
+_PACKAGES += " bitsandbytes torchvision timm lm_eval numpy"
 
 
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages a run may use; packages that are not installed are left out."""
     found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
+    for package in _PACKAGES.split():
+        with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
@@ -56,11 +39,9 @@ def machine() -> dict[str, Any]:
 
 
 def peak_memory() -> tuple[int | None, str]:
-    """The most memory this process has held so far, and of which kind.
+    """The most bytes this process has held so far, None where the platform does not tell, and of which kind.
 
-    Returns:
-        Bytes and "device memory" (the fullest CUDA device, as torch allocated it) where CUDA is in use, else bytes and
-        "process memory (CPU)". Bytes are None where the platform does not tell.
+    Where CUDA is in use that is what torch allocated on the fullest device.
     """
     torch = sys.modules.get("torch")  # a process that never imported torch holds no device memory
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -100,44 +81,37 @@ def reset_peak_memory() -> None:
 
 
 def _process_peak() -> int | None:
-    try:
+    with suppress(OSError, StopIteration, ValueError, IndexError):
         # Linux: a process that was just started has its parent's peak in getrusage, but not here.
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
         return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
-    except (OSError, StopIteration, ValueError, IndexError):
-        pass
-    try:
+    with suppress(ImportError):
         import resource
-    except ImportError:  # Windows
-        return _windows_peak()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others kibibytes
 
-
-def _windows_peak() -> int | None:
-    try:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others kibibytes
+    with suppress(ImportError):
         import psutil
-    except ImportError:
-        return None
-    return getattr(psutil.Process().memory_info(), "peak_wset", None)
+
+        return getattr(psutil.Process().memory_info(), "peak_wset", None)  # Windows
+    return None
 
 
 def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name" and value.strip():
-                return value.strip()
-    except OSError:
-        pass
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        named = (
+            value.strip() for key, _, value in (line.partition(":") for line in lines) if key.strip() == "model name"
+        )
+        if name := next(filter(None, named), ""):
+            return name
     return platform.processor() or platform.machine()
 
 
 def _memory_bytes() -> int | None:
-    try:
+    with suppress(AttributeError, ValueError, OSError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
+    return None
 
 
 def _device_names() -> list[str]:

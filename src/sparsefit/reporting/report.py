@@ -1,7 +1,6 @@
 """The run's report: a plain dict, its file `report.json`, and the pure functions that read figures out of it.
 
-Every reader takes a report in which anything may be missing: a run without training has no recovered value, an
-interrupted run has partial data. What is missing reads as `None` or as an empty container, never as an error.
+Anything may be missing from a report, as where a run was interrupted: it reads as `None` or an empty container.
 """
 
 from __future__ import annotations
@@ -10,22 +9,16 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparsefit.errors import RunFolderError
 from sparsefit.files import is_sealed, sealed, write_text
 
-STAGES = ("dense", "pruned", "recovered")
-"""What `share_won_back` compares."""
-
-CONTROL = "control"
-"""The dense model trained by the recipe of the run."""
-
-ALL_STAGES = ("dense", "pruned", "reconstructed", "recovered", "merged", CONTROL)
-"""What a metric may be measured on, in the order of a run, and on its control."""
-
+CONTROL = "control"  # the dense model trained by the recipe of the run
+STAGES = ("dense", "pruned", "recovered")  # what `share_won_back` compares
+ALL_STAGES = ("dense", "pruned", "reconstructed", "recovered", "merged", CONTROL)  # what may be measured
 _METRICS = {"perplexity": "lower", "accuracy": "higher"}
 _RUN_ORDER = ("setup", "calibration and pruning", "reconstruction", "training", "validation", "evaluation")
 _RUN_ORDER += ("zero-shot tasks", "export", "closing", "merge")
@@ -34,16 +27,10 @@ _SHARED_NAMES = frozenset({"c_proj", "dense", "proj", "linear"})
 
 
 def write_json(report: Mapping[str, Any], path: str | os.PathLike[str], seal: bool = False) -> Path:
-    """Write a report as strict JSON, sorted by key, either entirely or not at all.
+    """Write a report as strict JSON, sorted by key, either entirely or not at all; returns the path written.
 
-    Args:
-        report: What to write. NaN and infinities become null; tensors and arrays become numbers and lists; paths,
-            dtypes and other objects become their text.
-        path: The file; its folder is made where it is missing.
-        seal: Write the sum of all of it along, by which `read_json` sees whether it is as it was.
-
-    Returns:
-        The path written.
+    NaN and infinities become null; tensors and arrays become numbers and lists; paths, dtypes and other objects become
+    their text. With `seal` the sum of all of it goes along, by which `read_json` sees whether it is as it was.
 
     Raises:
         RunFolderError: The file cannot be written. An older file at `path` is then still whole.
@@ -112,6 +99,11 @@ def items(report: Mapping[str, Any], *keys: str) -> list[Any]:
     return list(found) if isinstance(found, (list, tuple)) else []
 
 
+def entries(report: Mapping[str, Any], *keys: str) -> list[Mapping[str, Any]]:
+    """The mappings in the list under a path of keys."""
+    return [entry for entry in items(report, *keys) if isinstance(entry, Mapping)]
+
+
 def metrics(report: Mapping[str, Any]) -> dict[str, str]:
     """The report's metrics and which way is better, "lower" or "higher"."""
     declared = section(report, "metrics") or {name: way for name, way in _METRICS.items() if section(report, name)}
@@ -139,30 +131,33 @@ def timeline(report: Mapping[str, Any], metric: str) -> list[Moment]:
     The stages are those of `ALL_STAGES`, measured on the test data, and "validation", measured on the validation data.
     """
     moments = []
-    for entry in items(report, "timeline"):
-        if not isinstance(entry, Mapping) or entry.get("metric") != metric:
-            continue
+    for entry in entries(report, "timeline"):
         hours, value = number(entry.get("gpu_hours")), number(entry.get("value"))
-        if hours is not None and value is not None:
+        if entry.get("metric") == metric and hours is not None and value is not None:
             moments.append(Moment(str(entry.get("stage") or "?"), hours, number(entry.get("step")), value))
     return sorted(moments, key=lambda moment: moment.hours)
 
 
-def nats_lost(report: Mapping[str, Any], metric: str, moment: Moment) -> float | None:
-    """Nats per token by which a perplexity lies above the dense model's: ln value - ln dense.
-
-    None where that says nothing: for other metrics, and for validations, whose text is another.
-    """
-    dense = next((m.value for m in timeline(report, metric) if m.stage == "dense"), None)
-    dense = metric_values(report, metric).get("dense", dense)
-    if "perplexity" not in metric or moment.stage == "validation" or not dense or min(dense, moment.value) <= 0:
+def distance(metric: str, value: float | None, reference: float | None) -> float | None:
+    """How far a value lies above another: of perplexities in nats, ln value - ln reference, else the difference."""
+    if value is None or reference is None:
         return None
-    return math.log(moment.value) - math.log(dense)
+    if "perplexity" not in metric:
+        return value - reference
+    return math.log(value) - math.log(reference) if min(value, reference) > 0 else None
+
+
+def nats_lost(report: Mapping[str, Any], metric: str, moment: Moment) -> float | None:
+    """Nats per token by which a perplexity is above the dense model's; None for validations, whose text is another."""
+    stages = {moment.stage: moment.value for moment in timeline(report, metric)} | metric_values(report, metric)
+    if "perplexity" not in metric or moment.stage == "validation":
+        return None
+    return distance(metric, moment.value, stages.get("dense"))
 
 
 def block_errors(report: Mapping[str, Any]) -> list[tuple[float, float]]:
     """The error of each block's outputs before and after the reconstruction, where both are known."""
-    blocks = [block for block in items(report, "reconstruction", "blocks") if isinstance(block, Mapping)]
+    blocks = entries(report, "reconstruction", "blocks")
     pairs = [(number(block.get("before")), number(block.get("after"))) for block in blocks]
     return [(before, after) for before, after in pairs if before is not None and after is not None]
 
@@ -176,27 +171,13 @@ def share_won_back(
 ) -> float | None:
     """How much of what pruning lost the recovery won back: 0 is nothing, 1 is all, above 1 beats the dense model.
 
-    Perplexity is the exponential of a loss, so its shares are measured in log space:
-    (ln pruned - ln recovered) / (ln pruned - ln dense). Other metrics are measured as they are.
-
-    Args:
-        dense: The metric of the dense model.
-        pruned: The metric right after pruning.
-        recovered: The metric after recovery; below the pruned model's quality the share is negative.
-        metric: The metric's name; names that contain "perplexity" are taken in log space.
-        better: "lower" or "higher".
-
-    Returns:
-        The share, or None where it is undefined: a value is missing or not finite, or pruning lost nothing.
+    Perplexity is the exponential of a loss, so of metrics with that in their name it is a share of logarithms:
+    (ln pruned - ln recovered) / (ln pruned - ln dense). None where a value is missing or infinite, or nothing was lost.
     """
-    values = [number(value) for value in (dense, pruned, recovered)]
-    known = [value for value in values if value is not None]
-    if len(known) < 3:
+    known = [value for value in map(number, (dense, pruned, recovered)) if value is not None]
+    if len(known) < 3 or ("perplexity" in metric and min(known) <= 0):
         return None
-    if "perplexity" in metric:
-        if min(known) <= 0:
-            return None
-        known = [math.log(value) for value in known]
+    known = [math.log(value) for value in known] if "perplexity" in metric else known
     start, low, end = known if better == "lower" else [-value for value in known]
     return (low - end) / (low - start) if low > start else None
 
@@ -210,19 +191,12 @@ def won_back(report: Mapping[str, Any], metric: str) -> float | None:
 def distance_from_control(report: Mapping[str, Any], metric: str) -> float | None:
     """How far the recovered model is above the control: what the masks cost, whatever both have learnt.
 
-    Of perplexities in nats, ln recovered - ln control; of other metrics the difference. None where either is missing.
-
     >>> report = {"metrics": {"accuracy": "higher"}, "accuracy": {"recovered": 0.75, "control": 1.0}}
     >>> distance_from_control(report, "accuracy")
     -0.25
     """
     values = metric_values(report, metric)
-    recovered, control = values.get("recovered"), values.get(CONTROL)
-    if recovered is None or control is None:
-        return None
-    if "perplexity" not in metric:
-        return recovered - control
-    return math.log(recovered) - math.log(control) if min(recovered, control) > 0 else None
+    return distance(metric, values.get("recovered"), values.get(CONTROL))
 
 
 def control_harmed(report: Mapping[str, Any]) -> list[str]:
@@ -278,31 +252,22 @@ def block_of(name: str) -> tuple[str, tuple[int, ...]] | None:
 
 
 def layer_sparsity(layer: Mapping[str, Any]) -> float | None:
-    """The share of zeros of one entry of `layers` or `by_type`."""
+    """The share of zeros of a layer, or of all of a type."""
     weights, zeros = number(layer.get("weights")), number(layer.get("zeros"))
     if weights and zeros is not None:
         return zeros / weights
     return number(layer.get("sparsity"))
 
 
-def by_type(layers: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Sum layers up by type, in the order of first appearance: {type: {layers, weights, zeros, sparsity}}."""
-    types: dict[str, dict[str, Any]] = {}
-    for layer in layers:
+def sparsity_by_type(report: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """The layers of a report summed up by type, in the order of first appearance: {type: {layers, weights, zeros}}."""
+    types: dict[str, dict[str, int]] = {}
+    for layer in entries(report, "sparsity", "layers"):
         entry = types.setdefault(layer_type(str(layer.get("name", "?"))), {"layers": 0, "weights": 0, "zeros": 0})
         entry["layers"] += 1
-        entry["weights"] += int(number(layer.get("weights")) or 0)
-        entry["zeros"] += int(number(layer.get("zeros")) or 0)
-    for entry in types.values():
-        entry["sparsity"] = entry["zeros"] / entry["weights"] if entry["weights"] else None
+        for key in ("weights", "zeros"):
+            entry[key] += int(number(layer.get(key)) or 0)
     return types
-
-
-def sparsity_by_type(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Sparsity per layer type of a report: summed over its layers, else as the report states it."""
-    layers = [layer for layer in items(report, "sparsity", "layers") if isinstance(layer, Mapping)]
-    stated = section(report, "sparsity", "by_type")
-    return dict(by_type(layers) or {key: entry for key, entry in stated.items() if isinstance(entry, Mapping)})
 
 
 def stages(report: Mapping[str, Any]) -> list[tuple[str, float | None, float | None]]:

@@ -10,13 +10,16 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sparsefit.reporting import report as _report
+from sparsefit.reporting import report as reading
+from sparsefit.reporting.tables import unique
 
 DENSE, PRUNED = "dense", "pruned"
-_KINDS = {"finetuning": "fine-tuning", "selection": "choosing weights"}
+# A study that was killed had no time to say so: it stands as running.
+_STOPPED = {"interrupted": "interrupted", "failed": "ended by an error", "running": "not finished"}
+KINDS = {"finetuning": "fine-tuning", "selection": "choosing weights"}
 
 
 class Way(NamedTuple):
@@ -25,6 +28,21 @@ class Way(NamedTuple):
     score: str
     granularity: str
     update: str
+
+    @property
+    def order(self) -> str:
+        """`update block`; empty for the order "none"."""
+        return f"update {self.update}" if self.update not in ("", "none") else ""
+
+    @property
+    def detail(self) -> str:
+        """What beside its score tells a way of pruning from others: `per layer, update block`."""
+        return ", ".join(filter(None, (per(self.granularity), self.order)))
+
+    @property
+    def name(self) -> str:
+        """A way of pruning for people: `wanda per layer`."""
+        return f"{self.score} {self.detail}".strip()
 
 
 class Point(NamedTuple):
@@ -53,6 +71,16 @@ class Point(NamedTuple):
         """How much was pruned, for people: 50%, or 2:4."""
         return self.pattern or share(self.sparsity)
 
+    @property
+    def order(self) -> str:
+        """The order asked for, and the one that was used where that is another."""
+        return ", ".join(filter(None, (self.way.order, self.used and f"pruned in the order {self.used}")))
+
+    @property
+    def detail(self) -> str:
+        """`Way.detail`, with the order that was used where that is another."""
+        return ", ".join(filter(None, (per(self.way.granularity), self.order)))
+
 
 class Results(NamedTuple):
     """All that a study measured."""
@@ -72,30 +100,9 @@ class Results(NamedTuple):
         """The stages of the points, the pruned model first."""
         return sorted(unique(point.stage for point in self.points), key=lambda stage: stage != PRUNED)
 
-    def updates(self, score: str) -> list[str]:
-        """The orders in which a score was used."""
-        return unique(point.way.update for point in self.points if point.way.score == score)
-
-    def order(self, point: Point) -> str:
-        """The order of a point, where others of its score have another or one of them fell back to another."""
-        used = any(other.used for other in self.points if other.way.score == point.way.score)
-        if len(self.updates(point.way.score)) <= 1 and not used:
-            return ""
-        return ", ".join([point.way.update or "none", *([in_order(point.used)] if point.used else [])])
-
-    def detail(self, way: Way) -> str:
-        """What beside its score tells a way of pruning from others: its granularity, its order where that varies."""
-        order = f"update {way.update or 'none'}" if len(self.updates(way.score)) > 1 else ""
-        return ", ".join(part for part in (per(way.granularity), order) if part)
-
-    def name(self, way: Way) -> str:
-        """A way of pruning for people: `wanda per layer`."""
-        return " ".join(part for part in (way.score, self.detail(way)) if part)
-
-
-def unique(values: Iterable[Any]) -> list[Any]:
-    """The distinct values in the order in which they come."""
-    return list(dict.fromkeys(values))
+    def gap(self) -> float | None:
+        """How far the zeros that were counted are from the sparsity asked for, at most."""
+        return max((abs(p.counted - p.sparsity) for p in self.points if p.counted is not None), default=None)
 
 
 def share(sparsity: float) -> str:
@@ -105,33 +112,27 @@ def share(sparsity: float) -> str:
 
 def per(granularity: str) -> str:
     """A granularity for people: `per layer`, `per 128 outputs`."""
-    group = re.fullmatch(r"\(?(\w+)[,:] ?(\d+)\)?", granularity)
-    if group:
+    if group := re.fullmatch(r"\(?(\w+)[,:] ?(\d+)\)?", granularity):
         return f"per {group[2]} {group[1]}s"
     return granularity if granularity in ("", "variant") else f"per {granularity}"
 
 
-def in_order(used: str) -> str:
-    """What marks a point that was not pruned in the order asked for."""
-    return f"pruned in the order {used}"
-
-
 def seconds_by_kind(study: Mapping[str, Any]) -> dict[str, float]:
     """The seconds of a study by kind of work, without those that took none."""
-    spent = {str(kind): _report.number(value) for kind, value in _report.section(study, "seconds").items()}
-    return {_KINDS.get(kind, kind): value for kind, value in spent.items() if value and value > 0}
+    spent = {str(kind): reading.number(value) for kind, value in reading.section(study, "seconds").items()}
+    return {KINDS.get(kind, kind): value for kind, value in spent.items() if value and value > 0}
 
 
-def joint_spread(first: float | None, second: float | None, first_runs: int, second_runs: int) -> float | None:
+def joint_spread(first: Point, second: Point, metric: str) -> float | None:
     """The sum of two standard deviations, within which a difference is not told; None where one is not known."""
-    return None if first is None or second is None or max(first_runs, second_runs) == 1 else first + second
+    spreads = [point.spreads.get(metric) for point in (first, second)]
+    return None if None in spreads or first.runs == second.runs == 1 else sum(spreads)
 
 
 def headline(results: Results, model: str, score: str) -> Way | None:
-    """The way that stands for a score where scores are compared on a model.
+    """The way that stands for a score on a model: of image classifiers per layer where that was tried, as in the paper.
 
-    Image classifiers are compared per layer where that was tried, as in the paper; else, and for perplexities, it is
-    the first granularity of the score. None where the score was used with N:M patterns alone.
+    Else it is the first granularity of the score; None where that was used with N:M patterns alone.
     """
     ways = [p.way for p in results.points if p.model == model and p.way.score == score and not p.pattern]
     layer = [way for way in ways if way.granularity == "layer" and not is_log(results.metric_of(model))]
@@ -145,7 +146,7 @@ def is_log(metric: str) -> bool:
 
 def read_results(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Results:
     """Read the rows of a study; of rows of the same point and seeds the last one counts."""
-    declared = _report.metrics(study)
+    declared = reading.metrics(study)
     if not declared:
         known = {"accuracy": "higher", "perplexity": "lower"}
         declared = {name: way for name, way in known.items() if any(name in row for row in rows)}
@@ -156,7 +157,7 @@ def read_results(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
         runs.setdefault((p.model, p.stage, p.way, p.pattern, p.sparsity), []).append(p)
     return Results(
         declared,
-        unique([*map(str, _report.section(study, "models")), *(point.model for point in points)]),
+        unique([*map(str, reading.section(study, "models")), *(point.model for point in points)]),
         {point.model: point.values for point in latest if point.stage == DENSE},
         [_mean(own) for own in runs.values() if own[0].stage != DENSE and own[0].way.score],
         [(point, point.error) for point in latest if point.error],
@@ -166,23 +167,18 @@ def read_results(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
 def _mean(points: Sequence[Point]) -> Point:
     """One point of several runs that differ in their seeds; those that failed count for nothing but their error."""
     done = [point for point in points if not point.error] or points[:1]
-    error = next((point.error for point in points if point.error), "")
-    values, spreads, seconds = {}, {}, {}
-    for metric in done[0].values:
-        found = [point.values[metric] for point in done if metric in point.values]
-        values[metric] = sum(found) / len(found)
-        if len(found) > 1 and math.isfinite(values[metric]):
-            spreads[metric] = statistics.stdev(found)
-        elif not any(done[0].seeds):
-            spreads[metric] = 0.0
-    for kind in done[0].seconds:
-        seconds[kind] = statistics.mean(point.seconds[kind] for point in done if kind in point.seconds)
+    first = done[0]
+    found = {metric: [p.values[metric] for p in done if metric in p.values] for metric in first.values}
+    values = {metric: sum(own) / len(own) for metric, own in found.items()}
+    spreads = {m: statistics.stdev(own) for m, own in found.items() if len(own) > 1 and math.isfinite(values[m])}
+    if not any(first.seeds):
+        spreads = dict.fromkeys(values, 0.0) | spreads
     counted = [point.counted for point in done if point.counted is not None]
-    return done[0]._replace(
-        counted=max(counted, key=lambda share: abs(share - done[0].sparsity), default=None),
+    return first._replace(
+        counted=max(counted, key=lambda share: abs(share - first.sparsity), default=None),
         values=values,
-        seconds=seconds,
-        error=error,
+        seconds={k: statistics.mean(p.seconds[k] for p in done if k in p.seconds) for k in first.seconds},
+        error=next((point.error for point in points if point.error), ""),
         runs=len(done),
         spreads=spreads,
     )
@@ -192,16 +188,19 @@ def _point(study: Mapping[str, Any], row: Mapping[str, Any], metrics: Mapping[st
     def text(key: str) -> str:
         return "" if row.get(key) is None else str(row[key])
 
-    seconds = {key: _report.number(row.get(f"{key}_seconds")) for key in ("selection", "evaluation", "finetuning")}
+    seconds = {key: reading.number(row.get(f"{key}_seconds")) for key in ("selection", "evaluation", "finetuning")}
     values = {metric: _value(row.get(metric), better) for metric, better in metrics.items()}
-    used = text("used_update")
+    stage, used = text("stage") or (PRUNED if text("score") else DENSE), text("used_update")
+    if stage == "finetuned":  # for people: after 2 epochs
+        epochs = reading.number(row.get("epochs")) or reading.number(reading.section(study, "finetuning").get("epochs"))
+        stage = f"after {epochs:g} epoch{'s' if epochs != 1 else ''}" if epochs else "fine-tuned"
     return Point(
         text("model"),
-        _stage(study, text("stage") or (PRUNED if text("score") else DENSE), row.get("epochs")),
+        stage,
         Way(text("score"), text("granularity"), text("update")),
         text("pattern"),
-        _report.number(row.get("sparsity")) or 0.0,
-        _report.number(row.get("counted")),
+        reading.number(row.get("sparsity")) or 0.0,
+        reading.number(row.get("counted")),
         {metric: value for metric, value in values.items() if value is not None},
         {key: value for key, value in seconds.items() if value is not None},
         text("error"),
@@ -210,15 +209,45 @@ def _point(study: Mapping[str, Any], row: Mapping[str, Any], metrics: Mapping[st
     )
 
 
-def _stage(study: Mapping[str, Any], stage: str, epochs: Any) -> str:
-    """The stage for people: dense, pruned, after 2 epochs."""
-    if stage != "finetuned":
-        return stage
-    epochs = _report.number(epochs) or _report.number(_report.section(study, "finetuning").get("epochs"))
-    return f"after {epochs:g} epoch{'s' if epochs != 1 else ''}" if epochs else "fine-tuned"
-
-
 def _value(value: Any, better: str) -> float | None:
     """The value as a float; an infinity only where it stands for the worst value there is."""
     worst = math.inf if better == "lower" else -math.inf
-    return worst if isinstance(value, float) and value == worst else _report.number(value)
+    return worst if isinstance(value, float) and value == worst else reading.number(value)
+
+
+class Progress(NamedTuple):
+    """How much of a study was measured: points, or rows of the table where some of those asked for are missing."""
+
+    told: str  # `24 of 48 rows measured, 2 failed, interrupted`
+    whole: bool  # nothing that was asked for is left to be tried
+    reason: str  # a sentence on what ended the study; empty where it went to its end
+
+
+def progress(study: Mapping[str, Any], results: Results) -> Progress:
+    """How far a study got: `planned` is the number of rows that a whole table has, `failure` the error that ended it.
+
+    Without them and its `status`, what was tried counts as all there is.
+    """
+    status = str(study.get("status") or "")
+    reason = {"interrupted": "The study was interrupted; started again with the same command, it goes on from there."}
+    reason |= {"failed": f"The study ended with an error: {study['failure']}"} if study.get("failure") else {}
+    ended = [_STOPPED[status]] if status in _STOPPED else []
+    planned = int(reading.number(study.get("planned")) or 0)
+    dense = len(results.dense) - sum(point.stage == DENSE for point, _ in results.failures)
+    rows = dense + sum(point.runs for point in results.points if point.values)
+    # A point that fails has no rows of its later stages: those of a finished study are not missing.
+    if rows < planned and not (status == "finished" and results.failures):
+        count, failed, whole = f"{rows} of {planned} rows measured", len(results.failures), False
+    else:
+        done, failed = count_points(results)
+        # The table may hold more than was asked for, rows of an earlier grid: so its size proves nothing.
+        whole, count = not ended, f"{done} points measured" if ended else f"{done} of {done + failed} points"
+    notes = [f"{failed} failed"] * bool(failed) + ended
+    return Progress(", ".join([count, *notes]), whole, reason.get(status, ""))
+
+
+def count_points(results: Results) -> tuple[int, int]:
+    """How many ways of pruning a model were measured, and how many failed at any stage."""
+    points = unique((point.model, point.way, point.amount) for point in results.points)
+    failed = unique((point.model, point.way, point.amount) for point in results.points if point.error)
+    return len(points) - len(failed), len(failed)
