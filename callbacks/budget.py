@@ -240,11 +240,10 @@ class GPUHourBudget(Callback):
 
     def _agree(self, trainer: Trainer, seconds: float = 0.0) -> float:
         """One small collective: the largest figures of all ranks become everybody's. Returns that of `seconds`."""
-        figures = [self.ledger.hours, self._reserved(trainer), float(seconds)]
+        spent, reserved = self.ledger.hours, self._reserved(trainer)
         if trainer.world_size > 1:
-            mine = torch.tensor(figures, dtype=torch.float64, device=trainer.strategy.root_device)  # (3,)
-            figures = trainer.strategy.reduce(mine, reduce_op="max").tolist()
-        spent, reserved, seconds = figures
+            mine = torch.tensor([spent, reserved, seconds], dtype=torch.float64, device=trainer.strategy.root_device)
+            spent, reserved, seconds = trainer.strategy.reduce(mine, reduce_op="max").tolist()
         self.ledger.agree(spent, self.gpu_hours - reserved)
         return seconds
 
