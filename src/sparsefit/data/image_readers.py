@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lightning.pytorch.utilities import rank_zero_warn
 
 from sparsefit.errors import DataError, SparsefitError
-from sparsefit.modules.loading import hub_problem, nearest_path
+from sparsefit.modules.places import hub_problem, nearest_path
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

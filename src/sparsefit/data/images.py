@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sparsefit.data.image_readers import digits, from_folder, from_parquet, from_split
 from sparsefit.data.slices import split_slice
 from sparsefit.errors import ConfigError, DataError
-from sparsefit.modules.loading import nearest_path
+from sparsefit.modules.places import nearest_path
 
 if TYPE_CHECKING:
     import numpy as np

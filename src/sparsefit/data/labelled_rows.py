@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sparsefit.data.image_readers import from_split
 from sparsefit.data.slices import split_slice
 from sparsefit.errors import ConfigError, DataError
-from sparsefit.modules.loading import nearest_path
+from sparsefit.modules.places import nearest_path
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -23,6 +22,7 @@ from sparsefit.modules.model_classes import (
     skeleton,
     whole_model,
 )
+from sparsefit.modules.places import hub_problem, nearest_path
 from sparsefit.recovery.compact import load_compact
 from sparsefit.recovery.inspection import check_indices
 
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 TINY_LLAMA = "tiny-llama"
-_PROBE_SECONDS = 5.0
 _FILES = {
     "model": "config.json",
     "tokenizer": "tokenizer_config.json",
@@ -175,31 +174,6 @@ def torch_dtype(name: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ConfigError(f"unknown dtype {name!r}: use float32, bfloat16, float16 or auto")
     return dtype
-
-
-def hub_problem() -> str | None:
-    """Why the Hugging Face hub cannot be used now, or None if it can. Takes at most about 5 seconds.
-
-    The hub's own client retries for 25 to 50 seconds before it gives up, which looks like a hang.
-    """
-    from huggingface_hub import constants, get_session
-
-    if constants.is_offline_mode():
-        return "HF_HUB_OFFLINE is set"
-    try:
-        get_session().head(constants.ENDPOINT, timeout=_PROBE_SECONDS)
-    except Exception as error:  # the client's library, and so its errors' classes, differ between versions of the hub
-        return f"{constants.ENDPOINT} cannot be reached: {error or type(error).__name__}"
-    return None
-
-
-def nearest_path(path: Path) -> str:
-    """' Did you mean …?' with the existing neighbour spelled most like `path`, or the empty string."""
-    parent = path.parent
-    if not parent.is_dir():
-        return nearest_path(parent) if parent != path else ""
-    close = difflib.get_close_matches(path.name, [entry.name for entry in parent.iterdir()], n=1)
-    return f" Did you mean {parent / close[0]}?" if close else ""
 
 
 def _has(what: str, name: str) -> bool:
