@@ -99,8 +99,9 @@ class Workplace:
     """A tiny model, its text, and the commands on it, each in a process of its own that is forked to start at once."""
 
     def __init__(self, folder: Path, steps: int = STEPS) -> None:
-        self.folder, self.steps, self.log = folder, steps, folder / "log.txt"
+        self.folder, self.steps = folder, steps
         self.output = ""
+        self._outputs: dict[int, int] = {}  # by process: a pipe, which no full disk and no limit of files reaches
         tokenizer = load_tokenizer("tiny-llama")
         torch.manual_seed(0)
         sizes = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
@@ -149,10 +150,10 @@ class Workplace:
         before: Callable[[], None] | None = None,
     ) -> int:
         """Start a command; `before` is called in its process first. Returns the id of that."""
+        output, log = os.pipe()
         if (child := os.fork()) == 0:
             status = 70
             try:
-                log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
                 os.dup2(log, 1)
                 os.dup2(log, 2)
                 sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
@@ -170,19 +171,23 @@ class Workplace:
             except BaseException:
                 traceback.print_exc()
             finally:
-                if hook is not None:
-                    hook.at = sys.maxsize
-                    (self.folder / "count.txt").write_text(str(hook.count))
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status)
+                try:
+                    if hook is not None:
+                        hook.at = sys.maxsize
+                        (self.folder / "count.txt").write_text(str(hook.count))
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                finally:
+                    os._exit(status)  # whatever happens: this process must never go on as the one it was forked from
+        os.close(log)
+        self._outputs[child] = output
         return child
 
     def ended(self, child: int) -> int:
         """The status of a command once it has ended: its exit status, or minus the signal that killed it."""
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        self.output = self.log.read_text(errors="replace")
-        return status
+        with open(self._outputs.pop(child), errors="replace") as output:
+            self.output = output.read()
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
     def command(self, *arguments: Any, **settings: Any) -> int:
         """Run a command to its end."""
