@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from sparsefit.errors import CalibrationError
 
 
 def from_all(value: Any) -> list[Any]:
@@ -28,25 +25,31 @@ def from_all(value: Any) -> list[Any]:
 
 @contextmanager
 def errors_on_all_ranks() -> Iterator[None]:
-    """A `CalibrationError` of one rank becomes everybody's, as those that went on would wait for it for ever.
+    """An error of one rank becomes everybody's, as those that went on would wait for it for ever.
 
+    Errors of sparsefit keep their class; of another error the others raise a `RuntimeError` that quotes it.
+
+    >>> from sparsefit.errors import CalibrationError
     >>> with errors_on_all_ranks(): raise CalibrationError("no data")
     Traceback (most recent call last):
     sparsefit.errors.CalibrationError: no data
     """
     try:
         yield
-    except CalibrationError as error:
-        from_all(str(error))
+    except Exception as error:
+        ours = type(error).__module__.startswith("sparsefit.")
+        from_all((type(error), str(error)) if ours else (RuntimeError, f"{type(error).__name__}: {error}"))
         raise
-    for rank, text in enumerate(from_all(None)):
-        if text is not None:
-            raise CalibrationError(f"on rank {rank}: {text}")
+    for rank, failure in enumerate(from_all(None)):
+        if failure is not None:
+            kind, text = failure
+            raise kind(f"on rank {rank}: {text}")
 
 
 def add_up(values: Tensor, largest: bool = False) -> None:
     """The sum (or the largest) over all ranks, in place.
 
+    >>> import torch
     >>> add_up(values := torch.ones(2)); values
     tensor([1., 1.])
     """
@@ -54,18 +57,50 @@ def add_up(values: Tensor, largest: bool = False) -> None:
         dist.all_reduce(values, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
 
 
-def of_first_rank(values: Tensor) -> Tensor:
-    """The tensor of rank 0.
+def of_rank(values: Tensor, rank: int = 0) -> Tensor:
+    """The tensor of one rank; the others give one of the same shape, type and device for it to be written to.
 
-    >>> of_first_rank(torch.tensor([True]))
-    tensor([True])
+    >>> import torch
+    >>> of_rank(torch.tensor([1, 0]))
+    tensor([1, 0])
     """
     if not _is_distributed():
         return values
-    # Not every backend sends bool.
-    sent = values.to(torch.uint8 if values.dtype == torch.bool else values.dtype).contiguous()
-    dist.broadcast(sent, src=0)
-    return sent.to(values.dtype)
+    sent = values.contiguous()
+    dist.broadcast(sent, src=rank)
+    return sent
+
+
+def own_rank() -> int:
+    """The number of this process among all, from 0.
+
+    >>> own_rank()
+    0
+    """
+    return dist.get_rank() if _is_distributed() else 0
+
+
+def number_of_ranks() -> int:
+    """How many processes there are in all.
+
+    >>> number_of_ranks()
+    1
+    """
+    return dist.get_world_size() if _is_distributed() else 1
+
+
+def shared_out(costs: Sequence[float]) -> list[int]:
+    """Which rank does each of several pieces of work, so that all are done soon: the dearest first, each to the rank
+    with the least to do. All ranks find the same.
+
+    >>> shared_out([3.0, 1.0])
+    [0, 0]
+    """
+    loads, ranks = [0.0] * number_of_ranks(), [0] * len(costs)
+    for number in sorted(range(len(costs)), key=lambda number: -costs[number]):
+        ranks[number] = min(range(len(loads)), key=loads.__getitem__)
+        loads[ranks[number]] += costs[number]
+    return ranks
 
 
 def _is_distributed() -> bool:

@@ -225,23 +225,48 @@ def test_a_real_model_recovers(shared_data):
     assert found[0] < found[2] < 0.85 * found[1]
 
 
+ROWS = torch.randn(24, 6, generator=torch.Generator().manual_seed(0))
+SHARES = {"even": [slice(0, 12), slice(12, 24)], "uneven": [slice(0, 16), slice(16, 24)]}
+SETTINGS = ReconstructSettings(3, 1e-2, 4)
+
+
 def _rank(rank, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     try:
-        model, x = Net(), torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
-        mine = [x[8 * rank : 8 * rank + 8]]
-        dense, masks = pruned(model, mine)
-        errors = reconstruct(model, mine, dense, masks, ReconstructSettings(3 + rank, 1e-2, 4))
-        masks.verify(model)
-        state = {name: p.detach().clone() for name, p in model.named_parameters()}
-        torch.save([state, [error.after < error.before for error in errors]], f"{folder}/{rank}.pt")
+        found = {}
+        for name, shares in SHARES.items():
+            model, mine = Net(), [ROWS[shares[rank]]]
+            dense, masks = pruned(model, mine)
+            errors = reconstruct(model, mine, dense, masks, SETTINGS)
+            masks.verify(model)
+            found[name] = [model.state_dict(), [(error.before, error.after, error.steps) for error in errors]]
+        torch.save(found, f"{folder}/{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
 
 
-def test_two_ranks_end_with_equal_weights(tmp_path):
-    mp.start_processes(_rank, (str(tmp_path),), nprocs=2, start_method="fork")
-    (first, fell), (second, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.start_processes(_rank, (str(folder),), nprocs=2, start_method="fork")
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize(("shares", "steps"), [("even", 9), ("uneven", 12)])
+def test_two_ranks_end_with_equal_weights(two_ranks, shares, steps):
+    (first, errors), (second, others) = (found[shares] for found in two_ranks)
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert all(fell)
+    assert errors == others
+    assert all(after < before and taken == steps for before, after, taken in errors)
+
+
+def test_two_ranks_take_the_steps_of_one_process_over_all_samples(two_ranks):
+    # A micro-batch of one process is one of each rank, in the order that all ranks shuffle theirs.
+    model = Net()
+    rows = torch.cat([torch.cat(pair) for pair in zip(ROWS[:12].split(4), ROWS[12:].split(4), strict=True)])
+    dense, masks = pruned(model, [rows])
+    errors = reconstruct(model, [rows], dense, masks, ReconstructSettings(3, 1e-2, 8))
+    state, told = two_ranks[0]["even"]
+    torch.testing.assert_close(state, model.state_dict(), rtol=1e-3, atol=1e-4)
+    assert [after for _, after, _ in told] == pytest.approx([error.after for error in errors], rel=1e-3)

@@ -13,6 +13,7 @@ from sparsefit.calibration.batches import Forward, MicroBatch, device_of
 from sparsefit.pruning.blocks import BlockCall, NotSweepable, capture_calls, hidden_of, order_of
 from sparsefit.pruning.config import PruningConfig
 from sparsefit.pruning.layers.base import PrunableWeight
+from sparsefit.ranks import errors_on_all_ranks
 
 
 class BlockSweep:
@@ -76,10 +77,11 @@ class BlockSweep:
         if self._dense:
             self._hidden = list(self._outputs.values())
         elif not self._is_last:
-            for number, hidden in enumerate(self._hidden):
-                self._hidden[number] = None  # each output takes the place of its input
-                self._hidden[number] = self._output(number, hidden)
-                self._step()
+            with errors_on_all_ranks():
+                for number, hidden in enumerate(self._hidden):
+                    self._hidden[number] = None  # each output takes the place of its input
+                    self._hidden[number] = self._output(number, hidden)
+                    self._step()
 
     def _output(self, number: int, hidden: Tensor) -> Tensor:
         call = self._block_calls[number]

@@ -45,6 +45,10 @@ class InputGroup:
         """Whether any input that reached its weights was not zero."""
         return any(bool(statistics["squared_norm"].any()) for statistics in self.by_statistics())
 
+    def matrices(self) -> dict[str, Tensor]:
+        """The (out, in) matrices of its weights, by name."""
+        return {weight.name: weight.matrix() for weight in self.weights}
+
     def by_statistics(self) -> dict[InputStatistics, Rows]:
         """Each statistic with the rows that it is of."""
         found: dict[InputStatistics, Rows] = {}

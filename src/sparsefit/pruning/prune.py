@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from sparsefit.calibration.batches import Forward
 from sparsefit.calibration.padding import watching_padding
 from sparsefit.pruning.block_sweep import BlockSweep
 from sparsefit.pruning.config import PruningConfig
-from sparsefit.pruning.groups import Parts, input_groups
+from sparsefit.pruning.groups import InputGroup, Parts, input_groups
 from sparsefit.pruning.layers.base import PrunableWeight
 from sparsefit.pruning.results import DenseStatistics, PruningResult, checksums
 from sparsefit.pruning.run import PruningRun
-from sparsefit.pruning.steps import Steps
+from sparsefit.pruning.sharing import solutions
+from sparsefit.pruning.steps import ByWeight, Solution, Steps
 from sparsefit.pruning.watch import evaluating
 
 Progress = Callable[[int, int], None]
@@ -100,23 +102,25 @@ def _block_by_block(run: PruningRun) -> None:
 
 
 def _prune_weights(run: PruningRun, weights: Sequence[PrunableWeight], parts: Parts) -> None:
-    """Score, mask, (refine,) (update,) and apply, for those together that see the same inputs."""
+    """Solve and apply, for those together that see the same inputs; ranks share the groups out."""
+    for group, solution in solutions(input_groups(weights, parts), partial(_solve, run)):
+        run.apply(group, solution)
+
+
+def _solve(run: PruningRun, group: InputGroup, dense: ByWeight) -> Solution:
+    """Score, mask, (refine,) (update)."""
     config = run.config
-    for group in input_groups(weights, parts):
-        steps, values = Steps(group, config, run.counts, run.result.note), None
-        if config.existing_zeros == "adopt":
-            masks = steps.adopt()
-        elif config.statistics and not group.says_something:
-            masks = steps.select_by_magnitude()
-        elif config.reconstruction == "iterative":
-            masks, values = steps.iterate()
-        else:
-            masks = steps.select()
-            if config.swaps:
-                masks = steps.refine(masks)
-            if config.reconstruction:
-                values = steps.update(masks)
-        run.apply(group, steps, masks, values)
+    steps = Steps(group, dense, config, run.counts)
+    if config.existing_zeros == "adopt":
+        return steps.solution(steps.adopt())
+    if config.statistics and not group.says_something:
+        return steps.solution(steps.select_by_magnitude())
+    if config.reconstruction == "iterative":
+        return steps.solution(*steps.iterate())
+    masks = steps.select()
+    if config.swaps:
+        masks = steps.refine(masks)
+    return steps.solution(masks, steps.update(masks) if config.reconstruction else None)
 
 
 def collect_statistics(

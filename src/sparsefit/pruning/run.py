@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparsefit.calibration.batches import Forward, MicroBatch, calibration_data, forward_of, passing
 from sparsefit.calibration.padding import PaddingWatch
@@ -23,11 +23,11 @@ from sparsefit.pruning.inputs import collect
 from sparsefit.pruning.layers.base import PrunableWeight, is_dense
 from sparsefit.pruning.results import PruningResult
 from sparsefit.pruning.scores import SCORES
-from sparsefit.pruning.steps import Steps
+from sparsefit.pruning.steps import Solution
 from sparsefit.pruning.targets import CHECKS, find_candidates, find_weights
 from sparsefit.pruning.tracing import Trace, trace
 from sparsefit.pruning.undo import Undo
-from sparsefit.ranks import of_first_rank
+from sparsefit.ranks import errors_on_all_ranks
 
 
 class PruningRun:
@@ -173,7 +173,8 @@ class PruningRun:
         reasons, found = [] if self._block_lists else ["no repeated blocks were found in the model"], False
         for blocks in self._block_lists:
             try:
-                sweep = BlockSweep(blocks, self.weights, self._data, self._forward, self.config, self._step)
+                with errors_on_all_ranks():
+                    sweep = BlockSweep(blocks, self.weights, self._data, self._forward, self.config, self._step)
             except NotSweepable as reason:
                 reasons.append(str(reason))
                 continue
@@ -197,24 +198,20 @@ class PruningRun:
         others = {weight.name for sweep in sweeps for weight in sweep.weights}.union(self.result.masks)
         return [weight for weight in self.weights if weight.name not in others]
 
-    def apply(
-        self, group: InputGroup, steps: Steps, masks: dict[str, Tensor], values: dict[str, Tensor] | None
-    ) -> None:
-        """Prune the weights of a group, in place.
-
-        Masks and values are those of the first rank: rounding on other hardware must not make models differ.
-        """
+    def apply(self, group: InputGroup, solution: Solution) -> None:
+        """Prune the weights of a group, in place."""
         if self.config.statistics and not group.says_something:
-            (self._dead if group.seen else self._unseen).extend(masks)
-        elif "gram" in self.config.statistics:
-            self.result.layer_errors |= steps.errors(masks, values)
+            (self._dead if group.seen else self._unseen).extend(solution.masks)
+        self.result.layer_errors |= solution.errors
+        for note in solution.notes:
+            self.result.note(note)
         for weight in group.weights:
-            mask = of_first_rank(steps.in_own_order(masks[weight.name]))
+            mask = solution.masks[weight.name]
             bits = self.result.masks.add(weight.name, mask, weight.transposed)
-            if values is None:
+            if solution.values is None:
                 self._undo.apply_mask(weight, mask, bits)
             else:
-                self._undo.set_values(weight, of_first_rank(steps.in_own_order(values[weight.name])))
+                self._undo.set_values(weight, solution.values[weight.name])
 
 
 def _check_device_is_here(device: str | None) -> None:

@@ -43,6 +43,10 @@ class InputStatistics:
     def __getitem__(self, kind: str) -> Tensor:
         return self._sums[kind]
 
+    def has(self, kind: str) -> bool:
+        """Whether these are among what is accumulated."""
+        return kind in self._sums
+
     def add(self, inputs: Tensor) -> None:
         """Add (tokens, in) further inputs of any floating dtype."""
         device = self._sums["squared_norm"].device

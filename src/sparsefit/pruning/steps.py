@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 import torch
@@ -23,28 +24,49 @@ from sparsefit.pruning.statistics import InputStatistics, all_finite
 ByWeight = dict[str, Tensor]  # (out, in) tensors by the name of the weight
 
 
+@dataclass
+class Solution:
+    """What is decided about the weights of an input group.
+
+    Attributes:
+        masks: (out, in) bool of each weight, True = kept.
+        values: New values, (out, in), zero outside the masks; None where the kept weights stay as they are.
+        errors: ||(W' - W) X||^2 / ||W X||^2 of each weight, where Gram matrices tell it.
+        notes: What a user should know of it.
+    """
+
+    masks: ByWeight
+    values: ByWeight | None = None
+    errors: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
 class Steps:
     """The weights of an input group, dense, and what becomes of them by a configuration.
 
     N:M runs along the input channels. So, with a pattern, the columns of a convolution are handled in an order that
-    puts the channels of one kernel position side by side; `in_own_order` takes a result back.
+    puts the channels of one kernel position side by side; `solution` takes results back.
 
-    `counts` says how many go of each matrix; of one not named it is what the sparsity means for each comparison group.
+    Args:
+        group: The weights and the statistics of their inputs.
+        dense: The (out, in) matrices of the weights.
+        config: What is asked for.
+        counts: How many go of each matrix; of one not named it is what the sparsity means for each comparison group.
     """
 
     def __init__(
-        self, group: InputGroup, config: PruningConfig, counts: Mapping[str, int], note: Callable[[str], None]
+        self, group: InputGroup, dense: Mapping[str, Tensor], config: PruningConfig, counts: Mapping[str, int]
     ) -> None:
-        self._config, self._counts, self._note = config, counts, note
+        self._config, self._counts, self._notes = config, counts, []
         self._pattern, self._score = config.structure, SCORES[config.score]
-        self._dense = {weight.name: weight.matrix() for weight in group.weights}
+        self._dense = dict(dense)
         self._order = channels_side_by_side(group.weights[0].view) if self._pattern else None
         if self._order is not None:
             group = group.with_columns(self._order)
             self._dense = {name: matrix[:, self._order] for name, matrix in self._dense.items()}
         kept = config.existing_zeros == "keep"
         self._zeros = {name: matrix == 0 for name, matrix in self._dense.items()} if kept else {}
-        self._parts, self._by_statistics = group.parts, group.by_statistics()
+        self._group, self._parts, self._by_statistics = group, group.parts, group.by_statistics()
         self._factors: dict[InputStatistics, reconstruction.Factor] = {}
 
     def select_by_magnitude(self) -> ByWeight:
@@ -106,8 +128,15 @@ class Steps:
             _unstack(changed, rows, values)
         return masks, values
 
-    def errors(self, masks: ByWeight, values: ByWeight | None) -> dict[str, float]:
-        """||(W' - W) X||^2 / ||W X||^2 of each weight on the calibration inputs, from the Gram matrices."""
+    def solution(self, masks: ByWeight, values: ByWeight | None = None) -> Solution:
+        """What was found, with the columns in the order in which the weights have them."""
+        told = "gram" in self._config.statistics and self._group.says_something
+        errors = self._errors(masks, values) if told else {}
+        in_order = {name: self._in_own_order(mask) for name, mask in masks.items()}
+        changed = None if values is None else {name: self._in_own_order(own) for name, own in values.items()}
+        return Solution(in_order, changed, errors, self._notes)
+
+    def _errors(self, masks: ByWeight, values: ByWeight | None) -> dict[str, float]:
         found = {}
         for name, parts in self._parts.items():
             lost = whole = 0.0
@@ -119,8 +148,7 @@ class Steps:
             found[name] = lost / whole if whole else 0.0
         return found
 
-    def in_own_order(self, matrix: Tensor) -> Tensor:
-        """A mask or values with their columns as the weight has them."""
+    def _in_own_order(self, matrix: Tensor) -> Tensor:
         return matrix if self._order is None else matrix[:, self._order.argsort()]
 
     def _block_chooser(self, statistics: InputStatistics, rows: Rows) -> reconstruction.Choose:
@@ -204,7 +232,7 @@ class Steps:
         if damping > asked:
             name, _ = self._by_statistics[statistics][0]
             why = f"the Gram matrix of its inputs could not be inverted with damping {asked:g}"
-            self._note(f"{name}: {why}; {damping:g} was used")
+            self._notes.append(f"{name}: {why}; {damping:g} was used")
 
     def _empty(self, dtype: torch.dtype) -> ByWeight:
         return {name: torch.empty(dense.shape, dtype=dtype, device=dense.device) for name, dense in self._dense.items()}

@@ -21,7 +21,7 @@ from sparsefit.calibration.batches import MicroBatch
 from sparsefit.calibration.samples import numbers_in, tensors_in
 from sparsefit.pruning.layers import PRODUCTS, matrices_of
 from sparsefit.pruning.watch import Key, Seen, watching
-from sparsefit.ranks import from_all
+from sparsefit.ranks import errors_on_all_ranks, from_all
 
 FORMS = 8  # kinds of samples that are looked at, at most
 _PRODUCTS = PRODUCTS.keys() | {torch.einsum, torch.tensordot, torch.bilinear, F.bilinear}
@@ -63,14 +63,15 @@ def trace(model: nn.Module, data: Sequence[MicroBatch], forward: Callable[[Any],
     shares: dict[Key, Fraction | None] = {}
     weights = [weight for name, module in base_modules(model).items() for weight in matrices_of(module, name)]
     outputs: list[frozenset[str]] = []
-    for batch in samples.values():
-        sample, seen = batch.first_sample(), []
-        with watching(weights, partial(_note_size, seen)), _hooked(model, tracer), tracer:
-            result = forward(sample)
-        uses, size = Counter(key for key, _ in seen), numbers_in(sample) or 1
-        for key, numbers in seen:
-            shares[key] = None if uses[key] > 1 else shares.get(key, Fraction(numbers, size))
-        outputs += [found for tensor in output_tensors(result) if (found := tracer.last(tensor))]
+    with errors_on_all_ranks():
+        for batch in samples.values():
+            sample, seen = batch.first_sample(), []
+            with watching(weights, partial(_note_size, seen)), _hooked(model, tracer), tracer:
+                result = forward(sample)
+            uses, size = Counter(key for key, _ in seen), numbers_in(sample) or 1
+            for key, numbers in seen:
+                shares[key] = None if uses[key] > 1 else shares.get(key, Fraction(numbers, size))
+            outputs += [found for tensor in output_tensors(result) if (found := tracer.last(tensor))]
     shown = Trace(frozenset(tracer.reached), shares, tuple(dict.fromkeys(outputs))) if samples else None
     found = [one for one in from_all(shown) if one is not None]
     return Trace(frozenset().union(*(one.reached for one in found)), shares, found[0].outputs) if found else None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sparsefit.calibration.batches import MicroBatch
 from sparsefit.errors import ConfigError
 from sparsefit.pruning.blocks import BlockCall, NotSweepable, capture_calls, find_block_lists, order_of
+from sparsefit.ranks import errors_on_all_ranks
 
 
 @dataclass
@@ -98,7 +99,7 @@ def _captured(
     found: BlockList, data: list[MicroBatch], forward: Callable[[Any], Any], weights: AbstractContextManager[None]
 ) -> tuple[list[int], list[list[BlockCall]], list[Tensor]]:
     """The order of the blocks; for each micro-batch their calls and the hidden state before the first."""
-    with weights, torch.no_grad():
+    with errors_on_all_ranks(), weights, torch.no_grad():
         shown = [capture_calls(found.blocks, lambda b=b: forward(b.data), simple=found.simple) for b in data]
     calls = [capture.calls for capture in shown]
     try:

@@ -24,7 +24,8 @@ from sparsefit.errors import ConfigError
 from sparsefit.pruning import MaskSet
 from sparsefit.pruning.blocks import find_block_lists, hidden_of
 from sparsefit.pruning.watch import evaluating
-from sparsefit.ranks import of_first_rank
+from sparsefit.ranks import errors_on_all_ranks, from_all, of_rank
+from sparsefit.recovery.block_descent import descend
 from sparsefit.recovery.block_runs import BlockRun, adapters_off, in_float32, sweep, sweepable_lists
 from sparsefit.recovery.guard import MaskGuard
 from sparsefit.settings import number
@@ -188,27 +189,44 @@ class _Tuner:
         limit = None if self._deadline is None else max(0.0, self._deadline - start) / (self.blocks - self._done)
         self._done += 1
         weights = self._weights_of(block)
-        with torch.no_grad():
+        with torch.no_grad(), errors_on_all_ranks():
             run.dense = self._dense_outputs(block, run)
         tuned = [weight for weight in weights.values() if weight.is_floating_point()]
         before = after = self._error(block, run)
         steps = 0
         if tuned and self._settings.passes:
             kept = [weight.detach().clone() for weight in tuned]
-            with in_float32(block):
-                steps = self._descend(block, tuned, run, limit)
+            with in_float32(block), self._guarded(block, tuned) as optimizer:
+                steps = descend(block, tuned, run, optimizer, self._settings.passes, limit)
             after = self._error(block, run)
             if not after < before:
                 after = before
                 for weight, old in zip(tuned, kept, strict=True):
                     weight.data.copy_(old)
             for weight in tuned:  # rounding on other hardware must not make the ranks' models differ
-                weight.data.copy_(of_first_rank(weight.data))
-        with torch.no_grad():
+                weight.data.copy_(of_rank(weight.data))
+        with torch.no_grad(), errors_on_all_ranks():
             run.sparse = [
                 hidden_of(call.run(block, hidden.clone())) for call, hidden in zip(run.calls, run.sparse, strict=True)
             ]
         return BlockError(name, before, after, steps, time.monotonic() - start)
+
+    @contextmanager
+    def _guarded(self, block: nn.Module, tuned: list[nn.Parameter]) -> Iterator[torch.optim.Optimizer]:
+        """An optimizer of some weights of a block, which train while this lasts and keep to their masks."""
+        block.requires_grad_(False)
+        for weight in tuned:
+            weight.requires_grad_(True)
+        optimizer = torch.optim.Adam(tuned, lr=self._settings.learning_rate)
+        guard = MaskGuard(self._masks)
+        guard.watch(self._model, [optimizer])
+        try:
+            yield optimizer
+        finally:
+            guard.remove()
+            for weight in tuned:
+                weight.requires_grad_(False)
+                weight.grad = None
 
     def _weights_of(self, block: nn.Module) -> dict[str, nn.Parameter]:
         inside = {id(parameter) for parameter in block.parameters()}
@@ -239,43 +257,11 @@ class _Tuner:
 
     @torch.no_grad()
     def _error(self, block: nn.Module, run: BlockRun) -> float:
-        lost = whole = 0.0
-        for call, hidden, target in zip(run.calls, run.sparse, run.dense, strict=True):
-            output = hidden_of(call.run(block, hidden.clone())).float()
-            lost += float((output - target.float()).square().sum())
-            whole += float(target.float().square().sum())
+        sums = torch.zeros(2, dtype=torch.float64)
+        with errors_on_all_ranks():
+            for call, hidden, target in zip(run.calls, run.sparse, run.dense, strict=True):
+                output = hidden_of(call.run(block, hidden.clone())).float()
+                lost, whole = (output - target.float()).square().sum(), target.float().square().sum()
+                sums += torch.tensor([float(lost), float(whole)], dtype=torch.float64)
+        lost, whole = (sum(own) for own in zip(*from_all(sums.tolist()), strict=True))
         return lost / whole if whole else 0.0
-
-    def _descend(self, block: nn.Module, tuned: list[nn.Parameter], run: BlockRun, limit: float | None) -> int:
-        """Adam on the block's distance from its targets, its rate falling to zero with the steps or the time."""
-        whole = sum(float(target.float().square().mean()) for target in run.dense) / len(run.dense)
-        block.requires_grad_(False)
-        for weight in tuned:
-            weight.requires_grad_(True)
-        optimizer = torch.optim.Adam(tuned, lr=self._settings.learning_rate)
-        guard = MaskGuard(self._masks)
-        guard.watch(self._model, [optimizer])
-        generator = torch.Generator().manual_seed(0)
-        start, step, total = time.monotonic(), 0, self._settings.passes * len(run.calls)
-        try:
-            with torch.enable_grad():
-                while step < total:
-                    for number in torch.randperm(len(run.calls), generator=generator).tolist():
-                        spent = 0.0 if limit is None else (time.monotonic() - start) / max(limit, 1e-9)
-                        if spent >= 1:
-                            return step
-                        optimizer.param_groups[0]["lr"] = self._settings.learning_rate * (1 - max(step / total, spent))
-                        call = run.calls[number].mapped(lambda t: t.float() if t.is_floating_point() else t)
-                        # A copy: a block may add to its input in place.
-                        output = hidden_of(call.run(block, run.sparse[number].to(torch.float32, copy=True)))
-                        loss = nn.functional.mse_loss(output, run.dense[number].float()) / max(whole, 1e-12)
-                        loss.backward()
-                        optimizer.step()
-                        optimizer.zero_grad()
-                        step += 1
-            return step
-        finally:
-            guard.remove()
-            for weight in tuned:
-                weight.requires_grad_(False)
-                weight.grad = None

@@ -1,0 +1,83 @@
+"""Ranks share out the input groups: each solves some, and tells the others the masks and the changed values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from sparsefit.pruning.groups import InputGroup
+from sparsefit.pruning.layers.base import is_dense
+from sparsefit.pruning.masks import pack_bits, unpack_bits
+from sparsefit.pruning.steps import ByWeight, Solution
+from sparsefit.ranks import errors_on_all_ranks, from_all, number_of_ranks, of_rank, own_rank, shared_out
+
+AT_ONCE = 4  # groups for each rank between two exchanges: a block of a language model has as many
+
+Solve = Callable[[InputGroup, ByWeight], Solution]
+
+
+def solutions(groups: Sequence[InputGroup], solve: Solve) -> Iterator[tuple[InputGroup, Solution]]:
+    """Each group with its solution, in the order given: the same on all ranks, whichever has found it.
+
+    So the time of a group's solution is shared, and rounding on different hardware cannot make models differ. An error
+    of one rank is raised on all.
+
+    Args:
+        groups: Those with the statistics of all ranks.
+        solve: Called with a group and the dense matrices of its weights, on one of the ranks.
+
+    >>> from sparsefit.pruning.layers import matrices_of
+    >>> group = InputGroup(matrices_of(torch.nn.Linear(2, 1)), {"weight": []})
+    >>> [(_, solution)] = solutions([group], lambda group, dense: Solution({"weight": dense["weight"] != 0}))
+    >>> solution.masks
+    {'weight': tensor([[True, True]])}
+    """
+    step = AT_ONCE * number_of_ranks() if number_of_ranks() > 1 else 1
+    for start in range(0, len(groups), step):
+        some = groups[start : start + step]
+        solvers = shared_out([_cost(group) for group in some])
+        with errors_on_all_ranks():
+            own = {number: some[number].matrices() for number, solver in enumerate(solvers) if solver == own_rank()}
+            solved = {number: solve(some[number], dense) for number, dense in own.items()}
+        yield from zip(some, _exchanged(some, solvers, solved), strict=True)
+
+
+def _cost(group: InputGroup) -> int:
+    """Multiplications up to a factor: of a Gram matrix's factor and the rows solved with it, or of scores alone."""
+    cost = 0
+    for statistics, rows in group.by_statistics().items():
+        width, height = len(statistics["squared_norm"]), sum(own.stop - own.start for _, own in rows)
+        cost += width * width * (width + height) if statistics.has("gram") else width * height
+    return cost
+
+
+def _exchanged(groups: Sequence[InputGroup], solvers: Sequence[int], solved: dict[int, Solution]) -> Iterator[Solution]:
+    """The solution of each group, from the rank that has it."""
+    if number_of_ranks() == 1:
+        yield from solved.values()
+        return
+    told = {}
+    for accounts in from_all(
+        {number: (own.values is not None, own.errors, own.notes) for number, own in solved.items()}
+    ):
+        told |= accounts
+    for number, (group, solver) in enumerate(zip(groups, solvers, strict=True)):
+        has_values, errors, notes = told[number]
+        mine = solved.pop(number, None)
+        yield Solution(*_sent(group, mine, solver, has_values), errors, notes)
+
+
+def _sent(group: InputGroup, mine: Solution | None, solver: int, has_values: bool) -> tuple[ByWeight, ByWeight | None]:
+    """Masks at one bit a weight, and the kept values alone, in the type that the weights are stored in."""
+    masks, values = {}, {}
+    for weight in group.weights:
+        name, device, size = weight.name, weight.device, weight.shape[0] * weight.shape[1]
+        bits = pack_bits(mine.masks[name]) if mine else torch.empty(-(-size // 8), dtype=torch.uint8)
+        mask = masks[name] = unpack_bits(of_rank(bits.to(device), solver), weight.shape, device)
+        if has_values:
+            dtype = weight.parameter.dtype if is_dense(weight.parameter) else torch.float32
+            empty = torch.zeros(weight.shape, dtype=dtype, device=device)
+            kept = mine.values[name][mask].to(dtype) if mine else empty[mask]
+            values[name] = empty.masked_scatter_(mask, of_rank(kept, solver))
+    return masks, values if has_values else None

@@ -1,0 +1,145 @@
+"""Ranks that prune one model together: each solves some of the input groups, and all end with the same weights."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from sparsefit import PruningConfig, collect_statistics, prune, prune_from_statistics
+from sparsefit.pruning.scores import SCORES, Score
+from sparsefit.ranks import own_rank
+
+SAMPLES = torch.randint(3, 61, (9, 12), generator=torch.Generator().manual_seed(0))
+SHARES = {1: [9], 2: [6, 3], 4: [4, 2, 2, 1]}  # samples of each rank
+METHODS = {
+    "wanda": {},
+    "none": {"update": "none"},
+    "2:4": {"pattern": "2:4"},
+    "layer": {"granularity": "layer"},
+    "owl": {"allocation": "owl"},
+    "magnitude": {"score": "magnitude"},
+    "swaps": {"swaps": 5},
+    "sparsegpt": {"score": "sparsegpt", "reconstruction": "iterative"},
+    "sequential": {"reconstruction": "sequential"},
+    "least_squares": {"swaps": 5, "reconstruction": "least_squares"},
+}
+MODELS = ("llama", "mixtral", "gpt2")
+
+
+def share_of(rank, ranks):
+    shares = SHARES[ranks]
+    return [{"input_ids": one} for one in SAMPLES[sum(shares[:rank]) : sum(shares[: rank + 1])].split(2)]
+
+
+def state_of(model, result):
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return {"digest": result.masks.digest(), "weights": weights, "errors": result.layer_errors, "notes": result.notes}
+
+
+def pruned_by_all_methods(models, rank, ranks):
+    """What each model is after each method, and how many matrices this rank has scored in it."""
+    found, scored = {}, []
+    plain = SCORES["wanda"]
+
+    def counting(*args):
+        scored.append(own_rank())
+        return plain.function(*args)
+
+    SCORES["counting"] = Score(counting, plain.granularity, plain.needs)
+    methods = METHODS | {"counting": {"score": "counting", "swaps": 2}}
+    for name, model in models.items():
+        for method, settings in methods.items():
+            one = copy.deepcopy(model)
+            found[name, method] = state_of(one, prune(one, share_of(rank, ranks), PruningConfig(**settings)))
+    config = PruningConfig(update="none", reconstruction="least_squares")
+    statistics = collect_statistics(models["llama"], share_of(rank, ranks), [config])
+    one = copy.deepcopy(models["llama"])
+    found["llama", "statistics"] = state_of(one, prune_from_statistics(one, statistics, config))
+    return found, len(scored)
+
+
+def failures(model, rank):
+    """What each rank raises where one of them fails, and whether its model is dense again."""
+
+    def failing_score(weight, norms):
+        if rank == 1:
+            raise MemoryError("no memory is left")
+        return weight.abs() * norms.sqrt()
+
+    SCORES["failing"] = Score(failing_score, "output", ("squared_norm",))
+    told = {}
+    for name, settings in {"score": {"score": "failing"}, "data": {"swaps": 1}}.items():
+        one = copy.deepcopy(model)
+        batches = share_of(rank, 2)
+        if name == "data" and rank == 1:
+            batches = [{"input_ids": torch.full((1, 4), 99)}]  # no such token
+        try:
+            prune(one, batches, PruningConfig(**settings))
+        except Exception as error:
+            dense = all(torch.equal(a, b) for a, b in zip(one.parameters(), model.parameters(), strict=True))
+            told[name] = type(error).__name__, str(error), dense
+    return told
+
+
+def _rank(rank, ranks, models, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
+    try:
+        found = pruned_by_all_methods(models, rank, ranks)
+        torch.save((*found, failures(models["llama"], rank) if ranks == 2 else {}), f"{folder}/{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def dense_models(tiny_model):
+    return {name: tiny_model(name) for name in MODELS}
+
+
+@pytest.fixture(scope="module")
+def alone(dense_models):
+    return pruned_by_all_methods(dense_models, 0, 1)
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def together(request, dense_models, tmp_path_factory):
+    """What each rank has found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    arguments = (request.param, dense_models, str(folder))
+    mp.start_processes(_rank, arguments, nprocs=request.param, start_method="fork")
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(request.param)]
+
+
+POINTS = [*((model, method) for model in MODELS for method in METHODS), ("llama", "statistics")]
+
+
+@pytest.mark.parametrize("point", POINTS, ids="-".join)
+def test_the_masks_and_values_are_those_of_one_process(alone, together, point):
+    expected, (first, *others) = alone[0][point], (found[point] for found, _, _ in together)
+    assert first["digest"] == expected["digest"]
+    for name, weight in expected["weights"].items():
+        torch.testing.assert_close(first["weights"][name], weight, atol=1e-4, rtol=1e-3)
+    assert first["errors"] == pytest.approx(expected["errors"], rel=1e-2, abs=1e-6)
+    for other in others:
+        assert other["digest"] == first["digest"]
+        assert all(torch.equal(other["weights"][name], weight) for name, weight in first["weights"].items())
+        assert (other["errors"], other["notes"]) == (first["errors"], first["notes"])
+
+
+def test_each_matrix_is_scored_by_one_rank(alone, together):
+    scored = [count for _, count, _ in together]
+    assert sum(scored) == alone[1]
+    assert max(scored) < 0.75 * alone[1] if len(scored) == 2 else max(scored) < 0.6 * alone[1]
+
+
+def test_a_rank_that_fails_ends_all_with_its_reason(together):
+    if len(together) != 2:
+        pytest.skip("tried on two ranks")
+    first, second = (told for _, _, told in together)
+    assert second["score"] == ("MemoryError", "no memory is left", True)
+    assert first["score"] == ("RuntimeError", "on rank 1: MemoryError: no memory is left", True)
+    assert first["data"][1].startswith("on rank 1: ")
+    assert first["data"][2] and second["data"][2]
