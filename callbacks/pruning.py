@@ -235,9 +235,10 @@ class WandaPruning(DivergenceGuard):
             shown = paid_progress(trainer, "calibrating and pruning", "calibration")
             with shown as progress, precision, magnitudes_follow(module):
                 self.result = prune(module, batches, self.config, forward=forward, progress=progress)
-        if self.config.needs_inputs and self.calibration_samples not in (None, self.result.samples):
+        asked = self.calibration_samples  # of one source for all ranks, or of one for each
+        if self.config.needs_inputs and asked and self.result.samples not in (asked, asked * trainer.world_size):
             self.result.note(
-                f"{self.result.samples} calibration samples were used where {self.calibration_samples} were asked for: "
+                f"{self.result.samples} calibration samples were used where {asked} were asked for: "
                 "a batch whose samples cannot be told apart counts as a whole, and samples of padding alone do not"
             )
         self.masks = self.result.masks

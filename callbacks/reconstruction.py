@@ -31,7 +31,7 @@ class BlockwiseReconstruction(PrunedRunCallback):
     Args:
         passes: Times that each block sees the calibration samples; 0 leaves the blocks as pruning left them.
         learning_rate: Of Adam at a block's first step; it falls linearly to zero.
-        batch_size: Samples in a step.
+        batch_size: Samples in a step, those of all ranks together.
         calibration: Batches to tune on, in the form of the training batches. By default the datamodule's
             `calibration_dataloader()`, else the first of the training data.
         calibration_samples: How many samples to take; by default all of a source made for calibration, and

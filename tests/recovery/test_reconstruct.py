@@ -227,7 +227,7 @@ def test_a_real_model_recovers(shared_data):
 
 ROWS = torch.randn(24, 6, generator=torch.Generator().manual_seed(0))
 SHARES = {"even": [slice(0, 12), slice(12, 24)], "uneven": [slice(0, 16), slice(16, 24)]}
-SETTINGS = ReconstructSettings(3, 1e-2, 4)
+SETTINGS = ReconstructSettings(3, 1e-2, 8)
 
 
 def _rank(rank, folder):
@@ -266,7 +266,7 @@ def test_two_ranks_take_the_steps_of_one_process_over_all_samples(two_ranks):
     model = Net()
     rows = torch.cat([torch.cat(pair) for pair in zip(ROWS[:12].split(4), ROWS[12:].split(4), strict=True)])
     dense, masks = pruned(model, [rows])
-    errors = reconstruct(model, [rows], dense, masks, ReconstructSettings(3, 1e-2, 8))
+    errors = reconstruct(model, [rows], dense, masks, SETTINGS)
     state, told = two_ranks[0]["even"]
     torch.testing.assert_close(state, model.state_dict(), rtol=1e-3, atol=1e-4)
     assert [after for _, after, _ in told] == pytest.approx([error.after for error in errors], rel=1e-3)

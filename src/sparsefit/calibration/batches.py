@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from sparsefit.calibration.padding_masks import PaddingMask
 from sparsefit.calibration.samples import count_samples, cut_batch, join_samples, map_tensors, split_samples, tensors_in
 from sparsefit.calibration.trimming import Look, Looking, join_masks, mask_named, without_padding
 from sparsefit.errors import CalibrationError
-from sparsefit.ranks import errors_on_all_ranks
+from sparsefit.ranks import errors_on_all_ranks, from_all, number_of_ranks, own_rank
 
 Forward = Callable[[Any], Any]
 
@@ -161,6 +162,9 @@ def calibration_data(
 ) -> list[MicroBatch]:
     """The calibration samples of a model in micro-batches.
 
+    Where all ranks of a distributed run are given the same samples, each takes its share of the micro-batches; where
+    they are given samples of their own, or there are fewer micro-batches than ranks, each takes all it has.
+
     Args:
         model: The model.
         batches: As `prune` takes them.
@@ -194,7 +198,25 @@ def calibration_data(
                 f"{needed_by} needs calibration data and there is none: the source yielded no batch (was an iterator "
                 "used up before?)"
             )
-    return data
+    return _own_share(data)
+
+
+def _own_share(data: list[MicroBatch]) -> list[MicroBatch]:
+    ranks = number_of_ranks()
+    if ranks == 1:
+        return data
+    all_alike = len(set(from_all(_digest(data)))) == 1
+    return data[own_rank() :: ranks] if all_alike and len(data) >= ranks else data
+
+
+def _digest(data: Iterable[MicroBatch]) -> str:
+    """Tells data of other values or shapes apart."""
+    sha = hashlib.sha256()
+    for batch in data:
+        for tensor in tensors_in(batch.data):
+            sha.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+            sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
 
 
 def passing(data: Iterable[MicroBatch], watch: PaddingWatch, forward: Forward) -> Forward:

@@ -68,7 +68,7 @@ def input_groups(weights: Sequence[PrunableWeight], parts: Mapping[str, list[Par
     """Weights, in the order of the model, put together where they share a statistic; one without any stays alone.
 
     >>> query, key = (PrunableWeight(name, Tensor(2, 3), ()) for name in ("query", "key"))
-    >>> shared = Part(slice(0, 2), InputStatistics(3, "cpu"))
+    >>> shared = Part(slice(0, 2), InputStatistics(3, Tensor().device))
     >>> [group.weights == [query, key] for group in input_groups([query, key], {"query": [shared], "key": [shared]})]
     [True]
     """

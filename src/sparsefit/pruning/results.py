@@ -23,7 +23,7 @@ class PruningResult:
         config: As it was asked for.
         update: The order that was used: "block" or "none".
         masks: By parameter name; True = kept.
-        samples: Calibration samples seen on this rank.
+        samples: Calibration samples, those of all ranks.
         tokens: Tokens that the statistics of a layer rest on, over all ranks (of the layer that saw most).
         seconds: Wall time of the whole pruning.
         notes: What did not go as asked, and why.
@@ -91,7 +91,7 @@ class DenseStatistics:
     kinds: frozenset[str]  # names from `statistics.KINDS`
     trace: Trace | None  # what samples have shown of the model
     checksums: dict[str, str]  # by weight, what tells it from that of another model
-    samples: int  # on this rank
+    samples: int  # of all ranks
     seconds: float
     notes: tuple[str, ...] = ()
 

@@ -27,7 +27,7 @@ from sparsefit.pruning.steps import Solution
 from sparsefit.pruning.targets import CHECKS, find_candidates, find_weights
 from sparsefit.pruning.tracing import Trace, trace
 from sparsefit.pruning.undo import Undo
-from sparsefit.ranks import errors_on_all_ranks
+from sparsefit.ranks import errors_on_all_ranks, from_all
 
 
 class PruningRun:
@@ -84,7 +84,7 @@ class PruningRun:
             self._data = calibration_data(self._model, batches, config.micro_batch_size, forward, needed_by, watch)
         self._forward = passing(self._data, watch, forward_of(self._model, forward))
         if config.needs_inputs:
-            self.result.samples = sum(len(batch.origin) for batch in self._data)
+            self.result.samples = sum(from_all(sum(len(batch.origin) for batch in self._data)))
             of_blocks = len(self._blocks) * (1 if config.update == "none" else 2) + len(self._block_lists)
             passes = 1 if self.takes_one_pass else (of_blocks or 1) + (config.allocation == "owl")
             self._steps_in_all = passes * len(self._data) + 1  # the last step is that all is done

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from sparsefit.pruning.gram import precise_dtype
 from sparsefit.ranks import add_up, from_all
 
 KINDS = ("squared_norm", "abs_sum", "abs_max", "gram")
@@ -29,6 +30,9 @@ def all_finite(values: Tensor) -> bool:
 class InputStatistics:
     """Those of `KINDS`, the squared norm always among them, over the tokens that a layer's inputs had; in float32.
 
+    Sums for each feature are kept in float64, so that they do not depend on how micro-batches are dealt out among
+    ranks; Gram matrices in float32, as they are large.
+
     >>> statistics = InputStatistics(2, torch.device("cpu"))
     >>> statistics.add(torch.tensor([[3.0, 1.0], [4.0, 1.0]]))
     >>> statistics["squared_norm"]
@@ -37,11 +41,15 @@ class InputStatistics:
 
     def __init__(self, features: int, device: torch.device, kinds: Iterable[str] = ("squared_norm",)) -> None:
         shapes = {kind: (features, features) if kind == "gram" else (features,) for kind in {"squared_norm", *kinds}}
-        self._sums = {kind: torch.zeros(shapes[kind], dtype=torch.float32, device=device) for kind in sorted(shapes)}
+        dtypes = {"gram": torch.float32, "abs_max": torch.float32}
+        self._sums = {
+            kind: torch.zeros(shapes[kind], dtype=dtypes.get(kind, precise_dtype(device)), device=device)
+            for kind in sorted(shapes)
+        }
         self.tokens = 0
 
     def __getitem__(self, kind: str) -> Tensor:
-        return self._sums[kind]
+        return self._sums[kind].float()
 
     def has(self, kind: str) -> bool:
         """Whether these are among what is accumulated."""
@@ -62,7 +70,7 @@ class InputStatistics:
 
     def is_finite(self) -> Tensor:
         """Bool scalar on the device, so that nothing waits for it: False if an input was NaN or too large."""
-        return self._sums["squared_norm"].isfinite().all()
+        return self["squared_norm"].isfinite().all()
 
     def clone(self) -> InputStatistics:
         """The same statistics apart from these."""
@@ -91,10 +99,10 @@ class InputStatistics:
 
 
 def _squared_norms(inputs: Tensor) -> Tensor:
-    """Sum over tokens of the squares of (tokens, in) inputs, in float32: (in,)."""
+    """Sum over tokens of the squares of (tokens, in) inputs: (in,)."""
     if inputs.device.type != "cpu":  # one kernel, and no copy in float32
         return torch.linalg.vector_norm(inputs, 2, dim=0, dtype=torch.float32).square_()
-    total = torch.zeros(inputs.shape[1], dtype=torch.float32)
+    total = torch.zeros(inputs.shape[1], dtype=torch.float64)
     rows = max(1, 2**18 // inputs.shape[1])  # the squares of so many inputs stay in the cache
     for some in inputs.split(rows):
         total += some.float().square().sum(dim=0)

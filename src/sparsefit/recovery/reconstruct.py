@@ -24,7 +24,7 @@ from sparsefit.errors import ConfigError
 from sparsefit.pruning import MaskSet
 from sparsefit.pruning.blocks import find_block_lists, hidden_of
 from sparsefit.pruning.watch import evaluating
-from sparsefit.ranks import errors_on_all_ranks, from_all, of_rank
+from sparsefit.ranks import errors_on_all_ranks, from_all, number_of_ranks, of_rank
 from sparsefit.recovery.block_descent import descend
 from sparsefit.recovery.block_runs import BlockRun, adapters_off, in_float32, sweep, sweepable_lists
 from sparsefit.recovery.guard import MaskGuard
@@ -38,7 +38,7 @@ class ReconstructSettings:
     Args:
         passes: times that each block sees the calibration samples; 0 leaves the blocks as pruning left them.
         learning_rate: of Adam at the first step; it falls linearly to zero.
-        batch_size: samples in a step.
+        batch_size: samples in a step, those of all ranks together.
     """
 
     passes: int = 10
@@ -113,7 +113,8 @@ def reconstruct(
     settings = settings or ReconstructSettings()
     pass_on = forward_of(model, forward)
     with torch.no_grad(), evaluating(model), watching_padding(model) as watch:
-        data = calibration_data(model, batches, settings.batch_size, forward, "the reconstruction", watch)
+        size = max(1, settings.batch_size // number_of_ranks())
+        data = calibration_data(model, batches, size, forward, "the reconstruction", watch)
     names = {id(module): canonical_name(name) for name, module in base_modules(model).items()}
     tuner = _Tuner(model, dense, masks, settings, seconds)
     errors: list[BlockError] = []
