@@ -89,18 +89,22 @@ def number_of_ranks() -> int:
     return dist.get_world_size() if _is_distributed() else 1
 
 
-def shared_out(costs: Sequence[float]) -> list[int]:
-    """Which rank does each of several pieces of work, so that all are done soon: the dearest first, each to the rank
+def shared_out(costs: Sequence[float], ranks: int | None = None) -> list[int]:
+    """Which rank does each of several pieces of work, so that all are done soon: the dearest first, each by the rank
     with the least to do. All ranks find the same.
 
-    >>> shared_out([3.0, 1.0])
-    [0, 0]
+    Args:
+        costs: What each takes.
+        ranks: How many there are; by default those of this run.
+
+    >>> shared_out([3.0, 1.0, 1.0], ranks=2)
+    [0, 1, 1]
     """
-    loads, ranks = [0.0] * number_of_ranks(), [0] * len(costs)
+    loads, chosen = [0.0] * (ranks or number_of_ranks()), [0] * len(costs)
     for number in sorted(range(len(costs)), key=lambda number: -costs[number]):
-        ranks[number] = min(range(len(loads)), key=loads.__getitem__)
-        loads[ranks[number]] += costs[number]
-    return ranks
+        chosen[number] = min(range(len(loads)), key=loads.__getitem__)
+        loads[chosen[number]] += costs[number]
+    return chosen
 
 
 def _is_distributed() -> bool:
