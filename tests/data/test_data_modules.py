@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from itertools import chain
 
@@ -10,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from sparsefit.data import C4DataModule, PythonDocsDataModule, TextDataModule, TextFilesDataModule, WikiTextDataModule
+from sparsefit.data.python_docs import _corpus, documents
 from sparsefit.errors import CalibrationError, ConfigError, DataError
 
 SETTINGS = {"sequence_length": 16, "batch_size": 4, "calibration_samples": 10, "shuffle_buffer": 8}
@@ -243,6 +245,13 @@ def test_the_parts_of_pythons_documentation_differ(tokenizer):
     assert len(all_windows(data.calibration_dataloader())) == 4
     assert {len(window) for window in all_windows(data.test_dataloader())} == {256}
     assert not set(all_windows(data.calibration_dataloader())) & set(all_windows(data.test_dataloader()))
+
+
+def test_pythons_documentation_does_not_depend_on_what_a_library_has_replaced(monkeypatch):
+    before = documents("train")
+    monkeypatch.setattr(sys, "excepthook", lambda *_: None)  # as Lightning does where it starts other processes
+    _corpus.cache_clear()
+    assert documents("train") == before
 
 
 def test_c4_documents_of_the_real_sample(shared_data):

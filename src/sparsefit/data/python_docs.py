@@ -139,6 +139,8 @@ def _entries_of_module(module: ModuleType) -> Iterator[Entry]:
     if docstring := inspect.getdoc(module):
         yield f"module {module.__name__}", docstring
     for name, member in sorted(vars(module).items()):
+        if name.endswith("hook"):  # one that a library has replaced is still there as `sys.__excepthook__`
+            member = vars(module).get(f"__{name}__", member)
         yield from _entries_of_member(f"{module.__name__}.{name}", member)
         if inspect.isclass(member):
             for method, function in sorted(vars(member).items()):
