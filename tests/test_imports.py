@@ -55,7 +55,7 @@ ALLOWED = {
     "data": {"torch", "transformers", "datasets", "torchmetrics", "lightning", "huggingface_hub"}
     | {"pyarrow", "fsspec", "numpy", "PIL", "sklearn", "sparsefit.modules"},
     "reporting": {"torch", "rich", "jinja2", "matplotlib", "numpy", "psutil"},
-    "planning": set(),
+    "planning": {"sparsefit.reporting"},
     "study": {"torch", "sparsefit.calibration", "sparsefit.pruning", "sparsefit.reporting"},
     "callbacks": {
         "torch",
@@ -67,6 +67,7 @@ ALLOWED = {
         "sparsefit.recovery",
         "sparsefit.evaluation",
         "sparsefit.reporting",
+        "sparsefit.planning",
     },
 }
 

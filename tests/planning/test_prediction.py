@@ -100,7 +100,7 @@ def test_states_data_and_libraries_are_added_to_the_memory():
 
 def test_reading_belongs_to_its_stage_and_the_control_to_no_budget():
     work = Work(30, 8, 512, 10, 2, 2048, 50, reading={"pruning": 7.0, "evaluation": 9.0}, control=True)
-    plan, plain = (predict(w, measured(2), measured(4)) for w in (work, Work(30, 8, 512, 10, 2, 2048, 50)))
+    plan, plain = (predict(w, measured(2), measured(4)) for w in (work, replace(work, reading={}, control=False)))
     seconds, before = ({stage.name: stage.seconds for stage in p.stages} for p in (plan, plain))
     assert seconds["calibration and pruning"] - before["calibration and pruning"] == pytest.approx(7)
     assert seconds["evaluation"] - before["evaluation"] == pytest.approx(9)
@@ -110,3 +110,40 @@ def test_reading_belongs_to_its_stage_and_the_control_to_no_budget():
 def test_noise_that_falls_with_the_blocks_is_taken_as_level():
     noisy = replace(measured(4), seconds={**measured(4).seconds, "batch": 2.0})
     assert predict(WORK, measured(2), noisy).step == pytest.approx(2 * 2.0 + 0.8)
+
+
+def with_validation(blocks: int) -> Measured:
+    whole = measured(blocks)
+    return replace(whole, seconds={**whole.seconds, "validation": 2.0, "task item": 0.5}, task_stages=4)
+
+
+def test_validations_and_tasks_are_stages_of_their_own():
+    work = replace(WORK, val_batches=3, val_every=20, task_items=100)
+    plan = predict(work, with_validation(2), with_validation(4))
+    stages = {stage.name: stage for stage in plan.stages}
+    # After 20 and 40 of 50 steps, and at the end.
+    assert (stages["validation"].what, stages["validation"].seconds) == ("3 x 3 batches", pytest.approx(3 * 6.0))
+    assert stages["zero-shot tasks"].seconds == pytest.approx(4 * 100 * 0.5)
+
+
+def test_a_budget_pays_for_its_validations():
+    work = replace(WORK, max_steps=None, gpu_hours=1.5, val_batches=3, val_every=4)
+    plan = predict(work, with_validation(2), with_validation(4))
+    others = sum(stage.seconds for stage in plan.stages if stage.name not in ("training", "validation"))
+    assert plan.steps == math.floor((1.5 * 3600 - others - 6) / (plan.step + 6 / 4))
+    assert plan.gpu_hours <= 1.5
+
+
+def test_no_step_has_no_validation():
+    plan = predict(replace(WORK, max_steps=0, val_batches=3), with_validation(2), with_validation(4))
+    assert not {"validation", "training"} & {stage.name for stage in plan.stages}
+
+
+def test_a_taught_run_has_a_control_without_its_teacher():
+    plan, taught = (predict(replace(WORK, control=True, taught=t), measured(2), measured(4)) for t in (False, True))
+    batches = 50 * 2 * 18.0
+    assert plan.stages[-1].seconds - taught.stages[-1].seconds == pytest.approx(batches / 4)
+
+
+def test_the_limit_is_called_by_its_name():
+    assert predict(replace(WORK, limited_by="max_epochs"), measured(2)).ends_by == "max_epochs"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from sparsefit.bare_model import base_modules, copied_modules
 from sparsefit.errors import ConfigError
+from sparsefit.pruning.blocks import find_block_lists
 from sparsefit.pruning.config import PruningConfig, layer_name, matches
 from sparsefit.pruning.heads import expert_lists, output_layers, routers
 from sparsefit.pruning.layers import matrices_of, reason_left_dense
@@ -85,21 +87,7 @@ def find_weights(
     >>> [weight.name for weight in targets.weights], targets.left_dense
     (['body.weight'], {'top.weight': 'output layer'})
     """
-    candidates = find_candidates(model, config)
-    reasons: dict[int, str] = {}  # by id of the parameter
-    found: dict[tuple[int, int | None], PrunableWeight] = {}
-    for weight, reason in zip(candidates, _reasons_to_keep(model, blocks, config, candidates, trace), strict=True):
-        key = (id(weight.parameter), weight.index)
-        if reason:
-            reasons[id(weight.parameter)] = reason
-        elif key not in found:
-            found[key] = weight
-        elif weight.layers[0] not in found[key].layers:  # one layer may stand under several names
-            found[key] = replace(found[key], layers=(*found[key].layers, *weight.layers))
-    # A weight that two layers share is excluded with either.
-    weights = [weight for weight in found.values() if reasons.get(id(weight.parameter)) != EXCLUDED]
-    if not weights:
-        raise ConfigError(_nothing_left(model, config, set(reasons.values())))
+    weights, candidates, reasons = _sorted_out(model, blocks, config, trace)
     _refuse(
         [weight.name for weight in weights if weight.device.type == "meta"],
         "{}: these weights are not in memory (device 'meta'). Load the model without offloading to disk; one too large "
@@ -117,6 +105,41 @@ def find_weights(
         "load sound ones, or exclude the layers",
     )
     return _account(model, weights, candidates, reasons)
+
+
+def count_weights(model: nn.Module, config: PruningConfig) -> int:
+    """How many weights a configuration prunes, as far as that shows before any data is seen; no weight is read.
+
+    Raises:
+        ConfigError: as `find_candidates`, or if nothing would be pruned.
+
+    >>> count_weights(nn.ModuleDict({"body": nn.Linear(4, 8), "top": nn.Linear(8, 2)}), PruningConfig())
+    32
+    """
+    blocks = [block for blocks in find_block_lists(model) for block in blocks]
+    return sum(math.prod(weight.shape) for weight in _sorted_out(model, blocks, config, None)[0])
+
+
+def _sorted_out(
+    model: nn.Module, blocks: Iterable[nn.Module], config: PruningConfig, trace: Trace | None
+) -> tuple[list[PrunableWeight], list[PrunableWeight], dict[int, str]]:
+    """The weights to prune, all candidates, and by the id of its parameter why another one stays dense."""
+    candidates = find_candidates(model, config)
+    reasons: dict[int, str] = {}  # by id of the parameter
+    found: dict[tuple[int, int | None], PrunableWeight] = {}
+    for weight, reason in zip(candidates, _reasons_to_keep(model, blocks, config, candidates, trace), strict=True):
+        key = (id(weight.parameter), weight.index)
+        if reason:
+            reasons[id(weight.parameter)] = reason
+        elif key not in found:
+            found[key] = weight
+        elif weight.layers[0] not in found[key].layers:  # one layer may stand under several names
+            found[key] = replace(found[key], layers=(*found[key].layers, *weight.layers))
+    # A weight that two layers share is excluded with either.
+    weights = [weight for weight in found.values() if reasons.get(id(weight.parameter)) != EXCLUDED]
+    if not weights:
+        raise ConfigError(_nothing_left(model, config, set(reasons.values())))
+    return weights, candidates, reasons
 
 
 def _reasons_to_keep(
