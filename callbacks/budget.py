@@ -277,8 +277,9 @@ class GPUHourBudget(Callback):
     def _tell_pace(self, trainer: Trainer) -> None:
         """Once in a fit: what the rest of the budget buys, by a step that is neither the first nor the slowest."""
         self._steps_seen += 1
-        if self._steps_seen == PACE_AFTER and not trainer.should_stop:
-            rank_zero_info(pace(self._pace.usual_step, self.ledger.left, self.gpu_hours))
+        to_come = self._max_steps - trainer.global_step
+        if self._steps_seen == PACE_AFTER and to_come > 0 and not trainer.should_stop:
+            rank_zero_info(pace(self._pace.usual_step, self.ledger.left, self.gpu_hours, to_come))
 
     def _refusal(self, trainer: Trainer, what: str, seconds: float = 0.0) -> str | None:
         """Why `what` cannot be paid for, and the way out; None where it can. A collective."""

@@ -85,3 +85,10 @@ def test_the_pace_tells_what_the_budget_still_buys(said):
     assert "a step takes 2.0 s" in line
     taken = 5  # steps, by which the pace is known
     assert f"buys about {module.batches - taken} more steps" in line
+
+
+def test_a_limit_that_ends_the_fit_before_its_budget_is_told(said):
+    clock = Clock()
+    make_trainer(budget_of_seconds(clock, 1000), max_steps=12).fit(Timed(clock, step=2.0), stream())
+    [line] = said()
+    assert "the 7 steps to come take about 14.0 s" in line

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sparsefit.cli import plan
 from sparsefit.modules.loading import load_tokenizer
 
 BLOCKS = 5
@@ -82,3 +85,63 @@ def test_what_fails_in_the_miniature_is_one_sentence(sparsefit, recipe):
     assert status == 2
     assert "no_such_layer" in errors
     assert "Traceback" not in errors
+
+
+def test_validations_are_planned_and_the_line_opens_the_fit(sparsefit, recipe, tmp_path, caplog):
+    recipe["data"]["init_args"] |= {"val_source": str(tmp_path / "test"), "val_windows": 6}
+    recipe["trainer"] |= {"val_check_interval": 2, "check_val_every_n_epoch": None, "max_steps": 5}
+    status, told, errors = sparsefit("plan", recipe=recipe)
+    assert status == 0, errors
+    assert "validation 3 x 3 batches" in told
+    line = re.search(r"Plan: .* GPU-hours, at most 5 steps", told)[0]
+    caplog.set_level(logging.INFO, logger="lightning.pytorch")
+    assert sparsefit("fit", recipe=recipe)[0] == 0
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("Plan: ")]
+    assert said == [line]
+
+
+def test_a_recipe_that_is_only_pruned(sparsefit, recipe):
+    status, told, errors = sparsefit("plan", "--trainer.max_steps", "0", recipe=recipe)
+    assert status == 0, errors
+    assert "training" not in told.replace("training 0", "")
+    assert "calibration and pruning" in told
+
+
+def test_what_does_not_fit_is_told_with_the_setting_to_change(sparsefit, recipe, monkeypatch):
+    monkeypatch.setattr(plan, "memory_of", lambda accelerator: 2**20)
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda place: SimpleNamespace(free=2**10))
+    status, told, errors = sparsefit("plan", recipe=recipe)
+    assert status == 0, errors
+    assert re.search(r"DOES NOT FIT: pruning takes .* of 1.00 MiB memory: set .*micro_batch_size", told)
+    assert re.search(r"DOES NOT FIT: training takes .* gradient_checkpointing", told)
+    assert re.search(r"DOES NOT FIT: the run folder takes .* has 1.00 KiB: set run.folder", told)
+
+
+def test_several_devices_are_reckoned_from_one(sparsefit, deep):
+    recipe, _ = deep
+    recipe["trainer"] |= {"devices": 4, "strategy": "ddp"}
+    status, told, errors = sparsefit("plan", "--gpu", "h100", recipe=recipe)
+    assert status == 0, errors
+    assert "on each of 4 devices" in told
+    assert "memory of each device" in told
+    assert "on the host" in told
+    assert "4 devices, each with all weights: reckoned from one" in told
+    recipe["trainer"]["strategy"] = {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}
+    recipe["trainer"]["num_nodes"] = 2
+    split = sparsefit("plan", "--gpu", "h100", recipe=recipe)[1]
+    assert "8 devices, each with its part of the weights" in split
+
+
+def test_a_study_is_not_planned(sparsefit, recipe):
+    status, _, errors = sparsefit("plan", recipe=recipe | {"study": {"folder": "runs/study"}, "grid": {}})
+    assert status == 2
+    assert "the recipe of a study" in errors
+
+
+def test_a_model_that_is_to_write_its_text_first(sparsefit, recipe):
+    kept = ("tokenizer", "sequence_length", "batch_size", "calibration_samples", "test_source")
+    settings = {name: value for name, value in recipe["data"]["init_args"].items() if name in kept}
+    recipe["data"] = {"class_path": "sparsefit.data.SelfGeneratedDataModule", "init_args": settings}
+    status, _, errors = sparsefit("plan", recipe=recipe)
+    assert status == 2
+    assert "the model writes this recipe's text" in errors

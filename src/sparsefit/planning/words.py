@@ -39,16 +39,28 @@ def weights(counts: Mapping[str, float]) -> str:
     )
 
 
-def pace(step: float, left: float, gpu_hours: float) -> str:
+def pace(step: float, left: float, gpu_hours: float, limit: float = math.inf) -> str:
     """What the rest of a budget buys, once the pace is known.
 
     >>> pace(0.5, 60, 0.02)
     'Plan: a step takes 0.5 s, so that what is left of 0.02 GPU-hours buys about 120 more steps (1 min 00 s)'
+    >>> pace(0.5, 60, 0.02, limit=10)
+    'Plan: a step takes 0.5 s, so that the 10 steps to come take about 5.0 s; 0.02 GPU-hours would buy about 120'
+
+    Args:
+        step: Wall seconds of an optimizer step.
+        left: Wall seconds that training may still take.
+        gpu_hours: The budget.
+        limit: Optimizer steps after which the fit ends anyway.
     """
-    return (
-        f"Plan: a step takes {seconds(step)}, so that what is left of {gpu_hours:g} GPU-hours buys about "
-        f"{max(left, 0) / step:,.0f} more steps ({seconds(max(left, 0))})"
-    )
+    bought = max(left, 0) / step
+    if limit < bought:
+        then = f"the {limit:,.0f} steps to come take about {seconds(limit * step)}"
+        then += f"; {gpu_hours:g} GPU-hours would buy about {bought:,.0f}"
+    else:
+        left = max(left, 0)
+        then = f"what is left of {gpu_hours:g} GPU-hours buys about {bought:,.0f} more steps ({seconds(left)})"
+    return f"Plan: a step takes {seconds(step)}, so that {then}"
 
 
 def told(plan: Plan, work: Work, unfit: Sequence[str]) -> list[str]:
