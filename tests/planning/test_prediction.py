@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from sparsefit.planning import Measured, Work, predict
+from sparsefit.planning.prediction import GROWN
 
 WORK = Work(
     blocks=30,
@@ -53,7 +54,7 @@ def test_what_grows_by_the_block_is_predicted_exactly(few, more):
         }
     )
     assert plan.step == pytest.approx(36.8)
-    assert plan.peaks == pytest.approx({"pruning": 400 + 3 * more**2, "training": 1400})
+    assert plan.peaks == pytest.approx({"pruning": 400 + 3 * more**2, "training": 1400 * (1 + GROWN)})
     assert plan.counts == pytest.approx({"all": 4000, "pruned": 2100, "train": 2400})
     assert plan.disk == pytest.approx(770)
     assert plan.gpu_hours == pytest.approx(sum(stage.seconds for stage in plan.stages) / 3600)
@@ -66,6 +67,10 @@ def test_a_model_whose_blocks_cannot_be_counted_is_measured_whole():
     plan = predict(work, measured(1))
     assert plan.counts["all"] == 1100
     assert plan.step == pytest.approx(3.5 + 0.51)
+    # Its calibration samples are some of many, too.
+    plan = predict(replace(work, samples=32), measured(1), None, measured(1, 16))
+    [pruning] = [stage.seconds for stage in plan.stages if stage.name == "calibration and pruning"]
+    assert pruning == pytest.approx(1 + 0.5 + 0.25 * 32)
 
 
 @pytest.mark.parametrize(("devices", "gpu_hours"), [(1, 1.0), (2, 2.0)])
@@ -95,7 +100,9 @@ def test_max_steps_may_end_it_first():
 def test_states_data_and_libraries_are_added_to_the_memory():
     work = Work(30, 32, 512, 10, 2, 2048, 50, state_bytes=5, held=1000.0)
     plan = predict(work, measured(2), measured(4), measured(4, 16))
-    assert plan.peaks == pytest.approx({"pruning": 1000 + 400 + 48 + 24 * 5, "training": 1000 + 1400})
+    assert plan.peaks == pytest.approx({"pruning": 1000 + 400 + 48 + 24 * 5, "training": (1000 + 1400) * (1 + GROWN)})
+    on_gpu = predict(replace(work, host=0.0), measured(2), measured(4), measured(4, 16))
+    assert on_gpu.peaks["training"] == pytest.approx(1000 + 1400)
 
 
 def test_reading_belongs_to_its_stage_and_the_control_to_no_budget():

@@ -8,7 +8,7 @@ import pytest
 
 from sparsefit.planning import Measured, Work, predict
 
-WORK = Work(10, 8, 512, 4, 2, 2048, max_steps=5)
+WORK = Work(10, 8, 512, 4, 2, 2048, max_steps=5, host=0.0)  # on GPUs
 TENSORS = {"weights": 100.0, "gradients": 60.0, "moments": 120.0, "block": 7.0, "pruning": 110.0, "training": 400.0}
 
 
@@ -64,7 +64,7 @@ def test_all_devices_train_and_all_are_paid():
 
 
 def test_a_host_holds_the_model_as_it_is_read_or_what_an_undo_and_a_teacher_take():
-    assert on(1).host is None
+    assert on(1, host=None).host is None
     assert on(1, host=1000.0).host == pytest.approx(1000 + 100)
     # Of 16 pruned weights of 4 bytes the masks, all values, and a copy of the dense model.
     assert on(1, host=1000.0, removed=1.0, taught=True).host == pytest.approx(1000 + 2 + 64 + 100)

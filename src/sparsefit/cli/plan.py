@@ -15,7 +15,7 @@ from sparsefit.calibration.samples import count_samples
 from sparsefit.cli.fit import read_recipe
 from sparsefit.cli.parsing import Parser, check_recipes
 from sparsefit.cli.plan_recipe import FEWEST, Recipe, first_samples, recipe_of
-from sparsefit.cli.probing import measure
+from sparsefit.cli.probing import Miniature, measure
 from sparsefit.cli.quiet import quieten
 from sparsefit.errors import ConfigError
 from sparsefit.planning import Measured, Plan, Room, Shape, estimated, gpu_called, opening, predict, told, unfit
@@ -92,18 +92,22 @@ def _counts(recipe: Recipe) -> dict[str, float]:
 
 
 def _measured(recipe: Recipe) -> tuple[Measured, Measured | None, Measured | None]:
-    one = recipe.miniature
-    small, *_ = measure(one)
-    if one.blocks == recipe.blocks:
-        return small, None, None
+    one, whole = recipe.miniature, recipe.miniature.blocks == recipe.blocks
+    small, *further = measure(one, _with_more_samples(one, recipe.calibration) if whole else None)
+    if whole:
+        return small, None, further[0] if further else None
     # Of a small model all blocks, so that nothing is extrapolated.
     blocks = int(FEWEST * _LONGEST / max(small.seconds.get("batch", 0.0), 1e-3))
-    blocks = min(recipe.blocks, max(FEWEST + 1, blocks))
-    two, twice = replace(one, blocks=blocks), first_samples(recipe.calibration, 2 * one.samples)
-    samples = sum(map(count_samples, twice))
-    more = replace(two, calibration=twice, samples=samples, train=None) if samples > one.samples else None
-    larger, *further = measure(two, more)
+    two = replace(one, blocks=min(recipe.blocks, max(FEWEST + 1, blocks)))
+    larger, *further = measure(two, _with_more_samples(two, recipe.calibration))
     return small, larger, further[0] if further else None
+
+
+def _with_more_samples(run: Miniature, calibration: list[Any]) -> Miniature | None:
+    """The same on twice the calibration samples, and only pruned; None where there are no more."""
+    twice = first_samples(calibration, 2 * run.samples)
+    samples = sum(map(count_samples, twice))
+    return replace(run, calibration=twice, samples=samples, train=None) if samples > run.samples else None
 
 
 def _room(settings: Any, recipe: Recipe, memory: float | None, host: float | None) -> Room:

@@ -61,7 +61,8 @@ def recipe_of(settings: Any, on_gpu: bool) -> Recipe:
     model_settings, pruning, trainer = settings.model.as_dict(), settings.pruning.as_dict(), settings.trainer
     arguments, passes = model_settings["init_args"], settings.reconstruction.passes
     name = arguments.get("model")
-    configuration = configuration_of(name) if isinstance(name, str) else None
+    made_here = arguments.get("config") is not None  # a new model, of which the name is the architecture's
+    configuration = configuration_of(name) if isinstance(name, str) and not made_here else None
     blocks = None if configuration is None else blocks_in(configuration)
     module_class = class_at(model_settings["class_path"])
     data = read_data(settings, evaluates=callable(getattr(module_class, "evaluate", None)))
