@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
 from sparsefit.callbacks.ledgers import budget_of
+from sparsefit.errors import ConfigError
 from sparsefit.planning import opening
 from sparsefit.pruning import PruningConfig
 from sparsefit.pruning.targets import count_weights
+
+
+def tell_opening(trainer: Trainer, module: LightningModule, config: PruningConfig) -> None:
+    """Log the line; where there is nothing to prune by what is known so far, pruning itself says so, or finds more."""
+    with suppress(ConfigError):
+        rank_zero_info(opening_line(trainer, module, config))
 
 
 def opening_line(trainer: Trainer, module: LightningModule, config: PruningConfig) -> str:

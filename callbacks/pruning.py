@@ -13,7 +13,7 @@ from sparsefit.callbacks.calibration import calibration_forward, checked_batches
 from sparsefit.callbacks.divergence import DivergenceGuard
 from sparsefit.callbacks.hooks import SPLITTING, tell
 from sparsefit.callbacks.ledgers import ledger_of
-from sparsefit.callbacks.opening import opening_line
+from sparsefit.callbacks.opening import tell_opening
 from sparsefit.callbacks.progress import paid_progress
 from sparsefit.callbacks.run_account import log_pruned, plain_config, pruned
 from sparsefit.errors import CalibrationError, ConfigError, DataError, MaskError
@@ -212,7 +212,7 @@ class WandaPruning(DivergenceGuard):
         if self.masks is None or (trainer.ckpt_path is None and not self._holds(module)):
             self._prune(trainer, module)
         else:
-            rank_zero_info(opening_line(trainer, module, self.config))
+            tell_opening(trainer, module, self.config)
 
     def _prune(self, trainer: Trainer, module: LightningModule) -> None:
         if isinstance(trainer.strategy, SPLITTING):
@@ -226,7 +226,7 @@ class WandaPruning(DivergenceGuard):
         bind_masks(module, None)  # those of an earlier fit
         self._bound = None
         tell(trainer, "on_pruning_check", module)
-        rank_zero_info(opening_line(trainer, module, self.config))
+        tell_opening(trainer, module, self.config)
         forward = calibration_forward(trainer, module)
         with ledger_of(trainer).stage("calibration and pruning"), predicting(trainer):
             batches, source = self._batches(trainer, forward)
