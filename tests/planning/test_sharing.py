@@ -18,7 +18,7 @@ def measured(samples: int = 8) -> Measured:
         samples,
         evaluations=3,
         # 3 s for each sample, and 50 s of solvers.
-        seconds={"pruning": 50.0 + 3 * samples, "batch": 1.0, "update": 0.5, "evaluation": 1.0},
+        seconds={"pruning": 50.0 + 3 * samples, "batch": 1.0, "update": 0.5, "evaluation": 1.0, "reconstruction": 7.0},
         peaks={"pruning": 500.0, "training": 900.0},
         tensors=TENSORS,
         counts={"all": 25, "pruned": 16, "train": 15},
@@ -50,10 +50,18 @@ def test_a_block_of_nearly_the_whole_model_saves_nothing():
     assert plan.peaks["pruning"] == 500
 
 
-@pytest.mark.parametrize(("gram", "seconds"), [(True, 50 / 4 + 24), (False, 50 + 24)])
-def test_devices_share_out_the_solvers_and_nothing_else_of_the_pruning(gram, seconds):
-    stages = {stage.name: stage.seconds for stage in on(4, gram=gram).stages}
-    assert stages["calibration and pruning"] == pytest.approx(seconds)
+@pytest.mark.parametrize(("gram", "solving"), [(True, 50 / 4), (False, 50)])
+def test_devices_share_out_the_solvers_and_the_samples(gram, solving):
+    plan = on(4, gram=gram, samples=72, state_bytes=1)  # 9 micro-batches, of which one device has 3
+    stages = {stage.name: stage.seconds for stage in plan.stages}
+    assert stages["calibration and pruning"] == pytest.approx(solving + 3 * 24)
+    assert plan.peaks["pruning"] == 500 + 24 - 8
+    assert stages["reconstruction"] == pytest.approx(7.0 * 24 / 8)
+
+
+def test_fewer_micro_batches_than_devices_are_not_shared_out():
+    stages = {stage.name: stage.seconds for stage in on(4, samples=24).stages}
+    assert stages["calibration and pruning"] == pytest.approx(50 + 3 * 24)
 
 
 def test_all_devices_train_and_all_are_paid():

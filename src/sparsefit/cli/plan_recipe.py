@@ -111,6 +111,7 @@ def recipe_of(settings: Any, on_gpu: bool) -> Recipe:
         val_every=_val_every(trainer, data) if trains else math.inf,
         task_items=data.task_items,
         gram="gram" in config.statistics,
+        micro_batch=config.micro_batch_size,
         control=settings.control,
     )
     return Recipe(configuration, blocks, config, miniature, calibration, work, on_host)

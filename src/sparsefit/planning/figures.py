@@ -35,6 +35,7 @@ class Work:
         val_every: Optimizer steps between two of them; infinity where there is one at the end alone.
         task_items: Items of the zero-shot tasks that a model is measured by.
         gram: Whether pruning solves for Gram matrices, which several devices share out.
+        micro_batch: Calibration samples that go through the model at once.
         control: Whether the dense model is trained by the same recipe afterwards.
     """
 
@@ -61,6 +62,7 @@ class Work:
     val_every: float = math.inf
     task_items: int = 0
     gram: bool = False
+    micro_batch: int = 8
     control: bool = False
 
 

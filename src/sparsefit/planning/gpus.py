@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from sparsefit.errors import ConfigError
 from sparsefit.planning.figures import Measured, Work
+from sparsefit.planning.sharing import own_samples
 
 REACHED = 0.3
 """Share of the peak that is reckoned with. One pruning of LLaMA-7B's shapes in block order, two passes of 128 x 2,048
@@ -77,7 +78,7 @@ def estimated(
     forward = 2 * counts["all"] / (gpu.operations * REACHED)  # seconds for a token
     samples = work.samples * work.sample_tokens
     seconds = {
-        "pruning": 2 * forward * samples,
+        "pruning": 2 * forward * own_samples(work) * work.sample_tokens,
         "evaluation": forward * work.test_tokens,
         "validation": forward * work.test_tokens,
         "batch": (3 + shape.taught) * forward * work.batch_tokens,

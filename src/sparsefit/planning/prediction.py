@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from sparsefit.planning.figures import Measured, Plan, Stage, Work
-from sparsefit.planning.sharing import bytes_of_a_device, bytes_of_a_host, least_bytes
+from sparsefit.planning.sharing import bytes_of_a_device, bytes_of_a_host, least_bytes, own_samples
 
 GROWN = 0.1
 """Share by which the memory of a process on a CPU grows in a long training: small objects, which stay, keep the heap
@@ -49,14 +49,14 @@ def predict(work: Work, one: Measured, two: Measured | None = None, more: Measur
     if "pruning" in seconds:
         seconds["pruning"] = _pruning(work, seconds["pruning"], largest, more)
     if "reconstruction" in seconds:
-        seconds["reconstruction"] *= work.samples / one.samples
+        seconds["reconstruction"] *= own_samples(work) / one.samples
     # What is measured of a few blocks, and what the tensors of the others add.
     peaks = {
         stage: work.held + peak + tensors.get(stage, 0.0) - largest.tensors.get(stage, 0.0)
         for stage, peak in largest.peaks.items()
     }
     if "pruning" in peaks:
-        peaks["pruning"] += (work.samples - one.samples) * work.state_bytes
+        peaks["pruning"] += (own_samples(work) - one.samples) * work.state_bytes
     if "training" in peaks and work.host is None:
         peaks["training"] *= 1 + GROWN
     step = work.batches_in_step * seconds.get("batch", 0.0) + seconds.get("update", 0.0)
@@ -93,7 +93,7 @@ def _pruning(work: Work, seconds: float, run: Measured, more: Measured | None) -
         of_one = max(more.seconds["pruning"] - run.seconds["pruning"], 0.0) / (more.samples - run.samples) / run.blocks
     by_samples = of_one * run.samples * work.blocks
     shared = max(seconds - by_samples, 0.0) / (work.devices if work.gram and more is not None else 1)
-    return shared + of_one * work.samples * work.blocks
+    return shared + of_one * own_samples(work) * work.blocks
 
 
 def _around_training(work: Work, run: Measured, seconds: dict[str, float]) -> list[Stage]:

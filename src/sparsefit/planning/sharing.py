@@ -1,14 +1,24 @@
 """What several devices share out, by arithmetic alone: no miniature run is on more than one.
 
-Calibration data, evaluations and a training batch are the same on each of them, and take it as long as one alone. What
-they tell each other (gradients, weights) is not in any figure of seconds.
+They deal out the calibration data in micro-batches, and the solving for Gram matrices. Evaluations and a batch of the
+training take each of them as long as one alone. What they tell each other (gradients, weights) is not in any figure of
+seconds.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from sparsefit.planning.figures import Work
+
+
+def own_samples(work: Work) -> int:
+    """Calibration samples of the device that has most; with fewer micro-batches than devices, each takes all."""
+    batches = math.ceil(work.samples / work.micro_batch)
+    if batches < work.devices:
+        return work.samples
+    return min(math.ceil(batches / work.devices) * work.micro_batch, work.samples)
 
 
 def bytes_of_a_device(work: Work, peaks: Mapping[str, float], tensors: Mapping[str, float]) -> dict[str, float]:
