@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -85,28 +85,34 @@ def recipe_of(settings: Any, on_gpu: bool) -> Recipe:
         val=data.val,
         tasks={key: settings.run[key] for key in ("tasks", "tasks_folder", "tasks_batch_size") if settings.run.tasks},
     )
-    on_host, strategy = devices_of(trainer, on_gpu), str(trainer.strategy).lower()
-    max_steps, ends_by = _limit(trainer, data)
-    work = Work(
-        blocks=blocks or 1,
-        samples=sum(map(count_samples, calibration)),
-        sample_tokens=_positions(calibration[0]),
+    work = _work(settings, replace(data, calibration=calibration), config, trains, on_gpu)
+    state_bytes = _state_bytes(configuration, calibration[0], bool(passes))
+    work = replace(work, blocks=blocks or 1, state_bytes=state_bytes, taught=bool(arguments.get("distill")))
+    return Recipe(configuration, blocks, config, miniature, calibration, work, devices_of(trainer, on_gpu))
+
+
+def _work(settings: Any, data: Data, config: PruningConfig, trains: bool, on_gpu: bool) -> Work:
+    """What there is to do, as far as it does not hang on the model."""
+    trainer, strategy = settings.trainer, str(settings.trainer.strategy).lower()
+    max_steps, limited_by = _limit(trainer, data)
+    return Work(
+        blocks=1,
+        samples=sum(map(count_samples, data.calibration)),
+        sample_tokens=_positions(data.calibration[0]),
         test_batches=data.test_batches,
         batches_in_step=trainer.accumulate_grad_batches,
         batch_tokens=_positions(data.train) * count_samples(data.train) if trains else 0,
         max_steps=max_steps,
-        limited_by=ends_by,
+        limited_by=limited_by,
         gpu_hours=settings.budget.gpu_hours,
         reserve=settings.budget.reserve,
-        devices=on_host * trainer.num_nodes,
+        devices=devices_of(trainer, on_gpu) * trainer.num_nodes,
         splits=any(name in strategy for name in _SPLITTING),
-        state_bytes=_state_bytes(configuration, calibration[0], bool(passes)),
         test_tokens=_positions(data.test) * count_samples(data.test) if data.test_batches else 0,
         reading=data.reading,
         held=0.0 if on_gpu else memory_held(),
         host=process_memory() if on_gpu else None,
         removed=1.0 if config.reconstruction else config.sparsity,
-        taught=bool(arguments.get("distill")),
         val_batches=data.val_batches if trains else 0,
         val_every=_val_every(trainer, data) if trains else math.inf,
         task_items=data.task_items,
@@ -114,7 +120,6 @@ def recipe_of(settings: Any, on_gpu: bool) -> Recipe:
         micro_batch=config.micro_batch_size,
         control=settings.control,
     )
-    return Recipe(configuration, blocks, config, miniature, calibration, work, on_host)
 
 
 def class_at(path: str) -> type:
@@ -163,17 +168,12 @@ def devices_of(trainer: Mapping[str, Any], on_gpu: bool) -> int:
 
 
 def _limit(trainer: Any, data: Data) -> tuple[int | None, str]:
-    """Optimizer steps after which a recipe ends, and the setting that ends it."""
-    of_steps = trainer.max_steps if trainer.max_steps >= 0 else math.inf
-    epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else math.inf
-    of_epochs = (
-        epochs * math.ceil(data.epoch_batches / trainer.accumulate_grad_batches)
-        if epochs < math.inf and (data.epoch_batches < math.inf)
-        else math.inf
-    )
-    if min(of_steps, of_epochs) == math.inf:
-        return None, "max_steps"
-    return (int(of_steps), "max_steps") if of_steps <= of_epochs else (int(of_epochs), "max_epochs")
+    """Optimizer steps after which a recipe ends (None: by its budget alone), and the setting that ends it."""
+    limits = {"max_steps": math.inf if trainer.max_steps < 0 else trainer.max_steps}
+    if (trainer.max_epochs or -1) > 0 and data.epoch_batches < math.inf:
+        limits["max_epochs"] = trainer.max_epochs * math.ceil(data.epoch_batches / trainer.accumulate_grad_batches)
+    name = min(limits, key=limits.get)
+    return (None if limits[name] == math.inf else int(limits[name])), name
 
 
 def _val_every(trainer: Any, data: Data) -> float:
