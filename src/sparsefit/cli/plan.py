@@ -14,7 +14,8 @@ from rich.table import Table
 from sparsefit.calibration.samples import count_samples
 from sparsefit.cli.fit import read_recipe
 from sparsefit.cli.parsing import Parser, check_recipes
-from sparsefit.cli.plan_recipe import FEWEST, Recipe, first_samples, recipe_of
+from sparsefit.cli.plan_data import first_samples
+from sparsefit.cli.plan_recipe import FEWEST, Recipe, recipe_of
 from sparsefit.cli.probing import Miniature, measure
 from sparsefit.cli.quiet import quieten
 from sparsefit.errors import ConfigError

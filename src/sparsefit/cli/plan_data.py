@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from lightning.pytorch.cli import instantiate_class
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from sparsefit.calibration.samples import count_samples, cut_batch
+from sparsefit.callbacks.calibration import TRAINING_SAMPLES
 from sparsefit.errors import CalibrationError, ConfigError, SparsefitError
 from sparsefit.evaluation.zero_shot import load_tasks
 
@@ -63,8 +67,8 @@ def read_data(settings: Any, evaluates: bool) -> Data:
                 f"the model writes this recipe's text as its run begins, so that it cannot be planned before: {error}"
             ) from error
         raise
-    if not callable(calibrate) and found.train is not None:
-        found.calibration = [found.train]
+    if not callable(calibrate):
+        found.calibration = first_samples(loader, settings.pruning.calibration_samples or TRAINING_SAMPLES)
     if not found.calibration or found.calibration[0] is None:
         raise CalibrationError("there is nothing to calibrate on: the data give no batch")
     if is_overridden("val_dataloader", source):
@@ -78,17 +82,24 @@ def read_data(settings: Any, evaluates: bool) -> Data:
     return found
 
 
-class _timed:
-    """Adds the seconds of its body to what reading takes in a stage."""
+def first_samples(batches: Iterable[Any], samples: int) -> list[Any]:
+    """The first so many samples, in batches."""
+    taken: list[Any] = []
+    for batch in batches:
+        if samples <= 0:
+            break
+        size = count_samples(batch)
+        taken.append(batch if size <= samples else cut_batch(batch, samples))
+        samples -= size
+    return taken
 
-    def __init__(self, data: Data, stage: str) -> None:
-        self._data, self._stage = data, stage
 
-    def __enter__(self) -> None:
-        self._start = time.monotonic()
-
-    def __exit__(self, *error: object) -> None:
-        self._data.reading[self._stage] = time.monotonic() - self._start
+@contextmanager
+def _timed(data: Data, stage: str) -> Iterator[None]:
+    """Note the seconds of the body as what reading takes in a stage."""
+    start = time.monotonic()
+    yield
+    data.reading[stage] = time.monotonic() - start
 
 
 def _read_test(data: Data, source: Any) -> None:

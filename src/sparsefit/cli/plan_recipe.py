@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
@@ -14,8 +14,8 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import instantiate_class
 from torch import Tensor
 
-from sparsefit.calibration.samples import count_samples, cut_batch, tensors_in
-from sparsefit.cli.plan_data import Data, read_data
+from sparsefit.calibration.samples import count_samples, tensors_in
+from sparsefit.cli.plan_data import Data, first_samples, read_data
 from sparsefit.cli.probing import Miniature
 from sparsefit.modules.loading import configuration_of, find_tokenizer, load_skeleton
 from sparsefit.modules.model_classes import blocks_in
@@ -141,18 +141,6 @@ def make_module(
     if hasattr(module, "tokenizer"):  # which is written beside the model
         module.tokenizer = find_tokenizer(arguments["model"])
     return module
-
-
-def first_samples(batches: Iterable[Any], samples: int) -> list[Any]:
-    """The first so many samples, in batches."""
-    taken: list[Any] = []
-    for batch in batches:
-        if samples <= 0:
-            break
-        size = count_samples(batch)
-        taken.append(batch if size <= samples else cut_batch(batch, samples))
-        samples -= size
-    return taken
 
 
 def devices_of(trainer: Mapping[str, Any], on_gpu: bool) -> int:
