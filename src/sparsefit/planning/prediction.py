@@ -14,7 +14,7 @@ from sparsefit.planning.sharing import bytes_of_a_device, bytes_of_a_host, least
 
 GROWN = 0.1
 """Share by which the memory of a process on a CPU grows in a long training: small objects, which stay, keep the heap
-from being given back between larger ones. Of the quickstart 0.09 to 0.16 was seen beyond three steps, most of it after
+from being given back between larger ones. Of the quickstart 0.10 to 0.19 was seen beyond three steps, most of it after
 the first fifty. Memory of a GPU is counted by the tensors in it, and does not grow."""
 
 
