@@ -24,13 +24,13 @@ from sparsefit.cli.fitting_data import check_data, check_vocabulary
 from sparsefit.cli.parsing import check_recipes
 from sparsefit.cli.quiet import clear_write_errors, quieten
 from sparsefit.errors import CalibrationError, ConfigError, DivergenceError, MaskError
-from sparsefit.evaluation.perplexity import model_inputs
 from sparsefit.files import replacing
 from sparsefit.modules import CausalLMModule
 from sparsefit.modules.loading import find_tokenizer
 from sparsefit.modules.streaming import stream_causal_lm
 from sparsefit.pruning import PruningConfig, PruningResult, prune
 from sparsefit.pruning.mapped import MappedWeights
+from sparsefit.recovery.export import exported_masks
 from sparsefit.recovery.finite import nonfinite_count, told
 from sparsefit.recovery.inspection import BASE_FOLDER, Inspection, inspect_folder
 from sparsefit.recovery.run_files import CLAIMED, FAILED, FINISHED, PRUNED
@@ -115,15 +115,16 @@ def _prune(settings: Any, report: RunReport, run: str, text: str) -> None:
         with _timed(seconds, "copying the model"):
             model, weights = stream_causal_lm(name, base, dtype, attention)
             check_vocabulary(model, getattr(data, "tokenizer", None))
-        report.report = beginning(report.name, folder.path, model) | {"id": run, "configuration": text}
+        module = CausalLMModule(model)  # names in settings and report are those of a run
+        report.report = beginning(report.name, folder.path, module) | {"id": run, "configuration": text}
         shown = stage_progress("calibrating and pruning")
         with _timed(seconds, "calibration and pruning"), shown as advance:
-            progress, forward = _progress(advance), lambda batch: model(**model_inputs(batch))
-            result = prune(model, batches, config, forward=forward, progress=progress, mapped=weights)
+            calls = {"forward": module.predict_step, "progress": _progress(advance)}
+            result = prune(module, batches, config, **calls, mapped=weights)
         if config.reconstruction:
             _check_finite(weights)
         weights.flush()
-    result.masks.save(folder.masks)
+    exported_masks(module, result.masks).save(folder.masks)
     folder.write_state(PRUNED, run, 0)
     with _timed(seconds, "counting the zeros"):
         inspection = inspect_folder(folder.path)

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
+import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsefit.errors import ConfigError, RunFolderError
 from sparsefit.modules.loading import Dtype, configuration_of, find_tokenizer, load_skeleton, load_weights, torch_dtype
+from sparsefit.modules.model_classes import whole_model
 from sparsefit.pruning.blocks import find_block_lists
 from sparsefit.pruning.mapped import MappedWeights
-from sparsefit.recovery.inspection import weight_files
+from sparsefit.recovery.inspection import open_tensors, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +42,9 @@ def stream_causal_lm(
     """The causal language model in a folder, as a copy in another one: its parameters are the files of the copy.
 
     The copy is a model folder in Hugging Face layout, with the weights of a block in one file. At no time is more in
-    memory than the largest file. What changes a parameter changes the copy.
+    memory than the largest file. What changes a parameter changes the copy. Where the weights are stored under other
+    names, or in other pieces, than those of transformers' class (experts one by one), transformers converts them on the
+    disk first.
 
     Args:
         name: A local folder with weights in safetensors files.
@@ -49,9 +53,8 @@ def stream_causal_lm(
         attn_implementation: As of `load_model`.
 
     Raises:
-        ConfigError: before anything is written, if the folder is none, or its weights are not stored under the names
-            and in the shapes that transformers' class of the model has.
-        RunFolderError: if the disk has no room.
+        ConfigError: if the folder is none, or its weights are not those of transformers' class of the model.
+        RunFolderError: if there are no weights in safetensors files, or the disk has no room.
     """
     source = _local(name)
     config = configuration_of(name)
@@ -61,10 +64,14 @@ def stream_causal_lm(
         bare = load_skeleton(name, dtype, attn_implementation, "causal_lm")
     wanted = config.dtype if dtype == "auto" else torch_dtype(dtype)
     stored = _Stored(weight_files(source), wanted)
-    _check_names(source, bare, stored)
-    groups = _by_block(bare, stored.files)
-    _check_room(folder, stored.sizes)
-    files = _copy(stored, groups, folder)
+    with ExitStack() as stack:
+        if _lacking(bare, stored):
+            _check_room(folder, stored.sizes, copies=3)
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
+            stored = _Stored(_converted(source, scratch, wanted), wanted)
+        _check_fit(source, bare, stored)
+        _check_room(folder, stored.sizes)
+        files = _copy(stored, _by_block(bare, stored.files), folder)
     weights = MappedWeights(files)
     model = load_weights(name, weights.tensors, wanted, attn_implementation)
     _check_mapped(source, model, weights)
@@ -97,36 +104,44 @@ class _Stored:
         self.sizes: dict[str, int] = {}
         self._dtype = dtype
         for file in files:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (it is no mapping)
-                    self.files[name] = file
-                    self.shapes[name] = tuple(opened.get_slice(name).get_shape())
-                    empty = self._in_dtype(opened.get_slice(name)[:0] if self.shapes[name] else opened.get_tensor(name))
-                    self.sizes[name] = torch.Size(self.shapes[name]).numel() * empty.element_size()
+            with open_tensors(file) as tensors:
+                for name, tensor in tensors.items():
+                    self.files[name], self.shapes[name] = file, tuple(tensor.shape)
+                    self.sizes[name] = tensor.numel() * self._wanted(tensor).itemsize
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Some of the tensors, in the dtype that is wanted."""
-        with ExitStack() as stack:  # files are opened anew: what was read of them leaves memory with them
-            opened: dict[Path, safe_open] = {}
-            found = {}
-            for name in names:
-                file = self.files[name]
-                if file not in opened:
-                    opened[file] = stack.enter_context(safe_open(file, framework="pt"))
-                found[name] = self._in_dtype(opened[file].get_tensor(name))
-            return found
+        names, found = list(names), {}
+        for file in dict.fromkeys(self.files[name] for name in names):
+            with open_tensors(file) as tensors:  # anew: what was read of a file leaves memory with it
+                own = [name for name in names if self.files[name] == file]
+                found |= {name: tensors[name].to(self._wanted(tensors[name])) for name in own}
+        return found
 
-    def _in_dtype(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._dtype) if tensor.is_floating_point() and self._dtype is not None else tensor
+    def _wanted(self, tensor: Tensor) -> torch.dtype:
+        return self._dtype if tensor.is_floating_point() and self._dtype is not None else tensor.dtype
 
 
-def _check_names(source: Path, bare: nn.Module, stored: _Stored) -> None:
-    lacking = [names[0] for names in _names_of(bare) if not stored.shapes.keys() & names]
-    if lacking:
+def _lacking(bare: nn.Module, stored: _Stored) -> list[str]:
+    """The parameters of a model that are stored under none of their names."""
+    return [names[0] for names in _names_of(bare) if not stored.shapes.keys() & names]
+
+
+def _converted(source: Path, scratch: Path, dtype: torch.dtype | None) -> list[Path]:
+    """The files of a copy whose weights have the names and shapes of transformers' class: it makes them on the disk."""
+    moved = {"device_map": {"": "disk"}, "offload_folder": str(scratch / "offloaded")}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
+        model = whole_model(str(source), "causal_lm", local_files_only=True, dtype=dtype or "auto", **moved)
+        model.save_pretrained(scratch / "model", save_original_format=False, max_shard_size="1GB")
+    return weight_files(scratch / "model")
+
+
+def _check_fit(source: Path, bare: nn.Module, stored: _Stored) -> None:
+    if lacking := _lacking(bare, stored):
         raise ConfigError(
-            f"{source} has no {lacking[0]}: its weights are stored under other names, or in other pieces, than "
-            f"those of transformers' {type(bare).__name__}, and cannot be streamed. Where the model fits into memory, load "
-            "it and write it anew: model.save_pretrained(FOLDER, save_original_format=False)"
+            f"{source} has no {lacking[0]} of transformers' {type(bare).__name__}, so it cannot be streamed. Check "
+            "that the folder is complete and that its config.json names the class that it was saved from"
         )
     shapes = {name: tuple(own.shape) for name, own in bare.named_parameters(remove_duplicate=False)}
     for name, shape in shapes.items():
@@ -152,9 +167,8 @@ def _by_block(bare: nn.Module, names: Iterable[str]) -> list[list[str]]:
     return [group for group in groups.values() if group]
 
 
-def _check_room(folder: Path, sizes: dict[str, int]) -> None:
-    needed = sum(sizes.values())
-    needed += int(needed * _MASKS)
+def _check_room(folder: Path, sizes: dict[str, int], copies: int = 1) -> None:
+    needed = sum(sizes.values()) * (copies + _MASKS)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise RunFolderError(

@@ -22,7 +22,7 @@ class MappedWeights:
     """The tensors of some safetensors files, which are these files: what is written to one is written to its file.
 
     The system reads from the disk what is touched, and keeps it as long as there is room. `let_go` says that some
-    tensors are not in use, so that they leave the memory of the process; nothing is lost, whenever it is called.
+    tensors are not in use, so that their files leave the memory of the process; nothing is lost, whenever it is called.
 
     Attributes:
         tensors: By their names in the files.
@@ -44,7 +44,7 @@ class MappedWeights:
     def __init__(self, files: Iterable[Path]) -> None:
         self.tensors: dict[str, Tensor] = {}
         self._maps: list[mmap.mmap] = []
-        self._places: dict[int, tuple[mmap.mmap, int, int]] = {}  # by address: where in which file, and how long
+        self._map_of: dict[int, mmap.mmap] = {}  # by the address of a tensor
         for file in files:
             self._map(file)
 
@@ -62,19 +62,17 @@ class MappedWeights:
                 continue
             flat = torch.frombuffer(mapped, dtype=dtype, count=math.prod(shape), offset=data + start)
             self.tensors[name] = flat.view(shape)
-            self._places[flat.data_ptr()] = mapped, data + start, stop - start
-
-    def holds(self, tensor: Tensor) -> bool:
-        """Whether a tensor is one of these: it lies where its file is mapped."""
-        return tensor.data_ptr() in self._places
+            self._map_of[flat.data_ptr()] = mapped
 
     def let_go(self, tensors: Iterable[Tensor]) -> None:
-        """Have tensors leave the memory of the process until they are used again; others are left alone."""
-        for tensor in tensors:
-            if self.holds(tensor) and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows, which finds out by itself
-                mapped, start, length = self._places[tensor.data_ptr()]
-                first = start - start % mmap.PAGESIZE
-                mapped.madvise(mmap.MADV_DONTNEED, first, length + start - first)
+        """Have the files of some tensors leave the memory of the process until they are used again.
+
+        Whole files, as the system reads ahead of what is touched. Tensors that are no files are left alone.
+        """
+        found = (self._map_of.get(tensor.data_ptr()) for tensor in tensors)
+        files = {id(mapped): mapped for mapped in found if mapped is not None}
+        for mapped in files.values() if hasattr(mmap, "MADV_DONTNEED") else ():  # Windows finds out by itself
+            mapped.madvise(mmap.MADV_DONTNEED)
 
     @contextmanager
     def following(self, blocks: Iterable[nn.Module]) -> Iterator[None]:

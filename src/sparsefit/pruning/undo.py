@@ -115,7 +115,7 @@ class Undo:
 
 
 class NoUndo(Undo):
-    """Prunes weights in place and remembers nothing: for weights that are files, of which the dense ones are elsewhere."""
+    """Prunes weights in place and remembers nothing: for weights that are files, copies of the dense ones."""
 
     def apply_mask(self, weight: PrunableWeight, mask: Tensor, bits: Tensor) -> None:
         """Set the weights outside an (out, in) mask to zero."""
