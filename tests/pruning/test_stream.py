@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_transformers import model_of, samples_of
+from torch import nn
 
 from sparsefit import PruningConfig, prune
 from sparsefit.errors import ConfigError, RunFolderError
@@ -141,6 +142,35 @@ def _in_memory(folder):
         elif file is not None and parts[0] == "Rss:":
             found[file] = found.get(file, 0) + int(parts[1]) * 1024
     return found
+
+
+class Elsewhere(nn.Module):
+    """A block whose weights are in other memory as long as it is on the device that computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        return x + self.second(self.first(x).relu())
+
+    def to(self, device):
+        for parameter in self.parameters():
+            parameter.data = parameter.data.clone()
+        return self
+
+
+def test_a_block_that_was_computed_elsewhere_comes_back_to_its_file(tmp_path):
+    model = nn.Sequential(*(Elsewhere() for _ in range(3)))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    expected = prune(model, [torch.ones(4, 8)])
+    weights = MappedWeights([tmp_path / "model.safetensors"])
+    streamed = nn.Sequential(*(Elsewhere() for _ in range(3)))
+    streamed.load_state_dict(weights.tensors, assign=True)
+    found = prune(streamed, [torch.ones(4, 8)], PruningConfig(device="cpu"), mapped=weights)
+    assert found.masks.digest() == expected.masks.digest()
+    weights.flush()
+    found.masks.verify(load_file(tmp_path / "model.safetensors"))
 
 
 def test_what_is_let_go_is_not_lost(tmp_path):

@@ -127,6 +127,6 @@ def _on_device(block: nn.Module, device: str | None) -> Iterator[None]:
         yield
     finally:
         for parameter, own in memory.items():  # what was there stays theirs: it may be a file
-            if parameter.device != own.device:
+            if parameter.data_ptr() != own.data_ptr():
                 parameter.data = own.copy_(parameter.data)
         block.to(home.pop() if len(home) == 1 else "cpu")
