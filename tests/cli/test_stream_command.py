@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from sparsefit.cli import streaming
 from sparsefit.pruning import MaskSet
+from sparsefit.recovery.run_files import CLAIMED, RunState
 
 
 def weights_in(folder):
@@ -104,6 +105,16 @@ def test_what_is_broken_off_leaves_no_half_model(sparsefit, recipe, tmp_path, mo
     assert yaml.safe_load((tmp_path / "run/state.json").read_text())["name"] == "failed"
     monkeypatch.undo()
     assert sparsefit("prune", "--stream", recipe=recipe)[0] == 0
+
+
+def test_what_a_killed_run_left_makes_room_for_the_next(sparsefit, recipe, tmp_path):
+    left = tmp_path / "run/base.partial"
+    left.mkdir(parents=True)
+    (left / "model-00001-of-00003.safetensors").write_bytes(b"half")
+    RunState(CLAIMED, "killed").write(tmp_path / "run")
+    status, _, errors = sparsefit("prune", "--stream", recipe=recipe)
+    assert status == 0, errors
+    assert not left.exists()
 
 
 @pytest.mark.parametrize(
