@@ -51,7 +51,7 @@ ALLOWED = {
     | {"sparsefit.calibration", "sparsefit.pruning"},
     "evaluation": {"torch", "transformers", "datasets", "torchmetrics", "lightning", "lm_eval"},
     "modules": {"torch", "transformers", "datasets", "torchmetrics", "lightning", "huggingface_hub", "bitsandbytes"}
-    | {"sparsefit.calibration", "sparsefit.evaluation", "sparsefit.recovery", "sparsefit.pruning"},
+    | {"safetensors", "sparsefit.calibration", "sparsefit.evaluation", "sparsefit.recovery", "sparsefit.pruning"},
     "data": {"torch", "transformers", "datasets", "torchmetrics", "lightning", "huggingface_hub"}
     | {"pyarrow", "fsspec", "numpy", "PIL", "sklearn", "sparsefit.modules"},
     "reporting": {"torch", "rich", "jinja2", "matplotlib", "numpy", "psutil"},

@@ -71,12 +71,16 @@ def find_candidates(model: nn.Module, config: PruningConfig) -> list[PrunableWei
 
 
 def find_weights(
-    model: nn.Module, blocks: Iterable[nn.Module], config: PruningConfig, trace: Trace | None = None
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    config: PruningConfig,
+    trace: Trace | None = None,
+    one_by_one: Callable[[Iterable[PrunableWeight]], Iterable[PrunableWeight]] = iter,
 ) -> Targets:
     """The weights that a configuration prunes, and those that stay dense.
 
     Without targets these are the layers inside the repeated blocks or, without blocks, all but the output layer. What
-    samples have shown not to be reached stays dense in any case.
+    samples have shown not to be reached stays dense in any case. Weights are looked at `one_by_one`.
 
     Raises:
         ConfigError: if nothing would be pruned, N:M does not divide a width, or weights are NaN or infinite; and as
@@ -100,7 +104,7 @@ def find_weights(
         "take another pattern",
     )
     _refuse(
-        [weight.name for weight in weights if not all_finite(weight.matrix())],
+        [weight.name for weight in one_by_one(weights) if not all_finite(weight.matrix())],
         "{}: these weights are NaN or infinite, and such weights cannot be compared. The model was left as it was; "
         "load sound ones, or exclude the layers",
     )
