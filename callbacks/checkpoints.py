@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from sparsefit.callbacks.checkpoint_io import AtomicCheckpointIO, CompletingCheckpointIO
 from sparsefit.callbacks.hooks import SPLITTING, PrunedRunCallback
 from sparsefit.callbacks.lightning_loops import Position, at_batch_end, epoch_has_ended
+from sparsefit.callbacks.other_devices import carry_over
 from sparsefit.callbacks.pruning import WandaPruning
 from sparsefit.callbacks.quantization import QuantizedBase
 from sparsefit.callbacks.random_states import RandomStates, random_states, set_random_states
@@ -58,6 +59,9 @@ class SparseCheckpoints(PrunedRunCallback):
     position of the run is noted after each optimizer step, and whatever is saved stands at the last one that was noted
     (`lightning_loops` has the cases). Validation leaves the random numbers of the training as they were.
 
+    A run also goes on with another number of devices, where it cannot be the same to the bit: one warning says what is
+    other (`other_devices`).
+
     With a strategy that splits weights over devices (FSDP, DeepSpeed, ModelParallel) it leaves checkpoints alone.
 
     Args:
@@ -67,7 +71,7 @@ class SparseCheckpoints(PrunedRunCallback):
     there on. Model, adapter, distillation, optimizer and training data must be those of the checkpoint.
 
     Raises:
-        ConfigError: on resuming, if the checkpoint is from another recipe, number of devices or version.
+        ConfigError: on resuming, if the checkpoint is from another recipe or version.
         RunFolderError: on resuming, if the sparse base is nowhere to be found; says where it was looked for.
     """
 
@@ -185,6 +189,7 @@ class SparseCheckpoints(PrunedRunCallback):
         checkpoint[KEY] = {
             "format": FORMAT,
             "world_size": trainer.world_size,
+            "accumulated": trainer.accumulate_grad_batches,
             "random": from_all(position.random),
             "training": from_all(position.training),
             "between_epochs": position.between_epochs,
@@ -232,6 +237,8 @@ class SparseCheckpoints(PrunedRunCallback):
         check_same_run(checkpoint, saved, trainer, path)
         fitting = trainer.state.fn == TrainerFn.FITTING
         check_same_recipe(checkpoint, module, path, training=fitting)
+        if fitting:
+            carry_over(checkpoint, saved, trainer, path)
         if saved["base"] is None:
             return
         path = Path(path).absolute()
