@@ -11,12 +11,12 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from resumed_runs import WORDS, assert_same, callbacks, data, every_step, fit, module, weights
+from sharded_fits import on_ranks
 
 from sparsefit.callbacks.ledgers import budget_of
 
-STEPS = 6
-RANKS = {"devices": 2, "strategy": "ddp_spawn", "max_steps": STEPS}
-EPOCH = {"max_epochs": 1, "max_steps": -1}
+TWO, FOUR = ({"devices": ranks, "strategy": "ddp"} for ranks in (2, 4))
+STEPS, EPOCH = {"max_steps": 6}, {"max_epochs": 1}
 
 
 class Apart(Callback):
@@ -72,16 +72,6 @@ def text(folder):
     return {"train_source": str(file), "val_source": str(file), "val_windows": 2}
 
 
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    """A run on two ranks that is not interrupted: its folder and weights."""
-    folder = tmp_path_factory.mktemp("ranks")
-    trained = module()
-    more = [Apart(), Record(folder, "straight"), *callbacks(folder / "run"), every_step(folder / "run/checkpoints")]
-    fit(trained, data(folder, **text(folder)), *more, **RANKS)
-    return folder, weights(trained)
-
-
 def resume(folder, checkpoint, name, *more, **settings):
     trained = module()
     more = [*more, Record(folder, name), *callbacks(folder / "run")]
@@ -89,31 +79,51 @@ def resume(folder, checkpoint, name, *more, **settings):
     return weights(trained)
 
 
+def go_on(folder, checkpoint, name, settings):
+    resume(folder, checkpoint, name, **settings)
+
+
+def straight_and_again(folder):
+    """A run that is not interrupted, and one that goes on from its second step: their weights."""
+    trained = module()
+    more = [Apart(), Record(folder, "straight"), *callbacks(folder / "run"), every_step(folder / "run/checkpoints")]
+    fit(trained, data(folder, **text(folder)), *more, **(TWO | STEPS))
+    return weights(trained), resume(folder, "run/checkpoints/step=2.ckpt", "again", **(TWO | STEPS))
+
+
 @pytest.fixture(scope="module")
-def epoch(tmp_path_factory, straight):
+def two(tmp_path_factory):
+    """Runs on two ranks: their folder, and the weights of the straight one and of the other."""
+    folder = tmp_path_factory.mktemp("ranks")
+    text(folder)
+    return folder, *on_ranks(2, straight_and_again, folder)[0]
+
+
+@pytest.fixture(scope="module")
+def epoch(two):
     """All windows of the first epoch."""
-    loader = data(straight[0], **text(straight[0])).train_dataloader()
+    loader = data(two[0], **text(two[0])).train_dataloader()
     windows = [tuple(window) for batch in loader for window in batch["input_ids"].tolist()]
     assert len(set(windows)) == len(windows) > 40
     return windows
 
 
 @pytest.fixture(scope="module")
-def alone(straight):
+def alone(two):
     """The rest of the epoch on one rank, from step 3 on: its folder and warnings."""
-    folder, _ = straight
+    folder, *_ = two
     told, saves = [], every_step(folder / "one")
     resume(folder, "run/checkpoints/step=3.ckpt", "one", saves, devices=1, strategy="auto", told=told, **EPOCH)
     return folder, told
 
 
-def test_two_ranks_go_on_to_the_same_weights(straight):
-    folder, expected = straight
+def test_two_ranks_go_on_to_the_same_weights(two):
+    folder, expected, again = two
     checkpoint = torch.load(folder / "run/checkpoints/step=2.ckpt", weights_only=True)
     mine, others = (state["torch"] for state in checkpoint["sparsefit"]["random"])
     assert checkpoint["sparsefit"]["world_size"] == 2
     assert not torch.equal(mine, others)
-    assert_same(resume(folder, "run/checkpoints/step=2.ckpt", "again", **RANKS), expected)
+    assert_same(again, expected)
 
 
 def test_one_rank_takes_what_two_have_left_of_the_epoch(alone, epoch):
@@ -152,7 +162,7 @@ def test_one_warning_says_what_is_other(alone):
 
 def test_two_ranks_take_what_one_after_two_has_left(alone, epoch):
     folder, _ = alone
-    resume(folder, "one/step=6.ckpt", "two", **(RANKS | EPOCH))
+    on_ranks(2, go_on, folder, "one/step=6.ckpt", "two", TWO | EPOCH)
     first, second = recorded(folder, "two")
     assert len(first["windows"]) == len(second["windows"])
     assert [count[:2] for count in first["counts"][:2]] == [[6, 5], [7, 6]]  # nine batches of one rank are 4.5 of two
@@ -164,7 +174,7 @@ def test_two_ranks_take_what_one_after_two_has_left(alone, epoch):
 
 def test_four_ranks_take_what_two_have_left(alone, epoch):
     folder, _ = alone
-    resume(folder, "run/checkpoints/step=3.ckpt", "four", **(RANKS | EPOCH | {"devices": 4}))
+    on_ranks(4, go_on, folder, "run/checkpoints/step=3.ckpt", "four", FOUR | EPOCH)
     records = recorded(folder, "four")
     assert len({len(record["windows"]) for record in records}) == 1
     assert len({tuple(record["start"]["trained"]) for record in records}) == 1
