@@ -126,16 +126,12 @@ def test_a_longer_run_takes_more_steps_and_its_own_place(sparsefit, recipe, tmp_
     assert settings["run"]["resume"] is False
 
 
-def test_a_run_goes_on_with_another_number_of_devices(sparsefit, recipe, tmp_path, caplog):
+def test_a_run_goes_on_with_another_number_of_devices(sparsefit, recipe, tmp_path):
     run = finished(sparsefit, recipe, tmp_path)
     for path in (run / "checkpoints").glob("*.ckpt"):
         checkpoint = torch.load(path, weights_only=True)
         mine = checkpoint["sparsefit"]
-        checkpoint["sparsefit"] = mine | {
-            "world_size": 2,
-            "random": mine["random"] * 2,
-            "training": mine["training"] * 2,
-        }
+        mine |= {"world_size": 2, "random": mine["random"] * 2, "training": mine["training"] * 2}
         torch.save(checkpoint, path)
     with pytest.warns(UserWarning, match="from a run on 2 devices, and this one has 1"):
         status, _, errors = sparsefit("fit", "--resume", run, "--trainer.max_steps=5")
