@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
 
-from sparsefit.errors import RunFolderError
+from sparsefit.errors import ConfigError, RunFolderError
 from sparsefit.files import is_partial, replacing_file, unwritable
 from sparsefit.recovery.run_files import checkpoint_damage
 
@@ -63,7 +63,13 @@ class CompletingCheckpointIO(CheckpointIO):
 
         Raises:
             RunFolderError: if it is damaged, or holds anything but tensors and plain values.
+            ConfigError: if it is one of weights that were split over devices.
         """
+        if "://" not in str(path) and Path(path).is_dir():
+            raise ConfigError(
+                f"the checkpoint {path} is a folder, of a run whose weights were split over devices: go on with the "
+                "strategy that split them, ModelParallelStrategy, on any number of devices"
+            )
         check_whole(path)
         try:
             checkpoint = self.inner.load_checkpoint(path, *args, **kwargs)
@@ -91,7 +97,7 @@ def check_whole(path: str | Path) -> None:
     Raises:
         RunFolderError: if one is not; says which.
     """
-    if "://" in str(path) or not Path(path).is_file():
+    if "://" in str(path) or not Path(path).exists():
         return  # Lightning's to read, or to miss
     if reason := checkpoint_damage(Path(path)):
         raise RunFolderError(

@@ -27,6 +27,7 @@ from sparsefit.callbacks.resuming import (
     data_name,
     optimizer_kinds,
 )
+from sparsefit.callbacks.sharded_checkpoints import check_before_reading, save_aside, splits_weights
 from sparsefit.pruning import MaskSet
 from sparsefit.ranks import from_all
 from sparsefit.recovery.run_files import CHECKPOINTS_FOLDER, holds_run
@@ -62,7 +63,8 @@ class SparseCheckpoints(PrunedRunCallback):
     A run also goes on with another number of devices, where it cannot be the same to the bit: one warning says what is
     other (`other_devices`).
 
-    With a strategy that splits weights over devices (FSDP, DeepSpeed, ModelParallel) it leaves checkpoints alone.
+    With `ModelParallelStrategy` (FSDP2) checkpoints are whole, as files or folders: nothing is left to the base
+    (`sharded_checkpoints`). Those of other strategies that split weights over devices (FSDP, DeepSpeed) it leaves alone.
 
     Args:
         folder: The run folder, the same as that of `RunReport`.
@@ -92,20 +94,36 @@ class SparseCheckpoints(PrunedRunCallback):
         if stage == "fit":
             self._position = self._random = self._optimizers = self._changed = None
             self._steps, self._updating, self._resumed = math.inf, False, False
-        if _splits_weights(trainer):
+        if _leaves_alone(trainer):
             return
         io = trainer.strategy.checkpoint_io
         inner = io.inner if isinstance(io, CompletingCheckpointIO) else io
         inner = AtomicCheckpointIO() if type(inner) is TorchCheckpointIO else inner
-        trainer.strategy.checkpoint_io = CompletingCheckpointIO(
+        completing = CompletingCheckpointIO(
             inner, lambda checkpoint, path: self._complete(trainer, pl_module, checkpoint, path)
         )
+        trainer.strategy.checkpoint_io = inner if splits_weights(trainer) else completing
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take over the position."""
-        if trainer.state.fn != TrainerFn.FITTING or _splits_weights(trainer):
+        if trainer.state.fn != TrainerFn.FITTING or _leaves_alone(trainer):
             return
-        saved = checkpoint.get(KEY)
+        saved, name = checkpoint.get(KEY), data_name(trainer, checkpoint)
+        late = trainer.strategy.restore_checkpoint_after_setup  # this comes after `on_fit_start`
+        if (
+            late
+            and saved is not None
+            and carry_over(checkpoint, saved, trainer, trainer.ckpt_path)
+            and name is not None
+        ):
+            trainer.datamodule.load_state_dict(checkpoint[name])  # which had the state of the other devices
+        self._take_over(trainer, pl_module, checkpoint, saved)
+        if late:
+            self._before_data(trainer)
+
+    def _take_over(
+        self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any], saved: dict[str, Any] | None
+    ) -> None:
         loops, data = checkpoint.get("loops", {}).get("fit_loop"), checkpoint.get(data_name(trainer, checkpoint))
         self._resumed = True
         if saved is None:  # Lightning's alone
@@ -113,7 +131,7 @@ class SparseCheckpoints(PrunedRunCallback):
             return
         random, training = (saved[key][trainer.global_rank] if key in saved else None for key in ("random", "training"))
         self._position = Position(loops, data, random, saved["between_epochs"], saved["whole_step"], training)
-        self._optimizers, self._changed = saved.get("optimizers"), ChangedRates(checkpoint, pl_module)
+        self._optimizers, self._changed = saved.get("optimizers"), ChangedRates(checkpoint, module)
         if not saved["whole_step"]:
             rank_zero_warn(
                 "The checkpoint was saved by an interrupt while the optimizer changed the weights: the run goes on, "
@@ -121,7 +139,9 @@ class SparseCheckpoints(PrunedRunCallback):
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the optimizers before their states are restored."""
+        """Look at the optimizers, and at what is read after this hook, before anything is restored."""
+        if splits_weights(trainer) and trainer.ckpt_path is not None:
+            check_before_reading(trainer, pl_module, trainer.ckpt_path)
         if self._optimizers is not None:
             check_same_optimizers(self._optimizers, trainer)
         self._before_data(trainer)
@@ -138,14 +158,18 @@ class SparseCheckpoints(PrunedRunCallback):
         if self._changed is not None:
             self._changed.apply(trainer)
             self._changed = None
-        if trainer.global_step == 0 and not self._resumed and not _splits_weights(trainer):
-            self._position = Position.at_start(trainer, self._position.random, self._random)
-            trainer.save_checkpoint(self.folder / CHECKPOINTS_FOLDER / STAGE_FILE)
+        if not trainer.strategy.restore_checkpoint_after_setup:
+            self._save_start(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the start of a run that is pruned only as training begins."""
+        if trainer.strategy.restore_checkpoint_after_setup and trainer.current_epoch == 0:
+            self._random = random_states()
+            self._save_start(trainer)
 
     def on_closing(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what the training has come to, before anything is made of it."""
-        if not _splits_weights(trainer):
-            trainer.save_checkpoint(self.folder / CHECKPOINTS_FOLDER / STAGE_FILE)
+        self._save(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Go on with the random numbers of a position within an epoch: its loader had drawn before them, not after."""
@@ -179,7 +203,7 @@ class SparseCheckpoints(PrunedRunCallback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Have a checkpoint stand at the last position that was noted, and leave out what the base has."""
-        if _splits_weights(trainer):
+        if _leaves_alone(trainer):
             return
         if at_batch_end(trainer):  # where another callback saves, this one's turn may be yet to come
             self.on_train_batch_end(trainer, pl_module)
@@ -198,8 +222,20 @@ class SparseCheckpoints(PrunedRunCallback):
             "data": name,
             "base": None,
         }
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not splits_weights(trainer):
             checkpoint[KEY]["base"] = self._leave_out(trainer, pl_module, checkpoint)
+
+    def _save_start(self, trainer: Trainer) -> None:
+        if trainer.global_step == 0 and not self._resumed and not _leaves_alone(trainer):
+            self._position = Position.at_start(trainer, self._position.random, self._random)
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        path = self.folder / CHECKPOINTS_FOLDER / STAGE_FILE
+        if splits_weights(trainer):
+            save_aside(trainer, path)
+        elif not _leaves_alone(trainer):
+            trainer.save_checkpoint(path)
 
     def _before_data(self, trainer: Trainer) -> None:
         """Note how random numbers stand before the loader of the training data draws (its shuffling, the seeds of its
@@ -253,5 +289,5 @@ class SparseCheckpoints(PrunedRunCallback):
             )
 
 
-def _splits_weights(trainer: Trainer) -> bool:
-    return isinstance(trainer.strategy, SPLITTING)
+def _leaves_alone(trainer: Trainer) -> bool:
+    return isinstance(trainer.strategy, SPLITTING) and not splits_weights(trainer)

@@ -18,7 +18,7 @@ from sparsefit.callbacks.lightning_loops import count_anew
 from sparsefit.callbacks.resuming import data_name
 
 
-def carry_over(checkpoint: dict[str, Any], saved: dict[str, Any], trainer: Trainer, path: str | Path) -> None:
+def carry_over(checkpoint: dict[str, Any], saved: dict[str, Any], trainer: Trainer, path: str | Path) -> bool:
     """Have a checkpoint be one of a run on as many devices as this one; says once what cannot be as it would have been.
 
     The number of batches that are done in the epoch is led over to the devices of now, in whole optimizer steps. A data
@@ -29,10 +29,13 @@ def carry_over(checkpoint: dict[str, Any], saved: dict[str, Any], trainer: Train
         saved: What `SparseCheckpoints` added to it.
         trainer: Of this run.
         path: Where it was read.
+
+    Returns:
+        Whether it was of another number.
     """
     then, now = saved["world_size"], trainer.world_size
     if then == now:
-        return
+        return False
     place = "an epoch of the data begins"
     loops = checkpoint.get("loops", {}).get("fit_loop")
     if loops is not None and not saved["between_epochs"]:
@@ -64,6 +67,7 @@ def carry_over(checkpoint: dict[str, Any], saved: dict[str, Any], trainer: Train
         f"learning rate and budget go on as they are, but training will not be what it would have been on {then}: "
         f"{_steps(saved, then, trainer)}; {place}; random numbers (dropout, augmentation) are drawn by other devices."
     )
+    return True
 
 
 def _steps(saved: Mapping[str, Any], then: int, trainer: Trainer) -> str:

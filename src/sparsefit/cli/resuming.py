@@ -84,7 +84,7 @@ def check_checkpoint(path: Path) -> None:
         ConfigError: if it is missing.
         RunFolderError: if it is damaged.
     """
-    if not path.is_file():
+    if not path.exists():
         raise ConfigError(f"there is no checkpoint {path}")
     check_whole(path)
 
@@ -98,7 +98,7 @@ def named_checkpoint(name: str, folder: Path) -> Path:
     path = folder / "checkpoints" / "last.ckpt"
     if name != "last":
         raise ConfigError(f"ckpt_path is {name!r}: give 'last', or the path of a checkpoint, such as {path}")
-    if not path.is_file():
+    if not path.exists():
         raise ConfigError(f"ckpt_path is 'last', and there is no checkpoint {path}: leave it out to begin a run")
     return path
 
