@@ -27,7 +27,7 @@ from sparsefit.callbacks.resuming import (
     data_name,
     optimizer_kinds,
 )
-from sparsefit.callbacks.sharded_checkpoints import check_before_reading, save_aside, splits_weights
+from sparsefit.callbacks.sharded_checkpoints import check_read, save_aside, splits_weights
 from sparsefit.pruning import MaskSet
 from sparsefit.ranks import from_all
 from sparsefit.recovery.run_files import CHECKPOINTS_FOLDER, holds_run
@@ -64,7 +64,7 @@ class SparseCheckpoints(PrunedRunCallback):
     other (`other_devices`).
 
     With `ModelParallelStrategy` (FSDP2) checkpoints are whole, as files or folders: nothing is left to the base
-    (`sharded_checkpoints`). Those of other strategies that split weights over devices (FSDP, DeepSpeed) it leaves alone.
+    (`sharded_checkpoints`). Those of other strategies that split weights (FSDP, DeepSpeed) it leaves alone.
 
     Args:
         folder: The run folder, the same as that of `RunReport`.
@@ -110,15 +110,14 @@ class SparseCheckpoints(PrunedRunCallback):
             return
         saved, name = checkpoint.get(KEY), data_name(trainer, checkpoint)
         late = trainer.strategy.restore_checkpoint_after_setup  # this comes after `on_fit_start`
-        if (
-            late
-            and saved is not None
-            and carry_over(checkpoint, saved, trainer, trainer.ckpt_path)
-            and name is not None
-        ):
+        if late:
+            check_read(trainer, pl_module, checkpoint, trainer.ckpt_path)
+        other = late and saved is not None and carry_over(checkpoint, saved, trainer, trainer.ckpt_path)
+        if other and name is not None:
             trainer.datamodule.load_state_dict(checkpoint[name])  # which had the state of the other devices
         self._take_over(trainer, pl_module, checkpoint, saved)
         if late:
+            self._optimizers = None  # which have been looked at
             self._before_data(trainer)
 
     def _take_over(
@@ -139,9 +138,7 @@ class SparseCheckpoints(PrunedRunCallback):
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the optimizers, and at what is read after this hook, before anything is restored."""
-        if splits_weights(trainer) and trainer.ckpt_path is not None:
-            check_before_reading(trainer, pl_module, trainer.ckpt_path)
+        """Look at the optimizers before their states are restored."""
         if self._optimizers is not None:
             check_same_optimizers(self._optimizers, trainer)
         self._before_data(trainer)

@@ -1,30 +1,31 @@
 """Checkpoints of models whose weights are split over devices by `ModelParallelStrategy` (FSDP2).
 
-The strategy reads and writes them itself: a folder with a part from each device, which torch shares out anew among another
-number of devices, or one file with all (`save_distributed_checkpoint=False`). It restores model and optimizer before
-callbacks see the checkpoint, so nothing can be left out of it and filled up as it is read, and what is to be refused is
-looked at before.
+The strategy reads and writes them itself: a folder with a part from each device, which torch shares out anew among
+another number of devices, or one file with all (`save_distributed_checkpoint=False`). It restores model and optimizer
+before anything else sees the checkpoint, so nothing can be left out of it and filled up as it is read, and what is
+looked at as other checkpoints are read comes after that, before anything is trained.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from sparsefit.callbacks.checkpoint_io import check_whole
 from sparsefit.callbacks.resuming import check_same_optimizers, check_same_run
-from sparsefit.errors import ConfigError, RunFolderError
+from sparsefit.errors import RunFolderError
 from sparsefit.files import replacing
 from sparsefit.ranks import from_all
-from sparsefit.recovery.run_files import META_FILE
 from sparsefit.recovery.same_recipe import check_same_recipe
 
 
@@ -33,12 +34,18 @@ def splits_weights(trainer: Trainer) -> bool:
     return isinstance(trainer.strategy, ModelParallelStrategy)
 
 
-def check_before_reading(trainer: Trainer, module: LightningModule, path: str | Path) -> None:
-    """See that a fit can go on from a checkpoint, before anything of it is restored.
+def check_read(trainer: Trainer, module: LightningModule, checkpoint: Mapping[str, Any], path: str | Path) -> None:
+    """See that a fit can go on from what the strategy has just read into its model.
+
+    Args:
+        trainer: Of this run.
+        module: Its module. Entries of other shapes, or that were missing, have been refused as they were read.
+        checkpoint: What is left of the checkpoint.
+        path: Where it was read.
 
     Raises:
         RunFolderError: if it is damaged.
-        ConfigError: if it is from another recipe, or leaves to the base of its run what it has.
+        ConfigError: if it is from another recipe, or an optimizer of another kind.
     """
     damage = None
     if trainer.is_global_zero:
@@ -48,17 +55,12 @@ def check_before_reading(trainer: Trainer, module: LightningModule, path: str | 
             damage = str(error)
     if damage := from_all(damage)[0]:
         raise RunFolderError(damage)
-    checkpoint = _read_beside_weights(Path(path))
     saved = checkpoint.get("sparsefit")
     if saved is None:
         return
-    if saved["base"] is not None:
-        raise ConfigError(
-            f"the checkpoint {path} is of a run whose weights were not split over devices, and leaves to its base what "
-            f"that has, which {type(trainer.strategy).__name__} cannot fill up: go on with strategy ddp or on one device"
-        )
     check_same_run(checkpoint, saved, trainer, path)
-    check_same_recipe(checkpoint, module, path, training=True)
+    held = _shapes_in(Path(path)) if Path(path).is_dir() else module.state_dict()
+    check_same_recipe({**checkpoint, "state_dict": held}, module, path, training=True)
     if saved.get("optimizers") is not None:
         check_same_optimizers(saved["optimizers"], trainer)
 
@@ -77,22 +79,20 @@ def save_aside(trainer: Trainer, path: Path) -> None:
                     os.replace(part, place / part.name)
             _remove(new)
         else:
+            if path.is_dir():  # of a run that wrote folders
+                _remove(path)
             os.replace(new, path)
     trainer.strategy.barrier()
 
 
-def _read_beside_weights(path: Path) -> dict[str, Any]:
-    """A checkpoint; where it is a folder, its weights have names and shapes alone."""
-    if not path.is_dir():
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    checkpoint = torch.load(path / META_FILE, map_location="cpu", weights_only=True)
-    parts, prefix = FileSystemReader(path).read_metadata().state_dict_metadata, "state_dict."
-    checkpoint["state_dict"] = {
+def _shapes_in(folder: Path) -> dict[str, Tensor]:
+    """The weights in a folder, as tensors of their shapes that hold nothing."""
+    parts, prefix = FileSystemReader(folder).read_metadata().state_dict_metadata, "state_dict."
+    return {
         name.removeprefix(prefix): torch.empty(part.size, device="meta")
         for name, part in parts.items()
         if name.startswith(prefix) and isinstance(part, TensorStorageMetadata)
     }
-    return checkpoint
 
 
 def _remove(path: Path) -> None:
