@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
 
 from sparsefit.errors import ConfigError, RunFolderError
 from sparsefit.files import is_partial, replacing_file, unwritable
-from sparsefit.recovery.run_files import checkpoint_damage
+from sparsefit.recovery.run_files import META_FILE, checkpoint_damage
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -40,6 +41,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             for left in filter(is_partial, path.parent.glob(".*.ckpt.*")):
                 left.unlink(missing_ok=True)
             self._cleared.add(path.parent)
+        if (path / META_FILE).is_file():  # of a run whose weights were split over devices
+            shutil.rmtree(path)
         with replacing_file(path) as partial, open(partial, "wb") as file:
             try:
                 torch.save(checkpoint, file)

@@ -65,8 +65,8 @@ class Record(Callback):
 
     def on_train_start(self, trainer, pl_module):
         self.start = {"step": trainer.global_step, "hours": budget_of(trainer).ledger.hours}
-        self.start["weights"] = whole_weights(pl_module)
-        self.start["momenta"] = [whole(state["exp_avg"]) for state in trainer.optimizers[0].state.values()]
+        self.start["weights"] = {name: weight.clone() for name, weight in whole_weights(pl_module).items()}
+        self.start["momenta"] = [whole(state["exp_avg"]).clone() for state in trainer.optimizers[0].state.values()]
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.rows.append(int(batch[0][0, 0]))
