@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from sparsefit.callbacks import GPUHourBudget, SparseCheckpoints
 from sparsefit.callbacks.hooks import tell
 from sparsefit.callbacks.ledgers import budget_of
+from sparsefit.cli.resuming import check_checkpoint
 from sparsefit.data.image_loading import EpochSampler
 from sparsefit.data.resumable import ResumableDataModule
 from sparsefit.errors import ConfigError, SparsefitError
@@ -215,6 +216,9 @@ def test_damage_in_a_folder_is_found_and_a_half_written_one_is_none(two, tmp_pat
         shutil.copytree(two[0] / f"folder/checkpoints/step={step}.ckpt", checkpoints / f"step={step}.ckpt")
     (checkpoints / "step=5.ckpt/meta.pt").unlink()  # which is written last
     assert newest_checkpoint(tmp_path) == checkpoints / "step=4.ckpt"
+    check_checkpoint(checkpoints / "step=4.ckpt")
+    with pytest.raises(ConfigError, match="there is no checkpoint .*step=5.ckpt"):
+        check_checkpoint(checkpoints / "step=5.ckpt")
     for name in ("__1_0.distcp", "meta.pt", ".metadata"):
         path = shutil.copytree(checkpoints / "step=3.ckpt", tmp_path / name)
         assert checkpoint_damage(path) is None

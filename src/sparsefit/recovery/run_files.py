@@ -164,9 +164,13 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Files, and folders of those whose weights were split over devices; one that was never finished is none."""
-    found = sorted((folder / CHECKPOINTS_FOLDER).glob("*.ckpt"))
-    return [path for path in found if not path.is_dir() or (path / META_FILE).exists()]
+    return [path for path in sorted((folder / CHECKPOINTS_FOLDER).glob("*.ckpt")) if is_checkpoint(path)]
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a checkpoint lies there: a file, or the folder of a run whose weights were split over devices. Without
+    the part that is written last, a folder is none."""
+    return path.is_file() or (path / META_FILE).is_file()
 
 
 def _step_of(path: Path) -> tuple[int, int]:
