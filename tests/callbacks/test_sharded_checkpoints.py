@@ -217,7 +217,7 @@ def test_damage_in_a_folder_is_found_and_a_half_written_one_is_none(two, tmp_pat
     (checkpoints / "step=5.ckpt/meta.pt").unlink()  # which is written last
     assert newest_checkpoint(tmp_path) == checkpoints / "step=4.ckpt"
     check_checkpoint(checkpoints / "step=4.ckpt")
-    with pytest.raises(ConfigError, match="there is no checkpoint .*step=5.ckpt"):
+    with pytest.raises(ConfigError, match=r"there is no checkpoint .*step=5\.ckpt"):
         check_checkpoint(checkpoints / "step=5.ckpt")
     for name in ("__1_0.distcp", "meta.pt", ".metadata"):
         path = shutil.copytree(checkpoints / "step=3.ckpt", tmp_path / name)
