@@ -73,8 +73,10 @@ class GPUHourBudget(Callback):
         self._sanity_marks: list[float] = []
         self._training_start: float | None = None  # GPU-hours
         self._drives = False
-        self._max_steps: float = math.inf
         self._steps_seen = 0  # in this fit
+        self._steps: tuple[float, float] = math.inf, math.inf  # at which training ends, by max_steps and by max_epochs
+        self._other_devices = False  # a checkpoint is from another number of them
+        self._more_steps = 0  # taken than the devices of now would have been, where others took some
         self._factor: tuple[int, float] | None = None  # of the base rates, and the step that it is for
 
     def keep(self, seconds: float, what: str = "closing") -> None:
@@ -164,7 +166,7 @@ class GPUHourBudget(Callback):
         self._pace.start(self._now, trainer.global_step)
         self._steps_seen = 0
         self._factor = None  # what a former fit set no longer counts
-        self._max_steps = self._count_steps(trainer, pl_module.automatic_optimization)
+        self._steps = self._count_steps(trainer, pl_module.automatic_optimization)
         self._stop_if_spent(trainer, self._pace.step)
         if self.stop_reason:
             way_out = "to train further" if resumed else "to train, or prune with fewer or shorter calibration samples"
@@ -180,7 +182,8 @@ class GPUHourBudget(Callback):
             whole = ledger.limit - self._training_start
             done = (ledger.spent - self._training_start) / whole if whole > 0 else 1.0
             # The first step is the first step, whatever the clock says: also that of a run that is resumed before it.
-            done = max(done, step / self._max_steps) if step else 0.0
+            of_steps, of_epochs = self._steps
+            done = max(done, step / of_steps, (step - self._more_steps) / of_epochs) if step else 0.0
             self._factor = step, budget_factor(step, self.warmup_steps, done)
         set_rates(trainer.optimizers, self._factor[1])
 
@@ -227,6 +230,8 @@ class GPUHourBudget(Callback):
         return {
             "ledger": self.ledger.state_dict(),
             "training_start": self._training_start,
+            "devices": self.ledger.devices,
+            "more_steps": self._more_steps,
             "pace": self._pace.state_dict(),
             "kept": dict(self._kept),
         }
@@ -235,7 +240,9 @@ class GPUHourBudget(Callback):
         """Go on from the charge of a checkpoint; works before and after `on_fit_start`."""
         self.ledger.load_state_dict(state_dict["ledger"])
         self._training_start = state_dict["training_start"]
-        self._pace.load_state_dict(state_dict["pace"])
+        then, now = state_dict.get("devices", self.ledger.devices), self.ledger.devices
+        self._other_devices, self._more_steps = then != now, state_dict.get("more_steps", 0)
+        self._pace.load_state_dict(state_dict["pace"], slower=None if then == now else max(1.0, then / now))
         self._kept = {**state_dict["kept"], **self._kept}
 
     @property
@@ -277,7 +284,8 @@ class GPUHourBudget(Callback):
     def _tell_pace(self, trainer: Trainer) -> None:
         """Once in a fit: what the rest of the budget buys, by a step that is neither the first nor the slowest."""
         self._steps_seen += 1
-        to_come = self._max_steps - trainer.global_step
+        by_steps, by_epochs = self._steps
+        to_come = min(by_steps, by_epochs + self._more_steps) - trainer.global_step
         if self._steps_seen == PACE_AFTER and to_come > 0 and not trainer.should_stop:
             rank_zero_info(pace(self._pace.usual_step, self.ledger.left, self.gpu_hours, to_come))
 
@@ -293,17 +301,25 @@ class GPUHourBudget(Callback):
             "Raise gpu_hours, take fewer calibration samples, or make them shorter."
         )
 
-    def _count_steps(self, trainer: Trainer, automatic: bool) -> float:
-        """After how many optimizer steps training ends; infinity where that is not known."""
+    def _count_steps(self, trainer: Trainer, automatic: bool) -> tuple[float, float]:
+        """At which optimizer step training ends, by `max_steps` and by `max_epochs`; infinity where not known."""
+        by_steps, by_epochs = trainer.max_steps if trainer.max_steps > 0 else math.inf, math.inf
         # With manual optimization, steps are the module's affair and epochs say nothing about their number.
-        known = automatic and math.isfinite(trainer.num_training_batches)
-        steps = trainer.estimated_stepping_batches if known else trainer.max_steps
+        if automatic and 0 < trainer.num_training_batches < math.inf and trainer.max_epochs != -1:
+            each, accumulated = trainer.num_training_batches, trainer.accumulate_grad_batches
+            by_epochs = max(trainer.max_epochs, 1) * math.ceil(each / accumulated)
+            if self._other_devices:
+                here = trainer.current_epoch * math.ceil(each / accumulated)
+                here += (trainer.fit_loop.batch_idx + 1) // accumulated
+                self._more_steps = trainer.global_step - here
+        self._other_devices = False
+        steps = min(by_steps, by_epochs + self._more_steps)
         if self._drives and 0 < steps < self.warmup_steps:
             rank_zero_warn(
                 f"GPUHourBudget: warmup_steps is {self.warmup_steps} and training ends after {steps} "
                 "steps, before the learning rate has reached its full value. Set fewer warmup_steps"
             )
-        return steps if steps > 0 else math.inf
+        return by_steps, by_epochs
 
     def _await_device(self, trainer: Trainer) -> None:
         """Close to the end, read the clock when the queued work is done rather than when it is queued."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
 
-from sparsefit.errors import RunFolderError
+from sparsefit.errors import ConfigError, RunFolderError
 from sparsefit.files import is_partial, replacing_file, unwritable
-from sparsefit.recovery.run_files import checkpoint_damage
+from sparsefit.recovery.run_files import META_FILE, checkpoint_damage
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -40,6 +41,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             for left in filter(is_partial, path.parent.glob(".*.ckpt.*")):
                 left.unlink(missing_ok=True)
             self._cleared.add(path.parent)
+        if (path / META_FILE).is_file():  # of a run whose weights were split over devices
+            shutil.rmtree(path)
         with replacing_file(path) as partial, open(partial, "wb") as file:
             try:
                 torch.save(checkpoint, file)
@@ -63,7 +66,13 @@ class CompletingCheckpointIO(CheckpointIO):
 
         Raises:
             RunFolderError: if it is damaged, or holds anything but tensors and plain values.
+            ConfigError: if it is one of weights that were split over devices.
         """
+        if "://" not in str(path) and Path(path).is_dir():
+            raise ConfigError(
+                f"the checkpoint {path} is a folder, of a run whose weights were split over devices: go on with the "
+                "strategy that split them, ModelParallelStrategy, on any number of devices"
+            )
         check_whole(path)
         try:
             checkpoint = self.inner.load_checkpoint(path, *args, **kwargs)
@@ -91,7 +100,7 @@ def check_whole(path: str | Path) -> None:
     Raises:
         RunFolderError: if one is not; says which.
     """
-    if "://" in str(path) or not Path(path).is_file():
+    if "://" in str(path) or not Path(path).exists():
         return  # Lightning's to read, or to miss
     if reason := checkpoint_damage(Path(path)):
         raise RunFolderError(

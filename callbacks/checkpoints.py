@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from sparsefit.callbacks.checkpoint_io import AtomicCheckpointIO, CompletingCheckpointIO
 from sparsefit.callbacks.hooks import SPLITTING, PrunedRunCallback
 from sparsefit.callbacks.lightning_loops import Position, at_batch_end, epoch_has_ended
+from sparsefit.callbacks.other_devices import carry_over
 from sparsefit.callbacks.pruning import WandaPruning
 from sparsefit.callbacks.quantization import QuantizedBase
 from sparsefit.callbacks.random_states import RandomStates, random_states, set_random_states
@@ -26,6 +27,7 @@ from sparsefit.callbacks.resuming import (
     data_name,
     optimizer_kinds,
 )
+from sparsefit.callbacks.sharded_checkpoints import check_read, save_aside, splits_weights
 from sparsefit.pruning import MaskSet
 from sparsefit.ranks import from_all
 from sparsefit.recovery.run_files import CHECKPOINTS_FOLDER, holds_run
@@ -58,7 +60,11 @@ class SparseCheckpoints(PrunedRunCallback):
     position of the run is noted after each optimizer step, and whatever is saved stands at the last one that was noted
     (`lightning_loops` has the cases). Validation leaves the random numbers of the training as they were.
 
-    With a strategy that splits weights over devices (FSDP, DeepSpeed, ModelParallel) it leaves checkpoints alone.
+    A run also goes on with another number of devices, where it cannot be the same to the bit: one warning says what is
+    other (`other_devices`).
+
+    With `ModelParallelStrategy` (FSDP2) checkpoints are whole, as files or folders: nothing is left to the base
+    (`sharded_checkpoints`). Those of other strategies that split weights (FSDP, DeepSpeed) it leaves alone.
 
     Args:
         folder: The run folder, the same as that of `RunReport`.
@@ -67,7 +73,7 @@ class SparseCheckpoints(PrunedRunCallback):
     there on. Model, adapter, distillation, optimizer and training data must be those of the checkpoint.
 
     Raises:
-        ConfigError: on resuming, if the checkpoint is from another recipe, number of devices or version.
+        ConfigError: on resuming, if the checkpoint is from another recipe or version.
         RunFolderError: on resuming, if the sparse base is nowhere to be found; says where it was looked for.
     """
 
@@ -88,20 +94,35 @@ class SparseCheckpoints(PrunedRunCallback):
         if stage == "fit":
             self._position = self._random = self._optimizers = self._changed = None
             self._steps, self._updating, self._resumed = math.inf, False, False
-        if _splits_weights(trainer):
+        if _leaves_alone(trainer):
             return
         io = trainer.strategy.checkpoint_io
         inner = io.inner if isinstance(io, CompletingCheckpointIO) else io
         inner = AtomicCheckpointIO() if type(inner) is TorchCheckpointIO else inner
-        trainer.strategy.checkpoint_io = CompletingCheckpointIO(
+        completing = CompletingCheckpointIO(
             inner, lambda checkpoint, path: self._complete(trainer, pl_module, checkpoint, path)
         )
+        trainer.strategy.checkpoint_io = inner if splits_weights(trainer) else completing
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take over the position."""
-        if trainer.state.fn != TrainerFn.FITTING or _splits_weights(trainer):
+        if trainer.state.fn != TrainerFn.FITTING or _leaves_alone(trainer):
             return
-        saved = checkpoint.get(KEY)
+        saved, name = checkpoint.get(KEY), data_name(trainer, checkpoint)
+        late = trainer.strategy.restore_checkpoint_after_setup  # this comes after `on_fit_start`
+        if late:
+            check_read(trainer, pl_module, checkpoint, trainer.ckpt_path)
+        other = late and saved is not None and carry_over(checkpoint, saved, trainer, trainer.ckpt_path)
+        if other and name is not None:
+            trainer.datamodule.load_state_dict(checkpoint[name])  # which had the state of the other devices
+        self._take_over(trainer, pl_module, checkpoint, saved)
+        if late:
+            self._optimizers = None  # which have been looked at
+            self._before_data(trainer)
+
+    def _take_over(
+        self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any], saved: dict[str, Any] | None
+    ) -> None:
         loops, data = checkpoint.get("loops", {}).get("fit_loop"), checkpoint.get(data_name(trainer, checkpoint))
         self._resumed = True
         if saved is None:  # Lightning's alone
@@ -109,7 +130,7 @@ class SparseCheckpoints(PrunedRunCallback):
             return
         random, training = (saved[key][trainer.global_rank] if key in saved else None for key in ("random", "training"))
         self._position = Position(loops, data, random, saved["between_epochs"], saved["whole_step"], training)
-        self._optimizers, self._changed = saved.get("optimizers"), ChangedRates(checkpoint, pl_module)
+        self._optimizers, self._changed = saved.get("optimizers"), ChangedRates(checkpoint, module)
         if not saved["whole_step"]:
             rank_zero_warn(
                 "The checkpoint was saved by an interrupt while the optimizer changed the weights: the run goes on, "
@@ -134,14 +155,18 @@ class SparseCheckpoints(PrunedRunCallback):
         if self._changed is not None:
             self._changed.apply(trainer)
             self._changed = None
-        if trainer.global_step == 0 and not self._resumed and not _splits_weights(trainer):
-            self._position = Position.at_start(trainer, self._position.random, self._random)
-            trainer.save_checkpoint(self.folder / CHECKPOINTS_FOLDER / STAGE_FILE)
+        if not trainer.strategy.restore_checkpoint_after_setup:
+            self._save_start(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the start of a run that is pruned only as training begins."""
+        if trainer.strategy.restore_checkpoint_after_setup and trainer.current_epoch == 0:
+            self._random = random_states()
+            self._save_start(trainer)
 
     def on_closing(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what the training has come to, before anything is made of it."""
-        if not _splits_weights(trainer):
-            trainer.save_checkpoint(self.folder / CHECKPOINTS_FOLDER / STAGE_FILE)
+        self._save(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Go on with the random numbers of a position within an epoch: its loader had drawn before them, not after."""
@@ -175,7 +200,7 @@ class SparseCheckpoints(PrunedRunCallback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Have a checkpoint stand at the last position that was noted, and leave out what the base has."""
-        if _splits_weights(trainer):
+        if _leaves_alone(trainer):
             return
         if at_batch_end(trainer):  # where another callback saves, this one's turn may be yet to come
             self.on_train_batch_end(trainer, pl_module)
@@ -185,6 +210,7 @@ class SparseCheckpoints(PrunedRunCallback):
         checkpoint[KEY] = {
             "format": FORMAT,
             "world_size": trainer.world_size,
+            "accumulated": trainer.accumulate_grad_batches,
             "random": from_all(position.random),
             "training": from_all(position.training),
             "between_epochs": position.between_epochs,
@@ -193,8 +219,20 @@ class SparseCheckpoints(PrunedRunCallback):
             "data": name,
             "base": None,
         }
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not splits_weights(trainer):
             checkpoint[KEY]["base"] = self._leave_out(trainer, pl_module, checkpoint)
+
+    def _save_start(self, trainer: Trainer) -> None:
+        if trainer.global_step == 0 and not self._resumed and not _leaves_alone(trainer):
+            self._position = Position.at_start(trainer, self._position.random, self._random)
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        path = self.folder / CHECKPOINTS_FOLDER / STAGE_FILE
+        if splits_weights(trainer):
+            save_aside(trainer, path)
+        elif not _leaves_alone(trainer):
+            trainer.save_checkpoint(path)
 
     def _before_data(self, trainer: Trainer) -> None:
         """Note how random numbers stand before the loader of the training data draws (its shuffling, the seeds of its
@@ -232,6 +270,8 @@ class SparseCheckpoints(PrunedRunCallback):
         check_same_run(checkpoint, saved, trainer, path)
         fitting = trainer.state.fn == TrainerFn.FITTING
         check_same_recipe(checkpoint, module, path, training=fitting)
+        if fitting:
+            carry_over(checkpoint, saved, trainer, path)
         if saved["base"] is None:
             return
         path = Path(path).absolute()
@@ -246,5 +286,5 @@ class SparseCheckpoints(PrunedRunCallback):
             )
 
 
-def _splits_weights(trainer: Trainer) -> bool:
-    return isinstance(trainer.strategy, SPLITTING)
+def _leaves_alone(trainer: Trainer) -> bool:
+    return isinstance(trainer.strategy, SPLITTING) and not splits_weights(trainer)

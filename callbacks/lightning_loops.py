@@ -70,6 +70,23 @@ def end_now(trainer: Trainer, limits: Limits | None) -> None:
     trainer.should_stop = True
 
 
+def count_anew(loops: dict[str, Any], batches: int | None) -> None:
+    """Have loops that were saved amid an epoch count so many batches of it as done; None begins the next epoch.
+
+    Args:
+        loops: The state of a fit loop, changed in place.
+        batches: Of each device, where there are as many as now.
+    """
+    if batches is None:
+        _begin_next_epoch(loops)
+        return
+    progress = loops["epoch_loop.batch_progress"]
+    more = batches - progress["current"]["ready"]
+    for part in ("current", "total"):
+        progress[part] = {name: count + more for name, count in progress[part].items()}
+    loops["state_dict"] = {}  # of loaders that have one: it is that of another device's share
+
+
 @dataclass(frozen=True)
 class Position:
     """Where a run is, at a moment from which Lightning goes on exactly.

@@ -21,7 +21,7 @@ _WAY_OUT = "Resume with the settings of its run (config.yaml in the run folder),
 
 
 def check_same_run(checkpoint: Mapping[str, Any], saved: Mapping[str, Any], trainer: Trainer, path: str | Path) -> None:
-    """See that this version reads a checkpoint, and that a fit goes on with its devices and data.
+    """See that this version reads a checkpoint, and that a fit goes on with its data.
 
     Args:
         checkpoint: As it was read, before it is filled up and anything is restored.
@@ -39,13 +39,6 @@ def check_same_run(checkpoint: Mapping[str, Any], saved: Mapping[str, Any], trai
         )
     if trainer.state.fn != TrainerFn.FITTING:
         return
-    if saved["world_size"] != trainer.world_size:
-        raise ConfigError(
-            f"the checkpoint {path} is from a run on {saved['world_size']} devices, and this one has "
-            f"{trainer.world_size}: the batches seen, the effective batch size and the random states are those of "
-            f"each device. Resume with trainer.devices x num_nodes = {saved['world_size']}, or train the pruned "
-            "model (base/ in its run folder) in a run of its own"
-        )
     data, name = trainer.datamodule, data_name(trainer, checkpoint)
     if saved.get("data") is not None and name is None:
         raise ConfigError(

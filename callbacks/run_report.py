@@ -231,6 +231,8 @@ class RunReport(RunProducts):
             saved = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("limits")
             ended = saved is not None and saved == limits_of(trainer)
             self._fit.at_end = ended or limits_reached(trainer, checkpoint)
+            if self._fit.at_end and trainer.strategy.restore_checkpoint_after_setup:  # so after `on_fit_start`
+                self._fit.lifted = reopen(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """The figures so far, for a run that is resumed."""

@@ -66,15 +66,17 @@ def every_step(folder, **settings):
     return ModelCheckpoint(folder, save_top_k=-1, **({"filename": "{step}"} | every | settings))
 
 
-def fit(module, data, *callbacks, ckpt_path=None, **settings):
-    """A fit as the command makes it: all seeds set, checkpoints written whole."""
+def fit(module, data, *callbacks, ckpt_path=None, told=None, **settings):
+    """A fit as the command makes it: all seeds set, checkpoints written whole; the list `told` gets its warnings."""
     seed_everything(7, verbose=False)
     saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
     common = {"max_epochs": 100, "log_every_n_steps": 1, "plugins": [AtomicCheckpointIO()]}
     trainer = Trainer(callbacks=[*callbacks], **(QUIET | common | {"enable_checkpointing": saves} | settings))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(record=told is not None) as caught:
+        warnings.simplefilter("ignore" if told is None else "always")
         trainer.fit(module, data, ckpt_path=ckpt_path)
+    if told is not None:
+        told += [str(warning.message) for warning in caught]
     return trainer
 
 

@@ -94,11 +94,6 @@ def other_base(folder, path):
     return {}, {}, RunFolderError, r"model.norm.weight in its base/ is damaged, or that of another run"
 
 
-def other_world_size(folder, path):
-    change(path, lambda checkpoint: checkpoint["sparsefit"].update(world_size=4))
-    return {}, {}, ConfigError, r"from a run on 4 devices, and this one has 1"
-
-
 def a_teacher(folder, path):
     settings = {"distill": DistillSettings(0.3)}
     return {"settings": settings}, {}, ConfigError, r"distill was None and is \{'weight': 0.3, 'temperature': 1.0\}"
@@ -174,8 +169,8 @@ def rename(checkpoint, setting, name):
 
 
 BAD = [
-    other_rank, other_targets, other_form, other_masks, moved_base, other_base, other_world_size, a_teacher,
-    another_teacher, other_optimizer, an_optimizer_of_the_modules_own, other_windows, more_workers, other_calibration,
+    other_rank, other_targets, other_form, other_masks, moved_base, other_base, a_teacher, another_teacher,
+    other_optimizer, an_optimizer_of_the_modules_own, other_windows, more_workers, other_calibration,
     other_text, part_of_the_text, a_text_that_grew, other_tokenizer, other_kind_of_data,
 ]  # fmt: skip
 

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -123,6 +124,19 @@ def test_a_longer_run_takes_more_steps_and_its_own_place(sparsefit, recipe, tmp_
     settings = yaml.safe_load((moved / "config.yaml").read_text())
     assert settings["run"]["folder"] == str(moved)
     assert settings["run"]["resume"] is False
+
+
+def test_a_run_goes_on_with_another_number_of_devices(sparsefit, recipe, tmp_path):
+    run = finished(sparsefit, recipe, tmp_path)
+    for path in (run / "checkpoints").glob("*.ckpt"):
+        checkpoint = torch.load(path, weights_only=True)
+        mine = checkpoint["sparsefit"]
+        mine |= {"world_size": 2, "random": mine["random"] * 2, "training": mine["training"] * 2}
+        torch.save(checkpoint, path)
+    with pytest.warns(UserWarning, match="from a run on 2 devices, and this one has 1"):
+        status, _, errors = sparsefit("fit", "--resume", run, "--trainer.max_steps=5")
+    assert status == 0, errors
+    assert report_of(run)["training"]["steps"] == 5
 
 
 def flipped(file):

@@ -287,6 +287,32 @@ def test_ranks_share_an_epoch_out(twenty, prefix, world_size, monkeypatch):
     assert len(set(shared)) == len(shared) == 20 - 20 % world_size
 
 
+@pytest.mark.parametrize("prefix", ["", "stream:"])
+@pytest.mark.parametrize(("then", "now", "batches"), [(2, 1, 2), (1, 3, 2), (2, 3, 1)])
+def test_other_ranks_share_out_what_is_left_of_an_epoch(twenty, prefix, then, now, batches, monkeypatch):
+    def epoch(rank, ranks, state=None):
+        data = ImageDataModule(None, prefix + twenty, **SETTINGS | {"batch_size": 2})
+        monkeypatch.setattr(data, "rank_and_world_size", lambda: (rank, ranks))
+        if state is not None:
+            shared = data.share_anew(state, then)
+            assert shared["counted"] == -(-batches * then // now)
+            data.load_state_dict(shared)
+        return seen(data.train_dataloader())
+
+    before = joined(joined(epoch(rank, then)[:batches] for rank in range(then)))
+    hands = [epoch(rank, now, {"epoch": 0, "batches": batches}) for rank in range(now)]
+    assert len({tuple(map(len, hand)) for hand in hands}) == 1
+    images = before + joined(joined(hands))
+    assert len(set(images)) == len(images) == 20 - (20 - len(before)) % now
+
+
+def test_an_epoch_of_which_no_batch_is_left_to_other_ranks_is_over(twenty, monkeypatch):
+    data = ImageDataModule(None, twenty, **SETTINGS | {"batch_size": 3})
+    monkeypatch.setattr(data, "rank_and_world_size", lambda: (0, 4))
+    state = data.share_anew({"epoch": 2, "batches": 3}, 2)  # 18 images: 2 are left for 4 ranks
+    assert (state["epoch"], state["batches"], state["before"]) == (3, 0, [])
+
+
 def test_a_stream_of_several_files_gives_each_worker_its_own(tmp_path):
     for part in range(3):
         parquet(tmp_path, [encoded(pixels(10 * part + number)) for number in range(6)], f"train-{part}.parquet")

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from sparsefit.data import SelfGeneratedDataModule
+from sparsefit.data.position import Place
 from sparsefit.errors import CalibrationError, ConfigError, DataError
 from sparsefit.modules.writing import sample_windows, weights_digest, writing
 from sparsefit.recovery.adapters import AdapterSettings, attach_adapter
@@ -189,7 +190,7 @@ def test_ranks_and_workers_share_the_windows_out_in_another_order_each_epoch(
     training = {tuple(row) for row in data._of("training").read().tolist()}
     epochs = []
     for epoch in range(2):
-        monkeypatch.setattr(data, "position", lambda epoch=epoch: (epoch, 0))
+        monkeypatch.setattr(data, "position", lambda epoch=epoch: Place(epoch, 0))
         shares = []
         for rank in range(world_size):
             monkeypatch.setattr(data, "rank_and_world_size", lambda rank=rank: (rank, world_size))

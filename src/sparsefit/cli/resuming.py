@@ -15,7 +15,7 @@ from sparsefit.callbacks.checkpoint_io import check_whole
 from sparsefit.callbacks.run_folder import RunFolder
 from sparsefit.errors import ConfigError, RunFolderError
 from sparsefit.files import file_sum
-from sparsefit.recovery.run_files import FINISHED
+from sparsefit.recovery.run_files import FINISHED, is_checkpoint
 from sparsefit.reporting.report import read_json
 
 
@@ -84,7 +84,7 @@ def check_checkpoint(path: Path) -> None:
         ConfigError: if it is missing.
         RunFolderError: if it is damaged.
     """
-    if not path.is_file():
+    if not is_checkpoint(path):
         raise ConfigError(f"there is no checkpoint {path}")
     check_whole(path)
 
@@ -98,7 +98,7 @@ def named_checkpoint(name: str, folder: Path) -> Path:
     path = folder / "checkpoints" / "last.ckpt"
     if name != "last":
         raise ConfigError(f"ckpt_path is {name!r}: give 'last', or the path of a checkpoint, such as {path}")
-    if not path.is_file():
+    if not is_checkpoint(path):
         raise ConfigError(f"ckpt_path is 'last', and there is no checkpoint {path}: leave it out to begin a run")
     return path
 

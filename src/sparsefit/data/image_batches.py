@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from sparsefit.data.image_processing import ImageProcessing, decode
 from sparsefit.data.images import Images, Row, labels_of
 from sparsefit.data.packing import deal, shuffled
+from sparsefit.data.position import Dealt, samples_dealt
 from sparsefit.data.windows import generator_of
 from sparsefit.errors import CalibrationError, DataError
 
@@ -155,12 +156,16 @@ class ImageStream(IterableDataset[Part]):
         self.count = count
         self.share = share
         self.epoch = 0
+        self.before: Dealt = ()  # what other numbers of ranks have taken of the epoch
 
     def __iter__(self) -> Iterator[Part]:
         if self.count is not None:
             yield from self._exactly(self.count)
             return
-        rows = deal(self._rows(), *self.share)
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        taken = samples_dealt(self.before, self.batch_size, worker, workers)
+        rows = deal(islice(self._rows(), taken, None), *self.share)
         while chunk := list(islice(rows, self.batch_size)):
             part = self._part(chunk)
             while not len(part.labels) and (chunk := list(islice(rows, 1))):

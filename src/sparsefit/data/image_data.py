@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -159,6 +160,11 @@ class ImageDataModule(ResumableDataModule):
         length = None if images.streamed else len(images.table)
         source = (given.train_source, [Path(given.train_source).name, length])  # its folder may have moved
         return {"train_source": source} | {name: (given[name], given[name]) for name in names}
+
+    def batches_in_epoch(self, ranks: int) -> float:
+        """Of each of so many ranks; infinity where images are streamed."""
+        images = self._images("train_source")
+        return math.inf if images.streamed else math.ceil(len(images.table) // ranks / self.hparams.batch_size)
 
     def train_dataloader(self) -> DataLoader:
         """An epoch of shuffled images; the next epoch has another order. The last batch may be smaller."""

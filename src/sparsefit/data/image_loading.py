@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from sparsefit.data.image_batches import Part
+from sparsefit.data.position import Place, samples_dealt
 from sparsefit.data.windows import generator_of
 from sparsefit.errors import DataError
 
@@ -41,20 +42,20 @@ class EpochSampler(DistributedSampler[int]):
         super().__init__(range(size), world_size, rank, seed=seed, drop_last=True)  # type: ignore[arg-type]
         self.size = size
         self.batch_size = batch_size
-        self.skipped = 0
+        self.place = Place(0, 0)
 
-    def start(self, epoch: int, skipped: int) -> None:
-        """Sets the epoch, and how many batches of it are left out, for the next iteration."""
-        self.epoch = epoch
-        self.skipped = skipped
+    def start(self, place: Place) -> None:
+        """Sets the epoch, and what of it is left out, for the next iteration."""
+        self.place = place
 
     def set_epoch(self, epoch: int) -> None:
         """Does nothing: a Trainer that was resumed counts epochs otherwise; see `start`."""
 
     def __iter__(self) -> Iterator[int]:
-        order = torch.randperm(self.size, generator=generator_of(self.seed, self.epoch))
-        share = order[self.rank :: self.num_replicas][: len(self)]
-        return iter(share[self.skipped * self.batch_size :].tolist())
+        order = torch.randperm(self.size, generator=generator_of(self.seed, self.place.epoch))
+        left = order[samples_dealt(self.place.before, self.batch_size) :]
+        share = left[self.rank :: self.num_replicas][: len(left) // self.num_replicas]
+        return iter(share[self.place.batches * self.batch_size :].tolist())
 
 
 class ImageLoader(DataLoader):
@@ -64,7 +65,7 @@ class ImageLoader(DataLoader):
         dataset: gives `Part`s.
         finish: makes float32 (batch, channels, height, width) of a part's uint8 images; None leaves them.
         source: what the images are called in messages.
-        position: gives (epoch, batches of it that are done), for training.
+        position: gives the place where training goes on.
         then: turns the images of a batch, given its number, into others, in this process.
         settings: as `torch.utils.data.DataLoader` takes them.
     """
@@ -74,7 +75,7 @@ class ImageLoader(DataLoader):
         dataset: Dataset[Part],
         finish: Finish | None,
         source: str,
-        position: Callable[[], tuple[int, int]] | None = None,
+        position: Callable[[], Place] | None = None,
         then: Callable[[Tensor, int], Tensor] | None = None,
         **settings: Any,
     ) -> None:
@@ -88,12 +89,11 @@ class ImageLoader(DataLoader):
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         skipped = 0
         if self.position is not None:
-            epoch, skipped = self.position()
+            place = self.position()
             if isinstance(self.sampler, EpochSampler):
-                self.sampler.start(epoch, skipped)
-                skipped = 0
+                self.sampler.start(place)
             else:
-                self.dataset.epoch = epoch
+                self.dataset.epoch, self.dataset.before, skipped = place.epoch, place.before, place.batches
         return islice(self._batches(super().__iter__()), skipped, None)
 
     def _batches(self, parts: Iterator[tuple[Batch, list[str]]]) -> Iterator[Batch]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import cached_property, partial
 from pathlib import Path
@@ -175,6 +176,10 @@ class LabelledTextDataModule(ResumableDataModule):
             "tokenizer": (given.tokenizer, vocabulary_digest(self.tokenizer)),
         }
 
+    def batches_in_epoch(self, ranks: int) -> float:
+        """Of each of so many ranks."""
+        return math.ceil(len(self._rows("train_source")) // ranks / self.hparams.batch_size)
+
     @cached_property
     def _columns(self) -> Columns:
         given = self.hparams
@@ -226,7 +231,7 @@ class _TrainingLoader(DataLoader[Row]):
         super().__init__(*args, **settings)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]
-        self.sampler.start(*self.position())  # type: ignore[attr-defined]
+        self.sampler.start(self.position())  # type: ignore[attr-defined]
         return super().__iter__()  # type: ignore[return-value]
 
 

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparsefit.data.text import Shard
 from sparsefit.errors import ConfigError
@@ -17,6 +17,35 @@ if TYPE_CHECKING:
 
 Settings = Mapping[str, tuple[Any, Any]]
 """Name of a setting -> (its value as it was given, what is compared)."""
+
+Dealt = tuple[tuple[int, int], ...]
+"""What an epoch's data were dealt to before the ranks of now: (number of ranks, batches of each), in turn."""
+
+
+class Place(NamedTuple):
+    """Where training goes on in its data.
+
+    Attributes:
+        epoch: The epoch.
+        batches: Of each rank, that are done since the ranks were as many as they are.
+        before: What other numbers of ranks trained on before, in the same epoch.
+    """
+
+    epoch: int
+    batches: int
+    before: Dealt = ()
+
+
+def samples_dealt(before: Dealt, batch_size: int, worker: int = 0, workers: int = 1) -> int:
+    """How many samples the ranks of before took together, of those that a worker of a loader reads.
+
+    Workers give a loader their batches in turn. Where one of them had come to the end of its share, the others gave
+    more than is counted here.
+
+    >>> samples_dealt(((2, 3),), batch_size=4), samples_dealt(((2, 3),), batch_size=4, worker=1, workers=2)
+    (24, 8)
+    """
+    return sum(ranks * batch_size * len(range(worker, batches, workers)) for ranks, batches in before)
 
 
 def check_same_data(saved: Mapping[str, Iterable[Any]], now: Settings) -> None:

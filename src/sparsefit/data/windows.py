@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from sparsefit.data.packing import deal, draw_crops, pack, shuffled
+from sparsefit.data.position import Place, samples_dealt
 from sparsefit.data.text import Document, Shard, documents, wikitext_as_one
 from sparsefit.errors import CalibrationError, ConfigError
 
@@ -82,6 +83,7 @@ class PackedText(IterableDataset[Tensor]):
         self.world_size = world_size
         self.shuffle_buffer = shuffle_buffer
         self.epoch = 0
+        self.taken: tuple[int, ...] = ()  # windows of each worker's that are done: by other numbers of ranks
 
     def __iter__(self) -> Iterator[Tensor]:
         info = get_worker_info()
@@ -93,7 +95,7 @@ class PackedText(IterableDataset[Tensor]):
         texts = shuffled(texts, self.shuffle_buffer, generator)
         tokens = (tokens for _, tokens in tokenised(texts, self.tokenizer))
         windows = shuffled(pack(tokens, self.length, end_of(self.tokenizer)), self.shuffle_buffer, generator)
-        return deal(windows, self.rank, self.world_size)
+        return deal(islice(windows, self.taken[worker] if self.taken else 0, None), self.rank, self.world_size)
 
 
 class TrainLoader(DataLoader):
@@ -101,21 +103,23 @@ class TrainLoader(DataLoader):
 
     Args:
         dataset: the training windows.
-        position: gives (epoch, batches of it that were trained on before this run was resumed).
+        position: gives the place where training goes on.
         settings: as `torch.utils.data.DataLoader` takes them.
     """
 
-    def __init__(self, dataset: PackedText, position: Callable[[], tuple[int, int]], **settings: Any) -> None:
+    def __init__(self, dataset: PackedText, position: Callable[[], Place], **settings: Any) -> None:
         super().__init__(dataset, **settings)
         self.position = position
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        self.dataset.epoch, skipped = self.position()
-        return islice(super().__iter__(), skipped, None)
+        place, workers = self.position(), max(1, self.num_workers)
+        taken = (samples_dealt(place.before, self.batch_size, worker, workers) for worker in range(workers))
+        self.dataset.epoch, self.dataset.taken = place.epoch, tuple(taken)
+        return islice(super().__iter__(), place.batches, None)
 
 
 def loader(
-    dataset: Dataset[Tensor], batch_size: int, num_workers: int, position: Callable[[], tuple[int, int]] | None = None
+    dataset: Dataset[Tensor], batch_size: int, num_workers: int, position: Callable[[], Place] | None = None
 ) -> DataLoader:
     """Batches {"input_ids": int64 (batch, length)} of a data set; with `position`, a `TrainLoader`."""
     settings: dict[str, Any] = {

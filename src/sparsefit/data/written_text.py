@@ -174,12 +174,14 @@ class WrittenWindows(IterableDataset[Tensor]):
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
+        self.taken: tuple[int, ...] = ()  # windows of each worker's that are done: by other numbers of ranks
 
     def __iter__(self) -> Iterator[Tensor]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         order = torch.randperm(len(self.text), generator=generator_of(self.seed, self.epoch)).tolist()
-        return (as_window(self.text[number]) for number in deal(order[worker::workers], self.rank, self.world_size))
+        left = order[worker::workers][self.taken[worker] if self.taken else 0 :]
+        return (as_window(self.text[number]) for number in deal(left, self.rank, self.world_size))
 
 
 def as_window(row: numpy.ndarray) -> Tensor:

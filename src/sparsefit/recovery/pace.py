@@ -61,8 +61,16 @@ class Pace:
         """The durations seen, for the next process to expect; plain numbers."""
         return {"steps": list(self.steps), "validations": list(self.validations)}
 
-    def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
-        """Expect the durations of an earlier process until there are others."""
+    def load_state_dict(self, state: Mapping[str, Sequence[float]], slower: float | None = None) -> None:
+        """Expect the durations of an earlier process until there are others.
+
+        Args:
+            state: What `state_dict` gave.
+            slower: Of a process on other devices, of whose durations only the longest validation counts, times this.
+        """
+        if slower is not None:
+            self.validation_estimate = slower * max(state["validations"], default=0.0)
+            return
         self.steps.extend(state["steps"])
         self.validations.extend(state["validations"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import zipfile
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 
 from sparsefit.errors import MaskError, RunFolderError
 from sparsefit.files import SUMS_FILE, changed_files, file_sum, is_sealed, sealed, write_text
@@ -24,6 +26,7 @@ PAGE_FILE = "report.html"
 ADAPTER_FOLDER = "adapter"
 TRAINED_BASE_FOLDER = "trained_base"
 CHECKPOINTS_FOLDER = "checkpoints"
+META_FILE = "meta.pt"  # Lightning's, in a checkpoint that is a folder: written last
 WRITTEN_FOLDERS = (BASE_FOLDER, TRAINED_BASE_FOLDER, ADAPTER_FOLDER, MODEL_FOLDER)
 """The folders that a run writes whole or not at all, with their sums in them."""
 
@@ -126,7 +129,7 @@ def damaged_files(folder: Path) -> dict[str, str]:
             MaskSet.load(folder / MASKS_FILE)
     except MaskError as error:
         damaged[MASKS_FILE] = str(error)
-    for file in sorted((folder / CHECKPOINTS_FOLDER).glob("*.ckpt")):
+    for file in _checkpoints(folder):
         if reason := checkpoint_damage(file):
             damaged[f"{CHECKPOINTS_FOLDER}/{file.name}"] = reason
     return damaged
@@ -157,22 +160,54 @@ def _changed_in(folder: Path, part: str) -> dict[str, str]:
 def newest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint in a run folder that has come furthest, and of several the one that was written last; None where
     there is none. One that cannot be read comes before all others: whoever resumes from it is told, and chooses."""
-    return max((folder / CHECKPOINTS_FOLDER).glob("*.ckpt"), key=_step_of, default=None)
+    return max(_checkpoints(folder), key=_step_of, default=None)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for path in sorted((folder / CHECKPOINTS_FOLDER).glob("*.ckpt")) if is_checkpoint(path)]
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a checkpoint lies there: a file, or the folder of a run whose weights were split over devices. Without
+    the part that is written last, a folder is none."""
+    return path.is_file() or (path / META_FILE).is_file()
 
 
 def _step_of(path: Path) -> tuple[int, int]:
     try:
-        step = torch.load(path, weights_only=True, map_location="cpu", mmap=True)["global_step"]
+        file = path / META_FILE if path.is_dir() else path
+        step = torch.load(file, weights_only=True, map_location="cpu", mmap=True)["global_step"]
     except Exception:  # whatever is wrong with it is told when it is resumed from
         step = sys.maxsize
     return step, path.stat().st_mtime_ns
 
 
 def checkpoint_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint file, every byte of whose contents has a checksum in it; None if it is whole."""
+    """What is wrong with a checkpoint, every byte of whose contents has a checksum in it; None if it is whole."""
+    if not path.is_dir():
+        return _archive_damage(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            record = archive.testzip()
+        stored = FileSystemReader(path).read_metadata().storage_data
+    except Exception as error:  # a damaged pickle raises whatever it says
+        return f"its .metadata cannot be read ({error})"
+    if damage := _archive_damage(path / META_FILE):
+        return f"in its {META_FILE}, {damage}"
+    for part in stored.values():
+        try:
+            with open(path / part.relative_path, "rb") as file:
+                file.seek(part.offset)
+                damage = _archive_damage(io.BytesIO(file.read(part.length)))
+        except OSError as error:
+            damage = f"it cannot be read ({error})"
+        if damage:
+            return f"in its {part.relative_path}, {damage}"
+    return None
+
+
+def _archive_damage(archive: Path | io.BytesIO) -> str | None:
+    try:
+        with zipfile.ZipFile(archive) as parts:
+            record = parts.testzip()
     except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
         return f"it cannot be read ({error})"
     return None if record is None else f"its part {record} is not what was saved"

@@ -1,0 +1,84 @@
+"""Going on from a checkpoint on another number of devices than it was saved on.
+
+What is trained is the same on all devices: the model, its masks, the optimizer and what callbacks keep carry over as
+they are. What belongs to each device is made anew here, as the checkpoint is read, so that it is from then on one of a
+run on the devices of now: the position in the data, the batches that loops count, and the random numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from sparsefit.callbacks.lightning_loops import count_anew
+from sparsefit.callbacks.resuming import data_name
+
+
+def carry_over(checkpoint: dict[str, Any], saved: dict[str, Any], trainer: Trainer, path: str | Path) -> bool:
+    """Have a checkpoint be one of a run on as many devices as this one; says once what cannot be as it would have been.
+
+    The number of batches that are done in the epoch is led over to the devices of now, in whole optimizer steps. A data
+    module that can, by `share_anew`, goes on behind what all devices together have trained on.
+
+    Args:
+        checkpoint: As it was read; changed in place.
+        saved: What `SparseCheckpoints` added to it.
+        trainer: Of this run.
+        path: Where it was read.
+
+    Returns:
+        Whether it was of another number.
+    """
+    then, now = saved["world_size"], trainer.world_size
+    if then == now:
+        return False
+    place = "an epoch of the data begins"
+    loops = checkpoint.get("loops", {}).get("fit_loop")
+    if loops is not None and not saved["between_epochs"]:
+        done = loops["epoch_loop.batch_progress"]["current"]["ready"]
+        name = data_name(trainer, checkpoint)
+        if name is not None and hasattr(trainer.datamodule, "share_anew"):
+            state = checkpoint[name] = trainer.datamodule.share_anew(checkpoint[name], then)
+            batches = state["counted"] if state["before"] else None
+            place = (
+                f"the data go on behind what all {then} devices have trained on in this epoch, and nothing comes twice"
+                if batches is not None
+                else "what is left of this epoch is less than an optimizer step, and is left out"
+            )
+        else:
+            step = trainer.accumulate_grad_batches
+            batches = done * then // (now * step) * step
+            place = (
+                f"the data cannot be shared out anew, so the rest of this epoch, of which {batches} batches count as "
+                "done, begins at their start: some samples come twice, and others not at all"
+            )
+        count_anew(loops, batches)
+        saved["between_epochs"] = batches is None
+    for key in ("random", "training"):
+        if key in saved:
+            saved[key] = [saved[key][rank % then] for rank in range(now)]
+    saved["world_size"] = now
+    rank_zero_warn(
+        f"The checkpoint {path} is from a run on {then} devices, and this one has {now}. Model, masks, optimizer, "
+        f"learning rate and budget go on as they are, but training will not be what it would have been on {then}: "
+        f"{_steps(saved, then, trainer)}; {place}; random numbers (dropout, augmentation) are drawn by other devices."
+    )
+    return True
+
+
+def _steps(saved: Mapping[str, Any], then: int, trainer: Trainer) -> str:
+    """How many batches an optimizer step averages, and averaged."""
+    each, was = trainer.accumulate_grad_batches, saved.get("accumulated")
+    now = trainer.world_size * each
+    if was is None:  # of an earlier version
+        return f"an optimizer step averages {now} batches ({trainer.world_size} devices x {each})"
+    if then * was == now:
+        return f"an optimizer step averages {now} batches as before"
+    return (
+        f"an optimizer step averages {now} batches ({trainer.world_size} devices x {each}) where it averaged "
+        f"{then * was} ({then} x {was}), which trainer.accumulate_grad_batches can make alike"
+    )

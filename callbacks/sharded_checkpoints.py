@@ -1,0 +1,102 @@
+"""Checkpoints of models whose weights are split over devices by `ModelParallelStrategy` (FSDP2).
+
+The strategy reads and writes them itself: a folder with a part from each device, which torch shares out anew among
+another number of devices, or one file with all (`save_distributed_checkpoint=False`). It restores model and optimizer
+before anything else sees the checkpoint, so nothing can be left out of it and filled up as it is read, and what is
+looked at as other checkpoints are read comes after that, before anything is trained.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from sparsefit.callbacks.checkpoint_io import check_whole
+from sparsefit.callbacks.resuming import check_same_optimizers, check_same_run
+from sparsefit.errors import RunFolderError
+from sparsefit.files import replacing
+from sparsefit.ranks import from_all
+from sparsefit.recovery.same_recipe import check_same_recipe
+
+
+def splits_weights(trainer: Trainer) -> bool:
+    """Whether a trainer's checkpoints are of this kind."""
+    return isinstance(trainer.strategy, ModelParallelStrategy)
+
+
+def check_read(trainer: Trainer, module: LightningModule, checkpoint: Mapping[str, Any], path: str | Path) -> None:
+    """See that a fit can go on from what the strategy has just read into its model.
+
+    Args:
+        trainer: Of this run.
+        module: Its module. Entries of other shapes, or that were missing, have been refused as they were read.
+        checkpoint: What is left of the checkpoint.
+        path: Where it was read.
+
+    Raises:
+        RunFolderError: if it is damaged.
+        ConfigError: if it is from another recipe, or an optimizer of another kind.
+    """
+    damage = None
+    if trainer.is_global_zero:
+        try:
+            check_whole(path)
+        except RunFolderError as error:
+            damage = str(error)
+    if damage := from_all(damage)[0]:
+        raise RunFolderError(damage)
+    saved = checkpoint.get("sparsefit")
+    if saved is None:
+        return
+    check_same_run(checkpoint, saved, trainer, path)
+    held = _shapes_in(Path(path)) if Path(path).is_dir() else module.state_dict()
+    check_same_recipe({**checkpoint, "state_dict": held}, module, path, training=True)
+    if saved.get("optimizers") is not None:
+        check_same_optimizers(saved["optimizers"], trainer)
+
+
+def save_aside(trainer: Trainer, path: Path) -> None:
+    """Save a checkpoint, file or folder, that takes the place of another one once it is whole."""
+    new = path.with_name(f"{path.name}.new")
+    if trainer.is_global_zero:
+        _remove(new)  # of a run that was killed
+    trainer.strategy.barrier()
+    trainer.save_checkpoint(new)
+    if trainer.is_global_zero:
+        if new.is_dir():
+            with replacing(path) as place:
+                for part in new.iterdir():
+                    os.replace(part, place / part.name)
+            _remove(new)
+        else:
+            if path.is_dir():  # of a run that wrote folders
+                _remove(path)
+            os.replace(new, path)
+    trainer.strategy.barrier()
+
+
+def _shapes_in(folder: Path) -> dict[str, Tensor]:
+    """The weights in a folder, as tensors of their shapes that hold nothing."""
+    parts, prefix = FileSystemReader(folder).read_metadata().state_dict_metadata, "state_dict."
+    return {
+        name.removeprefix(prefix): torch.empty(part.size, device="meta")
+        for name, part in parts.items()
+        if name.startswith(prefix) and isinstance(part, TensorStorageMetadata)
+    }
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
