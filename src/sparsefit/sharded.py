@@ -6,8 +6,8 @@ whole parameters stand in their place; all ranks gather them together, as the un
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -124,10 +124,7 @@ def passes(model: nn.Module, run: Callable[[int], object], count: int, part: nn.
             entered: list[nn.Module] = []
             if number < count and failure is None:
                 try:
-                    with ExitStack() as hooks:
-                        for unit in units:
-                            handle = unit.register_forward_pre_hook(lambda unit, _, entered=entered: entered.append(unit))
-                            hooks.callback(handle.remove)
+                    with _noting(units, entered):
                         run(number)
                     order = entered
                 except Exception as error:
@@ -145,6 +142,17 @@ def passes(model: nn.Module, run: Callable[[int], object], count: int, part: nn.
             unit.reshard()
     if failure is not None:
         raise failure
+
+
+@contextmanager
+def _noting(units: list[nn.Module], entered: list[nn.Module]) -> Iterator[None]:
+    """Add each unit to a list as it is called."""
+    handles = [unit.register_forward_pre_hook(lambda unit, _: entered.append(unit)) for unit in units]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _gather(units: list[nn.Module]) -> None:

@@ -1,4 +1,4 @@
-"""Weights of which each rank of a run holds a shard (FSDP2): whole they are read, and each rank writes what it holds."""
+"""Weights of which each rank holds a shard (FSDP2): they are read whole, and each rank writes what it holds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsefit.pruning.layers.base import PrunableWeight, as_matrix, stored_view
 from sparsefit.sharded import is_sharded, over_shards, shard_of
@@ -84,7 +84,7 @@ class ShardedWeight(PrunableWeight):
 def as_sharded(weight: PrunableWeight) -> PrunableWeight:
     """The weight of a layer, named as in that, as one that is sharded, if it is.
 
-    >>> weight = PrunableWeight("weight", nn.Parameter(Tensor(3, 5)), ())
+    >>> weight = PrunableWeight("weight", torch.nn.Parameter(Tensor(3, 5)), ())
     >>> as_sharded(weight) is weight
     True
     """
@@ -97,7 +97,8 @@ def as_sharded(weight: PrunableWeight) -> PrunableWeight:
 def counted(weights: Iterable[PrunableWeight], count: Callable[[PrunableWeight], Tensor | int]) -> dict[str, int]:
     """By name what `count` finds in the weights that are held here, and of sharded ones on all other ranks together.
 
-    >>> counted([PrunableWeight("weight", nn.Parameter(torch.ones(3, 5)), ())], lambda weight: weight.held().sum())
+    >>> weight = PrunableWeight("weight", torch.nn.Parameter(torch.ones(3, 5)), ())
+    >>> counted([weight], lambda weight: weight.held().sum())
     {'weight': 15}
     """
     weights = list(weights)
