@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from sparsefit.callbacks.averages import restart_averages
 from sparsefit.callbacks.calibration import calibration_forward, checked_batches, predicting
 from sparsefit.callbacks.divergence import DivergenceGuard
-from sparsefit.callbacks.hooks import SPLITTING, tell
+from sparsefit.callbacks.hooks import tell
 from sparsefit.callbacks.ledgers import ledger_of
 from sparsefit.callbacks.progress import paid_progress
 from sparsefit.callbacks.run_account import log_pruned, plain_config, pruned
@@ -22,6 +23,7 @@ from sparsefit.recovery.guard import MaskGuard
 from sparsefit.recovery.magnitudes import magnitudes_follow
 from sparsefit.recovery.tuners import check_tuners
 from sparsefit.settings import named_settings, number
+from sparsefit.sharded import check_layout
 
 
 @named_settings
@@ -106,7 +108,7 @@ class WandaPruning(DivergenceGuard):
         self._batches_seen = False
         if trainer.limit_train_batches == 0 and 0 not in (trainer.max_steps, trainer.max_epochs):
             raise ConfigError("limit_train_batches is 0, so nothing would be trained: to prune alone, set max_steps=0")
-        # As FSDP does: then it shows only in on_train_start whether there is a checkpoint, and masks in it.
+        # As strategies that split a model do: then it shows only in on_train_start whether there is a checkpoint, and masks in it.
         if not trainer.strategy.restore_checkpoint_after_setup:
             self._prune_if_dense(trainer, pl_module)
 
@@ -212,11 +214,14 @@ class WandaPruning(DivergenceGuard):
             self._prune(trainer, module)
 
     def _prune(self, trainer: Trainer, module: LightningModule) -> None:
-        if isinstance(trainer.strategy, SPLITTING):
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
             raise ConfigError(
-                f"{type(trainer.strategy).__name__} splits the weights over devices before they can be compared; prune "
-                "first (`sparsefit prune`, or fit with max_steps=0 on one device) and train the pruned model with it"
+                f"{type(trainer.strategy).__name__} flattens the weights that it splits over devices, so that they are "
+                "no matrices any more: split the model by ModelParallelStrategy (FSDP2: `fully_shard` in the module's "
+                "configure_model), which is pruned in place; or prune first (`sparsefit prune`, or fit with "
+                "max_steps=0 on one device) and train the pruned model"
             )
+        check_layout(module)
         if trainer.ckpt_path is not None:
             rank_zero_info("The checkpoint holds no masks: it was saved before any pruning. The model is pruned now.")
         check_tuners(module, self.config)
