@@ -108,7 +108,7 @@ class WandaPruning(DivergenceGuard):
         self._batches_seen = False
         if trainer.limit_train_batches == 0 and 0 not in (trainer.max_steps, trainer.max_epochs):
             raise ConfigError("limit_train_batches is 0, so nothing would be trained: to prune alone, set max_steps=0")
-        # As strategies that split a model do: then it shows only in on_train_start whether there is a checkpoint, and masks in it.
+        # As FSDP does: then it shows only in on_train_start whether there is a checkpoint, and masks in it.
         if not trainer.strategy.restore_checkpoint_after_setup:
             self._prune_if_dense(trainer, pl_module)
 
