@@ -108,8 +108,8 @@ class WandaPruning(DivergenceGuard):
         self._batches_seen = False
         if trainer.limit_train_batches == 0 and 0 not in (trainer.max_steps, trainer.max_epochs):
             raise ConfigError("limit_train_batches is 0, so nothing would be trained: to prune alone, set max_steps=0")
-        # As FSDP does: then it shows only in on_train_start whether there is a checkpoint, and masks in it.
-        if not trainer.strategy.restore_checkpoint_after_setup:
+        # What a checkpoint holds shows only in on_train_start with strategies that shard a model.
+        if not trainer.strategy.restore_checkpoint_after_setup or trainer.ckpt_path is None:
             self._prune_if_dense(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
