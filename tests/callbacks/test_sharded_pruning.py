@@ -28,6 +28,15 @@ class Sharded(ShardsItself, Classifier):
     pass
 
 
+class Generating(Sharded):
+    """Its predict_step calls the model again and again, which shows; calibration then takes its forward."""
+
+    def predict_step(self, batch, batch_idx):
+        x, _ = batch
+        for _ in range(5):
+            self(x)
+
+
 class ByColumns(Classifier):
     """Splits its weights in a way that cannot be pruned in place."""
 
@@ -83,6 +92,9 @@ def fits():
         fit(module, data_for(name), pruning, max_steps=0, **sharded(2))
         found[name] = outcome(module, pruning)
         pruning.masks.verify(module)
+    module, generating = Generating(), WandaPruning()
+    fit(module, labelled(), generating, max_steps=0, **sharded(2))
+    found["generating"] = outcome(module, generating)
     result = pruning.result
     fit(module, labelled(), pruning, max_steps=0, **sharded(2))
     found["pruned again"] = pruning.result is not result
@@ -112,9 +124,9 @@ def ranks():
     return on_ranks(2, fits)
 
 
-@pytest.mark.parametrize("name", list(SETTINGS))
+@pytest.mark.parametrize("name", [*SETTINGS, "generating"])
 def test_masks_and_weights_are_those_of_a_fit_on_one_device(ranks, name):
-    module, pruning = Classifier(), WandaPruning(**copy.deepcopy(SETTINGS[name]))
+    module, pruning = Classifier(), WandaPruning(**copy.deepcopy(SETTINGS.get(name, {})))
     fit(module, data_for(name), pruning, max_steps=0)
     expected = outcome(module, pruning)
     for found in (found[name] for found in ranks):
@@ -146,6 +158,6 @@ def test_a_layout_that_cannot_be_pruned_is_refused_before_anything_is_done(ranks
 def test_strategies_that_flatten_weights_are_refused_with_the_way_out(kind):
     module = Classifier()
     dense = whole_weights(module)
-    with pytest.raises(ConfigError, match="flattens the weights .* split the model by ModelParallelStrategy"):
+    with pytest.raises(ConfigError, match=r"flattens the weights .* split the model by ModelParallelStrategy"):
         fit(module, labelled(), WandaPruning(), max_steps=1, strategy=Passing(kind), accelerator="auto")
     assert all(torch.equal(weight, dense[name]) for name, weight in whole_weights(module).items())

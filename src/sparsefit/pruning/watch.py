@@ -63,7 +63,8 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self._record = record
         self._by_storage: dict[int, list[PrunableWeight]] = {}
-        self._sharded: list[PrunableWeight] = []  # whole ones have other memory each time that they are gathered
+        self._sharded: list[PrunableWeight] = []  # whole ones have other memory each time that they are gathered,
+        self._gathered: dict[int, tuple[Tensor, list[PrunableWeight]]] = {}  # but are the same parameters, by id
         for weight in weights:
             if isinstance(weight, ShardedWeight):
                 self._sharded.append(weight)
@@ -80,10 +81,14 @@ class _Watch(TorchFunctionMode):
     def _found(self, tensor: Tensor) -> list[PrunableWeight]:
         """The weights that a tensor is a view of, or of which it is one."""
         storage = _storage(tensor)
-        if not storage or not self._sharded:
+        if not storage or not self._sharded or storage in self._by_storage:
             return self._by_storage.get(storage, [])
+        if id(tensor) in self._gathered:
+            return self._gathered[id(tensor)][1]
         found = [weight for weight in self._sharded if _storage(weight.in_product) == storage]
-        return found or self._by_storage.get(storage, [])
+        if isinstance(tensor, nn.Parameter):
+            self._gathered[id(tensor)] = tensor, found
+        return found
 
     def __call__(self, weight: Tensor, inputs: Tensor, tokens: Tokens | None = None, key: Hashable = None) -> None:
         for watched in self._found(weight):
