@@ -23,7 +23,7 @@ from sparsefit.recovery.guard import MaskGuard
 from sparsefit.recovery.magnitudes import magnitudes_follow
 from sparsefit.recovery.tuners import check_tuners
 from sparsefit.settings import named_settings, number
-from sparsefit.sharded import check_layout
+from sparsefit.sharded import check_layout, reshard
 
 
 @named_settings
@@ -221,6 +221,7 @@ class WandaPruning(DivergenceGuard):
                 "configure_model), which is pruned in place; or prune first (`sparsefit prune`, or fit with "
                 "max_steps=0 on one device) and train the pruned model"
             )
+        reshard(module)
         check_layout(module)
         if trainer.ckpt_path is not None:
             rank_zero_info("The checkpoint holds no masks: it was saved before any pruning. The model is pruned now.")

@@ -56,6 +56,16 @@ def units_of(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
+def reshard(model: nn.Module) -> None:
+    """Have each rank hold its shards alone. FSDP2 leaves the outermost unit gathered after a pass without gradients;
+    what is then written to its shards is seen by none, and what is written to the whole parameters is lost.
+
+    >>> reshard(nn.Linear(3, 5))
+    """
+    for unit in units_of(model):
+        unit.reshard()
+
+
 def over_shards(counts: Mapping[str, int], sharded: Collection[str]) -> dict[str, int]:
     """Counts by name, those of the sharded added up over all ranks, of which each has counted in its shards.
 
@@ -100,7 +110,7 @@ def check_layout(model: nn.Module) -> None:
             raise ConfigError(f"{name} {wrong}. {_WAY_OUT}")
 
 
-def passes(model: nn.Module, run: Callable[[int], object], count: int, part: nn.Module | None = None) -> None:
+def passes(model: nn.Module | None, run: Callable[[int], object], count: int, part: nn.Module | None = None) -> None:
     """Call run(0) to run(count - 1), each of which runs a model once, or a part of it by itself.
 
     In each pass through a sharded model all ranks gather its units. So a rank that has fewer passes than another, or in
@@ -111,7 +121,7 @@ def passes(model: nn.Module, run: Callable[[int], object], count: int, part: nn.
     0
     1
     """
-    if not units_of(model):
+    if model is None or not units_of(model):
         for number in range(count):
             run(number)
         return
@@ -132,8 +142,7 @@ def passes(model: nn.Module, run: Callable[[int], object], count: int, part: nn.
             _gather(order[len(entered) :])
             if failure is not None:
                 _reset(model)
-            for unit in units:
-                unit.reshard()
+            reshard(part or model)
     except BaseException:
         _reset(model)
         raise

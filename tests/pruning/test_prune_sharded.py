@@ -151,9 +151,9 @@ def pruned(models, rank, ranks):
         settings = POINTS[name, method]
         model = copy.deepcopy(models[name])
         model = shard(model, name) if ranks > 1 else model
-        result = prune(model, batches_for(name, rank, ranks), PruningConfig(micro_batch_size=2, **settings))
+        result = prune(model, batches_for(name, rank, ranks), PruningConfig(micro_batch_size=3, **settings))
         found[name, method] = state_of(model, result)
-    model, config = copy.deepcopy(models["llama"]), PruningConfig(update="none", micro_batch_size=2)
+    model, config = copy.deepcopy(models["llama"]), PruningConfig(update="none", micro_batch_size=3)
     model = shard(model, "llama") if ranks > 1 else model
     statistics = collect_statistics(model, batches_for("llama", rank, ranks), [config])
     found["llama", "statistics"] = state_of(model, prune_from_statistics(model, statistics, config))
@@ -208,15 +208,17 @@ def broken_off(models, rank):
         batches = [{"inputs_embeds": torch.full((1, 3, model.config.hidden_size), torch.nan if rank else 1.0)}]
     error = raised(prune, model, batches, config)
     told["data"] = error, all(torch.equal(dense[name], weight) for name, weight in whole(model).items())
-    result = prune(model, batches_for("llama", rank, 2), PruningConfig(micro_batch_size=2))  # none has left a trace
+    result = prune(model, batches_for("llama", rank, 2), PruningConfig(micro_batch_size=3))  # none has left a trace
     told["afterwards"] = result.masks.digest(), True
     return told
 
 
 def masks_on_shards(models, rank):
     """What a mask set says of a sharded model: dense, pruned, and after one rank has written to a pruned weight."""
-    model = shard(copy.deepcopy(models["gpt2"]), "gpt2")
+    model = shard(copy.deepcopy(models["gpt2"]), "gpt2 in one unit")
     masks = prune(copy.deepcopy(models["gpt2"]), config=PruningConfig(score="magnitude")).masks
+    with torch.no_grad():
+        model(**batches_for("gpt2", rank, 2)[0])  # leaves the unit gathered
     dense = raised(masks.verify, model)
     masks.apply(model)
     applied = raised(masks.verify, model), state_of(model, prune(model, config=PruningConfig(existing_zeros="adopt")))

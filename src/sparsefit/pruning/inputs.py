@@ -40,8 +40,8 @@ def collect(
         shares: As in a `Trace`, if what a pass computes is of no other use: it ends as soon as all weights have got as
             much of the data as they had of the sample that used each of them once.
         step: Called after each pass.
-        model: What the weights are of, and
-        part: which part of it `run` runs, if not all of it; to be given where that may be sharded.
+        model: What the weights are of, where that may be sharded.
+        part: Which part of it `run` runs, if not all.
 
     Raises:
         CalibrationError: if an input is not finite; names the layer and the calibration batch.
@@ -68,7 +68,7 @@ def collect(
             step()
 
         with watching(weights, collector.record):
-            passes(model or nn.Module(), one, len(data), part)
+            passes(model, one, len(data), part)
         return collector
 
     # What a rank must do again all do, as passes through a sharded model are made together.

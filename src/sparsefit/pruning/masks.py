@@ -22,6 +22,7 @@ from sparsefit.pruning.layers.base import PrunableWeight
 from sparsefit.pruning.layers.quantized import QuantizedWeight
 from sparsefit.pruning.layers.sharded import as_sharded, counted
 from sparsefit.quantized import is_quantized, matrix_shape, stored_matrix
+from sparsefit.sharded import reshard
 
 _FORMAT = "sparsefit-masks-1"
 Tensors = nn.Module | Mapping[str, Tensor]  # a model, a state dict or the tensors of a file
@@ -277,6 +278,7 @@ def _held_in(tensors: Tensors, wanted: Container[str]) -> tuple[list[str], dict[
     """The names of all parameters in the bare model, and each wanted one; or its layer if that holds it quantized."""
     layers = {}
     if isinstance(tensors, nn.Module):
+        reshard(tensors)
         modules = tensors.named_modules(remove_duplicate=False)
         layers = {canonical_name(f"{name}.weight".lstrip(".")): m for name, m in modules if is_quantized(m)}
         tensors = dict(tensors.named_parameters(remove_duplicate=False))

@@ -30,7 +30,7 @@ from sparsefit.pruning.targets import CHECKS, find_candidates, find_weights
 from sparsefit.pruning.tracing import Trace, trace
 from sparsefit.pruning.undo import Undo
 from sparsefit.ranks import errors_on_all_ranks, from_all
-from sparsefit.sharded import check_layout, units_of
+from sparsefit.sharded import check_layout, reshard, units_of
 
 
 class PruningRun:
@@ -46,6 +46,7 @@ class PruningRun:
         self._start = time.perf_counter()
         _check_device_is_here(config.device)
         self.config, self._model, self._progress = config, model, progress or (lambda done, total: None)
+        reshard(model)
         check_layout(model)
         self._sharded = bool(units_of(model))
         if self._sharded and config.device is not None:
