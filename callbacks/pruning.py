@@ -108,8 +108,8 @@ class WandaPruning(DivergenceGuard):
         self._batches_seen = False
         if trainer.limit_train_batches == 0 and 0 not in (trainer.max_steps, trainer.max_epochs):
             raise ConfigError("limit_train_batches is 0, so nothing would be trained: to prune alone, set max_steps=0")
-        # What a checkpoint holds shows only in on_train_start with strategies that shard a model.
-        if not trainer.strategy.restore_checkpoint_after_setup or trainer.ckpt_path is None:
+        # As FSDP does: then it shows only in on_train_start whether there is a checkpoint, and masks in it.
+        if not trainer.strategy.restore_checkpoint_after_setup:
             self._prune_if_dense(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -157,6 +157,12 @@ class WandaPruning(DivergenceGuard):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See that something was trained: of data that are known to be empty Lightning begins no epoch."""
+        if self.masks is None:
+            raise ConfigError(
+                f"nothing was pruned: {type(trainer.strategy).__name__} restores checkpoints when a fit has started, "
+                "and with nothing to train no hook comes after that. Train for a step (max_steps=1), or prune on one "
+                "device (`sparsefit prune`)"
+            )
         self._check_trained(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

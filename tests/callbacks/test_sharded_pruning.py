@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
 from sharded_fits import ShardsItself, on_ranks, sharded, whole_weights
 from small_runs import Classifier, RankedData, fit, labelled
@@ -63,6 +64,13 @@ class Passing(SingleDeviceStrategy):
         return self.kinds[0]
 
 
+class StopsAtOnce(Callback):
+    """Ends a fit when the model is pruned, before its first step."""
+
+    def on_train_start(self, trainer, module):
+        trainer.should_stop = True
+
+
 class Dense(PrunedRunCallback):
     """Keeps the weights as they are before the pruning."""
 
@@ -89,19 +97,22 @@ def fits():
     found = {}
     for name, settings in SETTINGS.items():
         module, pruning = Sharded(), WandaPruning(**settings)
-        fit(module, data_for(name), pruning, max_steps=0, **sharded(2))
+        fit(module, data_for(name), pruning, StopsAtOnce(), **sharded(2))
         found[name] = outcome(module, pruning)
         pruning.masks.verify(module)
-    module, generating = Generating(), WandaPruning()
-    fit(module, labelled(), generating, max_steps=0, **sharded(2))
-    found["generating"] = outcome(module, generating)
+    generating, other_pruning = Generating(), WandaPruning()
+    fit(generating, labelled(), other_pruning, StopsAtOnce(), **sharded(2))
+    found["generating"] = outcome(generating, other_pruning)
     result = pruning.result
-    fit(module, labelled(), pruning, max_steps=0, **sharded(2))
+    fit(module, labelled(), pruning, StopsAtOnce(), **sharded(2))
     found["pruned again"] = pruning.result is not result
+    with pytest.raises(ConfigError) as refusal:
+        fit(Sharded(), labelled(), WandaPruning(), max_steps=0, **sharded(2))
+    found["no steps"] = str(refusal.value)
     found["failed"] = failed_on_one_rank()
     module, dense = ByColumns(), Dense()
     with pytest.raises(ConfigError) as refusal:
-        fit(module, labelled(), WandaPruning(), dense, max_steps=0, **sharded(2))
+        fit(module, labelled(), WandaPruning(), dense, **sharded(2))
     found["refused"] = str(refusal.value), dense.weights is None
     return found
 
@@ -113,7 +124,7 @@ def failed_on_one_rank():
     if torch.distributed.get_rank() == 1:
         batches[2][0][1, 3] = torch.nan
     with pytest.raises(Exception) as failure:  # noqa: PT011
-        fit(module, labelled(), WandaPruning(calibration=batches), dense, max_steps=0, **sharded(2))
+        fit(module, labelled(), WandaPruning(calibration=batches), dense, **sharded(2))
     after = whole_weights(module)
     same = all(torch.equal(weight, after[name]) for name, weight in dense.weights.items())
     return type(failure.value).__name__, str(failure.value), same
@@ -127,7 +138,7 @@ def ranks():
 @pytest.mark.parametrize("name", [*SETTINGS, "generating"])
 def test_masks_and_weights_are_those_of_a_fit_on_one_device(ranks, name):
     module, pruning = Classifier(), WandaPruning(**copy.deepcopy(SETTINGS.get(name, {})))
-    fit(module, data_for(name), pruning, max_steps=0)
+    fit(module, data_for(name), pruning, StopsAtOnce())
     expected = outcome(module, pruning)
     for found in (found[name] for found in ranks):
         assert found["digest"] == expected["digest"]
@@ -138,6 +149,11 @@ def test_masks_and_weights_are_those_of_a_fit_on_one_device(ranks, name):
 
 def test_a_second_fit_finds_the_model_pruned(ranks):
     assert [found["pruned again"] for found in ranks] == [False, False]
+
+
+def test_a_fit_without_steps_says_that_nothing_was_pruned(ranks):
+    for found in ranks:
+        assert found["no steps"].startswith("nothing was pruned: ModelParallelStrategy restores checkpoints when a fit")
 
 
 def test_data_that_fail_on_one_rank_end_the_fit_on_both_with_the_dense_model(ranks):
