@@ -11,12 +11,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from sparsefit.errors import BudgetError, ConfigError
+from sparsefit.planning import pace
 from sparsefit.recovery.ledger import GPUHourLedger, check_split
 from sparsefit.recovery.pace import Pace, estimate_validation
 from sparsefit.recovery.schedule import budget_factor, first_rate, keep_base_rates, set_rates
 from sparsefit.settings import named_settings, number
 
 SYNC_STEPS = 20  # so many steps before the end, an accelerator's queue is awaited before the clock is read
+PACE_AFTER = 5  # steps of a fit that tell what a step takes
 
 
 @named_settings
@@ -72,6 +74,7 @@ class GPUHourBudget(Callback):
         self._training_start: float | None = None  # GPU-hours
         self._drives = False
         self._max_steps: float = math.inf
+        self._steps_seen = 0  # in this fit
         self._factor: tuple[int, float] | None = None  # of the base rates, and the step that it is for
 
     def keep(self, seconds: float, what: str = "closing") -> None:
@@ -159,6 +162,7 @@ class GPUHourBudget(Callback):
         if not resumed:
             self._training_start = self.ledger.spent
         self._pace.start(self._now, trainer.global_step)
+        self._steps_seen = 0
         self._factor = None  # what a former fit set no longer counts
         self._max_steps = self._count_steps(trainer, pl_module.automatic_optimization)
         self._stop_if_spent(trainer, self._pace.step)
@@ -185,6 +189,7 @@ class GPUHourBudget(Callback):
         self._await_device(trainer)
         if self._pace.batch_ended(self._now, trainer.global_step):
             self._stop_if_spent(trainer, self._pace.step)
+            self._tell_pace(trainer)
         if not trainer.barebones:
             rate = first_rate(trainer.optimizers)
             figures = {"gpu_hours": self.ledger.spent} | ({} if rate is None else {"learning_rate": rate})
@@ -268,6 +273,13 @@ class GPUHourBudget(Callback):
                 + (f", and the next step may take {needed:.4g}" if needed else "")
             )
             rank_zero_info(f"GPUHourBudget: stopping: {self.stop_reason}.")
+
+    def _tell_pace(self, trainer: Trainer) -> None:
+        """Once in a fit: what the rest of the budget buys, by a step that is neither the first nor the slowest."""
+        self._steps_seen += 1
+        to_come = self._max_steps - trainer.global_step
+        if self._steps_seen == PACE_AFTER and to_come > 0 and not trainer.should_stop:
+            rank_zero_info(pace(self._pace.usual_step, self.ledger.left, self.gpu_hours, to_come))
 
     def _refusal(self, trainer: Trainer, what: str, seconds: float = 0.0) -> str | None:
         """Why `what` cannot be paid for, and the way out; None where it can. A collective."""

@@ -55,16 +55,16 @@ def calibration_batches(trainer: Trainer, source: Iterable[Any] | None, samples:
     own = getattr(trainer.datamodule, "calibration_dataloader", None)
     with isolate_rng():
         if source is not None:
-            name, batches = "the calibration argument", list(_first(source, samples))
+            name, batches = "the calibration argument", list(first_samples(source, samples))
         elif callable(own):
-            name, batches = "the datamodule's calibration_dataloader()", list(_first(own(), samples))
+            name, batches = "the datamodule's calibration_dataloader()", list(first_samples(own(), samples))
         else:
             name, batches = "the training data", None
     if batches is None:
         loader = _training_loader(trainer)
         with isolate_rng(), _generators_restored(loader):
             _check_rereadable(loader)
-            batches = list(_first(_single_process(loader), samples or TRAINING_SAMPLES))
+            batches = list(first_samples(_single_process(loader), samples or TRAINING_SAMPLES))
     available = sum(map(count_samples, batches))
     if source is None and not callable(own) and samples is None and 0 < available < TRAINING_SAMPLES:
         rank_zero_warn(f"{name} gives only {available} calibration samples; {TRAINING_SAMPLES} are usual")
@@ -76,7 +76,7 @@ def calibration_batches(trainer: Trainer, source: Iterable[Any] | None, samples:
     return batches, name
 
 
-def _first(source: Iterable[Any], samples: int | None) -> Iterator[Any]:
+def first_samples(source: Iterable[Any], samples: int | None) -> Iterator[Any]:
     """Whole batches until they hold the number of samples; the last one is cut, if it can be."""
     taken = 0
     for batch in source:

@@ -14,6 +14,7 @@ from sparsefit.callbacks.calibration import calibration_forward, checked_batches
 from sparsefit.callbacks.divergence import DivergenceGuard
 from sparsefit.callbacks.hooks import tell
 from sparsefit.callbacks.ledgers import ledger_of
+from sparsefit.callbacks.opening import tell_opening
 from sparsefit.callbacks.progress import paid_progress
 from sparsefit.callbacks.run_account import log_pruned, plain_config, pruned
 from sparsefit.errors import CalibrationError, ConfigError, DataError, MaskError
@@ -218,6 +219,8 @@ class WandaPruning(DivergenceGuard):
     def _prune_if_dense(self, trainer: Trainer, module: LightningModule) -> None:
         if self.masks is None or (trainer.ckpt_path is None and not self._holds(module)):
             self._prune(trainer, module)
+        else:
+            tell_opening(trainer, module, self.config)
 
     def _prune(self, trainer: Trainer, module: LightningModule) -> None:
         if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
@@ -235,6 +238,7 @@ class WandaPruning(DivergenceGuard):
         bind_masks(module, None)  # those of an earlier fit
         self._bound = None
         tell(trainer, "on_pruning_check", module)
+        tell_opening(trainer, module, self.config)
         forward = calibration_forward(trainer, module)
         with ledger_of(trainer).stage("calibration and pruning"), predicting(trainer):
             batches, source = self._batches(trainer, forward)

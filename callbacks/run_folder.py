@@ -105,7 +105,8 @@ class RunFolder:
     def _is_free(self) -> bool:
         """Whether there is nothing to lose: no files, or those of a run that broke off before it had a base."""
         entries = list(self.path.iterdir()) if self.path.is_dir() else []
-        names = {entry.name for entry in entries if not is_partial(entry)} - {TEXT, LOCK_FILE}
+        half = f"{BASE_FOLDER}.partial"  # `replacing` removes it
+        names = {entry.name for entry in entries if not is_partial(entry)} - {TEXT, LOCK_FILE, half}
         told = {file.name for file in (self.json, self.html, self.configuration)} | {run_files.STATE_FILE}
         begun = {self.configuration.name, run_files.STATE_FILE} & names
         broke_off = self._read("status") in ("interrupted", "failed") or (begun and not self.json.exists())

@@ -52,11 +52,11 @@ ALLOWED = {
     | {"sparsefit.calibration", "sparsefit.pruning"},
     "evaluation": {"torch", "transformers", "datasets", "torchmetrics", "lightning", "lm_eval"},
     "modules": {"torch", "transformers", "datasets", "torchmetrics", "lightning", "huggingface_hub", "bitsandbytes"}
-    | {"sparsefit.calibration", "sparsefit.evaluation", "sparsefit.recovery", "sparsefit.pruning"},
+    | {"safetensors", "sparsefit.calibration", "sparsefit.evaluation", "sparsefit.recovery", "sparsefit.pruning"},
     "data": {"torch", "transformers", "datasets", "torchmetrics", "lightning", "huggingface_hub"}
     | {"pyarrow", "fsspec", "numpy", "PIL", "sklearn", "sparsefit.modules"},
     "reporting": {"torch", "rich", "jinja2", "matplotlib", "numpy", "psutil"},
-    "planning": set(),
+    "planning": {"sparsefit.reporting"},
     "study": {"torch", "sparsefit.calibration", "sparsefit.pruning", "sparsefit.reporting"},
     "callbacks": {
         "torch",
@@ -68,6 +68,7 @@ ALLOWED = {
         "sparsefit.recovery",
         "sparsefit.evaluation",
         "sparsefit.reporting",
+        "sparsefit.planning",
     },
 }
 

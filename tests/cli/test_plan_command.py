@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sparsefit.cli import plan
+from sparsefit.cli.plan_recipe import devices_of
 from sparsefit.modules.loading import load_tokenizer
 
 BLOCKS = 5
@@ -39,13 +43,15 @@ def test_a_plan_tells_what_the_run_then_takes(sparsefit, deep, tmp_path):
     assert status == 0, errors
     run = Path(recipe["run"]["folder"])
     assert not run.exists()
-    assert number(r"weights: ([\d,]+)", told) == pytest.approx(sum(p.numel() for p in model.parameters()), rel=0.02)
+    assert number(r"Plan: ([\d,]+) weights", told) == pytest.approx(
+        sum(p.numel() for p in model.parameters()), rel=0.02
+    )
     blocks = sum(p.numel() for layer in model.model.layers for p in layer.parameters() if p.ndim == 2)
-    assert number(r"of which ([\d,]+) are to be pruned", told) == blocks
+    assert number(r"weights, ([\d,]+) of them", told) == blocks
     assert number(r"training: ([\d,]+) steps", told) == 4
     assert "which max_steps ends" in told
     for stage in ("evaluation", "calibration and pruning", "reconstruction", "training", "export"):
-        assert re.search(rf"{stage} [^%]*s \d+%", told), stage
+        assert re.search(rf"{stage}.*? s +[<\d.]+ +\d+%", told), stage
     assert "DOES NOT FIT" not in told
     assert sparsefit("fit", recipe=recipe)[0] == 0
     files = sum(file.stat().st_size for file in run.rglob("*") if file.is_file() and "logs" not in file.parts)
@@ -66,7 +72,9 @@ def test_a_gpu_by_its_data_sheet(sparsefit, deep):
     status, told, errors = sparsefit("plan", "--gpu", "h100", recipe=recipe)
     assert status == 0, errors
     assert "nothing is measured" in told
-    assert number(r"weights: ([\d,]+)", told) == pytest.approx(sum(p.numel() for p in model.parameters()), rel=0.02)
+    assert number(r"Plan: ([\d,]+) weights", told) == pytest.approx(
+        sum(p.numel() for p in model.parameters()), rel=0.02
+    )
     status, _, errors = sparsefit("plan", "--gpu", "abacus", recipe=recipe)
     assert status == 2
     assert "'abacus': use one of" in errors
@@ -78,3 +86,88 @@ def test_what_fails_in_the_miniature_is_one_sentence(sparsefit, recipe):
     assert status == 2
     assert "no_such_layer" in errors
     assert "Traceback" not in errors
+
+
+def test_validations_are_planned_and_the_line_opens_the_fit(sparsefit, recipe, tmp_path, caplog):
+    recipe["data"]["init_args"] |= {"val_source": str(tmp_path / "test"), "val_windows": 6}
+    recipe["trainer"] |= {"val_check_interval": 2, "check_val_every_n_epoch": None, "max_steps": 5}
+    status, told, errors = sparsefit("plan", recipe=recipe)
+    assert status == 0, errors
+    assert "validation 3 x 3 batches" in told
+    line = re.search(r"Plan: .* GPU-hours, at most 5 steps", told)[0]
+    caplog.set_level(logging.INFO, logger="lightning.pytorch")
+    assert sparsefit("fit", recipe=recipe)[0] == 0
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("Plan: ")]
+    assert said == [line]
+
+
+def test_a_recipe_that_is_only_pruned(sparsefit, recipe):
+    status, told, errors = sparsefit("plan", "--trainer.max_steps", "0", recipe=recipe)
+    assert status == 0, errors
+    assert not re.search(r"training \d|training:", told)
+    assert "calibration and pruning" in told
+
+
+def test_what_does_not_fit_is_told_with_the_setting_to_change(sparsefit, recipe, monkeypatch):
+    monkeypatch.setattr(plan, "memory_of", lambda accelerator: 2**20)
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda place: SimpleNamespace(free=2**10))
+    status, told, errors = sparsefit("plan", recipe=recipe)
+    assert status == 0, errors
+    assert re.search(r"DOES NOT FIT: pruning takes .* of 1.00 MiB memory: set .*micro_batch_size", told)
+    assert re.search(r"DOES NOT FIT: training takes .*gradient_checkpointing", told)
+    assert re.search(r"DOES NOT FIT: the run folder takes .* has 1.00 KiB: set run.folder", told)
+
+
+def test_several_devices_are_reckoned_from_one(sparsefit, deep):
+    recipe, _ = deep
+    recipe["trainer"] |= {"devices": 4, "strategy": "ddp"}
+    status, told, errors = sparsefit("plan", "--gpu", "h100", recipe=recipe)
+    assert status == 0, errors
+    assert "on each of 4 devices" in told
+    assert "memory of each device" in told
+    assert "on the host" in told
+    assert "4 devices, each with all weights: reckoned from one" in told
+    recipe["trainer"]["strategy"] = {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}
+    recipe["trainer"]["num_nodes"] = 2
+    split = sparsefit("plan", "--gpu", "h100", recipe=recipe)[1]
+    assert "8 devices, each with its part of the weights" in split
+
+
+def test_a_study_is_not_planned(sparsefit, recipe):
+    status, _, errors = sparsefit("plan", recipe=recipe | {"study": {"folder": "runs/study"}, "grid": {}})
+    assert status == 2
+    assert "the recipe of a study" in errors
+
+
+def test_a_model_that_is_to_write_its_text_first(sparsefit, recipe):
+    kept = ("tokenizer", "sequence_length", "batch_size", "calibration_samples", "test_source")
+    settings = {name: value for name, value in recipe["data"]["init_args"].items() if name in kept}
+    recipe["data"] = {"class_path": "sparsefit.data.SelfGeneratedDataModule", "init_args": settings}
+    status, _, errors = sparsefit("plan", recipe=recipe)
+    assert status == 2
+    assert "the model writes this recipe's text" in errors
+
+
+def test_a_model_without_blocks_to_count_is_measured_whole(sparsefit, recipe):
+    sizes = {"num_channels": 1, "patch_size": 2, "num_stages": 2, "hidden_sizes": [8, 16], "depths": [1, 1]}
+    arguments = {"model": "convnext", "config": sizes, "num_classes": 10}
+    recipe["model"] = {"class_path": "sparsefit.modules.ImageClassifierModule", "init_args": arguments}
+    settings = {"batch_size": 100, "calibration_samples": 32, "train_source": "digits:train[:1000]"}
+    settings["val_source"] = "digits:train[1000:]"
+    recipe["data"] = {"class_path": "sparsefit.data.DigitsDataModule", "init_args": settings}
+    recipe["trainer"] |= {"max_steps": -1, "max_epochs": 2, "accumulate_grad_batches": 3}
+    status, told, errors = sparsefit("plan", recipe=recipe)
+    assert status == 0, errors
+    assert "training 8 steps of 300 samples" in told  # 10 batches of an epoch are 4 steps
+    assert "which max_epochs ends" in told
+    assert re.search(r"validation 3 x \d+ batches", told)
+    assert "calibration and pruning 32 samples" in told
+    assert "tokens" not in told
+
+
+@pytest.mark.parametrize(
+    ("devices", "on_gpu", "number"),
+    [(3, True, 3), ("2", False, 2), ([0, 2], True, 2), ("0,1,5", True, 3), ("auto", False, 1), (-1, False, 1)],
+)
+def test_how_many_devices_a_trainer_takes(devices, on_gpu, number):
+    assert devices_of({"devices": devices}, on_gpu) == number

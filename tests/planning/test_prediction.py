@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from sparsefit.planning import Measured, Work, predict
+from sparsefit.planning.prediction import GROWN
 
 WORK = Work(
     blocks=30,
@@ -53,7 +54,7 @@ def test_what_grows_by_the_block_is_predicted_exactly(few, more):
         }
     )
     assert plan.step == pytest.approx(36.8)
-    assert plan.peaks == pytest.approx({"pruning": 400 + 3 * more**2, "training": 1400})
+    assert plan.peaks == pytest.approx({"pruning": 400 + 3 * more**2, "training": 1400 * (1 + GROWN)})
     assert plan.counts == pytest.approx({"all": 4000, "pruned": 2100, "train": 2400})
     assert plan.disk == pytest.approx(770)
     assert plan.gpu_hours == pytest.approx(sum(stage.seconds for stage in plan.stages) / 3600)
@@ -66,6 +67,10 @@ def test_a_model_whose_blocks_cannot_be_counted_is_measured_whole():
     plan = predict(work, measured(1))
     assert plan.counts["all"] == 1100
     assert plan.step == pytest.approx(3.5 + 0.51)
+    # Its calibration samples are some of many, too.
+    plan = predict(replace(work, samples=32), measured(1), None, measured(1, 16))
+    [pruning] = [stage.seconds for stage in plan.stages if stage.name == "calibration and pruning"]
+    assert pruning == pytest.approx(1 + 0.5 + 0.25 * 32)
 
 
 @pytest.mark.parametrize(("devices", "gpu_hours"), [(1, 1.0), (2, 2.0)])
@@ -95,12 +100,14 @@ def test_max_steps_may_end_it_first():
 def test_states_data_and_libraries_are_added_to_the_memory():
     work = Work(30, 32, 512, 10, 2, 2048, 50, state_bytes=5, held=1000.0)
     plan = predict(work, measured(2), measured(4), measured(4, 16))
-    assert plan.peaks == pytest.approx({"pruning": 1000 + 400 + 48 + 24 * 5, "training": 1000 + 1400})
+    assert plan.peaks == pytest.approx({"pruning": 1000 + 400 + 48 + 24 * 5, "training": (1000 + 1400) * (1 + GROWN)})
+    on_gpu = predict(replace(work, host=0.0), measured(2), measured(4), measured(4, 16))
+    assert on_gpu.peaks["training"] == pytest.approx(1000 + 1400)
 
 
 def test_reading_belongs_to_its_stage_and_the_control_to_no_budget():
     work = Work(30, 8, 512, 10, 2, 2048, 50, reading={"pruning": 7.0, "evaluation": 9.0}, control=True)
-    plan, plain = (predict(w, measured(2), measured(4)) for w in (work, Work(30, 8, 512, 10, 2, 2048, 50)))
+    plan, plain = (predict(w, measured(2), measured(4)) for w in (work, replace(work, reading={}, control=False)))
     seconds, before = ({stage.name: stage.seconds for stage in p.stages} for p in (plan, plain))
     assert seconds["calibration and pruning"] - before["calibration and pruning"] == pytest.approx(7)
     assert seconds["evaluation"] - before["evaluation"] == pytest.approx(9)
@@ -110,3 +117,40 @@ def test_reading_belongs_to_its_stage_and_the_control_to_no_budget():
 def test_noise_that_falls_with_the_blocks_is_taken_as_level():
     noisy = replace(measured(4), seconds={**measured(4).seconds, "batch": 2.0})
     assert predict(WORK, measured(2), noisy).step == pytest.approx(2 * 2.0 + 0.8)
+
+
+def with_validation(blocks: int) -> Measured:
+    whole = measured(blocks)
+    return replace(whole, seconds={**whole.seconds, "validation": 2.0, "task item": 0.5}, task_stages=4)
+
+
+def test_validations_and_tasks_are_stages_of_their_own():
+    work = replace(WORK, val_batches=3, val_every=20, task_items=100)
+    plan = predict(work, with_validation(2), with_validation(4))
+    stages = {stage.name: stage for stage in plan.stages}
+    # After 20 and 40 of 50 steps, and at the end.
+    assert (stages["validation"].what, stages["validation"].seconds) == ("3 x 3 batches", pytest.approx(3 * 6.0))
+    assert stages["zero-shot tasks"].seconds == pytest.approx(4 * 100 * 0.5)
+
+
+def test_a_budget_pays_for_its_validations():
+    work = replace(WORK, max_steps=None, gpu_hours=1.5, val_batches=3, val_every=4)
+    plan = predict(work, with_validation(2), with_validation(4))
+    others = sum(stage.seconds for stage in plan.stages if stage.name not in ("training", "validation"))
+    assert plan.steps == math.floor((1.5 * 3600 - others - 6) / (plan.step + 6 / 4))
+    assert plan.gpu_hours <= 1.5
+
+
+def test_no_step_has_no_validation():
+    plan = predict(replace(WORK, max_steps=0, val_batches=3), with_validation(2), with_validation(4))
+    assert not {"validation", "training"} & {stage.name for stage in plan.stages}
+
+
+def test_a_taught_run_has_a_control_without_its_teacher():
+    plan, taught = (predict(replace(WORK, control=True, taught=t), measured(2), measured(4)) for t in (False, True))
+    batches = 50 * 2 * 18.0
+    assert plan.stages[-1].seconds - taught.stages[-1].seconds == pytest.approx(batches / 4)
+
+
+def test_the_limit_is_called_by_its_name():
+    assert predict(replace(WORK, limited_by="max_epochs"), measured(2)).ends_by == "max_epochs"

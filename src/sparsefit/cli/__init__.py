@@ -12,6 +12,7 @@ USAGE = """usage: sparsefit COMMAND ...
   fit --config FILE      prune a model at fit start, recover it inside a GPU-hour budget, export and report
   fit --resume RUN       go on with the run in a folder, whatever ended it: from its newest checkpoint, or its end
   prune --config FILE    the same recipe without its training: evaluate, prune, evaluate, export and report
+  prune --stream ...     the same of a model larger than memory, in its files; without evaluation
   plan --config FILE     what the recipe will take here: time, memory, disk, and the steps its budget buys
   study --config FILE    prune one or more models at every point of a grid, from one calibration; table and figures
   evaluate MODEL ...     zero-shot tasks by lm-eval, and perplexity, of any saved language model
@@ -65,6 +66,10 @@ def main() -> int:
             from sparsefit.cli.study import run_study
 
             return run_study(rest)
+        if command == "prune" and "--stream" in rest:
+            from sparsefit.cli.streaming import prune_streamed
+
+            return prune_streamed(rest)
         from sparsefit.cli.fit import fit
 
         return fit(rest, train=command == "fit")

@@ -89,12 +89,13 @@ def sentence(message: str, options: Iterable[str] = ()) -> str:
     return " ".join(message.split())[:500]
 
 
-def check_recipes(arguments: Sequence[str]) -> None:
-    """See that the recipes of a command line are there, and mappings of settings in YAML.
+def check_recipes(arguments: Sequence[str]) -> list[dict[str, Any]]:
+    """The recipes of a command line: see that they are there, and mappings of settings in YAML.
 
     Raises:
         ConfigError: naming the file.
     """
+    recipes = []
     for place, argument in enumerate(arguments):
         option, equals, value = argument.partition("=")
         if option not in ("-c", "--config") or not (equals or arguments[place + 1 :]):
@@ -106,6 +107,8 @@ def check_recipes(arguments: Sequence[str]) -> None:
             raise ConfigError(f"the recipe {file} cannot be read: {error}") from error
         if not isinstance(found, dict):
             raise ConfigError(f"the recipe {file} has no settings: it must be a mapping, such as `model:` and `data:`")
+        recipes.append(found)
+    return recipes
 
 
 def check_trainer(settings: Mapping[str, Any]) -> None:

@@ -9,25 +9,24 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sparsefit.callbacks import BlockwiseReconstruction, GPUHourBudget, RunReport, SparseCheckpoints, WandaPruning
-from sparsefit.callbacks.hooks import PrunedRunCallback
+from sparsefit.callbacks.task_figures import LEDGER_STAGE, METRIC
 from sparsefit.cli.fit import checkpoints_of_run
+from sparsefit.cli.probe_watch import Watch, bits_of
 from sparsefit.cli.quiet import quieten
 from sparsefit.errors import SparsefitError
+from sparsefit.evaluation.zero_shot import Results
 from sparsefit.planning import Measured
-from sparsefit.pruning import MaskSet
-from sparsefit.reporting.machine import memory_held, peak_memory, reset_peak_memory
+from sparsefit.reporting.machine import memory_held
 
 STEPS = 3  # optimizer steps of a miniature run: the first one pays for what happens once
 
@@ -46,6 +45,8 @@ class Miniature:
         samples: How many calibration samples they hold.
         train: A training batch; None where the recipe trains nothing.
         test: A test batch; None where it has no test data.
+        val: A validation batch; None where it validates on nothing.
+        tasks: Of the zero-shot tasks, arguments of `RunReport`.
     """
 
     make_module: Callable[[int | None], LightningModule]
@@ -57,6 +58,8 @@ class Miniature:
     samples: int
     train: Any = None
     test: Any = None
+    val: Any = None
+    tasks: Mapping[str, Any] = field(default_factory=dict)
 
 
 def measure(run: Miniature, more: Miniature | None = None) -> list[Measured]:
@@ -100,7 +103,7 @@ def _measured(run: Miniature) -> Measured:
     evaluations = _timed(module)
     with tempfile.TemporaryDirectory() as folder:
         budget = GPUHourBudget(1e6, drive_learning_rate=False)
-        pruning, report = WandaPruning(**run.pruning), RunReport(f"{folder}/run")
+        pruning, report = WandaPruning(**run.pruning), RunReport(f"{folder}/run", **_few_items(run.tasks))
         others = [BlockwiseReconstruction(**run.reconstruction), SparseCheckpoints(f"{folder}/run"), budget]
         others += checkpoints_of_run(Path(folder, "run"))
         trainer = Trainer(
@@ -122,16 +125,24 @@ def _measured(run: Miniature) -> Measured:
     seconds = {"pruning": spent.get("calibration and pruning", 0.0), "export": spent.get("export", 0.0)}
     if "reconstruction" in spent:
         seconds["reconstruction"] = spent["reconstruction"]
-    count = max((len(report.report.get(metric, {})) for metric in report.report["metrics"]), default=0)
+    count = max((len(report.report.get(metric, {})) for metric in {*report.report["metrics"]} - {METRIC}), default=0)
     if count:
         seconds["evaluation"] = min(evaluations, default=spent.get("evaluation", 0.0) / count)
     counts = {
         "all": float(sum(p.numel() for p in module.parameters())),
-        "pruned": float(_bits(pruning.masks)),
+        "pruned": float(bits_of(pruning.masks)),
         "train": float(sum(p.numel() for p in module.parameters() if p.requires_grad)),
     }
     seconds |= watch.seconds()
-    return Measured(run.blocks or 1, run.samples, count, seconds, watch.peaks, watch.tensors, counts, disk)
+    tasks: dict[str, Results] = report.report.get("tasks", {})
+    if items := sum(result["items"] for results in tasks.values() for result in results.values()):
+        seconds["task item"] = spent[LEDGER_STAGE] / items
+    return Measured(run.blocks or 1, run.samples, count, seconds, watch.peaks, watch.tensors, counts, disk, len(tasks))
+
+
+def _few_items(tasks: Mapping[str, Any]) -> dict[str, Any]:
+    """One batch of each task's items."""
+    return {**tasks, "tasks_limit": tasks["tasks_batch_size"]} if tasks else {}
 
 
 def _timed(module: LightningModule) -> list[float]:
@@ -168,98 +179,6 @@ class Batches(LightningDataModule):
         """The test batch."""
         return [] if self._run.test is None else DataLoader([self._run.test], batch_size=None)
 
-
-class Watch(PrunedRunCallback):
-    """Takes the times of the batches and updates of a fit, and the most memory of its stages."""
-
-    def __init__(self, held: float) -> None:
-        self._held = held
-        self.peaks: dict[str, float] = {}
-        self.tensors: dict[str, float] = {}
-        self._saved: SavedActivations | None = None
-        self._batches: list[float] = []
-        self._updates: list[float] = []
-        self._mark = 0.0
-
-    def seconds(self) -> dict[str, float]:
-        """Of a training batch and of an update: the shortest, which nothing disturbed."""
-        return {"batch": min(self._batches), "update": min(self._updates)} if self._batches else {}
-
-    def on_pruning_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from here."""
-        reset_peak_memory()
-
-    def on_base_ready(self, trainer: Trainer, pl_module: LightningModule, masks: MaskSet) -> None:
-        """Pruning and reconstruction are over."""
-        self.tensors["pruning"] = sum(map(_bytes, pl_module.parameters())) + _bits(masks) / 8
-        self._take_peak("pruning")
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """A batch begins; of the first one the activations are counted."""
-        if batch_idx == 0:
-            self._saved = SavedActivations(pl_module)
-            self._saved.__enter__()
-        self._mark = _now(trainer)
-
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """What a backward pass needs is there."""
-        if self._saved is not None and self._saved.counting:
-            self._saved.__exit__(None, None, None)
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Its gradients are there."""
-        self._batches.append(_now(trainer) - self._mark)
-        self._mark = _now(trainer)
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Its step is taken."""
-        self._updates.append(_now(trainer) - self._mark)
-
-    def on_closing(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Training is over."""
-        held = [p for p in pl_module.parameters() if p.requires_grad]  # as many bytes of gradients
-        states = [state for optimizer in trainer.optimizers for state in optimizer.state.values()]
-        held += [tensor for state in states for tensor in state.values() if isinstance(tensor, Tensor)]
-        activations = 0.0 if self._saved is None else self._saved.bytes
-        self.tensors["training"] = self.tensors["pruning"] + sum(map(_bytes, held)) + activations
-        self._take_peak("training")
-
-    def _take_peak(self, stage: str) -> None:
-        self.peaks[stage] = float(peak_memory()[0] or 0) - self._held
-        reset_peak_memory()
-
-
-class SavedActivations(torch.autograd.graph.saved_tensors_hooks):
-    """Counts the bytes of what autograd keeps for a backward pass, each memory once, the model's own left out."""
-
-    def __init__(self, module: LightningModule) -> None:
-        super().__init__(self._count, lambda tensor: tensor)
-        self._seen = {p.untyped_storage().data_ptr() for p in module.parameters()}
-        self.bytes, self.counting = 0.0, True
-
-    def _count(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
-            self.bytes += storage.nbytes()
-        return tensor
-
-    def __exit__(self, *error: Any) -> None:
-        """The forward pass is over."""
-        self.counting = False
-        super().__exit__(*error)
-
-
-def _bits(masks: MaskSet) -> int:
-    return sum(weights for weights, _ in masks.counts().values())
-
-
-def _bytes(tensor: Tensor) -> float:
-    return float(tensor.numel() * tensor.element_size())
-
-
-def _now(trainer: Trainer) -> float:
-    """Seconds, when all that the device was given is done."""
-    if trainer.strategy.root_device.type == "cuda":
-        torch.cuda.synchronize(trainer.strategy.root_device)
-    return time.monotonic()
+    def val_dataloader(self) -> DataLoader | list[Any]:
+        """The validation batch."""
+        return [] if self._run.val is None else DataLoader([self._run.val], batch_size=None)

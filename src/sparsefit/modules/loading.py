@@ -114,6 +114,14 @@ def load_causal_lm(name: str, dtype: Dtype = "float32", attn_implementation: str
     return load_model(name, dtype, attn_implementation, "causal_lm")
 
 
+def load_weights(
+    name: str, weights: dict[str, torch.Tensor], dtype: torch.dtype | None, attn_implementation: str | None = None
+) -> PreTrainedModel:
+    """`load_causal_lm` with these weights of this dtype (None: its own), whose memory the model's parameters share."""
+    settings = _model_settings("auto", attn_implementation) | {"dtype": dtype or "auto", "weights": dict(weights)}
+    return _load(partial(whole_model, kind="causal_lm"), "model", name, **settings)
+
+
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; `name` as in `load_causal_lm`.
 

@@ -29,7 +29,12 @@ _SHOWN = 4
 
 
 def whole_model(
-    path: str, kind: str | None = None, allow_unused: bool = False, local_files_only: bool = False, **settings: Any
+    path: str,
+    kind: str | None = None,
+    allow_unused: bool = False,
+    local_files_only: bool = False,
+    weights: dict[str, torch.Tensor] | None = None,
+    **settings: Any,
 ) -> PreTrainedModel:
     """The model in a folder, a GGUF file or on the hub, of the class that its config.json names.
 
@@ -38,14 +43,18 @@ def whole_model(
         kind: A key of `KINDS` that the class must be of; None takes any.
         allow_unused: Let the weights of parts go that the class has not.
         local_files_only: Ask no hub.
+        weights: By name, in the place of those at `path`; the parameters of the model share their memory.
         settings: For `from_pretrained`; with `gguf_file`, a file in `path`, in the place of a config.json.
 
     Raises:
         ConfigError: where the class is unknown or of another kind, or weights are missing or would be dropped.
     """
     model_class = named_class(path, kind, local_files_only, settings.get("gguf_file"))
+    source: str | None = path
+    if weights is not None:
+        source, settings = None, settings | {"config": configuration(path, local_files_only), "state_dict": weights}
     model, info = model_class.from_pretrained(
-        path, output_loading_info=True, local_files_only=local_files_only, **settings
+        source, output_loading_info=True, local_files_only=local_files_only, **settings
     )
     kind = kind or kind_of(type(model).__name__)
     if missing := _short(info["missing_keys"]):

@@ -1,6 +1,10 @@
 """What a run will take, told before it begins: pure arithmetic on what miniature runs measured."""
 
+from sparsefit.planning.figures import Measured, Plan, Stage, Work
 from sparsefit.planning.gpus import GPUS, Shape, estimated, gpu_called
-from sparsefit.planning.prediction import Measured, Plan, Stage, Work, predict
+from sparsefit.planning.prediction import predict
+from sparsefit.planning.room import Room, unfit
+from sparsefit.planning.words import opening, pace, told
 
-__all__ = ["GPUS", "Measured", "Plan", "Shape", "Stage", "Work", "estimated", "gpu_called", "predict"]
+__all__ = ["GPUS", "Measured", "Plan", "Room", "Shape", "Stage", "Work", "estimated", "gpu_called", "opening", "pace"]
+__all__ += ["predict", "told", "unfit"]

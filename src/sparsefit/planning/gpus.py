@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sparsefit.errors import ConfigError
-from sparsefit.planning.prediction import Measured, Work
+from sparsefit.planning.figures import Measured, Work
+from sparsefit.planning.sharing import own_samples
 
 REACHED = 0.3
 """Share of the peak that is reckoned with. One pruning of LLaMA-7B's shapes in block order, two passes of 128 x 2,048
@@ -77,26 +78,29 @@ def estimated(
     forward = 2 * counts["all"] / (gpu.operations * REACHED)  # seconds for a token
     samples = work.samples * work.sample_tokens
     seconds = {
-        "pruning": 2 * forward * samples,
+        "pruning": 2 * forward * own_samples(work) * work.sample_tokens,
         "evaluation": forward * work.test_tokens,
+        "validation": forward * work.test_tokens,
         "batch": (3 + shape.taught) * forward * work.batch_tokens,
     }
     if passes:
         seconds["reconstruction"] = (3 * passes + 2) * forward * samples
-    # Without the states of calibration, which `predict` adds for all samples but those that were measured.
+    weights, trained = counts["all"] * shape.weight_bytes, counts["train"] * shape.weight_bytes
+    tensors = {"weights": weights, "gradients": trained, "moments": counts["train"] * 8, "block": weights / work.blocks}
+    # Masks are in the host's memory.
     peaks = {
-        "pruning": counts["all"] * shape.weight_bytes + work.samples * work.state_bytes,
-        "training": training_bytes(counts, shape, work.blocks, work.batch_tokens),
+        "pruning": weights + work.samples * work.state_bytes,
+        "training": sum(tensors[key] for key in ("weights", "gradients", "moments"))
+        + beside_weights(counts, shape, work.blocks, work.batch_tokens),
     }
-    return Measured(work.blocks, work.samples, evaluations, seconds, peaks, counts=counts)
+    return Measured(work.blocks, work.samples, evaluations, seconds, peaks, tensors, counts)
 
 
-def training_bytes(counts: Mapping[str, float], shape: Shape, blocks: int, tokens: int) -> float:
-    """Bytes that training holds: weights, gradients, Adam's two moments, masks, the teacher's removed weights, logits,
-    and activations: 34 bytes for each token and hidden unit of a block in half precision (Korthikanti et al. 2022,
+def beside_weights(counts: Mapping[str, float], shape: Shape, blocks: int, tokens: int) -> float:
+    """Bytes that training holds beside weights, gradients and moments: the teacher's removed weights, logits, and
+    activations: 34 bytes for each token and hidden unit of a block in half precision (Korthikanti et al. 2022,
     arXiv 2205.05198, equation 2 without the attention matrix); with checkpointing 2, and those of one block."""
-    weights = counts["all"] * shape.weight_bytes + counts["train"] * (shape.weight_bytes + 8) + counts["pruned"] / 8
-    weights += counts["pruned"] / 2 * shape.weight_bytes if shape.taught else 0
+    removed = counts["pruned"] / 2 * shape.weight_bytes if shape.taught else 0
     states = 34 * blocks if not shape.checkpointing else 2 * blocks + 34
     logits = tokens * shape.vocabulary * (2 + 4 + 4) * (2 if shape.taught else 1)
-    return weights + states * tokens * shape.hidden + logits
+    return removed + states * tokens * shape.hidden + logits

@@ -8,111 +8,14 @@ tells what of the pruning grows with the samples from what is once for a block (
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 
+from sparsefit.planning.figures import Measured, Plan, Stage, Work
+from sparsefit.planning.sharing import bytes_of_a_device, bytes_of_a_host, least_bytes, own_samples
 
-@dataclass(frozen=True)
-class Work:
-    """What a recipe has to do.
-
-    Args:
-        blocks: Repeated blocks of the model.
-        samples: Calibration samples, of `sample_tokens` each.
-        sample_tokens: Tokens (or other positions) of a calibration sample.
-        test_batches: Batches of the test data, which are evaluated several times.
-        batches_in_step: Batches of an optimizer step.
-        batch_tokens: Tokens of a training batch.
-        max_steps: Optimizer steps after which the recipe ends; None where only the budget does.
-        gpu_hours: The budget; infinity where there is none.
-        reserve: Share of the budget that is kept for the end of the run.
-        devices: That the run is on.
-        state_bytes: Of the hidden states of one calibration sample that are held between two blocks.
-        test_tokens: Tokens of a test batch.
-        reading: Wall seconds that reading data takes in the stages "pruning" and "evaluation".
-        held: Bytes that the process of the run holds beside the model: libraries, data.
-        control: Whether the dense model is trained by the same recipe afterwards.
-    """
-
-    blocks: int
-    samples: int
-    sample_tokens: int
-    test_batches: int
-    batches_in_step: int
-    batch_tokens: int
-    max_steps: int | None
-    gpu_hours: float = math.inf
-    reserve: float = 0.0
-    devices: int = 1
-    state_bytes: int = 0
-    test_tokens: int = 0
-    reading: Mapping[str, float] = field(default_factory=dict)
-    held: float = 0.0
-    control: bool = False
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a miniature run measured.
-
-    Args:
-        blocks: Of its model.
-        samples: Calibration samples.
-        evaluations: Times that the test data are evaluated.
-        seconds: Wall seconds: of "pruning" and "reconstruction" in all, of one "evaluation" of a batch, of the forward
-            and backward pass of a training "batch", of the optimizer's "update", and of "export". A stage that the
-            recipe has not is missing.
-        peaks: Most bytes held in the stages "pruning" and "training", beside what was held before there was a model.
-        tensors: Bytes of the tensors that are held then, counted one by one: exact where the process's memory is not.
-        counts: Weights in "all", those that are "pruned", and those that "train".
-        disk: Bytes in its run folder.
-    """
-
-    blocks: int
-    samples: int
-    evaluations: int
-    seconds: Mapping[str, float]
-    peaks: Mapping[str, float] = field(default_factory=dict)
-    tensors: Mapping[str, float] = field(default_factory=dict)
-    counts: Mapping[str, float] = field(default_factory=dict)
-    disk: float = 0.0
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stage of the run: what it does, in words, and its wall seconds."""
-
-    name: str
-    what: str
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run will take.
-
-    Attributes:
-        stages: In their order.
-        step: Wall seconds of an optimizer step.
-        steps: That are taken, by the recipe's limit and by its budget.
-        ends_by: "max_steps", "budget", or None where nothing ends it.
-        gpu_hours: Of all stages.
-        peaks: Most bytes held in the stages "pruning" and "training".
-        counts: Weights in "all", those that are "pruned", and those that "train".
-        disk: Bytes that the run folder will hold.
-        operations: Floating-point operations, by the count of 2 for each weight and token in a forward pass and 4 in a
-            backward one.
-    """
-
-    stages: list[Stage]
-    step: float
-    steps: int
-    ends_by: str | None
-    gpu_hours: float
-    peaks: dict[str, float]
-    counts: dict[str, float]
-    disk: float
-    operations: float
+GROWN = 0.1
+"""Share by which the memory of a process on a CPU grows in a long training: small objects, which stay, keep the heap
+from being given back between larger ones. Of the quickstart 0.10 to 0.19 was seen beyond three steps, most of it after
+the first fifty. Memory of a GPU is counted by the tensors in it, and does not grow."""
 
 
 def at(blocks: int, one: tuple[int, float], two: tuple[int, float]) -> float:
@@ -134,77 +37,114 @@ def predict(work: Work, one: Measured, two: Measured | None = None, more: Measur
         two: The second; None takes the first for the whole model.
         more: The third; None where the others had all of the calibration samples.
     """
+    largest = two or one
 
     def line(first: float, second: float) -> float:
-        return at(work.blocks, (one.blocks, first), ((two or one).blocks, second))
+        return at(work.blocks, (one.blocks, first), (largest.blocks, second))
 
     def whole(figures: str) -> dict[str, float]:
-        first = getattr(one, figures)
-        return {key: line(value, getattr(two or one, figures)[key]) for key, value in first.items()}
+        return {key: line(value, getattr(largest, figures)[key]) for key, value in getattr(one, figures).items()}
 
-    seconds = whole("seconds")
+    seconds, counts, tensors = whole("seconds"), whole("counts"), whole("tensors")
     if "pruning" in seconds:
-        seconds["pruning"] += _of_further_samples(work, two or one, more)
+        seconds["pruning"] = _pruning(work, seconds["pruning"], largest, more)
     if "reconstruction" in seconds:
-        seconds["reconstruction"] *= work.samples / one.samples
-    read = {stage: work.reading.get(stage, 0.0) for stage in ("pruning", "evaluation")}
-    largest, counts, grown = two or one, whole("counts"), whole("tensors")
+        seconds["reconstruction"] *= own_samples(work) / one.samples
     # What is measured of a few blocks, and what the tensors of the others add.
     peaks = {
-        stage: work.held + peak + grown.get(stage, 0.0) - largest.tensors.get(stage, 0.0)
+        stage: work.held + peak + tensors.get(stage, 0.0) - largest.tensors.get(stage, 0.0)
         for stage, peak in largest.peaks.items()
     }
     if "pruning" in peaks:
-        peaks["pruning"] += (work.samples - one.samples) * work.state_bytes
+        peaks["pruning"] += (own_samples(work) - one.samples) * work.state_bytes
+    if "training" in peaks and work.host is None:
+        peaks["training"] *= 1 + GROWN
     step = work.batches_in_step * seconds.get("batch", 0.0) + seconds.get("update", 0.0)
-    evaluation = work.test_batches * seconds.get("evaluation", 0.0)
-    stages = [
-        Stage(
-            "evaluation",
-            f"{one.evaluations} x {work.test_batches} batches",
-            one.evaluations * evaluation + read["evaluation"],
-        ),
-        Stage("calibration and pruning", f"{work.samples} samples", seconds.get("pruning", 0.0) + read["pruning"]),
-        Stage("reconstruction", f"{work.samples} samples", seconds.get("reconstruction", 0.0)),
-        Stage("export", "model, masks, adapters", seconds.get("export", 0.0)),
-    ]
-    steps, ends_by = _steps(work, sum(stage.seconds for stage in stages), step)
-    tokens = work.batches_in_step * work.batch_tokens
-    stages.insert(3, Stage("training", f"{steps} steps of {tokens:,} tokens", steps * step))
+    stages = _around_training(work, one, seconds)
+    around = sum(stage.seconds for stage in stages)
+    validation = work.val_batches * seconds.get("validation", 0.0)
+    steps, ends_by = _steps(work, around, step, validation)
+    stages[-1:-1] = _of_training(work, steps, step, validation)
     if work.control:
-        stages.append(Stage("control", f"{steps} steps, no part of the budget", steps * step + evaluation))
+        stages.append(_control(work, steps, seconds, validation))
+    tokens = work.batches_in_step * work.batch_tokens * work.devices
     return Plan(
         stages=[stage for stage in stages if stage.seconds],
         step=step,
         steps=steps,
         ends_by=ends_by,
         gpu_hours=sum(stage.seconds for stage in stages) * work.devices / 3600,
-        peaks=peaks,
+        least=least_bytes(work, counts, tensors),
+        peaks=bytes_of_a_device(work, peaks, tensors),
+        host=bytes_of_a_host(work, counts, tensors),
         counts=counts,
-        disk=line(one.disk, (two or one).disk),
-        operations=_operations(work, counts.get("all", 0.0), steps),
+        disk=line(one.disk, largest.disk),
+        tokens={"calibration": work.samples * work.sample_tokens, "training": steps * tokens},
+        operations=_operations(work, counts.get("all", 0.0), steps * tokens),
     )
 
 
-def _of_further_samples(work: Work, run: Measured, more: Measured | None) -> float:
-    """Seconds of pruning for the calibration samples that the miniature runs left out."""
+def _pruning(work: Work, seconds: float, run: Measured, more: Measured | None) -> float:
+    """Seconds of pruning, with those for the calibration samples that the miniature runs left out; of the rest, what
+    devices share out is divided."""
     if more is None or more.samples == run.samples:
-        return 0.0
-    of_one = (more.seconds["pruning"] - run.seconds["pruning"]) / (more.samples - run.samples) / run.blocks
-    return max(of_one, 0.0) * (work.samples - run.samples) * work.blocks
+        of_one = 0.0
+    else:
+        of_one = max(more.seconds["pruning"] - run.seconds["pruning"], 0.0) / (more.samples - run.samples) / run.blocks
+    by_samples = of_one * run.samples * work.blocks
+    shared = max(seconds - by_samples, 0.0) / (work.devices if work.gram and more is not None else 1)
+    return shared + of_one * own_samples(work) * work.blocks
 
 
-def _steps(work: Work, around: float, step: float) -> tuple[int, str | None]:
-    limit, ends_by = (0, None) if work.max_steps is None else (work.max_steps, "max_steps")
+def _around_training(work: Work, run: Measured, seconds: dict[str, float]) -> list[Stage]:
+    """All stages but the training and what belongs to it, the export last."""
+    read = {stage: work.reading.get(stage, 0.0) for stage in ("setup", "pruning", "evaluation")}
+    evaluation = run.evaluations * work.test_batches * seconds.get("evaluation", 0.0)
+    tasks = run.task_stages * work.task_items * seconds.get("task item", 0.0)
+    return [
+        Stage("setup", "data", read["setup"]),
+        Stage("evaluation", f"{run.evaluations} x {work.test_batches} batches", evaluation + read["evaluation"]),
+        Stage("zero-shot tasks", f"{run.task_stages} x {work.task_items} items", tasks),
+        Stage("calibration and pruning", f"{work.samples} samples", seconds.get("pruning", 0.0) + read["pruning"]),
+        Stage("reconstruction", f"{work.samples} samples", seconds.get("reconstruction", 0.0)),
+        Stage("export", "model, masks, adapters", seconds.get("export", 0.0)),
+    ]
+
+
+def _of_training(work: Work, steps: int, step: float, validation: float) -> list[Stage]:
+    tokens, times = work.batches_in_step * work.batch_tokens * work.devices, _validations(work, steps)
+    reading = work.reading.get("training", 0.0) if steps else 0.0
+    what = "tokens" if work.sample_tokens > 1 else "samples"
+    return [
+        Stage("training", f"{steps} steps of {tokens:,} {what}", steps * step + reading),
+        Stage("validation", f"{times} x {work.val_batches} batches", times * validation),
+    ]
+
+
+def _validations(work: Work, steps: int) -> int:
+    """Lightning validates as it is stopped, too."""
+    return (math.floor(steps / work.val_every) + 1) * bool(work.val_batches) if steps else 0
+
+
+def _control(work: Work, steps: int, seconds: dict[str, float], validation: float) -> Stage:
+    """As many steps of the dense model, which nobody teaches: without the teacher's pass a batch has three of four."""
+    batch = seconds.get("batch", 0.0) * (3 / 4 if work.taught else 1)
+    training = steps * (work.batches_in_step * batch + seconds.get("update", 0.0))
+    closing = work.test_batches * seconds.get("evaluation", 0.0) + _validations(work, steps) * validation
+    return Stage("control", f"{steps} steps, no part of the budget", training + closing)
+
+
+def _steps(work: Work, around: float, step: float, validation: float) -> tuple[int, str | None]:
+    limit, ends_by = (0, None) if work.max_steps is None else (work.max_steps, work.limited_by)
     if step == 0 or work.gpu_hours == math.inf:
         return limit, ends_by
     seconds = work.gpu_hours * 3600 / work.devices
     # The end of the run has its own part: what follows training is in `around`, and at least the reserve is kept.
-    affordable = max(int((min(seconds - around, seconds * (1 - work.reserve))) / step), 0)
+    left = min(seconds - around, seconds * (1 - work.reserve)) - validation - work.reading.get("training", 0.0)
+    affordable = max(int(left / (step + validation / work.val_every)), 0)
     return (affordable, "budget") if ends_by is None or affordable < limit else (limit, ends_by)
 
 
-def _operations(work: Work, weights: float, steps: int) -> float:
+def _operations(work: Work, weights: float, trained: float) -> float:
     passes = 2 * work.samples * work.sample_tokens  # once with the dense blocks, once with the pruned ones
-    trained = 3 * steps * work.batches_in_step * work.batch_tokens  # a backward pass costs two forward ones
-    return 2 * weights * (passes + trained)
+    return 2 * weights * (passes + 3 * trained)  # a backward pass costs two forward ones

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from math import floor, prod
 
@@ -20,9 +20,11 @@ def allocate(
     config: PruningConfig,
     groups: Mapping[str, int] | None = None,
     parts: Mapping[str, list[Part]] | None = None,
+    one_by_one: Callable[[Iterable[PrunableWeight]], Iterable[PrunableWeight]] = iter,
 ) -> dict[str, int]:
     """How many weights each matrix loses by the configuration's allocation; empty where every comparison group simply
-    loses the same share. OWL needs the block of each weight, and the statistics of its inputs in the dense network.
+    loses the same share. OWL needs the block of each weight, and the statistics of its inputs in the dense network; it
+    looks at the weights `one_by_one`.
 
     >>> allocate([PrunableWeight("fc", Tensor(4, 5), ())], PruningConfig(sparsity=0.25, allocation="uniform"))
     {'fc': 5}
@@ -38,7 +40,7 @@ def allocate(
     for group in dict.fromkeys(groups.values()):
         scores = [
             wanda_score(weight.matrix()[rows], statistics["squared_norm"]).scores()
-            for weight in weights
+            for weight in one_by_one(weights)
             if groups[weight.name] == group
             for rows, statistics in parts[weight.name]
         ]

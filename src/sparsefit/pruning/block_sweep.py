@@ -134,8 +134,12 @@ def _on_device(block: nn.Module, device: str | None) -> Iterator[None]:
         yield
         return
     home = {tensor.device for tensor in (*block.parameters(), *block.buffers())}
+    memory = {parameter: parameter.data for parameter in block.parameters() if type(parameter) is nn.Parameter}
     try:
         block.to(device)
         yield
     finally:
+        for parameter, own in memory.items():  # what was there stays theirs: it may be a file
+            if parameter.data_ptr() != own.data_ptr():
+                parameter.data = own.copy_(parameter.data)
         block.to(home.pop() if len(home) == 1 else "cpu")

@@ -15,6 +15,7 @@ from sparsefit.pruning.block_sweep import BlockSweep
 from sparsefit.pruning.config import PruningConfig
 from sparsefit.pruning.groups import InputGroup, Parts, input_groups
 from sparsefit.pruning.layers.base import PrunableWeight
+from sparsefit.pruning.mapped import MappedWeights
 from sparsefit.pruning.results import DenseStatistics, PruningResult, checksums
 from sparsefit.pruning.run import PruningRun
 from sparsefit.pruning.sharing import solutions
@@ -31,6 +32,7 @@ def prune(
     *,
     forward: Forward | None = None,
     progress: Progress | None = None,
+    mapped: MappedWeights | None = None,
 ) -> PruningResult:
     """Prune a model in place.
 
@@ -47,6 +49,8 @@ def prune(
         forward: How a batch goes through the model; by default the model is called with it, on its device.
         progress: Called with (steps done, steps in all) as calibration goes on, and with both equal once all
             weights are pruned; what it raises ends the pruning with the model dense.
+        mapped: The files that the weights are, where the model is larger than the memory: what is not in use is let
+            go, and nothing is kept to undo the pruning. After an error the files are of no use.
 
     Returns:
         The masks and an account of the pruning.
@@ -59,7 +63,7 @@ def prune(
     >>> prune(model, [torch.randn(16, 4)], PruningConfig(sparsity=0.5)).masks.sparsity
     0.5
     """
-    run = PruningRun(model, config or PruningConfig(), progress)
+    run = PruningRun(model, config or PruningConfig(), progress, mapped)
     with run.undone_by_errors(), torch.no_grad(), evaluating(model), watching_padding(model) as watch:
         run.read(batches, forward, watch)
         run.find_targets(run.trace())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from math import prod
 from typing import Any
 
@@ -23,12 +23,13 @@ from sparsefit.pruning.groups import InputGroup, Parts
 from sparsefit.pruning.inputs import collect
 from sparsefit.pruning.layers.base import PrunableWeight, is_dense
 from sparsefit.pruning.layers.sharded import counted
+from sparsefit.pruning.mapped import MappedWeights
 from sparsefit.pruning.results import PruningResult
 from sparsefit.pruning.scores import SCORES
 from sparsefit.pruning.steps import Solution
 from sparsefit.pruning.targets import CHECKS, find_candidates, find_weights
 from sparsefit.pruning.tracing import Trace, trace
-from sparsefit.pruning.undo import Undo
+from sparsefit.pruning.undo import NoUndo, Undo
 from sparsefit.ranks import errors_on_all_ranks, from_all
 from sparsefit.sharded import check_layout, reshard, units_of
 
@@ -42,7 +43,13 @@ class PruningRun:
         result: The account so far.
     """
 
-    def __init__(self, model: nn.Module, config: PruningConfig, progress: Callable[[int, int], None] | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: PruningConfig,
+        progress: Callable[[int, int], None] | None,
+        mapped: MappedWeights | None = None,
+    ) -> None:
         self._start = time.perf_counter()
         _check_device_is_here(config.device)
         self.config, self._model, self._progress = config, model, progress or (lambda done, total: None)
@@ -61,7 +68,8 @@ class PruningRun:
         self.weights: list[PrunableWeight] = []
         self.counts: dict[str, int] = {}
         self.result = PruningResult(config, "none" if self.takes_one_pass else config.update)
-        self._undo = Undo()
+        self._mapped = mapped
+        self._undo = Undo() if mapped is None else NoUndo()
         self._unseen: list[str] = []
         self._dead: list[str] = []
         self._steps_done, self._steps_in_all = 0, 1
@@ -76,7 +84,8 @@ class PruningRun:
     def undone_by_errors(self) -> Iterator[None]:
         """Whatever goes wrong in it, the model is dense afterwards. Ends with the account of the pruning."""
         try:
-            yield
+            with self._mapped.following(self._blocks) if self._mapped else nullcontext():
+                yield
             self.finish()
         except BaseException:
             with torch.no_grad():
@@ -110,7 +119,7 @@ class PruningRun:
     def find_targets(self, trace: Trace | None) -> None:
         """Decide which weights are pruned, by what samples have shown of the model."""
         self._shares = trace.shares if trace else {}
-        targets = find_weights(self._model, self._blocks, self.config, trace)
+        targets = find_weights(self._model, self._blocks, self.config, trace, self._one_by_one)
         self.weights, self.result.left_dense = targets.weights, targets.left_dense
         self.result.dense_sizes, self.result.dense_zeros = targets.sizes, targets.zeros
         self._look_at_existing_zeros()
@@ -121,7 +130,7 @@ class PruningRun:
         if self.config.existing_zeros not in (None, "adopt"):
             return
         dense = [weight for weight in self.weights if is_dense(weight.parameter)]
-        filled = counted(dense, lambda weight: weight.held().count_nonzero())
+        filled = counted(self._one_by_one(dense), lambda weight: weight.held().count_nonzero())
         shares = {weight.name: 1 - filled[weight.name] / prod(weight.shape) for weight in dense}
         most = max(shares, key=shares.get, default=None)
         if self.config.existing_zeros == "adopt" and (most is None or not shares[most]):
@@ -176,7 +185,7 @@ class PruningRun:
             owners = {module: number for number, block in enumerate(self._blocks) for module in block.modules()}
             # A weight outside the blocks is a group of its own.
             groups = {w.name: owners.get(w.layers[0], -1 - number) for number, w in enumerate(self.weights)}
-            self.counts = allocate(self.weights, self.config, groups, parts)
+            self.counts = allocate(self.weights, self.config, groups, parts, self._one_by_one)
 
     def sweeps(self) -> Iterator[BlockSweep]:
         """Each list of blocks, with the calibration data before its first block: what the model gives at that time.
@@ -227,6 +236,17 @@ class PruningRun:
                 self._undo.apply_mask(weight, mask, bits)
             else:
                 self._undo.set_values(weight, solution.values[weight.name])
+        self._let_go(group.weights)
+
+    def _one_by_one(self, weights: Iterable[PrunableWeight]) -> Iterator[PrunableWeight]:
+        """Weights to look at, one after the other: of those that are files one is in memory at a time."""
+        for weight in weights:
+            yield weight
+            self._let_go([weight])
+
+    def _let_go(self, weights: Iterable[PrunableWeight]) -> None:
+        if self._mapped is not None:
+            self._mapped.let_go(weight.parameter for weight in weights)
 
 
 def _check_device_is_here(device: str | None) -> None:

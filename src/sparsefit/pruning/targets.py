@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from sparsefit.bare_model import base_modules, copied_modules
 from sparsefit.errors import ConfigError
+from sparsefit.pruning.blocks import find_block_lists
 from sparsefit.pruning.config import PruningConfig, layer_name, matches
 from sparsefit.pruning.heads import expert_lists, output_layers, routers
 from sparsefit.pruning.layers import matrices_of, reason_left_dense
@@ -71,12 +73,16 @@ def find_candidates(model: nn.Module, config: PruningConfig) -> list[PrunableWei
 
 
 def find_weights(
-    model: nn.Module, blocks: Iterable[nn.Module], config: PruningConfig, trace: Trace | None = None
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    config: PruningConfig,
+    trace: Trace | None = None,
+    one_by_one: Callable[[Iterable[PrunableWeight]], Iterable[PrunableWeight]] = iter,
 ) -> Targets:
     """The weights that a configuration prunes, and those that stay dense.
 
     Without targets these are the layers inside the repeated blocks or, without blocks, all but the output layer. What
-    samples have shown not to be reached stays dense in any case.
+    samples have shown not to be reached stays dense in any case. Weights are looked at `one_by_one`.
 
     Raises:
         ConfigError: if nothing would be pruned, N:M does not divide a width, or weights are NaN or infinite; and as
@@ -87,6 +93,44 @@ def find_weights(
     >>> [weight.name for weight in targets.weights], targets.left_dense
     (['body.weight'], {'top.weight': 'output layer'})
     """
+    weights, candidates, reasons = _sorted_out(model, blocks, config, trace)
+    _refuse(
+        [weight.name for weight in weights if weight.device.type == "meta"],
+        "{}: these weights are not in memory (device 'meta'). Load the model without offloading to disk; one too large "
+        "for the GPU is pruned from CPU memory with PruningConfig(device='cuda')",
+    )
+    pattern, widths = config.structure, {weight.name: weight.shape[1] // weight.positions for weight in weights}
+    _refuse(
+        [f"{name} ({width} inputs)" for name, width in widths.items() if pattern and width % pattern.m],
+        f"pattern '{pattern}' needs widths that {pattern and pattern.m} divides; it does not fit {{}}: exclude them or "
+        "take another pattern",
+    )
+    broken = counted(one_by_one(weights), lambda weight: not all_finite(weight.held()))
+    _refuse(
+        [name for name, shards in broken.items() if shards],
+        "{}: these weights are NaN or infinite, and such weights cannot be compared. The model was left as it was; "
+        "load sound ones, or exclude the layers",
+    )
+    return _account(model, weights, candidates, reasons)
+
+
+def count_weights(model: nn.Module, config: PruningConfig) -> int:
+    """How many weights a configuration prunes, as far as that shows before any data is seen; no weight is read.
+
+    Raises:
+        ConfigError: as `find_candidates`, or if nothing would be pruned.
+
+    >>> count_weights(nn.ModuleDict({"body": nn.Linear(4, 8), "top": nn.Linear(8, 2)}), PruningConfig())
+    32
+    """
+    blocks = [block for blocks in find_block_lists(model) for block in blocks]
+    return sum(math.prod(weight.shape) for weight in _sorted_out(model, blocks, config, None)[0])
+
+
+def _sorted_out(
+    model: nn.Module, blocks: Iterable[nn.Module], config: PruningConfig, trace: Trace | None
+) -> tuple[list[PrunableWeight], list[PrunableWeight], dict[int, str]]:
+    """The weights to prune, all candidates, and by the id of its parameter why another one stays dense."""
     candidates = find_candidates(model, config)
     reasons: dict[int, str] = {}  # by id of the parameter
     found: dict[tuple[int, int | None], PrunableWeight] = {}
@@ -102,24 +146,7 @@ def find_weights(
     weights = [weight for weight in found.values() if reasons.get(id(weight.parameter)) != EXCLUDED]
     if not weights:
         raise ConfigError(_nothing_left(model, config, set(reasons.values())))
-    _refuse(
-        [weight.name for weight in weights if weight.device.type == "meta"],
-        "{}: these weights are not in memory (device 'meta'). Load the model without offloading to disk; one too large "
-        "for the GPU is pruned from CPU memory with PruningConfig(device='cuda')",
-    )
-    pattern, widths = config.structure, {weight.name: weight.shape[1] // weight.positions for weight in weights}
-    _refuse(
-        [f"{name} ({width} inputs)" for name, width in widths.items() if pattern and width % pattern.m],
-        f"pattern '{pattern}' needs widths that {pattern and pattern.m} divides; it does not fit {{}}: exclude them or "
-        "take another pattern",
-    )
-    broken = counted(weights, lambda weight: not all_finite(weight.held()))
-    _refuse(
-        [name for name, shards in broken.items() if shards],
-        "{}: these weights are NaN or infinite, and such weights cannot be compared. The model was left as it was; "
-        "load sound ones, or exclude the layers",
-    )
-    return _account(model, weights, candidates, reasons)
+    return weights, candidates, reasons
 
 
 def _reasons_to_keep(

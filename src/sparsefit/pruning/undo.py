@@ -115,6 +115,18 @@ class Undo:
         return read
 
 
+class NoUndo(Undo):
+    """Prunes weights in place and remembers nothing: for weights that are files, copies of the dense ones."""
+
+    def apply_mask(self, weight: PrunableWeight, mask: Tensor, bits: Tensor) -> None:
+        """Set the weights outside an (out, in) mask to zero."""
+        weight.apply_mask(mask)
+
+    def set_values(self, weight: PrunableWeight, values: Tensor) -> None:
+        """Put new (out, in) values in the place of the weights."""
+        weight.set_values(values)
+
+
 def _outside(values: Tensor, kept: Tensor) -> Tensor:
     """The values that a mask of the same shape does not keep, flat."""
     values, gone = values.flatten(), ~kept.flatten()

@@ -101,7 +101,7 @@ def inspect_folder(folder: str | Path) -> Inspection:
     masked = inspection.masks.parameters if inspection.masks is not None else {}
     unseen = set(masked)
     for file in files:
-        with _opened(file) as tensors:
+        with open_tensors(file) as tensors:
             for name in sorted(tensors):
                 _look_at(inspection, tensors, name, masked)
                 unseen.discard(name)
@@ -131,7 +131,7 @@ def check_finite_folder(folder: Path) -> None:
         RunFolderError: if there is no model in safetensors format, or a file is damaged.
     """
     for file in weight_files(folder):
-        with _opened(file) as tensors:
+        with open_tensors(file) as tensors:
             if broken := {name: count for name in sorted(tensors) if (count := nonfinite_count(tensors[name]))}:
                 raise DivergenceError(f"{file} holds a model that diverged: {told(broken)}. Take an earlier one")
 
@@ -228,7 +228,7 @@ def files_digest(folder: Path) -> str:
     """
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with _opened(file) as tensors:
+        with open_tensors(file) as tensors:
             for name in tensors:
                 data = tensors[name].contiguous().reshape(-1).view(torch.uint8)
                 found[name] = hashlib.sha256(data.numpy()).hexdigest()
@@ -242,7 +242,8 @@ def masks_beside(folder: Path) -> MaskSet | None:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[SavedTensors]:
+def open_tensors(file: Path) -> Iterator[SavedTensors]:
+    """The tensors of one file; a `RunFolderError` where it is damaged."""
     try:
         with ExitStack() as stack:
             yield SavedTensors([file], stack)

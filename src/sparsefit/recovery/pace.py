@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
+from statistics import median
 
 RECENT = 10  # the longest of so many durations is what the next one is expected to take
 
@@ -26,6 +27,11 @@ class Pace:
     def step(self) -> float:
         """Seconds to expect of an optimizer step with all its batches."""
         return max(self.steps, default=0.0)
+
+    @property
+    def usual_step(self) -> float:
+        """The median of the steps seen; 0 where none was."""
+        return median(self.steps) if self.steps else 0.0
 
     @property
     def validation(self) -> float:

@@ -33,7 +33,7 @@ def machine() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cpu_count": os.cpu_count(),
         "cpu_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_bytes": _memory_bytes(),
+        "memory_bytes": host_memory(),
         "devices": _device_names(),
     }
 
@@ -57,7 +57,7 @@ def memory_of(accelerator: str) -> int | None:
 
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory
-    return _memory_bytes()
+    return host_memory()
 
 
 def memory_held() -> float:
@@ -65,6 +65,11 @@ def memory_held() -> float:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return float(torch.cuda.memory_allocated())
+    return process_memory()
+
+
+def process_memory() -> float:
+    """Bytes of the host's memory that this process holds now; 0 where the platform does not tell."""
     try:
         return float(int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE"))
     except (OSError, ValueError, IndexError):
@@ -108,7 +113,8 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _memory_bytes() -> int | None:
+def host_memory() -> int | None:
+    """Bytes of memory of this machine; None where the platform does not tell."""
     with suppress(AttributeError, ValueError, OSError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None

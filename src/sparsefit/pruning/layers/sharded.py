@@ -101,7 +101,9 @@ def counted(weights: Iterable[PrunableWeight], count: Callable[[PrunableWeight],
     >>> counted([weight], lambda weight: weight.held().sum())
     {'weight': 15}
     """
-    weights = list(weights)
-    found = {weight.name: count(weight) for weight in weights}
-    sharded = [weight.name for weight in weights if isinstance(weight, ShardedWeight)]
-    return over_shards({name: int(number) for name, number in found.items()}, sharded)
+    found, sharded = {}, []
+    for weight in weights:  # they may be in memory one at a time
+        found[weight.name] = int(count(weight))
+        if isinstance(weight, ShardedWeight):
+            sharded.append(weight.name)
+    return over_shards(found, sharded)

@@ -1,0 +1,207 @@
+"""`sparsefit prune --stream`: a model larger than memory is pruned in its files, one block after the other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
+from uuid import uuid4
+
+import yaml
+from lightning.pytorch import seed_everything
+from lightning.pytorch.cli import instantiate_class
+
+from sparsefit.calibration.samples import count_samples
+from sparsefit.callbacks import RunReport
+from sparsefit.callbacks.calibration import first_samples
+from sparsefit.callbacks.run_account import beginning, pruned
+from sparsefit.callbacks.run_folder import RunFolder
+from sparsefit.cli.fit import read_recipe
+from sparsefit.cli.fitting_data import check_data, check_vocabulary
+from sparsefit.cli.parsing import check_recipes
+from sparsefit.cli.quiet import clear_write_errors, quieten
+from sparsefit.errors import CalibrationError, ConfigError, DivergenceError, MaskError
+from sparsefit.files import replacing
+from sparsefit.modules import CausalLMModule
+from sparsefit.modules.loading import find_tokenizer
+from sparsefit.modules.streaming import stream_causal_lm
+from sparsefit.pruning import PruningConfig, PruningResult, prune
+from sparsefit.pruning.mapped import MappedWeights
+from sparsefit.recovery.export import exported_masks
+from sparsefit.recovery.finite import nonfinite_count, told
+from sparsefit.recovery.inspection import BASE_FOLDER, Inspection, inspect_folder
+from sparsefit.recovery.run_files import CLAIMED, FAILED, FINISHED, PRUNED
+from sparsefit.reporting.console import console, stage_progress, summary
+from sparsefit.reporting.machine import peak_memory
+
+STREAM = "--stream"
+_PRECISIONS = (None, 32, "32", "32-true")
+
+
+def prune_streamed(arguments: list[str]) -> int:
+    """Prune the model of a recipe without ever holding it; what `sparsefit prune` writes, without evaluation."""
+    quieten()
+    arguments = [argument for argument in arguments if argument != STREAM]
+    check_recipes(arguments)
+    settings = read_recipe(arguments)
+    _check(settings)
+    report = RunReport(**settings.run.as_dict())
+    folder: RunFolder = report.folder
+    folder.check(resuming=False)
+    with clear_write_errors(), _claimed(folder) as run:
+        recipe = {key: value for key, value in settings.as_dict().items() if key != "config"}  # where it was read
+        text = yaml.safe_dump(recipe, sort_keys=False)
+        folder.write_configuration(text)
+        _prune(settings, report, run, text)
+    console.print(summary(report.report))
+    return 0
+
+
+def _check(settings: Any) -> None:
+    """See that a recipe asks for nothing that streaming cannot give.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    package, _, name = settings.model.class_path.rpartition(".")
+    if getattr(import_module(package), name) is not CausalLMModule:
+        raise ConfigError(f"{STREAM} prunes causal language models (CausalLMModule); model.class_path is {name}")
+    if settings.get("data") is None:
+        raise ConfigError("data is missing: it must be given, as there is nothing to calibrate on")
+    if settings.ckpt_path is not None or settings.resume is not None:
+        raise ConfigError(f"{STREAM} begins anew: a run that has a checkpoint is pruned already")
+    if settings.reconstruction.passes:
+        raise ConfigError(
+            f"{STREAM} does not reconstruct blocks: leave out `reconstruction` (`pruning.reconstruction`, which gives "
+            "kept weights new values by SparseGPT or least squares, can be streamed)"
+        )
+    precision = settings.trainer.precision
+    if precision not in _PRECISIONS:
+        raise ConfigError(
+            f"trainer.precision is {precision!r}, and {STREAM} computes in the dtype of the weights: leave it out, and "
+            "set model.init_args.dtype to 'bfloat16', 'float16', 'float32' or 'auto'"
+        )
+
+
+@contextmanager
+def _claimed(folder: RunFolder) -> Iterator[str]:
+    """The run folder for this process alone; yields the id of the run, and notes in the folder how it ended."""
+    folder.lock(resuming=False)
+    run = uuid4().hex
+    try:
+        folder.write_state(CLAIMED, run, 0)
+        yield run
+        folder.write_state(FINISHED, run, 0)
+    except BaseException as error:
+        folder.write_state(FAILED, run, 0, f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        folder.release()
+
+
+def _prune(settings: Any, report: RunReport, run: str, text: str) -> None:
+    start, seconds, folder = time.monotonic(), {}, report.folder
+    given, arguments = settings.pruning.as_dict(), settings.model.as_dict()["init_args"]
+    config = PruningConfig(**{name: given[name] for name in PruningConfig.__dataclass_fields__})
+    name, dtype, attention = (arguments[key] for key in ("model", "dtype", "attn_implementation"))
+    if (seed := settings.seed_everything) is not None and seed is not False:
+        seed_everything(seed, workers=True)
+    with _timed(seconds, "setup"):
+        data, batches = _calibration(settings.data, config, given["calibration_samples"], name)
+    with replacing(folder.base) as base:
+        with _timed(seconds, "copying the model"):
+            model, weights = stream_causal_lm(name, base, dtype, attention)
+            check_vocabulary(model, getattr(data, "tokenizer", None))
+        module = CausalLMModule(model)  # names in settings and report are those of a run
+        report.report = beginning(report.name, folder.path, module) | {"id": run, "configuration": text}
+        shown = stage_progress("calibrating and pruning")
+        with _timed(seconds, "calibration and pruning"), shown as advance:
+            calls = {"forward": module.predict_step, "progress": _progress(advance)}
+            result = prune(module, batches, config, **calls, mapped=weights)
+        if config.reconstruction:
+            _check_finite(weights)
+        weights.flush()
+    exported_masks(module, result.masks).save(folder.masks)
+    folder.write_state(PRUNED, run, 0)
+    with _timed(seconds, "counting the zeros"):
+        inspection = inspect_folder(folder.path)
+    if inspection.broken:
+        raise MaskError(f"pruned weights are not zero in the files of {folder.base}: {', '.join(inspection.broken)}")
+    total = time.monotonic() - start
+    report.report |= _account(result, inspection) | {"seconds": {"total": total, "stages": seconds}}
+    report.write()
+
+
+def _calibration(settings: Any, config: PruningConfig, samples: int | None, model: str) -> tuple[Any, list[Any]]:
+    """The data module of a recipe and what it calibrates on: one sample where only the way through the model counts."""
+    data = instantiate_class((), settings.as_dict())
+    if callable(getattr(data, "write_with", None)):
+        raise ConfigError(
+            f"{type(data).__name__} has the model write its text, which takes a model in memory: take texts"
+        )
+    data.prepare_data()
+    data.setup("fit")
+    check_data(SimpleNamespace(tokenizer=find_tokenizer(model)), data)
+    calibrate = getattr(data, "calibration_dataloader", None)
+    if not callable(calibrate):
+        raise CalibrationError(
+            f"{type(data).__name__} has no calibration_dataloader(): {STREAM} calibrates on nothing else"
+        )
+    wanted = samples if config.needs_inputs else 1
+    batches = list(first_samples(calibrate(), wanted))
+    available = sum(map(count_samples, batches))
+    if not available or available < (wanted or 0):
+        raise CalibrationError(
+            f"the datamodule's calibration_dataloader() gives {available} calibration samples; {wanted or 'some'} were "
+            "asked for: give more data or a smaller calibration_samples"
+        )
+    return data, batches
+
+
+def _check_finite(weights: MappedWeights) -> None:
+    broken = {}
+    for name, tensor in weights.tensors.items():
+        if count := nonfinite_count(tensor):
+            broken[name] = count
+        weights.let_go([tensor])
+    if broken:
+        raise DivergenceError(f"the pruned model is not written: {told(broken)}")
+
+
+def _account(result: PruningResult, inspection: Inspection) -> dict[str, Any]:
+    """What the report says of the pruning and of what was counted in the files."""
+    needs = result.config.needs_inputs
+    account = pruned(result, "the datamodule's calibration_dataloader()" if needs else "nothing: it needs no data")
+    asked = {"pattern": result.config.pattern, "asked": result.config.sparsity}
+    asked |= {"counted_on": f"{BASE_FOLDER}/: {len(inspection.files)} files"}
+    memory, kind = peak_memory()
+    for note in result.notes:
+        console.print(note, markup=False, soft_wrap=True)
+    return {
+        "status": "finished",
+        "streamed": True,
+        "pruning": account,
+        "sparsity": inspection.account() | asked | {key: account[key] for key in ("coverage", "overall_sparsity")},
+        "memory": {"peak_bytes": memory, "kind": kind},
+    }
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    seconds[stage] = time.monotonic() - start
+
+
+def _progress(advance: Callable[..., None]) -> Callable[[int, int], None]:
+    last = 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        advance(done - last, total)
+        last = done
+
+    return progress

@@ -1,0 +1,53 @@
+"""What of a plan does not fit, and the setting to change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sparsefit.planning.figures import Plan, Work
+from sparsefit.reporting.formats import size
+
+_WAYS = {
+    "pruning": "a smaller pruning.micro_batch_size, pruning.states_on_cpu: true (on a GPU) or fewer "
+    "data.init_args.calibration_samples",
+    "training": "model.init_args.gradient_checkpointing: true, or a smaller data.init_args.batch_size and as many "
+    "times larger a trainer.accumulate_grad_batches",
+}
+_SPLIT = ", or split the weights: trainer.strategy: lightning.pytorch.strategies.ModelParallelStrategy"
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that there are; None where nobody knows.
+
+    Args:
+        device: Memory of a device.
+        host: Memory of the host.
+        disk: Free in `place`, where the run folder will be.
+        place: A folder.
+        processes: Of the run, on one host; they share its memory.
+    """
+
+    device: float | None = None
+    host: float | None = None
+    disk: float | None = None
+    place: str = ""
+    processes: int = 1
+
+
+def unfit(plan: Plan, work: Work, room: Room) -> Iterator[str]:
+    """A sentence for each thing that does not fit."""
+    sharing = room.processes if plan.host is None else 1  # processes on a CPU are on one and the same
+    for stage, peak in plan.peaks.items():
+        if room.device is not None and peak * sharing > room.device:
+            whose = f" ({sharing} processes of {size(peak)})" if sharing > 1 else ""
+            way = _WAYS[stage] + (_SPLIT if work.devices > 1 and not work.splits else "")
+            yield f"{stage} takes {size(peak * sharing)}{whose} of {size(room.device)} memory: set {way}"
+    if plan.host is not None and room.host is not None and plan.host * room.processes > room.host:
+        yield (
+            f"{room.processes} x {size(plan.host)} are held on the host, which has {size(room.host)} memory: set fewer "
+            "trainer.devices, or model.init_args.dtype: bfloat16"
+        )
+    if room.disk is not None and plan.disk > room.disk:
+        yield f"the run folder takes {size(plan.disk)}, and {room.place} has {size(room.disk)}: set run.folder"
