@@ -24,6 +24,7 @@ from sparsefit.callbacks.progress import paid_progress
 from sparsefit.errors import CalibrationError
 from sparsefit.pruning.watch import evaluating
 from sparsefit.ranks import errors_on_all_ranks
+from sparsefit.sharded import passes
 
 TRAINING_SAMPLES = 128
 """How many samples are taken where nobody said and the training data must serve (the paper's number)."""
@@ -206,7 +207,7 @@ def checked_batches(
     with errors_on_all_ranks():
         batches, name = calibration_batches(trainer, source, samples)
         first = (split_samples(batches[0]) or batches)[0]
-        precision = trainer.precision_plugin.predict_step_context()
-        with torch.no_grad(), evaluating(trainer.lightning_module), precision, isolate_rng():
-            forward(first)
+    module, precision = trainer.lightning_module, trainer.precision_plugin.predict_step_context()
+    with errors_on_all_ranks(), torch.no_grad(), evaluating(module), precision, isolate_rng():
+        passes(module, lambda _: forward(first), count=1)
     return batches, name

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from sparsefit.callbacks.averages import restart_averages
 from sparsefit.callbacks.calibration import calibration_forward, checked_batches, predicting
 from sparsefit.callbacks.divergence import DivergenceGuard
-from sparsefit.callbacks.hooks import SPLITTING, tell
+from sparsefit.callbacks.hooks import tell
 from sparsefit.callbacks.ledgers import ledger_of
 from sparsefit.callbacks.opening import tell_opening
 from sparsefit.callbacks.progress import paid_progress
@@ -23,6 +24,7 @@ from sparsefit.recovery.guard import MaskGuard
 from sparsefit.recovery.magnitudes import magnitudes_follow
 from sparsefit.recovery.tuners import check_tuners
 from sparsefit.settings import named_settings, number
+from sparsefit.sharded import check_layout, reshard
 
 
 @named_settings
@@ -156,6 +158,12 @@ class WandaPruning(DivergenceGuard):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See that something was trained: of data that are known to be empty Lightning begins no epoch."""
+        if self.masks is None:
+            raise ConfigError(
+                f"nothing was pruned: {type(trainer.strategy).__name__} restores checkpoints when a fit has started, "
+                "and with nothing to train no hook comes after that. Train for a step (max_steps=1), or prune on one "
+                "device (`sparsefit prune`)"
+            )
         self._check_trained(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -215,11 +223,15 @@ class WandaPruning(DivergenceGuard):
             tell_opening(trainer, module, self.config)
 
     def _prune(self, trainer: Trainer, module: LightningModule) -> None:
-        if isinstance(trainer.strategy, SPLITTING):
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
             raise ConfigError(
-                f"{type(trainer.strategy).__name__} splits the weights over devices before they can be compared; prune "
-                "first (`sparsefit prune`, or fit with max_steps=0 on one device) and train the pruned model with it"
+                f"{type(trainer.strategy).__name__} flattens the weights that it splits over devices, so that they are "
+                "no matrices any more: split the model by ModelParallelStrategy (FSDP2: `fully_shard` in the module's "
+                "configure_model), which is pruned in place; or prune first (`sparsefit prune`, or fit with "
+                "max_steps=0 on one device) and train the pruned model"
             )
+        reshard(module)
+        check_layout(module)
         if trainer.ckpt_path is not None:
             rank_zero_info("The checkpoint holds no masks: it was saved before any pruning. The model is pruned now.")
         check_tuners(module, self.config)

@@ -33,7 +33,7 @@ HEAVY = (
 
 # Beside the standard library, what all share (COMMON) and itself, a package may import these and no others. Whoever may
 # import a package may import the packages in it.
-COMMON = {"sparsefit.errors", "sparsefit.files", "sparsefit.settings", "sparsefit.ranks"} | {
+COMMON = {"sparsefit.errors", "sparsefit.files", "sparsefit.settings", "sparsefit.ranks", "sparsefit.sharded"} | {
     "sparsefit.quantized",
     "sparsefit.bare_model",
 }
@@ -42,6 +42,7 @@ ALLOWED = {
     "files": {"filelock", "safetensors"},
     "settings": set(),
     "ranks": {"torch"},
+    "sharded": {"torch"},
     "quantized": {"torch", "bitsandbytes"},
     "bare_model": {"torch"},
     "calibration": {"torch"},

@@ -16,7 +16,7 @@ def from_all(value: Any) -> list[Any]:
     >>> from_all(3)
     [3]
     """
-    if not _is_distributed():
+    if not is_distributed():
         return [value]
     values = [value] * dist.get_world_size()
     dist.all_gather_object(values, value)
@@ -53,7 +53,7 @@ def add_up(values: Tensor, largest: bool = False) -> None:
     >>> add_up(values := torch.ones(2)); values
     tensor([1., 1.])
     """
-    if _is_distributed():
+    if is_distributed():
         dist.all_reduce(values, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
 
 
@@ -64,7 +64,7 @@ def of_rank(values: Tensor, rank: int = 0) -> Tensor:
     >>> of_rank(torch.tensor([1, 0]))
     tensor([1, 0])
     """
-    if not _is_distributed():
+    if not is_distributed():
         return values
     sent = values.contiguous()
     dist.broadcast(sent, src=rank)
@@ -77,7 +77,7 @@ def own_rank() -> int:
     >>> own_rank()
     0
     """
-    return dist.get_rank() if _is_distributed() else 0
+    return dist.get_rank() if is_distributed() else 0
 
 
 def number_of_ranks() -> int:
@@ -86,7 +86,7 @@ def number_of_ranks() -> int:
     >>> number_of_ranks()
     1
     """
-    return dist.get_world_size() if _is_distributed() else 1
+    return dist.get_world_size() if is_distributed() else 1
 
 
 def shared_out(costs: Sequence[float], ranks: int | None = None) -> list[int]:
@@ -107,5 +107,10 @@ def shared_out(costs: Sequence[float], ranks: int | None = None) -> list[int]:
     return chosen
 
 
-def _is_distributed() -> bool:
+def is_distributed() -> bool:
+    """Whether there is a group of processes, if only of one.
+
+    >>> is_distributed()
+    False
+    """
     return dist.is_available() and dist.is_initialized()

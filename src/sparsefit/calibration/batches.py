@@ -18,6 +18,7 @@ from sparsefit.calibration.samples import count_samples, cut_batch, join_samples
 from sparsefit.calibration.trimming import Look, Looking, join_masks, mask_named, without_padding
 from sparsefit.errors import CalibrationError
 from sparsefit.ranks import errors_on_all_ranks, from_all, number_of_ranks, own_rank
+from sparsefit.sharded import units_of
 
 Forward = Callable[[Any], Any]
 
@@ -191,7 +192,8 @@ def calibration_data(
             batches = (with_names(model, batch) for batch in batches)
         configs = (getattr(module, "config", None) for module in model.modules())
         encoder_decoder = any(getattr(config, "is_encoder_decoder", False) is True for config in configs)
-        look = Looking(watch, forward_of(model, forward)) if watch is not None and watch.follows else None
+        looks = watch is not None and watch.follows and not units_of(model)  # ranks would have to look together
+        look = Looking(watch, forward_of(model, forward)) if looks else None
         data = list(regroup(batches, size, encoder_decoder, look, watch))
         if not data:
             raise CalibrationError(

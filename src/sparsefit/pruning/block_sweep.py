@@ -14,6 +14,7 @@ from sparsefit.pruning.blocks import BlockCall, NotSweepable, capture_calls, hid
 from sparsefit.pruning.config import PruningConfig
 from sparsefit.pruning.layers.base import PrunableWeight
 from sparsefit.ranks import errors_on_all_ranks
+from sparsefit.sharded import passes, units_of
 
 
 class BlockSweep:
@@ -24,11 +25,13 @@ class BlockSweep:
 
     Attributes:
         weights: Those of the weights to prune that are in the blocks; if there are none, nothing is run.
+        block: The block whose turn it is.
         to_the_end: Whether what comes out of the block in a pass is of use.
     """
 
     def __init__(
         self,
+        model: nn.Module,
         blocks: list[nn.Module],
         weights: Sequence[PrunableWeight],
         data: Sequence[MicroBatch],
@@ -38,33 +41,41 @@ class BlockSweep:
     ) -> None:
         self._by_block = _weights_by_block(blocks, weights)
         self.weights = [weight for own in self._by_block.values() for weight in own]
-        self._blocks, self._config, self._step = blocks, config, step
+        self._model, self._blocks, self._config, self._step = model, blocks, config, step
         self._dense = config.update == "none"
         self._order: list[int] = []
         if not self.weights:
             return
-        _, calls, simple = capture_calls(blocks, lambda: forward(data[0].first_sample()), to_the_end=True)
-        order_of([calls])
         self._hidden, self._calls = [], []
-        for batch in data:
-            hidden, calls, _ = capture_calls(blocks, lambda data=batch.data: forward(data), simple=simple)
+        simple, broken_off = False, not units_of(model)
+
+        def capture(number: int) -> None:
+            nonlocal simple
+            if number == 0:
+                _, calls, simple = capture_calls(blocks, lambda: forward(data[0].first_sample()), to_the_end=True)
+                order_of([calls])
+                return
+            given = data[number - 1].data
+            hidden, calls, _ = capture_calls(blocks, lambda: forward(given), simple=simple, broken_off=broken_off)
             if calls and config.states_on_cpu:
                 hidden, calls = hidden.cpu(), _on(calls, "cpu")
             self._hidden.append(hidden)
             self._calls.append(calls)
             step()
+
+        passes(model, capture, 1 + len(data))
         self._order = order_of(self._calls)
 
     def turns(self) -> Iterator[list[PrunableWeight]]:
         """The weights of each block, on the device that computes; whoever takes them has the sweep `advance`."""
         for index in self._order:
-            self._block, self._outputs = self._blocks[index], {}
+            self.block, self._outputs = self._blocks[index], {}
             # Popped: a block's masks and embeddings are not needed again.
             self._block_calls = [calls.pop(0) for calls in self._calls]
             self._is_last = not self._calls[0]
             self.to_the_end = self._dense and not self._is_last
-            with _on_device(self._block, self._config.device):
-                yield self._by_block.get(self._block, [])
+            with _on_device(self.block, self._config.device):
+                yield self._by_block.get(self.block, [])
 
     def run(self, number: int) -> None:
         """Run the block on the micro-batch of that number. What went in stays."""
@@ -78,17 +89,19 @@ class BlockSweep:
             self._hidden = list(self._outputs.values())
         elif not self._is_last:
             with errors_on_all_ranks():
-                for number, hidden in enumerate(self._hidden):
-                    self._hidden[number] = None  # each output takes the place of its input
-                    self._hidden[number] = self._output(number, hidden)
-                    self._step()
+                passes(self._model, self._go_on, len(self._hidden), self.block)
+
+    def _go_on(self, number: int) -> None:
+        hidden, self._hidden[number] = self._hidden[number], None  # the output takes the place of the input
+        self._hidden[number] = self._output(number, hidden)
+        self._step()
 
     def _output(self, number: int, hidden: Tensor) -> Tensor:
         call = self._block_calls[number]
         if self._config.states_on_cpu or self._config.device:
-            device = device_of(self._block)
+            device = device_of(self.block)
             [call], hidden = _on([call], device), hidden.to(device)
-        output = hidden_of(call.run(self._block, hidden))
+        output = hidden_of(call.run(self.block, hidden))
         return output.cpu() if self._config.states_on_cpu else output
 
 

@@ -128,7 +128,11 @@ class _LastBlockReached(Exception):
 
 
 def capture_calls(
-    blocks: list[nn.Module], forward: Callable[[], Any], to_the_end: bool = False, simple: bool = False
+    blocks: list[nn.Module],
+    forward: Callable[[], Any],
+    to_the_end: bool = False,
+    simple: bool = False,
+    broken_off: bool = True,
 ) -> Capture:
     """The arguments with which one pass of the model calls each block of a list.
 
@@ -141,6 +145,7 @@ def capture_calls(
         forward: Runs the model on one micro-batch.
         to_the_end: Compute every block and go on after the last one, to see that other passes can do without.
         simple: Blocks are known to return a tensor alone, so that not even the first must be computed.
+        broken_off: Whether the pass may end at the last block, or what comes after it is to be computed, of no use.
 
     Raises:
         NotSweepable: if a block is called twice or after the last one, what goes into a block is not what came out of
@@ -172,7 +177,7 @@ def capture_calls(
         elif hidden is not handed_on[0] or version_of(hidden) != handed_on[1]:
             raise NotSweepable(f"the model computes something between blocks {calls[-1].index} and {index}")
         calls.append(call)
-        if index == last and not to_the_end:
+        if index == last and broken_off and not to_the_end:
             raise _LastBlockReached
         if to_the_end or not (simple or outputs):
             output = call.run(original, hidden.clone())

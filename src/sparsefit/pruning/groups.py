@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from sparsefit.pruning.layers.base import PrunableWeight
+from sparsefit.pruning.layers.sharded import ShardedWeight
 from sparsefit.pruning.statistics import InputStatistics
 
 
@@ -44,6 +45,11 @@ class InputGroup:
     def says_something(self) -> bool:
         """Whether any input that reached its weights was not zero."""
         return any(bool(statistics["squared_norm"].any()) for statistics in self.by_statistics())
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether all ranks must ask for its matrices together."""
+        return any(isinstance(weight, ShardedWeight) for weight in self.weights)
 
     def matrices(self) -> dict[str, Tensor]:
         """The (out, in) matrices of its weights, by name."""

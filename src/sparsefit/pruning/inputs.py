@@ -19,6 +19,7 @@ from sparsefit.pruning.layers.base import PrunableWeight
 from sparsefit.pruning.statistics import InputStatistics, all_finite
 from sparsefit.pruning.watch import Key, Rows, Seen, real_rows, version_of, watching
 from sparsefit.ranks import errors_on_all_ranks, from_all
+from sparsefit.sharded import passes
 
 
 def collect(
@@ -29,6 +30,8 @@ def collect(
     note: Callable[[str], None],
     shares: Mapping[Key, Fraction | None] | None = None,
     step: Callable[[], None] = lambda: None,
+    model: nn.Module | None = None,
+    part: nn.Module | None = None,
 ) -> Parts:
     """The statistics, of `kinds` among `statistics.KINDS`, of what some weights see in the calibration data.
 
@@ -37,6 +40,8 @@ def collect(
         shares: As in a `Trace`, if what a pass computes is of no other use: it ends as soon as all weights have got as
             much of the data as they had of the sample that used each of them once.
         step: Called after each pass.
+        model: What the weights are of, where that may be sharded.
+        part: Which part of it `run` runs, if not all.
 
     Raises:
         CalibrationError: if an input is not finite; names the layer and the calibration batch.
@@ -54,27 +59,38 @@ def collect(
 
     def collected(kinds: Iterable[str], apart: bool = False) -> _Collector:
         collector = _Collector(weights, kinds, note, apart)
+
+        def one(number: int) -> None:
+            collector.begin(data[number], awaited)
+            with suppress(_AllSeen):
+                run(number)
+            collector.settle()
+            step()
+
         with watching(weights, collector.record):
-            for number, batch in enumerate(data):
-                collector.begin(batch, awaited)
-                with suppress(_AllSeen):
-                    run(number)
-                collector.settle()
-                step()
+            passes(model, one, len(data), part)
         return collector
 
+    # What a rank must do again all do, as passes through a sharded model are made together.
+    changed = None
     with errors_on_all_ranks():
         try:
             collector = collected(kinds)
-        except _ChangedInPlace as changed:
-            note(f"{changed}; the statistics were taken again, for each weight by itself")
+        except _ChangedInPlace as error:
+            changed = str(error)
+    if told := [text for text in from_all(changed) if text]:
+        note(f"{told[0]}; the statistics were taken again, for each weight by itself")
+        with errors_on_all_ranks():
             collector = collected(kinds, apart=True)
-        if not all(shared.statistics.is_finite() for shared in collector.shared.values()):  # asked once, as it waits
+    finite = all(shared.statistics.is_finite() for shared in collector.shared.values())  # asked once, as it waits
+    if not all(from_all(finite)):
+        with errors_on_all_ranks():
             collected(("squared_norm",), apart=True)
-            raise CalibrationError(
-                "the inputs of the model's layers are finite one by one, but their squares add up to more than float32 "
-                "holds. The model was left as it was; look at the calibration data, or scale it down"
-            )
+            if not finite:
+                raise CalibrationError(
+                    "the inputs of the model's layers are finite one by one, but their squares add up to more than "
+                    "float32 holds. The model was left as it was; look at the calibration data, or scale it down"
+                )
     return collector.parts()
 
 

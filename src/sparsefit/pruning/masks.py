@@ -20,7 +20,9 @@ from sparsefit.errors import MaskError
 from sparsefit.files import replacing_file
 from sparsefit.pruning.layers.base import PrunableWeight
 from sparsefit.pruning.layers.quantized import QuantizedWeight
+from sparsefit.pruning.layers.sharded import as_sharded, counted
 from sparsefit.quantized import is_quantized, matrix_shape, stored_matrix
+from sparsefit.sharded import reshard
 
 _FORMAT = "sparsefit-masks-1"
 Tensors = nn.Module | Mapping[str, Tensor]  # a model, a state dict or the tensors of a file
@@ -165,7 +167,8 @@ class MaskSet(Mapping[str, Tensor]):
         Raises:
             MaskError: naming the parameters in which weights came back, and how many; or if masks do not fit.
         """
-        alive = {name: self.alive(name, matrix) for name, matrix in self.matrices_in(tensors)}
+        found = self._found_in(tensors)
+        alive = counted(found.values(), lambda weight: _outside(weight, self.mask(weight.name, weight.device)))
         broken = [f"{name} ({count})" for name, count in alive.items() if count]
         if broken:
             raise MaskError(
@@ -175,7 +178,7 @@ class MaskSet(Mapping[str, Tensor]):
 
     def alive(self, name: str, matrix: Tensor) -> int:
         """How many pruned weights of an (out, in) matrix are not zero."""
-        return int(torch.count_nonzero(matrix.masked_fill(self.mask(name, matrix.device), 0)))
+        return int(_outside(PrunableWeight(name, matrix, ()), self.mask(name, matrix.device)))
 
     def matrices_in(self, tensors: Tensors) -> Iterator[tuple[str, Tensor]]:
         """The name of each mask and its (out, in) matrix, one after the other; a copy where quantized, else a view.
@@ -200,7 +203,8 @@ class MaskSet(Mapping[str, Tensor]):
             if isinstance(own, nn.Module):
                 weight, shape = QuantizedWeight(name, own.weight, (own,)), matrix_shape(own)
             else:
-                weight, shape = PrunableWeight(name, own, (), packed.transposed, index), tuple(own.shape)
+                weight = as_sharded(PrunableWeight(name, own, (), packed.transposed, index))
+                shape = tuple(own.shape)
             if not _fits(weight, packed.shape):
                 raise MaskError(
                     f"the masks do not fit the model: {parameter} is {shape}, its mask "
@@ -274,12 +278,18 @@ def _held_in(tensors: Tensors, wanted: Container[str]) -> tuple[list[str], dict[
     """The names of all parameters in the bare model, and each wanted one; or its layer if that holds it quantized."""
     layers = {}
     if isinstance(tensors, nn.Module):
+        reshard(tensors)
         modules = tensors.named_modules(remove_duplicate=False)
         layers = {canonical_name(f"{name}.weight".lstrip(".")): m for name, m in modules if is_quantized(m)}
         tensors = dict(tensors.named_parameters(remove_duplicate=False))
     bare = {canonical_name(name): tensor for name, tensor in tensors.items()}
     plain = {name: stored_matrix(bare, name) for name in bare if name in wanted and name not in layers}
     return list(bare), plain | layers
+
+
+def _outside(weight: PrunableWeight, mask: Tensor) -> Tensor:
+    """How many of the weights that are held here are not zero outside an (out, in) mask."""
+    return torch.count_nonzero(weight.held().masked_fill(weight.part(mask), 0))
 
 
 def _fits(weight: PrunableWeight, shape: tuple[int, int]) -> bool:

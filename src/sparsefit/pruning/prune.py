@@ -97,7 +97,7 @@ def _block_by_block(run: PruningRun) -> None:
         rest = run.collect(run.outside(sweeps), kinds)
     for sweep in sweeps:
         for weights in sweep.turns():
-            parts = run.collect(weights, kinds, sweep.run, sweep.to_the_end)
+            parts = run.collect(weights, kinds, sweep.run, sweep.to_the_end, sweep.block)
             _prune_weights(run, weights, parts)
             sweep.advance()
     if not dense:

@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from sparsefit.errors import ConfigError
 from sparsefit.pruning.config import PruningConfig
 from sparsefit.pruning.groups import Parts
 from sparsefit.pruning.layers.base import INTEGERS, PrunableWeight
+from sparsefit.pruning.layers.sharded import counted
 from sparsefit.pruning.masks import MaskSet
 from sparsefit.pruning.tracing import Trace
+from sparsefit.sharded import shard_of
 
 
 @dataclass
@@ -126,7 +129,11 @@ def checksums(weights: Sequence[PrunableWeight]) -> dict[str, str]:
     >>> checksums(matrices_of(layer))
     {'weight': '(1, 2) 2130706432'}
     """
-    parameters = {id(weight.parameter): weight.parameter.detach() for weight in weights}
-    sums = [p.view(INTEGERS[p.element_size()]).sum(dtype=torch.int64) for p in parameters.values()]
-    numbers = dict(zip(parameters, [int(total) for total in sums], strict=True))
-    return {weight.name: f"{weight.shape} {numbers[id(weight.parameter)]}" for weight in weights}
+    first = {id(weight.parameter): weight for weight in reversed(weights)}
+    sums = counted(first.values(), _sum_of_bits)
+    return {weight.name: f"{weight.shape} {sums[first[id(weight.parameter)].name]}" for weight in weights}
+
+
+def _sum_of_bits(weight: PrunableWeight) -> Tensor:
+    held = shard_of(weight.parameter)
+    return held.view(INTEGERS[held.element_size()]).sum(dtype=torch.int64)

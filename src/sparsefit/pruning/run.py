@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from math import prod
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from sparsefit.pruning.config import PruningConfig
 from sparsefit.pruning.groups import InputGroup, Parts
 from sparsefit.pruning.inputs import collect
 from sparsefit.pruning.layers.base import PrunableWeight, is_dense
+from sparsefit.pruning.layers.sharded import counted
 from sparsefit.pruning.mapped import MappedWeights
 from sparsefit.pruning.results import PruningResult
 from sparsefit.pruning.scores import SCORES
@@ -29,6 +31,7 @@ from sparsefit.pruning.targets import CHECKS, find_candidates, find_weights
 from sparsefit.pruning.tracing import Trace, trace
 from sparsefit.pruning.undo import NoUndo, Undo
 from sparsefit.ranks import errors_on_all_ranks, from_all
+from sparsefit.sharded import check_layout, reshard, units_of
 
 
 class PruningRun:
@@ -50,6 +53,13 @@ class PruningRun:
         self._start = time.perf_counter()
         _check_device_is_here(config.device)
         self.config, self._model, self._progress = config, model, progress or (lambda done, total: None)
+        reshard(model)
+        check_layout(model)
+        self._sharded = bool(units_of(model))
+        if self._sharded and config.device is not None:
+            raise ConfigError(
+                f"the model is sharded over ranks, whose devices compute: leave out device='{config.device}'"
+            )
         self._block_lists = find_block_lists(model)
         self._blocks = [block for blocks in self._block_lists for block in blocks]
         find_candidates(model, config)  # what is wrong with the names of targets is told before any data is read
@@ -120,8 +130,8 @@ class PruningRun:
         if self.config.existing_zeros not in (None, "adopt"):
             return
         dense = [weight for weight in self.weights if is_dense(weight.parameter)]
-        counts = {w.name: (int(w.matrix().count_nonzero()), w.matrix().numel()) for w in self._one_by_one(dense)}
-        shares = {name: 1 - count / size for name, (count, size) in counts.items()}
+        filled = counted(self._one_by_one(dense), lambda weight: weight.held().count_nonzero())
+        shares = {weight.name: 1 - filled[weight.name] / prod(weight.shape) for weight in dense}
         most = max(shares, key=shares.get, default=None)
         if self.config.existing_zeros == "adopt" and (most is None or not shares[most]):
             raise ConfigError("the model has no zeros to adopt: leave out existing_zeros, and it is pruned")
@@ -155,14 +165,16 @@ class PruningRun:
         kinds: Iterable[str],
         run: Callable[[int], object] | None = None,
         to_the_end: bool = False,
+        part: nn.Module | None = None,
     ) -> Parts:
         """Statistics of what some weights see: see `inputs.collect`. By default while the whole model runs, which it
-        does not for no weights; a pass need not go on beyond the last of them if not `to_the_end`."""
+        does not for no weights; a pass need not go on beyond the last of them if not `to_the_end`. `part` is what `run`
+        runs, where that is not the model."""
         if run is None and not weights:
             return {}
         run = run or (lambda number: self._forward(self._data[number].data))
-        shares = {} if to_the_end else self._shares
-        parts = collect(weights, kinds, self._data, run, self.result.note, shares, self._step)
+        shares = {} if to_the_end or self._sharded else self._shares  # all ranks go through all of a sharded model
+        parts = collect(weights, kinds, self._data, run, self.result.note, shares, self._step, self._model, part)
         tokens = [part.statistics.tokens for found in parts.values() for part in found]
         self.result.tokens = max([self.result.tokens, *tokens])
         return parts
@@ -184,7 +196,9 @@ class PruningRun:
         for blocks in self._block_lists:
             try:
                 with errors_on_all_ranks():
-                    sweep = BlockSweep(blocks, self.weights, self._data, self._forward, self.config, self._step)
+                    sweep = BlockSweep(
+                        self._model, blocks, self.weights, self._data, self._forward, self.config, self._step
+                    )
             except NotSweepable as reason:
                 reasons.append(str(reason))
                 continue

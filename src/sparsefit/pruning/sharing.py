@@ -38,9 +38,20 @@ def solutions(groups: Sequence[InputGroup], solve: Solve) -> Iterator[tuple[Inpu
         some = groups[start : start + step]
         solvers = shared_out([_cost(group) for group in some])
         with errors_on_all_ranks():
-            own = {number: some[number].matrices() for number, solver in enumerate(solvers) if solver == own_rank()}
+            own = _own_matrices(some, solvers)
             solved = {number: solve(some[number], dense) for number, dense in own.items()}
         yield from zip(some, _exchanged(some, solvers, solved), strict=True)
+
+
+def _own_matrices(groups: Sequence[InputGroup], solvers: Sequence[int]) -> dict[int, ByWeight]:
+    """The dense matrices of the groups that this rank solves, by number; shards are put together by all ranks."""
+    own = {}
+    for number, (group, solver) in enumerate(zip(groups, solvers, strict=True)):
+        if solver == own_rank():
+            own[number] = group.matrices()
+        elif group.is_sharded:
+            group.matrices()
+    return own
 
 
 def _cost(group: InputGroup) -> int:

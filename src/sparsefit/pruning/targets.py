@@ -19,9 +19,11 @@ from sparsefit.pruning.config import PruningConfig, layer_name, matches
 from sparsefit.pruning.heads import expert_lists, output_layers, routers
 from sparsefit.pruning.layers import matrices_of, reason_left_dense
 from sparsefit.pruning.layers.base import PrunableWeight, is_dense
+from sparsefit.pruning.layers.sharded import counted
 from sparsefit.pruning.statistics import all_finite
 from sparsefit.pruning.tracing import Trace, matrix_names
 from sparsefit.quantized import awaits_quantization
+from sparsefit.sharded import is_sharded, over_shards, shard_of
 
 EXCLUDED = "excluded by the configuration"
 CHECKS: list[Callable[[nn.Module, PruningConfig], None]] = []
@@ -103,8 +105,9 @@ def find_weights(
         f"pattern '{pattern}' needs widths that {pattern and pattern.m} divides; it does not fit {{}}: exclude them or "
         "take another pattern",
     )
+    broken = counted(one_by_one(weights), lambda weight: not all_finite(weight.held()))
     _refuse(
-        [weight.name for weight in one_by_one(weights) if not all_finite(weight.matrix())],
+        [name for name, shards in broken.items() if shards],
         "{}: these weights are NaN or infinite, and such weights cannot be compared. The model was left as it was; "
         "load sound ones, or exclude the layers",
     )
@@ -241,7 +244,7 @@ def _account(
     """The weights beside what is left dense: why, and how many weights and zeros it has, a shared one once."""
     pruned = {id(weight.parameter) for weight in weights}
     left_dense: dict[str, str] = {}
-    counted: dict[int, tuple[str, nn.Parameter]] = {}
+    others: dict[int, tuple[str, nn.Parameter]] = {}
     for path, module in base_modules(model).items():
         for own, parameter in module.named_parameters(recurse=False):
             if parameter.ndim < 2 or id(parameter) in pruned:
@@ -251,11 +254,13 @@ def _account(
                 reason = f"quantized: {type(module).__name__}"
             left_dense[name] = reasons.get(id(parameter), reason)
             if left_dense[name] != "embedding":
-                counted[id(parameter)] = (name, parameter)
+                others[id(parameter)] = (name, parameter)
         for own, buffer in module.named_buffers(recurse=False):  # some quantized layers keep their weights there
             if buffer.ndim == 2 and min(buffer.shape) > 1 and buffer.dtype != torch.bool:
                 left_dense[f"{path}.{own}".lstrip(".")] = f"a buffer of {type(module).__name__}, not a parameter"
     unpacked = {weight.name: weight.shape[0] * weight.shape[1] for weight in candidates if weight.index is None}
-    sizes = {name: unpacked.get(name, parameter.numel()) for name, parameter in counted.values()}
-    zeros = sum(int((p == 0).sum()) for _, p in counted.values() if is_dense(p) and p.device.type != "meta")
-    return Targets(weights, left_dense, sizes, zeros)
+    sizes = {name: unpacked.get(name, parameter.numel()) for name, parameter in others.values()}
+    dense = {name: p for name, p in others.values() if is_dense(p) and p.device.type != "meta"}
+    zeros = {name: int((shard_of(parameter) == 0).sum()) for name, parameter in dense.items()}
+    zeros = over_shards(zeros, [name for name, parameter in dense.items() if is_sharded(parameter)])
+    return Targets(weights, left_dense, sizes, sum(zeros.values()))

@@ -22,6 +22,7 @@ from sparsefit.calibration.samples import numbers_in, tensors_in
 from sparsefit.pruning.layers import PRODUCTS, matrices_of
 from sparsefit.pruning.watch import Key, Seen, watching
 from sparsefit.ranks import errors_on_all_ranks, from_all
+from sparsefit.sharded import is_sharded, passes
 
 FORMS = 8  # kinds of samples that are looked at, at most
 _PRODUCTS = PRODUCTS.keys() | {torch.einsum, torch.tensordot, torch.bilinear, F.bilinear}
@@ -63,15 +64,19 @@ def trace(model: nn.Module, data: Sequence[MicroBatch], forward: Callable[[Any],
     shares: dict[Key, Fraction | None] = {}
     weights = [weight for name, module in base_modules(model).items() for weight in matrices_of(module, name)]
     outputs: list[frozenset[str]] = []
+    batches = list(samples.values())
+
+    def follow(number: int) -> None:
+        sample, seen = batches[number].first_sample(), []
+        with watching(weights, partial(_note_size, seen)), _hooked(model, tracer), tracer:
+            result = forward(sample)
+        uses, size = Counter(key for key, _ in seen), numbers_in(sample) or 1
+        for key, numbers in seen:
+            shares[key] = None if uses[key] > 1 else shares.get(key, Fraction(numbers, size))
+        outputs.extend(found for tensor in output_tensors(result) if (found := tracer.last(tensor)))
+
     with errors_on_all_ranks():
-        for batch in samples.values():
-            sample, seen = batch.first_sample(), []
-            with watching(weights, partial(_note_size, seen)), _hooked(model, tracer), tracer:
-                result = forward(sample)
-            uses, size = Counter(key for key, _ in seen), numbers_in(sample) or 1
-            for key, numbers in seen:
-                shares[key] = None if uses[key] > 1 else shares.get(key, Fraction(numbers, size))
-            outputs += [found for tensor in output_tensors(result) if (found := tracer.last(tensor))]
+        passes(model, follow, len(batches))
     shown = Trace(frozenset(tracer.reached), shares, tuple(dict.fromkeys(outputs))) if samples else None
     found = [one for one in from_all(shown) if one is not None]
     return Trace(frozenset().union(*(one.reached for one in found)), shares, found[0].outputs) if found else None
@@ -120,6 +125,7 @@ class _Tracer(TorchFunctionMode):
         self.names = names
         self.reached: set[str] = set()
         self._storages: dict[int, str] = {}
+        self._sharded: list[tuple[nn.Module, str, str]] = []  # layer, the parameter's name in it and in the model
         self._buffers: set[int] = set()
         self._made_of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weights that others were made into
         self._last: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -129,6 +135,12 @@ class _Tracer(TorchFunctionMode):
         plain = (p for p in model.parameters() if id(p) in self.names and type(p) is nn.Parameter and p.numel())
         self._storages = {p.untyped_storage().data_ptr(): self.names[id(p)] for p in plain if p.device.type != "meta"}
         self._buffers = {id(buffer) for buffer in model.buffers()}
+        self._sharded = [
+            (layer, own, self.names[id(parameter)])
+            for layer in model.modules()
+            for own, parameter in layer.named_parameters(recurse=False)
+            if is_sharded(parameter) and id(parameter) in self.names
+        ]
 
     def last(self, output: Any) -> frozenset[str]:
         """What was last multiplied by on the way to some tensors."""
@@ -164,6 +176,11 @@ class _Tracer(TorchFunctionMode):
         """The parameters that a tensor is, or is a view of, or was made of."""
         if id(tensor) in self.names:
             return frozenset({self.names[id(tensor)]})
+        if isinstance(tensor, nn.Parameter) and tensor.ndim > 1:  # a whole one that stands in the place of a shard
+            for layer, own, name in self._sharded:
+                if layer.get_parameter(own) is tensor:
+                    self.names[id(tensor)] = name  # the same stands there in each pass
+                    return frozenset({name})
         if tensor in self._made_of:
             return self._made_of[tensor]
         if type(tensor) is not Tensor or tensor.layout is not torch.strided:

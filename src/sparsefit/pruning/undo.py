@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparsefit.pruning.layers.base import INTEGERS, PrunableWeight, in_chunks, zero_outside_mask
 from sparsefit.pruning.layers.quantized import QuantizedWeight
-from sparsefit.pruning.masks import unpack_bits
+from sparsefit.pruning.masks import pack_bits, unpack_bits
 
 BUFFER = 2**26  # bytes
 
@@ -51,8 +51,9 @@ class Undo:
         if isinstance(weight, QuantizedWeight):
             self._back.append(weight.snapshot())
         else:
-            view = weight.view
-            gone = [_outside(values, kept) for values, kept in in_chunks(view, mask.view(view.shape))]
+            view, kept = weight.view, weight.part(mask)
+            bits = bits if kept is mask else pack_bits(kept)
+            gone = [_outside(values, kept) for values, kept in in_chunks(view, kept.view(view.shape))]
             removed = Removed(bits, self._put_away(torch.cat(gone)))
             self._back.append(lambda: (removed.put_back(weight.view), weight.changed()))
         weight.apply_mask(mask)
@@ -62,8 +63,8 @@ class Undo:
         if isinstance(weight, QuantizedWeight):
             self._back.append(weight.snapshot())
         else:
-            dense = self._put_away(weight.matrix().flatten())
-            self._back.append(lambda: weight.set_values(dense().view(weight.shape)))
+            dense = self._put_away(weight.view.flatten())
+            self._back.append(lambda: (weight.view.copy_(dense().view(weight.view.shape)), weight.changed()))
         weight.set_values(values)
 
     def restore(self) -> None:

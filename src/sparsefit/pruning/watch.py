@@ -16,6 +16,7 @@ from sparsefit.calibration.padding_masks import PaddingMask
 from sparsefit.pruning.layers import PRODUCTS
 from sparsefit.pruning.layers.base import PrunableWeight, Tokens, as_matrix
 from sparsefit.pruning.layers.experts import eager_experts
+from sparsefit.pruning.layers.sharded import ShardedWeight
 from sparsefit.quantized import plain_layout
 
 Rows = tuple[int, int] | None
@@ -62,22 +63,39 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self._record = record
         self._by_storage: dict[int, list[PrunableWeight]] = {}
+        self._sharded: list[PrunableWeight] = []  # whole ones have other memory each time that they are gathered,
+        self._gathered: dict[int, tuple[Tensor, list[PrunableWeight]]] = {}  # but are the same parameters, by id
         for weight in weights:
-            self._by_storage.setdefault(_storage(weight.parameter), []).append(weight)
-        self._by_storage.pop(0, None)
+            if isinstance(weight, ShardedWeight):
+                self._sharded.append(weight)
+            elif storage := _storage(weight.parameter):
+                self._by_storage.setdefault(storage, []).append(weight)
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         handler = PRODUCTS.get(func)
         return handler(func, args, kwargs or {}, self) if handler else func(*args, **(kwargs or {}))
 
     def holds(self, tensor: Tensor) -> bool:
-        return _storage(tensor) in self._by_storage
+        return bool(self._found(tensor))
+
+    def _found(self, tensor: Tensor) -> list[PrunableWeight]:
+        """The weights that a tensor is a view of, or of which it is one."""
+        storage = _storage(tensor)
+        if not storage or not self._sharded or storage in self._by_storage:
+            return self._by_storage.get(storage, [])
+        if id(tensor) in self._gathered:
+            return self._gathered[id(tensor)][1]
+        found = [weight for weight in self._sharded if _storage(weight.in_product) == storage]
+        if isinstance(tensor, nn.Parameter):
+            self._gathered[id(tensor)] = tensor, found
+        return found
 
     def __call__(self, weight: Tensor, inputs: Tensor, tokens: Tokens | None = None, key: Hashable = None) -> None:
-        for watched in self._by_storage.get(_storage(weight), ()):
-            rows = _rows_in(weight, watched.view)
+        for watched in self._found(weight):
+            whole = watched.in_product
+            rows = _rows_in(weight, whole)
             if rows and inputs.numel():
-                rows = None if rows == (0, len(watched.view)) else rows
+                rows = None if rows == (0, len(whole)) else rows
                 tokens = tokens or partial(_flat, inputs)
                 self._record(Seen(watched, rows, inputs, version_of(inputs), tokens, key))
 

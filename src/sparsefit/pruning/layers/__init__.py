@@ -10,6 +10,7 @@ from torch import nn
 
 from sparsefit.pruning.layers import attention, convolution, experts, linear, quantized, recurrent
 from sparsefit.pruning.layers.base import Handler, PrunableWeight
+from sparsefit.pruning.layers.sharded import as_sharded
 
 KINDS = (linear, quantized, convolution, recurrent, attention, experts)
 
@@ -26,7 +27,8 @@ def matrices_of(module: nn.Module, name: str = "") -> list[PrunableWeight]:
     [('fc.weight', (5, 3))]
     """
     prefix = f"{name}." if name else ""
-    return [replace(weight, name=prefix + weight.name) for kind in KINDS for weight in kind.matrices(module)]
+    weights = [as_sharded(weight) for kind in KINDS for weight in kind.matrices(module)]
+    return [replace(weight, name=prefix + weight.name) for weight in weights]
 
 
 def reason_left_dense(module: nn.Module) -> str:

@@ -49,7 +49,7 @@ class PrunableWeight:
     @property
     def view(self) -> Tensor:
         """The weights where they are stored, (out, in) or, of a convolution, (out, in, positions...)."""
-        return _stored_view(self.parameter.detach(), self.transposed, self.index)
+        return stored_view(self.parameter.detach(), self.transposed, self.index)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -71,15 +71,28 @@ class PrunableWeight:
         """The weights as (out, in); shares memory with the parameter wherever a view can be one matrix."""
         return as_matrix(self.parameter.detach(), self.transposed, self.index)
 
+    @property
+    def in_product(self) -> Tensor:
+        """The view whose memory a product that computes with the weights is given."""
+        return self.view
+
+    def part(self, matrix: Tensor) -> Tensor:
+        """What of an (out, in) tensor belongs to the weights that are held here: all of it, but for shards."""
+        return matrix
+
+    def held(self) -> Tensor:
+        """The weights that are held here as a matrix, of the shape of a `part`."""
+        return as_matrix(self.view)
+
     def apply_mask(self, mask: Tensor) -> None:
         """Set the weights outside an (out, in) mask to exactly zero, in place."""
-        zero_outside_mask(self.view, mask.to(self.device))
+        zero_outside_mask(self.view, self.part(mask).to(self.device))
         self.changed()
 
     def set_values(self, matrix: Tensor) -> None:
         """Put new values, (out, in), in the place of the weights."""
         view = self.view
-        view.copy_(matrix.reshape(view.shape))
+        view.copy_(self.part(matrix).reshape(view.shape))
         self.changed()
 
     def changed(self) -> None:
@@ -106,7 +119,12 @@ class See(Protocol):
 Handler = Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any], See], Any]
 
 
-def _stored_view(tensor: Tensor, transposed: bool, index: int | None) -> Tensor:
+def stored_view(tensor: Tensor, transposed: bool, index: int | None = None) -> Tensor:
+    """What is stored as (in, out), or in a stack, as (out, in, ...); and back again.
+
+    >>> stored_view(torch.zeros(4, 3, 5), transposed=True, index=2).shape
+    torch.Size([5, 3])
+    """
     view = tensor if index is None else tensor[index]
     return view.t() if transposed else view
 
@@ -118,7 +136,7 @@ def as_matrix(tensor: Tensor, transposed: bool = False, index: int | None = None
     >>> as_matrix(torch.zeros(8, 3, 2, 2)).shape, as_matrix(torch.zeros(4, 3, 5), transposed=True, index=2).shape
     (torch.Size([8, 12]), torch.Size([5, 3]))
     """
-    view = _stored_view(tensor, transposed, index)
+    view = stored_view(tensor, transposed, index)
     return view.flatten(1) if view.ndim > 2 else view
 
 

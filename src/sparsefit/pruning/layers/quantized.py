@@ -38,6 +38,8 @@ class QuantizedWeight(PrunableWeight):
         """A fresh (out, in) tensor of what the codes stand for."""
         return dequantized(self.layers[0])
 
+    held = matrix
+
     def apply_mask(self, mask: Tensor) -> None:
         """Write the code of zero outside an (out, in) mask."""
         zero_outside(self.layers[0], mask)

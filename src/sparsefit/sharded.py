@@ -1,0 +1,188 @@
+"""Models that FSDP2 (`torch.distributed.fsdp.fully_shard`) has split over the ranks of a run.
+
+Each rank holds a shard of every parameter. While a unit (a module that `fully_shard` was called with) computes, plain
+whole parameters stand in their place; all ranks gather them together, as the unit is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sparsefit.errors import ConfigError
+from sparsefit.ranks import from_all, is_distributed
+
+_WAY_OUT = (
+    "Pruned in place are parameters that `fully_shard` splits by their first dimension, over a one-dimensional mesh of "
+    "all ranks; for any other layout prune first (`sparsefit prune`, on one device), and split the pruned model"
+)
+
+
+def is_sharded(parameter: object) -> bool:
+    """Whether this rank holds a shard of a parameter (a DTensor).
+
+    >>> is_sharded(nn.Parameter(Tensor(2)))
+    False
+    """
+    if not is_distributed():
+        return False
+    from torch.distributed.tensor import DTensor  # the import takes most of a second
+
+    return isinstance(parameter, DTensor)
+
+
+def shard_of(parameter: Tensor) -> Tensor:
+    """What this rank holds of a parameter, where it is held: all of one that is not sharded.
+
+    >>> shard_of(nn.Parameter(Tensor([1.0, 2.0])))
+    tensor([1., 2.])
+    """
+    return parameter.detach().to_local() if is_sharded(parameter) else parameter.detach()
+
+
+def units_of(model: nn.Module) -> list[nn.Module]:
+    """The units of a model, in its order; none of a model that is not sharded.
+
+    >>> units_of(nn.Linear(3, 5))
+    []
+    """
+    if not is_distributed():
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def reshard(model: nn.Module) -> None:
+    """Have each rank hold its shards alone. FSDP2 leaves the outermost unit gathered after a pass without gradients;
+    what is then written to its shards is seen by none, and what is written to the whole parameters is lost.
+
+    >>> reshard(nn.Linear(3, 5))
+    """
+    for unit in units_of(model):
+        unit.reshard()
+
+
+def over_shards(counts: Mapping[str, int], sharded: Collection[str]) -> dict[str, int]:
+    """Counts by name, those of the sharded added up over all ranks, of which each has counted in its shards.
+
+    >>> over_shards({"a": 3}, sharded=[])
+    {'a': 3}
+    """
+    if not sharded:
+        return dict(counts)
+    of_ranks = from_all([counts[name] for name in sharded])
+    return {**counts, **dict(zip(sharded, map(sum, zip(*of_ranks, strict=True)), strict=True))}
+
+
+def check_layout(model: nn.Module) -> None:
+    """See that the shards of a model are of the kind that can be pruned in place.
+
+    Raises:
+        ConfigError: naming the first parameter that is laid out otherwise, and how.
+
+    >>> check_layout(nn.Linear(3, 5))
+    """
+    if not is_distributed():
+        return
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import Shard
+
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise ConfigError(f"FullyShardedDataParallel (FSDP1) keeps flattened weights, not matrices. {_WAY_OUT}")
+    gathered = {id(parameter) for unit in units_of(model) for parameter in unit.parameters()}
+    for name, parameter in model.named_parameters():
+        if not is_sharded(parameter):
+            continue
+        mesh, placements = parameter.device_mesh, parameter.placements
+        by_rows = len(placements) == 1 and type(placements[0]) is Shard and placements[0].dim == 0
+        wrong = None
+        if not by_rows or mesh.size() != dist.get_world_size():
+            wrong = f"has the placements {placements} on a mesh of {tuple(mesh.shape)}"
+        elif id(parameter) not in gathered:
+            wrong = f"has the placements {placements}, but is in no module that `fully_shard` was called with"
+        elif parameter.device.type not in ("meta", mesh.device_type):
+            wrong = f"is kept on {parameter.device.type} beside a mesh of {mesh.device_type}"
+        if wrong:
+            raise ConfigError(f"{name} {wrong}. {_WAY_OUT}")
+
+
+def passes(model: nn.Module | None, run: Callable[[int], object], count: int, part: nn.Module | None = None) -> None:
+    """Call run(0) to run(count - 1), each of which runs a model once, or a part of it by itself.
+
+    In each pass through a sharded model all ranks gather its units. So a rank that has fewer passes than another, or in
+    which one fails, gathers with the others until all are through; then comes its error. Afterwards each rank holds its
+    shards alone.
+
+    >>> passes(nn.Linear(3, 5), print, count=2)
+    0
+    1
+    """
+    if model is None or not units_of(model):
+        for number in range(count):
+            run(number)
+        return
+    units = order = units_of(part or model)
+    holder = _holder(model, part) if part is not None else []
+    failure: Exception | None = None
+    try:
+        _gather(holder)
+        for number in range(max(from_all(count))):
+            entered: list[nn.Module] = []
+            if number < count and failure is None:
+                try:
+                    with _noting(units, entered):
+                        run(number)
+                    order = entered
+                except Exception as error:
+                    failure = error
+            _gather(order[len(entered) :])
+            if failure is not None:
+                _reset(model)
+            reshard(part or model)
+    except BaseException:
+        _reset(model)
+        raise
+    finally:
+        for unit in holder:
+            unit.reshard()
+    if failure is not None:
+        raise failure
+
+
+@contextmanager
+def _noting(units: list[nn.Module], entered: list[nn.Module]) -> Iterator[None]:
+    """Add each unit to a list as it is called."""
+    handles = [unit.register_forward_pre_hook(lambda unit, _: entered.append(unit)) for unit in units]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _gather(units: list[nn.Module]) -> None:
+    """Gather units in turn, as a pass does; the last stays. (A unit of several modules is gathered with the first.)"""
+    for unit, before in zip(units, [None, *units], strict=False):
+        unit.unshard()
+        if before is not None and before is not unit:
+            before.reshard()
+
+
+def _holder(model: nn.Module, part: nn.Module) -> list[nn.Module]:
+    """The unit around a part of a model that parameters of the part belong to, if there is one."""
+    own = {id(parameter) for unit in units_of(part) for parameter in unit.parameters()}
+    if all(id(parameter) in own for parameter in part.parameters() if is_sharded(parameter)):
+        return []
+    around = [unit for unit in units_of(model) if unit is not part and any(part is inner for inner in unit.modules())]
+    return around[-1:]
+
+
+def _reset(model: nn.Module) -> None:
+    """Have FSDP2 forget a pass that was broken off."""
+    for unit in units_of(model):
+        with suppress(RuntimeError, AttributeError):  # it is asked of the root; earlier releases of torch cannot
+            unit.reset_iter_state()

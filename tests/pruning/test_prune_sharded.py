@@ -1,0 +1,361 @@
+"""Models that FSDP2 has split over ranks: pruned in place, as one process prunes them whole."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from image_models import image_model, images
+from torch import nn
+from torch.distributed import device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+from sparsefit import PruningConfig, collect_statistics, prune, prune_from_statistics
+from sparsefit.errors import MaskError
+from sparsefit.pruning import MaskSet
+from sparsefit.pruning.blocks import find_block_lists
+
+SAMPLES = torch.randint(3, 61, (9, 12), generator=torch.Generator().manual_seed(0))
+SHARES = {1: [9], 2: [6, 3], 4: [4, 2, 2, 1]}  # samples of each rank
+METHODS = {
+    "wanda": {},
+    "none": {"update": "none"},
+    "2:4": {"pattern": "2:4"},
+    "layer": {"granularity": "layer"},
+    "columns": {"granularity": "(output, 8)"},
+    "input": {"granularity": "input"},
+    "owl": {"allocation": "owl"},
+    "magnitude": {"score": "magnitude"},
+    "swaps": {"swaps": 5},
+    "sparsegpt": {"score": "sparsegpt", "reconstruction": "iterative"},
+    "least_squares": {"swaps": 5, "reconstruction": "least_squares"},
+    "least_squares none": {"update": "none", "reconstruction": "least_squares"},
+}
+POINTS = {
+    **{("llama", method): settings for method, settings in METHODS.items()},
+    **{(name, "wanda"): {} for name in ("mixtral", "gpt2", "convnext")},
+    **{(name, "sparsegpt"): METHODS["sparsegpt"] for name in ("mixtral", "gpt2", "convnext")},
+    ("llama in one unit", "wanda"): {},
+    ("llama in one unit", "sparsegpt"): METHODS["sparsegpt"],
+    ("llama in small units", "wanda"): {},
+    ("plain", "wanda"): {},
+    ("in between", "wanda"): {},
+    ("sparse", "keep"): {"existing_zeros": "keep", "sparsity": 0.6},
+    ("sparse", "adopt"): {"existing_zeros": "adopt"},
+    ("padded", "wanda"): {},
+}
+
+
+ON_FOUR = [
+    *((name, method) for name in ("llama", "gpt2", "mixtral") for method in ("wanda", "sparsegpt")),
+    *(("llama", method) for method in ("owl", "swaps", "least_squares none")),
+    *((name, "wanda") for name in ("llama in one unit", "plain", "in between", "padded")),
+]
+
+
+class Plain(nn.Module):
+    """Layers of widths that no number of ranks divides, one of fewer rows than ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(12, 7), nn.Linear(7, 3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.last(self.second(self.first(x).relu()).relu())
+
+
+class InBetween(nn.Module):
+    """Computes something between its blocks, which so cannot be run one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(12, 12), nn.ReLU()) for _ in range(3))
+        self.blocks = nn.ModuleList(nn.Sequential(*block, nn.Linear(12, 12)) for block in self.blocks)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x) * 2
+        return x
+
+
+class Padded(nn.Module):
+    """Finds the padding in its input by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(61, 8)
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(2))
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x, src_key_padding_mask=ids == 0)
+        return x
+
+
+@pytest.fixture(scope="module")
+def dense_models(tiny_model):
+    torch.manual_seed(0)
+    models = {name: tiny_model(name) for name in ("llama", "mixtral", "gpt2")}
+    models |= {"llama in one unit": models["llama"], "llama in small units": models["llama"]}
+    models |= {"convnext": image_model("ConvNext"), "plain": Plain(), "in between": InBetween(), "padded": Padded()}
+    models["sparse"] = copy.deepcopy(models["llama"])
+    prune(models["sparse"], config=PruningConfig(score="magnitude", sparsity=0.3))
+    return models
+
+
+def batches_for(name, rank, ranks):
+    shares = SHARES[ranks]
+    own = slice(sum(shares[:rank]), sum(shares[: rank + 1]))
+    if name == "convnext":
+        return list(images(9)[own].split(2))
+    if name == "padded":
+        ids = SAMPLES.clone()
+        ids[::2, 9:] = 0
+        return list(ids[own].split(2))
+    if name in ("plain", "in between"):
+        return list(torch.randn(9, 12, generator=torch.Generator().manual_seed(1))[own].split(2))
+    return [{"input_ids": one} for one in SAMPLES[own].split(2)]
+
+
+def shard(model, name):
+    """Each block is a unit, and so is the rest; or as the name says."""
+    parts = [block for blocks in find_block_lists(model) for block in blocks]
+    if name.endswith("small units"):
+        parts = [part for block in parts for part in (*block.children(), block) if any(True for _ in part.parameters())]
+    for part in parts if not name.endswith("one unit") else ():
+        fully_shard(part)
+    return fully_shard(model)
+
+
+def whole(model):
+    """All of each parameter; each must be a shard."""
+    return {name: p.detach().full_tensor() for name, p in model.named_parameters() if isinstance(p, DTensor)}
+
+
+def state_of(model, result):
+    sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+    weights = whole(model) if sharded else {n: p.detach().clone() for n, p in model.named_parameters()}
+    account = (result.update, result.tokens, result.left_dense, result.dense_sizes, result.dense_zeros)
+    return {"digest": result.masks.digest(), "weights": weights, "account": account, "notes": result.notes}
+
+
+def pruned(models, rank, ranks):
+    found = {}
+    for name, method in ON_FOUR if ranks == 4 else POINTS:
+        settings = POINTS[name, method]
+        model = copy.deepcopy(models[name])
+        model = shard(model, name) if ranks > 1 else model
+        result = prune(model, batches_for(name, rank, ranks), PruningConfig(micro_batch_size=3, **settings))
+        found[name, method] = state_of(model, result)
+    model, config = copy.deepcopy(models["llama"]), PruningConfig(update="none", micro_batch_size=3)
+    model = shard(model, "llama") if ranks > 1 else model
+    statistics = collect_statistics(model, batches_for("llama", rank, ranks), [config])
+    found["llama", "statistics"] = state_of(model, prune_from_statistics(model, statistics, config))
+    return found
+
+
+def raised(function, *args, **kwargs):
+    try:
+        function(*args, **kwargs)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def broken_off(models, rank):
+    """What each rank raises where one of them fails at some point of a pruning, and whether it has its dense shards."""
+    told = {}
+
+    def failing_at(model, layer, call):
+        calls = []
+
+        def hook(*_):
+            calls.append(1)
+            if len(calls) == call and rank == 1:
+                raise MemoryError("no memory is left")
+
+        model.get_submodule(layer).register_forward_pre_hook(hook)
+
+    def progress_of(limit):
+        def progress(done, total):
+            if done == limit and rank == 1:
+                raise TimeoutError("time is up")
+
+        return progress
+
+    places = {
+        "the first pass": ("model.layers.0.mlp.up_proj", 1),
+        "a capturing pass": ("model.layers.0.mlp.up_proj", 3),
+        "the first block": ("model.layers.0.mlp.up_proj", 5),
+        "the second block": ("model.layers.1.mlp.up_proj", 3),
+    }
+    for place, (layer, call) in places.items():
+        model = shard(copy.deepcopy(models["llama"]), "llama")
+        dense = whole(model)
+        failing_at(model, layer, call)
+        error = raised(prune, model, batches_for("llama", rank, 2), PruningConfig(micro_batch_size=1))
+        told[place] = error, all(torch.equal(dense[name], weight) for name, weight in whole(model).items())
+    model = shard(copy.deepcopy(models["llama"]), "llama")
+    config, dense = PruningConfig(micro_batch_size=1), whole(model)
+    error = raised(prune, model, batches_for("llama", rank, 2), config, progress=progress_of(8))
+    told["progress"] = error, all(torch.equal(dense[name], weight) for name, weight in whole(model).items())
+    with torch.no_grad():
+        batches = [{"inputs_embeds": torch.full((1, 3, model.config.hidden_size), torch.nan if rank else 1.0)}]
+    error = raised(prune, model, batches, config)
+    told["data"] = error, all(torch.equal(dense[name], weight) for name, weight in whole(model).items())
+    result = prune(model, batches_for("llama", rank, 2), PruningConfig(micro_batch_size=3))  # none has left a trace
+    told["afterwards"] = result.masks.digest(), True
+    return told
+
+
+def masks_on_shards(models, rank):
+    """What a mask set says of a sharded model: dense, pruned, and after one rank has written to a pruned weight."""
+    model = shard(copy.deepcopy(models["gpt2"]), "gpt2 in one unit")
+    masks = prune(copy.deepcopy(models["gpt2"]), config=PruningConfig(score="magnitude")).masks
+    with torch.no_grad():
+        model(**batches_for("gpt2", rank, 2)[0])  # leaves the unit gathered
+    dense = raised(masks.verify, model)
+    masks.apply(model)
+    applied = raised(masks.verify, model), state_of(model, prune(model, config=PruningConfig(existing_zeros="adopt")))
+    name = next(iter(masks))
+    if rank == 1:
+        shard_of_rank = model.get_parameter(name).detach().to_local()
+        shard_of_rank[shard_of_rank == 0] = 1.0
+    return {"dense": dense, "applied": applied, "broken": raised(masks.verify, model), "masks": masks.state_dict()}
+
+
+def refused(models, rank):
+    """The reasons for which layouts are refused, and whether anything was changed."""
+    mesh = device_mesh.init_device_mesh("cpu", (2,))
+    grid = device_mesh.init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    layouts = {
+        "columns": lambda model: fully_shard(model, mesh=mesh, shard_placement_fn=lambda p: Shard(p.ndim - 1)),
+        "replicas": lambda model: fully_shard(model, mesh=grid),
+        "products": lambda model: parallelize_module(model, mesh, {"blocks.0.2": ColwiseParallel()}),
+        "device": lambda model: fully_shard(model, mesh=mesh),
+    }
+    told = {}
+    for name, split in layouts.items():
+        model = split(copy.deepcopy(models["in between"]))
+        config = PruningConfig(device="cpu" if name == "device" else None)
+        error = raised(prune, model, batches_for("in between", rank, 2), config)
+        told[name] = error, all(bool(p.detach().to_local().all()) for p in model.parameters() if isinstance(p, DTensor))
+    return told
+
+
+def _rank(rank, ranks, models, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
+    try:
+        found = {"pruned": pruned(models, rank, ranks)}
+        if ranks == 2:
+            found |= {"broken off": broken_off(models, rank), "masks": masks_on_shards(models, rank)}
+            found |= {"refused": refused(models, rank)}
+        torch.save(found, f"{folder}/{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def on_ranks(ranks, models, folder):
+    mp.start_processes(_rank, (ranks, models, str(folder)), nprocs=ranks, start_method="fork")
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+@pytest.fixture(scope="module")
+def alone(dense_models):
+    return pruned(dense_models, 0, 1)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(dense_models, tmp_path_factory):
+    """What each rank has found."""
+    return on_ranks(2, dense_models, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def four_ranks(dense_models, tmp_path_factory):
+    return on_ranks(4, dense_models, tmp_path_factory.mktemp("four"))
+
+
+def check_same_as_alone(expected, first, *others):
+    assert first["digest"] == expected["digest"]
+    assert first["account"] == expected["account"]
+    assert first["weights"].keys() == expected["weights"].keys()
+    for name, weight in expected["weights"].items():
+        torch.testing.assert_close(first["weights"][name], weight, atol=1e-4, rtol=1e-3)
+    for other in others:
+        assert other["digest"] == first["digest"]
+        assert all(torch.equal(other["weights"][name], weight) for name, weight in first["weights"].items())
+
+
+@pytest.mark.parametrize("point", [*POINTS, ("llama", "statistics")], ids="-".join)
+def test_masks_weights_and_account_of_two_ranks_are_those_of_one_process(alone, two_ranks, point):
+    check_same_as_alone(alone[point], *(found["pruned"][point] for found in two_ranks))
+
+
+@pytest.mark.parametrize("point", ON_FOUR, ids="-".join)
+def test_so_are_those_of_four_ranks(alone, four_ranks, point):
+    check_same_as_alone(alone[point], *(found["pruned"][point] for found in four_ranks))
+
+
+def test_blocks_that_cannot_be_run_one_by_one_are_noted_on_all_ranks(alone, two_ranks):
+    for found in two_ranks:
+        assert found["pruned"]["in between", "wanda"]["notes"][0].endswith(alone["in between", "wanda"]["notes"][0])
+
+
+@pytest.mark.parametrize("place", ["the first pass", "a capturing pass", "the first block", "the second block"])
+def test_an_error_on_one_rank_ends_all_with_its_reason_and_the_dense_model(two_ranks, place):
+    (others, dense), (own, own_dense) = (found["broken off"][place] for found in two_ranks)
+    assert own == "MemoryError: no memory is left"
+    assert others == "RuntimeError: on rank 1: MemoryError: no memory is left"
+    assert (dense, own_dense) == (True, True)
+
+
+def test_data_and_progress_that_fail_on_one_rank_end_all(two_ranks):
+    first, second = (found["broken off"] for found in two_ranks)
+    assert first["progress"] == ("RuntimeError: on rank 1: TimeoutError: time is up", True)
+    assert second["progress"] == ("TimeoutError: time is up", True)
+    (others, dense), (own, own_dense) = first["data"], second["data"]
+    assert own.startswith("CalibrationError: the inputs of model.layers.0.self_attn.q_proj.weight are NaN")
+    assert others == own.replace(": ", ": on rank 1: ", 1)
+    assert (dense, own_dense) == (True, True)
+
+
+def test_a_model_that_was_given_back_is_pruned_as_if_nothing_had_been(alone, two_ranks):
+    for found in two_ranks:
+        assert found["broken off"]["afterwards"][0] == alone["llama", "wanda"]["digest"]
+
+
+def test_masks_are_applied_and_verified_on_shards(dense_models, two_ranks):
+    for found in (found["masks"] for found in two_ranks):
+        assert found["dense"].startswith("MaskError: pruned weights are not zero in 12 of 12 matrices")
+        error, adopted = found["applied"]
+        masks, model = MaskSet.from_state_dict(found["masks"]), copy.deepcopy(dense_models["gpt2"])
+        assert (error, adopted["digest"]) == (None, masks.digest())
+        masks.apply(model)
+        assert all(torch.equal(adopted["weights"][name], weight) for name, weight in model.named_parameters())
+        assert f"{next(iter(masks))} (" in found["broken"]
+        assert found["broken"] == two_ranks[0]["masks"]["broken"]
+    with pytest.raises(MaskError):
+        masks.verify(dense_models["gpt2"])
+
+
+@pytest.mark.parametrize(
+    ("layout", "reason"),
+    [
+        ("columns", r"blocks.0.0.weight has the placements \(Shard\(dim=1\),\) on a mesh of \(2,\)"),
+        ("replicas", r"blocks.0.0.weight has the placements \(Replicate\(\), Shard\(dim=0\)\) on a mesh of \(2, 1\)"),
+        ("products", r"blocks.0.2.weight has the placements \(Shard\(dim=0\),\), but is in no module"),
+        ("device", "the model is sharded over ranks, whose devices compute: leave out device"),
+    ],
+)
+def test_what_cannot_be_pruned_in_place_is_refused_before_anything_changes(two_ranks, layout, reason):
+    for found in two_ranks:
+        error, unchanged = found["refused"][layout]
+        assert unchanged
+        assert re.match(f"ConfigError: {reason}", error), error
