@@ -61,7 +61,7 @@ def module(form: str | None = "masked_lora", distill: bool = False, dtype: str =
 
 
 def run(
-    ranks: int, folder: Path, built: CausalLMModule, masks: dict | None = None, more: tuple = (), **settings: Any
+    ranks: int, folder: Path, built: CausalLMModule, masks: dict | None = None, more: tuple = (), data=None, **settings: Any
 ) -> dict[str, Any]:
     """Fit on so many ranks (this process being one), and what came of it."""
     pruning, report = WandaPruning(), RunReport(str(folder))
@@ -75,7 +75,7 @@ def run(
     trainer = Trainer(callbacks=[GPUHourBudget(1.0), report, pruning, *more], **(QUIET | common | settings))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer.fit(built, Windows())
+        trainer.fit(built, data or Windows())
     return {
         "weights": whole_weights(built),
         "masks": pruning.masks.state_dict(),
