@@ -22,12 +22,10 @@ def nonfinite_count(values: Tensor) -> int:
     """How many numbers of a tensor are NaN or infinite; 0 for one of whole numbers or packed bits."""
     if not _can_diverge(values):
         return 0
-    part = shard_of(values)
-    if not is_sharded(values):
-        return 0 if all_finite(part) else int((~part.isfinite()).sum())
-    count = (~part.isfinite()).sum()
-    add_up(count)
-    return int(count)
+    own = shard_of(values)
+    if not is_sharded(values) and all_finite(own):
+        return 0
+    return int(_agreed((~own.isfinite()).sum(), [values]))
 
 
 def nonfinite_weights(model: nn.Module, trained_only: bool = False) -> dict[str, int]:
@@ -156,15 +154,16 @@ def _spoilt(tensors: Iterable[Tensor]) -> Tensor:
     """0, (), where the first of them is; NaN if any number is NaN or infinite. No copy is made of them; of those that
     are split over devices the part that is here is looked at."""
     floats = [shard_of(tensor) for tensor in tensors if _can_diverge(tensor)]
-    floats = [part for part in floats if part.numel()]
-    return nn.utils.get_total_norm(floats, norm_type=math.inf).float() * 0 if floats else torch.zeros(())
+    if not any(map(Tensor.numel, floats)):
+        return floats[0].new_zeros((), dtype=torch.float32) if floats else torch.zeros(())
+    return nn.utils.get_total_norm([own for own in floats if own.numel()], norm_type=math.inf).float() * 0
 
 
-def _agreed(spoilt: Tensor, tensors: Iterable[Tensor]) -> Tensor:
-    """The same for all ranks, where tensors are split over devices: a sum with a NaN in it is one."""
+def _agreed(found: Tensor, tensors: Iterable[Tensor]) -> Tensor:
+    """What was found in tensors, added up over the ranks where these are split over devices: NaN, if one found it."""
     if any(map(is_sharded, tensors)):
-        add_up(spoilt)
-    return spoilt
+        add_up(found)
+    return found
 
 
 def _can_diverge(tensor: Tensor) -> bool:
