@@ -133,6 +133,14 @@ class Watched(Callback):
         return sum(int(named[name].masked_fill(mask, 0).count_nonzero()) for name, mask in kept.items())
 
 
+class Spoils(Callback):
+    """Makes a gradient infinite, on the second rank alone."""
+
+    def on_after_backward(self, trainer, module):
+        if trainer.global_rank == 1:
+            next(p.grad for p in module.parameters() if p.grad is not None).to_local().fill_(torch.inf)
+
+
 def run(ranks: int, folder: Path, module: LightningModule, *more: Callback, **settings: Any) -> dict[str, Any]:
     """Fit on so many ranks, of which this process is one, and tell what came of it."""
     pruning, report, watched = WandaPruning(), RunReport(str(folder)), Watched()

@@ -1,4 +1,4 @@
-"""Runs whose model is sharded (FSDP2): recovery, run folder and what is made of it, beside the same runs on one device."""
+"""Runs whose model is sharded (FSDP2): recovery, the run folder and what is made of it; beside runs on one device."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 from sharded_fits import on_ranks, sharded
-from sharded_runs import Own, gpt2, llama, run
+from sharded_runs import Own, Spoils, gpt2, llama, run
 from small_runs import Net
 from transformers import AutoModelForCausalLM
 
 from sparsefit.callbacks import BlockwiseReconstruction, QuantizedBase
 from sparsefit.cli import main
-from sparsefit.errors import ConfigError
+from sparsefit.errors import ConfigError, DivergenceError
 from sparsefit.pruning import MaskSet
 from sparsefit.recovery.adapter_files import load_adapter
 
@@ -53,15 +53,16 @@ REFUSED = {
         2, folder, llama(), **(sharded(2) | {"strategy": ModelParallelStrategy(1, 2)})
     ),
     "biases": lambda folder: run(2, folder, gpt2("bfloat16")),
+    "diverged": lambda folder: run(2, folder, llama(), Spoils()),
 }
 
 
 def refused(folder, call):
-    """What a fit that cannot be says, and whether it has left a folder."""
+    """What a fit that cannot be says, and what it leaves in its folder."""
     try:
         call(folder)
-    except ConfigError as error:
-        return str(error), (folder / "base").exists()
+    except (ConfigError, DivergenceError) as error:
+        return str(error), {path.name for path in folder.glob("*")}
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def test_two_ranks_come_to_the_weights_of_one(name, alone, two):
     assert first["step"] == second["step"] == 4
     assert first["digest"] == second["digest"] == expected["digest"]
     for key, weight in expected["weights"].items():
-        torch.testing.assert_close(first["weights"][key], weight, rtol=1e-4, atol=1e-5, msg=lambda m: f"{key}: {m}")
+        torch.testing.assert_close(first["weights"][key], weight, rtol=1e-4, atol=1e-5)
         assert torch.equal(first["weights"][key], second["weights"][key]), key
 
 
@@ -177,7 +178,7 @@ def test_one_process_inspects_merges_and_exports_the_folder(two, folder, tmp_pat
     merged, expected = load_file(again / "model.safetensors"), load_file(place / "model/model.safetensors")
     assert merged.keys() == expected.keys()
     assert all(torch.equal(merged[key], expected[key]) for key in expected)
-    status, _ = command(monkeypatch, capsys, "export", place, "--output", tmp_path / "compact")
+    status, _ = command(monkeypatch, capsys, "export", place, "--format", "compact", "--output", tmp_path / "compact")
     assert status == 0
 
 
@@ -201,4 +202,13 @@ def test_what_cannot_be_is_refused_on_all_ranks_before_anything_is_pruned(what, 
     for rank in two:
         message, written = rank["refused"][what]
         assert reason in message
-        assert not written
+        assert "base" not in written
+
+
+def test_what_one_rank_finds_infinite_ends_all_and_what_was_written_stays(two, folder):
+    for rank in two:
+        message, written = rank["refused"]["diverged"]
+        assert message.startswith("the gradient of optimizer step 1 is NaN or infinite")
+        assert {"base", "masks.safetensors"} <= written
+        assert "adapter" not in written
+    assert json.loads((folder / "2/diverged/report.json").read_text())["status"] == "failed"

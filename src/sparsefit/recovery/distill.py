@@ -15,9 +15,9 @@ from sparsefit.errors import ConfigError
 from sparsefit.pruning.masks import pack_bits
 from sparsefit.pruning.undo import Removed
 from sparsefit.recovery.export import adapted_part
-from sparsefit.recovery.gathering import own_part, reshard
+from sparsefit.recovery.gathering import own_part
 from sparsefit.settings import named_settings, number
-from sparsefit.sharded import is_sharded, shard_of
+from sparsefit.sharded import is_sharded, reshard, shard_of
 
 _LOGITS_AT_ONCE = 2**22
 """Of the student, in `divergence`: 16 MB in float32, which a CPU's caches and allocator take without page faults."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsefit.ranks import own_rank
-from sparsefit.sharded import is_sharded, shard_of, units_of
+from sparsefit.sharded import is_sharded, reshard, shard_of
 
 _Places = Sequence[tuple[nn.Module, str]]
 
@@ -32,13 +32,6 @@ def own_part(whole: Tensor, parameter: Tensor) -> Tensor:
                 rank = parameter.device_mesh.get_local_rank(axis)
                 whole = parts[rank] if rank < len(parts) else whole.narrow(placement.dim, 0, 0)
     return whole
-
-
-def reshard(model: nn.Module) -> None:
-    """Have each parameter be its split self again: a pass without gradients leaves those of the outermost unit gathered
-    (unless `fully_shard` was told otherwise), and these do not see what is written to the shards."""
-    for unit in units_of(model):
-        unit.reshard()
 
 
 @contextmanager

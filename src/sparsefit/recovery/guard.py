@@ -13,8 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from sparsefit.bare_model import canonical_name
 from sparsefit.pruning import MaskSet
 from sparsefit.pruning.masks import pack_bits, unpack_bits
-from sparsefit.recovery.gathering import own_part, reshard
-from sparsefit.sharded import is_sharded, shard_of
+from sparsefit.recovery.gathering import own_part
+from sparsefit.sharded import is_sharded, reshard, shard_of
 
 
 class MaskGuard:

@@ -15,9 +15,9 @@ from sparsefit.pruning.masks import pack_bits
 from sparsefit.quantized import is_quantized
 from sparsefit.recovery.export import adapted_part, base_state_dict
 from sparsefit.recovery.finite import nonfinite_count
-from sparsefit.recovery.gathering import has_shards, reshard, whole
+from sparsefit.recovery.gathering import has_shards, whole
 from sparsefit.recovery.tuner_trials import fills_zeros
-from sparsefit.sharded import shard_of
+from sparsefit.sharded import reshard, shard_of
 
 
 def lossy_layers(model: nn.Module, masks: MaskSet) -> list[str]:
