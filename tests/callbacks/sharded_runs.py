@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from sparsefit.bare_model import canonical_name
-from sparsefit.callbacks import GPUHourBudget, RunReport, WandaPruning
+from sparsefit.callbacks import GPUHourBudget, PrunedRunCallback, RunReport, WandaPruning
 from sparsefit.modules import CausalLMModule, RecoveryMixin, shard
+from sparsefit.modules.writing import writing
 from sparsefit.recovery.adapters import AdapterSettings
 from sparsefit.recovery.distill import DistillSettings
 
@@ -89,25 +90,31 @@ class Own(RecoveryMixin, LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.01, weight_decay=0.1)
 
 
-def llama(form: str | None = "masked_lora", dtype: str = "float32", weight: float | None = None, **adapter: Any):
+def llama(
+    form: str = "masked_lora",
+    dtype: str = "float32",
+    weight: float | None = None,
+    optimizer: str = "adamw",
+    **adapter: Any,
+):
     """A Llama with adapters of a form, taught with a weight by its dense self."""
     torch.manual_seed(0)
     base = LlamaForCausalLM(LlamaConfig(**SIZES)).to(getattr(torch, dtype))
-    return _module(base, form, weight, **adapter)
+    return _module(base, form, weight, optimizer, **adapter)
 
 
 def gpt2(dtype: str = "float32", **adapter: Any):
     """A GPT-2, which stores its matrices transposed and ties its head to its embedding."""
     torch.manual_seed(0)
     base = GPT2LMHeadModel(GPT2Config(bos_token_id=1, eos_token_id=2, **GPT2_SIZES, **NO_DROPOUT))
-    return _module(base.to(getattr(torch, dtype)), "masked_lora", None, train_norms=True, train_biases=True, **adapter)
+    return _module(base.to(getattr(torch, dtype)), train_norms=True, train_biases=True, **adapter)
 
 
-def _module(base, form, weight, **adapter):
+def _module(base, form="masked_lora", weight=None, optimizer="adamw", **adapter):
     torch.manual_seed(1)
     settings = AdapterSettings(form, **({"r": 2, "dropout": 0.0, "target_modules": "all-linear"} | adapter))
     distill = None if weight is None else DistillSettings(weight)
-    return CausalLMModule(base, settings, distill, learning_rate=0.01, weight_decay=0.1)
+    return CausalLMModule(base, settings, distill, learning_rate=0.01, weight_decay=0.1, optimizer=optimizer)
 
 
 class Watched(Callback):
@@ -131,6 +138,14 @@ class Watched(Callback):
         named = {canonical_name(name): whole(of(parameter)) for name, parameter in pruned.items()}
         kept = {name: masks.for_parameter(name, named[name]) for name in masks.parameters if name in named}
         return sum(int(named[name].masked_fill(mask, 0).count_nonzero()) for name, mask in kept.items())
+
+
+class Writes(PrunedRunCallback):
+    """Has the dense model write text."""
+
+    def on_pruning_check(self, trainer, module):
+        with writing(module):
+            pass
 
 
 class Spoils(Callback):
