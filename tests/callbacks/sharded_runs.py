@@ -20,6 +20,7 @@ from sparsefit.modules import CausalLMModule, RecoveryMixin, shard
 from sparsefit.modules.writing import writing
 from sparsefit.recovery.adapters import AdapterSettings
 from sparsefit.recovery.distill import DistillSettings
+from sparsefit.sharded import shard_of
 
 GLOBAL_BATCH = 4
 # Widths that neither two nor four ranks share out evenly.
@@ -146,6 +147,15 @@ class Writes(PrunedRunCallback):
     def on_pruning_check(self, trainer, module):
         with writing(module):
             pass
+
+
+class Drifts(Callback):
+    """Moves a trained weight before a step, the pruned ones of it, too."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == 1:
+            weight = next(p for n, p in module.named_parameters() if n.endswith("layers.0.mlp.down_proj.weight"))
+            shard_of(weight).add_(0.01)
 
 
 class Spoils(Callback):

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 from sharded_fits import on_ranks, sharded
-from sharded_runs import Own, Spoils, Writes, gpt2, llama, run
+from sharded_runs import Drifts, Own, Spoils, Writes, gpt2, llama, run
 from small_runs import Net
 from transformers import AutoModelForCausalLM
 
@@ -36,7 +36,8 @@ WHOLE = ("full", "taught_full", "own")
 
 
 def runs(ranks, folder, names):
-    return {name: run(ranks, folder / str(ranks) / name, RUNS[name]()) for name in names}
+    more = {"full": [Drifts()]}
+    return {name: run(ranks, folder / str(ranks) / name, RUNS[name](), *more.get(name, [])) for name in names}
 
 
 def on_two(folder):
