@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from sparsefit.callbacks.hooks import SPLITTING
 from sparsefit.callbacks.ledgers import ledger_of, masks_of
 from sparsefit.errors import ConfigError, MaskError
 from sparsefit.recovery.quantize import (
@@ -125,7 +125,7 @@ class QuantizedBase(Callback):
             )
 
     def _check(self, trainer: Trainer, module: LightningModule) -> None:
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+        if isinstance(trainer.strategy, SPLITTING):
             raise ConfigError(
                 f"{type(trainer.strategy).__name__} splits weights over devices, and a quantized base lies on each of "
                 "them as a whole: take strategy ddp, or leave the base in floats"

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from sparsefit.callbacks.calibration import calibration_batches, calibration_forward, checked_batches, predicting
-from sparsefit.callbacks.hooks import PrunedRunCallback
+from sparsefit.callbacks.hooks import SPLITTING, PrunedRunCallback
 from sparsefit.callbacks.ledgers import budget_of, ledger_of
 from sparsefit.errors import ConfigError
 from sparsefit.pruning import MaskSet
@@ -56,6 +56,15 @@ class BlockwiseReconstruction(PrunedRunCallback):
         self.account: dict[str, Any] = {}
         self._dense: dict[str, Tensor] = {}
         self._data: tuple[list[Any], str] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work."""
+        if stage == "fit" and self.settings.passes and isinstance(trainer.strategy, SPLITTING):
+            raise ConfigError(
+                f"{type(trainer.strategy).__name__} splits weights over devices, and a block is tuned where it lies "
+                "whole: prune and reconstruct first (fit with max_steps=0 on one device or with strategy ddp, and "
+                "train what it writes), or leave BlockwiseReconstruction out"
+            )
 
     def on_pruning_check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the calibration data, and send a sample through the model.

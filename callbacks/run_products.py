@@ -24,6 +24,7 @@ from sparsefit.errors import MergeError
 from sparsefit.pruning import MaskSet
 from sparsefit.recovery.adapter_files import form_of
 from sparsefit.recovery.adapters import LOSSLESS
+from sparsefit.recovery.gathering import whole_on_first_rank
 from sparsefit.recovery.inspection import inspect_folder
 from sparsefit.recovery.merge import lossy_layers, merged_in_place
 from sparsefit.recovery.quantize import in_floats
@@ -124,17 +125,19 @@ class RunProducts(PrunedRunCallback):
         self._seconds[stage] = max(self._seconds[stage], time.monotonic() - start)
 
     def _export_base(self, trainer: Trainer, module: LightningModule, masks: MaskSet) -> None:
-        if trainer.is_global_zero:
-            with self._charged(trainer, "export"):
+        with self._charged(trainer, "export"), whole_on_first_rank(module):
+            if trainer.is_global_zero:
                 self.folder.write_base(module, masks)
                 self._count(self.folder.path)
 
     def _export_trained(self, trainer: Trainer, module: LightningModule, merged: bool = True) -> None:
         masks = masks_of(trainer)
-        if not trainer.is_global_zero or masks is None:
+        if masks is None:
             return
-        with self._charged(trainer, "export"):
-            quantization = next((c.account for c in trainer.callbacks if isinstance(c, QuantizedBase)), None)
+        quantization = next((c.account for c in trainer.callbacks if isinstance(c, QuantizedBase)), None)
+        with self._charged(trainer, "export"), whole_on_first_rank(module):
+            if not trainer.is_global_zero:
+                return
             written = self.folder.write_trained(module, masks, {"quantization": quantization or None})
             if not merged and written == self.folder.adapter:
                 self.folder.drop_merged()  # of an end that was never made whole
@@ -154,8 +157,8 @@ class RunProducts(PrunedRunCallback):
         self.report["merge"] = {"form": form, "lossless": False}
         try:
             with in_floats(module), merged_in_place(module, masks):
-                if trainer.is_global_zero:
-                    with self._charged(trainer, "export"):
+                with self._charged(trainer, "export"), whole_on_first_rank(module):
+                    if trainer.is_global_zero:
                         self.folder.write_merged(module, masks)
                         self._count(self.folder.model)
                 self._evaluate(trainer, module, "merged")

@@ -24,6 +24,7 @@ from sparsefit.callbacks.task_figures import TaskFigures
 from sparsefit.files import file_sum, write_text
 from sparsefit.pruning import MaskSet, PruningResult
 from sparsefit.recovery.export import exported_masks, trains_base
+from sparsefit.recovery.gathering import has_shards
 from sparsefit.recovery.run_files import CLAIMED, CLOSING, FAILED, FINISHED, PRUNED, TRAINING
 from sparsefit.reporting.console import console, summary
 from sparsefit.reporting.pages import render_html
@@ -141,7 +142,8 @@ class RunReport(RunProducts):
                 self._write(trainer, pl_module, "running")
         self.course.note_random("training")
         masks = masks_of(trainer)
-        if masks is not None and not self.folder.masks.exists() and not trains_base(pl_module):
+        there = trainer.strategy.broadcast(self.folder.masks.exists())  # as the first rank, which writes them, sees it
+        if masks is not None and not there and not trains_base(pl_module):
             self._export_base(trainer, pl_module, masks)
 
     def on_pruning_check(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -212,7 +214,9 @@ class RunReport(RunProducts):
     def _break_off(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         status = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
         self.report["error"] = f"{type(exception).__name__}: {exception}"
-        if trainer.global_step > 0 and not self._fit.closing and not self._fit.has_results:
+        # The parts of weights that are split over devices cannot be asked for: other ranks may still be at work.
+        whole = not has_shards(module)
+        if whole and trainer.global_step > 0 and not self._fit.closing and not self._fit.has_results:
             with _told():
                 self._export_trained(trainer, module, merged=False)
         with _told():

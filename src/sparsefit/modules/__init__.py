@@ -5,6 +5,7 @@ from sparsefit.modules.embedding import EmbeddingModule
 from sparsefit.modules.image_classifier import ImageClassifierModule
 from sparsefit.modules.recovery_mixin import RecoveryMixin
 from sparsefit.modules.seq2seq import Seq2SeqModule
+from sparsefit.modules.sharding import shard
 from sparsefit.modules.text_classifier import SequenceClassifierModule, TokenClassifierModule
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "Seq2SeqModule",
     "SequenceClassifierModule",
     "TokenClassifierModule",
+    "shard",
 ]

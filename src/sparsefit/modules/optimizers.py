@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from sparsefit.errors import ConfigError
 from sparsefit.settings import number
+from sparsefit.sharded import is_sharded
 
 _LEAST_IN_8_BITS = 4096  # weights of a tensor from which on AdamW8bit holds moments in 8 bits
 
@@ -73,7 +74,8 @@ def build_optimizer(
         momentum: of SGD.
 
     Raises:
-        ConfigError: where this release of bitsandbytes has no 8-bit optimizer for the parameters' device.
+        ConfigError: where this release of bitsandbytes has no 8-bit optimizer for the parameters' device, or these are
+            split over devices.
     """
     if name == "sgd":
         return torch.optim.SGD(parameters, lr=learning_rate, weight_decay=weight_decay, momentum=momentum)
@@ -81,6 +83,10 @@ def build_optimizer(
         return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
     from bitsandbytes.optim import AdamW8bit
 
+    parameters = [*parameters]
+    given = [own for entry in parameters for own in (entry["params"] if isinstance(entry, dict) else [entry])]
+    if any(map(is_sharded, given)):
+        raise ConfigError("adamw_8bit cannot step weights that are split over devices: take the optimizer adamw")
     optimizer = AdamW8bit(parameters, lr=learning_rate, weight_decay=weight_decay)
     on_cpu = any(parameter.device.type == "cpu" for group in optimizer.param_groups for parameter in group["params"])
     if on_cpu and not _steps_on_cpu(AdamW8bit):

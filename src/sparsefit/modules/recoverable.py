@@ -14,6 +14,7 @@ from sparsefit.errors import ConfigError
 from sparsefit.modules.loading import Dtype
 from sparsefit.modules.optimizers import build_optimizer, check_settings, trained_parameters
 from sparsefit.modules.recovery_mixin import RecoveryMixin
+from sparsefit.modules.sharding import shard
 from sparsefit.recovery.adapters import AdapterSettings, attach_adapter
 from sparsefit.recovery.distill import DistillSettings
 
@@ -106,6 +107,11 @@ class RecoverableModule(RecoveryMixin, LightningModule):
             base = attach_adapter(base, replace(self.adapter, modules_to_save=tuple(saved)))
         self.model = base
         self.model.train()  # from_pretrained returns a model in evaluation mode
+
+    def configure_model(self) -> None:
+        """Split the model over the devices, where the trainer's strategy is ModelParallelStrategy."""
+        if self.device_mesh is not None:
+            shard(self.model, self.device_mesh)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over what is trained, at a constant rate."""

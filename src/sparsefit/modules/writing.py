@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from sparsefit.bare_model import base_modules, canonical_name
 from sparsefit.errors import CalibrationError, ConfigError
 from sparsefit.recovery.export import adapted_part, pretrained_part
+from sparsefit.recovery.gathering import has_shards
+from sparsefit.sharded import is_sharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,7 +46,8 @@ def weights_digest(module: nn.Module) -> str:
     for path, part in sorted(base_modules(model).items()):
         for name, weight in part.named_parameters(recurse=False):
             digest.update(f"{canonical_name(path)}.{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
-            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            whole = weight.detach().full_tensor() if is_sharded(weight) else weight.detach()
+            digest.update(whole.cpu().contiguous().flatten().view(torch.uint8).numpy())
     told = {"transformers_version", "_name_or_path", "use_cache"}  # another release, folder or setting of training
     settings = {name: value for name, value in model.config.to_dict().items() if name not in told}
     digest.update(repr(sorted(settings.items(), key=lambda item: item[0])).encode())
@@ -72,6 +75,11 @@ def writing(module: nn.Module) -> Iterator[PreTrainedModel]:
     from transformers import GenerationConfig
 
     model = writer_in(module)
+    if has_shards(module):
+        raise ConfigError(
+            "a model that is split over devices does not write text: let one device (or strategy ddp) write it first, "
+            "by a fit with max_steps=0 or `write_with(model)`; this run will find its file in the same folder"
+        )
     with ExitStack() as stack, isolate_rng(), torch.no_grad():
         for part in (part for part in module.modules() if part.training):
             stack.callback(setattr, part, "training", True)

@@ -15,7 +15,9 @@ from sparsefit.errors import ConfigError
 from sparsefit.pruning.masks import pack_bits
 from sparsefit.pruning.undo import Removed
 from sparsefit.recovery.export import adapted_part
+from sparsefit.recovery.gathering import own_part
 from sparsefit.settings import named_settings, number
+from sparsefit.sharded import is_sharded, reshard, shard_of
 
 _LOGITS_AT_ONCE = 2**22
 """Of the student, in `divergence`: 16 MB in float32, which a CPU's caches and allocator take without page faults."""
@@ -73,7 +75,8 @@ class DenseTeacher:
 
     Made while the model is dense. When the model is pruned, `settle` lets go of all that it shares with its dense
     self: of a frozen weight that pruning only masked, the removed values stay, with one bit a weight to say where
-    they belong; a weight that was updated or trains needs a copy; all others cost nothing.
+    they belong; a weight that was updated or trains needs a copy; all others cost nothing. Where weights are split over
+    devices since, each rank keeps what concerns its part.
 
     Args:
         model: The dense model, with adapters or without, or a module that holds it; its parameters are copied to CPU
@@ -81,11 +84,11 @@ class DenseTeacher:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._dense = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
+        self._dense = {name: shard_of(p).to("cpu", copy=True) for name, p in model.named_parameters()}
         # They change as the student trains.
         self._dense_buffers = {n: b.detach().to("cpu", copy=True) for n, b in _running_statistics(model)}
         self._removed: list[tuple[nn.Parameter, Removed]] = []
-        self._copies: list[tuple[Tensor, Tensor]] = []
+        self._copies: list[tuple[Tensor, Tensor]] = []  # of a parameter or buffer
         self.settled = False
 
     @property
@@ -101,21 +104,24 @@ class DenseTeacher:
         Raises:
             ConfigError: if a weight was quantized since: the dense values cannot take its place.
         """
+        reshard(model)
         for name, parameter in model.named_parameters():
-            dense = self._dense.pop(name, None)
+            dense, own = self._dense.pop(name, None), shard_of(parameter)
             if dense is None:
                 continue
-            if dense.shape != parameter.shape or dense.dtype != parameter.dtype:
+            if dense.shape == parameter.shape:
+                dense = own_part(dense, parameter)
+            if dense.shape != own.shape or dense.dtype != own.dtype:
                 raise ConfigError(
                     f"{name} was quantized after the dense model was taken as the teacher: distillation needs a base "
                     "in floats. Leave out `distill`, or `quantize`"
                 )
-            dense = dense.to(parameter.device)
-            kept = parameter == dense
+            dense = dense.to(own.device, copy=dense.shape != parameter.shape)  # a part must not hold the whole
+            kept = own == dense
             if parameter.requires_grad:
                 self._copies.append((parameter, dense))
             elif not bool(kept.all()):
-                gone = parameter.masked_select(~kept)
+                gone = own.masked_select(~kept)
                 if bool(gone.any()):  # not merely masked
                     self._copies.append((parameter, dense))
                 else:
@@ -137,7 +143,8 @@ class DenseTeacher:
         training = [module for module in model.modules() if module.training]
         trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         copies_of_autocast = torch.is_autocast_cache_enabled()
-        students = [parameter.data for parameter, _ in self._copies]
+        reshard(model)
+        students = [shard_of(held).clone() if is_sharded(held) else held.data for held, _ in self._copies]
         with ExitStack() as stack, torch.no_grad():
             stack.callback(_require_gradients, trained)  # PEFT makes all that it disabled trainable
             if (adapted := adapted_part(model)) is not None:
@@ -147,18 +154,27 @@ class DenseTeacher:
                 torch.set_autocast_cache_enabled(False)
                 model.eval()
                 for parameter, removed in self._removed:
-                    removed.put_back(parameter.data)
-                for parameter, dense in self._copies:
-                    parameter.data = dense
+                    removed.put_back(shard_of(parameter))
+                for held, dense in self._copies:
+                    _give(held, dense)
                 yield
             finally:
-                for (parameter, _), student in zip(self._copies, students, strict=True):
-                    parameter.data = student
+                reshard(model)
+                for (held, _), student in zip(self._copies, students, strict=True):
+                    _give(held, student)
                 for parameter, removed in self._removed:
-                    removed.take_out(parameter.data)
+                    removed.take_out(shard_of(parameter))
                 for module in training:
                     module.training = True
                 torch.set_autocast_cache_enabled(copies_of_autocast)
+
+
+def _give(held: Tensor, values: Tensor) -> None:
+    """Give a parameter or buffer other values; what FSDP2 gathers of a split one is the memory that it knows."""
+    if is_sharded(held):
+        shard_of(held).copy_(values)
+    else:
+        held.data = values
 
 
 def _require_gradients(trained: list[tuple[nn.Parameter, bool]]) -> None:

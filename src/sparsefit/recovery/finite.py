@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from sparsefit.bare_model import canonical_name
 from sparsefit.errors import DivergenceError
 from sparsefit.pruning.statistics import all_finite
+from sparsefit.ranks import add_up
+from sparsefit.sharded import is_sharded, shard_of
 
 LOWEST_SCALE = 1e-4
 """Of a gradient scaler, which begins at 65,536: gradients that are finite only below this need more than 16 bits."""
@@ -18,9 +20,12 @@ LOWEST_SCALE = 1e-4
 
 def nonfinite_count(values: Tensor) -> int:
     """How many numbers of a tensor are NaN or infinite; 0 for one of whole numbers or packed bits."""
-    if not _can_diverge(values) or all_finite(values):
+    if not _can_diverge(values):
         return 0
-    return int((~values.isfinite()).sum())
+    own = shard_of(values)
+    if not is_sharded(values) and all_finite(own):
+        return 0
+    return int(_agreed((~own.isfinite()).sum(), [values]))
 
 
 def nonfinite_weights(model: nn.Module, trained_only: bool = False) -> dict[str, int]:
@@ -33,7 +38,7 @@ def nonfinite_weights(model: nn.Module, trained_only: bool = False) -> dict[str,
     own = dict(model.named_parameters())
     looked_at = {name: p.detach() for name, p in own.items() if p.requires_grad or not trained_only}
     # All are asked at once, so that a GPU is waited for once. Only if something is wrong is it looked for.
-    if bool(_largest(looked_at.values()).isfinite()):
+    if bool(_agreed(_spoilt(looked_at.values()), looked_at.values()).isfinite()):
         return {}
     counts = {canonical_name(name): nonfinite_count(tensor) for name, tensor in looked_at.items()}
     return {name: count for name, count in counts.items() if count}
@@ -86,10 +91,11 @@ class FiniteWatch:
         Raises:
             DivergenceError: if they, or on a GPU those of the step before, are not finite.
         """
-        largest = _largest(gradients)
+        gradients = [*gradients]
+        spoilt = _spoilt(gradients)
         losses = torch.zeros(()) if self._losses is None else self._losses
         self._losses = None
-        found = torch.stack([losses.to(largest.device), largest * 0]).isfinite()  # (2,): losses, gradients
+        found = _agreed(torch.stack([losses.to(spoilt.device), spoilt]), gradients).isfinite()  # (2,)
         self.settle()
         if found.device.type == "cuda":
             found, event = found.to("cpu", non_blocking=True), torch.cuda.Event()
@@ -144,10 +150,20 @@ def gradients_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [grad._values() if grad.is_sparse else grad for grad in found]
 
 
-def _largest(tensors: Iterable[Tensor]) -> Tensor:
-    """The largest absolute number of all, (), where the first of them is; NaN if one is. No copy is made of them."""
-    floats = [tensor for tensor in tensors if _can_diverge(tensor)]
-    return nn.utils.get_total_norm(floats, norm_type=math.inf).float() if floats else torch.zeros(())
+def _spoilt(tensors: Iterable[Tensor]) -> Tensor:
+    """0, (), where the first of them is; NaN if any number is NaN or infinite. No copy is made of them; of those that
+    are split over devices the part that is here is looked at."""
+    floats = [shard_of(tensor) for tensor in tensors if _can_diverge(tensor)]
+    if not any(map(Tensor.numel, floats)):
+        return floats[0].new_zeros((), dtype=torch.float32) if floats else torch.zeros(())
+    return nn.utils.get_total_norm([own for own in floats if own.numel()], norm_type=math.inf).float() * 0
+
+
+def _agreed(found: Tensor, tensors: Iterable[Tensor]) -> Tensor:
+    """What was found in tensors, added up over the ranks where these are split over devices: NaN, if one found it."""
+    if any(map(is_sharded, tensors)):
+        add_up(found)
+    return found
 
 
 def _can_diverge(tensor: Tensor) -> bool:

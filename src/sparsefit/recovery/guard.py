@@ -13,6 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from sparsefit.bare_model import canonical_name
 from sparsefit.pruning import MaskSet
 from sparsefit.pruning.masks import pack_bits, unpack_bits
+from sparsefit.recovery.gathering import own_part
+from sparsefit.sharded import is_sharded, reshard, shard_of
 
 
 class MaskGuard:
@@ -21,7 +23,8 @@ class MaskGuard:
     Their gradients are masked as they arise, so that momentum, second moments and the clipped norm see the
     kept weights only; and they are set to zero after every optimizer step, so that state from before the
     pruning or weight decay cannot bring one back. Frozen weights are left alone; one that is unfrozen is guarded
-    from the next step on. A guarded weight costs one bit, unpacked on its device when it is needed.
+    from the next step on. A guarded weight costs one bit, unpacked on its device when it is needed; of a weight that
+    is split over devices each guards its part.
 
     Args:
         masks: The masks of a model.
@@ -42,6 +45,7 @@ class MaskGuard:
         Returns:
             How many parameters are guarded now.
         """
+        reshard(model)  # what trains are the parts
         named = {canonical_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
         masked = {named[name]: name for name in self.masks.parameters if name in named}
         self._frozen = {parameter: name for parameter, name in masked.items() if parameter not in self._pruned}
@@ -65,10 +69,14 @@ class MaskGuard:
     def _guard_unfrozen(self) -> None:
         for parameter in [parameter for parameter in self._frozen if parameter.requires_grad]:
             kept = self.masks.for_parameter(self._frozen.pop(parameter), parameter)
-            bits = self._pruned[parameter] = pack_bits(~kept).to(parameter.device)
-            self._handles.append(parameter.register_hook(partial(_without, bits=bits)))
+            bits = self._pruned[parameter] = pack_bits(~own_part(kept, parameter)).to(parameter.device)
+            if is_sharded(parameter):  # FSDP2 gives it its gradient past autograd, and then calls this kind of hook
+                hook = parameter.register_post_accumulate_grad_hook(partial(_mask_gradient, bits=bits))
+            else:
+                hook = parameter.register_hook(partial(_without, bits=bits))
+            self._handles.append(hook)
             if parameter.grad is not None:
-                parameter.grad = _without(parameter.grad, bits)
+                _mask_gradient(parameter, bits)
         for optimizer in self._optimizers if self._pruned else ():
             if id(optimizer) not in self._zeroing:
                 self._zeroing.add(id(optimizer))
@@ -77,7 +85,15 @@ class MaskGuard:
     @torch.no_grad()
     def _zero(self) -> None:
         for parameter, bits in self._pruned.items():
-            parameter.masked_fill_(unpack_bits(bits, tuple(parameter.shape), parameter.device), 0)
+            _set_to_zero(shard_of(parameter), bits)
+
+
+def _mask_gradient(parameter: nn.Parameter, bits: Tensor) -> None:
+    _set_to_zero(shard_of(parameter.grad), bits)
+
+
+def _set_to_zero(values: Tensor, bits: Tensor) -> None:
+    values.masked_fill_(unpack_bits(bits, tuple(values.shape), values.device), 0)
 
 
 def _without(gradient: Tensor, bits: Tensor) -> Tensor:

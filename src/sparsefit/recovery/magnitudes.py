@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsefit.recovery.gathering import own_part, whole
+from sparsefit.sharded import shard_of
+
 
 @contextmanager
 def magnitudes_follow(model: nn.Module) -> Iterator[None]:
@@ -28,9 +31,12 @@ def magnitudes_follow(model: nn.Module) -> Iterator[None]:
     """
     found = [(layer, name) for layer in model.modules() for name in getattr(layer, "lora_magnitude_vector", None) or ()]
     found = [(layer, name) for layer, name in found if name in layer.lora_A]  # not those of embeddings
-    before = [layer.lora_magnitude_vector[name].weight.detach().clone() for layer, name in found]
+    before, gains = [], []
     with ExitStack() as hooks, torch.no_grad():
-        gains = [old / _lengths(layer, name) for (layer, name), old in zip(found, before, strict=True)]
+        for layer, name in found:
+            with whole(layer):
+                before.append(layer.lora_magnitude_vector[name].weight.detach().clone())
+                gains.append(before[-1] / _lengths(layer, name))
         for (layer, name), gain in zip(found, gains, strict=True):
             hook = layer.register_forward_pre_hook(partial(_follow, name=name, gain=gain))
             hooks.callback(hook.remove)
@@ -38,10 +44,12 @@ def magnitudes_follow(model: nn.Module) -> Iterator[None]:
             yield
         except BaseException:
             for (layer, name), old in zip(found, before, strict=True):
-                layer.lora_magnitude_vector[name].weight.copy_(old)
+                magnitudes = layer.lora_magnitude_vector[name].weight
+                shard_of(magnitudes).copy_(own_part(old, magnitudes))
             raise
         for (layer, name), gain in zip(found, gains, strict=True):
-            _follow(layer, name=name, gain=gain)
+            with whole(layer):
+                _follow(layer, name=name, gain=gain)
 
 
 @torch.no_grad()

@@ -14,7 +14,10 @@ from sparsefit.pruning import MaskSet
 from sparsefit.pruning.masks import pack_bits
 from sparsefit.quantized import is_quantized
 from sparsefit.recovery.export import adapted_part, base_state_dict
+from sparsefit.recovery.finite import nonfinite_count
+from sparsefit.recovery.gathering import has_shards, whole
 from sparsefit.recovery.tuner_trials import fills_zeros
+from sparsefit.sharded import reshard, shard_of
 
 
 def lossy_layers(model: nn.Module, masks: MaskSet) -> list[str]:
@@ -29,7 +32,7 @@ def lossy_layers(model: nn.Module, masks: MaskSet) -> list[str]:
             or getattr(layer, "mask_bits", None) is not None
         ):
             continue
-        if type(layer) in kinds or fills_zeros(layer):
+        if type(layer) in kinds or _fills_zeros(layer):
             lossy.append(name)
             kinds.add(type(layer))  # one of a kind that fills zeros says it for all
     return lossy
@@ -83,30 +86,42 @@ def merged_in_place(module: nn.Module, masks: MaskSet) -> Iterator[None]:
     if adapted is None:
         yield
         return
+    reshard(module)
     layers = [layer for _, layer in _adapted_layers(module)]
     # All of a layer's, as IA3 scales biases, too; by name, as PEFT gives torch's attention new ones.
     before = [
-        (base, {name: weight.detach().to("cpu", copy=True) for name, weight in base.named_parameters()})
+        (base, {name: shard_of(weight).to("cpu", copy=True) for name, weight in base.named_parameters()})
         for base in (layer.get_base_layer() for layer in layers)
     ]
     try:
         with torch.no_grad():
-            _merge_adapter(adapted)
+            _merge_adapter(adapted, layers)
         masks.verify(module)
         yield
     finally:
         with torch.no_grad():
             for layer in layers:
                 if layer.merged:
-                    layer.unmerge()
+                    with whole(layer):
+                        layer.unmerge()
             for base, kept in before:
                 for name, weight in base.named_parameters():
-                    weight.copy_(kept[name])
+                    shard_of(weight).copy_(kept[name])
 
 
-def _merge_adapter(adapted: nn.Module) -> None:
+def _fills_zeros(layer: nn.Module) -> bool:
+    with whole(layer):
+        return fills_zeros(layer)
+
+
+def _merge_adapter(adapted: nn.Module, layers: list[nn.Module]) -> None:
     try:
-        adapted.merge_adapter(safe_merge=True)
+        if not has_shards(adapted):
+            adapted.merge_adapter(safe_merge=True)
+            return
+        for layer in layers:
+            with whole(layer):
+                layer.merge(safe_merge=True)
     except (NotImplementedError, AttributeError) as error:
         raise MergeError(f"{_form(adapted)} adapters cannot be merged, says PEFT: {error}") from error
 
@@ -175,7 +190,7 @@ def _check_adapters(model: nn.Module, masks: MaskSet) -> None:
             for path, tensor in layer.named_parameters()
             if path.startswith(tuple(getattr(layer, "adapter_layer_names", ())))
         ]
-        if not all(bool(tensor.isfinite().all()) for tensor in own):
+        if any(nonfinite_count(tensor) for tensor in own):
             raise MergeError(
                 f"the adapter of {name} holds values that are NaN or infinite: its training has diverged. Take an "
                 "earlier checkpoint, or train with a lower learning rate"

@@ -6,6 +6,7 @@ judged by the same rules: see docs/adapters.md for what that gives on those of t
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from sparsefit.bare_model import base_modules, canonical_name
 from sparsefit.errors import ConfigError
+from sparsefit.recovery.gathering import has_shards, whole
 from sparsefit.recovery.tuner_trials import BEGUN, begins_in_its_own_way, own_randomness, set_values, try_reload
 
 if TYPE_CHECKING:
@@ -140,8 +142,12 @@ def _one_of_each_kind(part: nn.Module, adapter: str) -> list[nn.Module]:
 
 
 def _check_reload(config: PeftConfig, layer: nn.Module) -> None:
+    base = layer.get_base_layer()
+    if has_shards(base):
+        with whole(base):
+            base = copy.deepcopy(base)
     try:
-        difference, changes_base = try_reload(config, layer.get_base_layer())
+        difference, changes_base = try_reload(config, base)
     except Exception as error:  # whatever PEFT does not like about a model of one layer
         warnings.warn(
             f"It could not be tried out whether {_title(config)} comes back from its files on a pruned base ({error}): "
