@@ -39,7 +39,7 @@ def test_a_page_runs_and_prints_what_it_shows(page, tmp_path):
 def output_of(commands: str, folder: Path) -> str:
     """What commands print in a folder, with the `python` and the `sparsefit` of this environment."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hub"), "COLUMNS": "100"}
+    environment = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hub"), "COLUMNS": "160"}
     run = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", commands],
         cwd=folder,
