@@ -266,7 +266,7 @@ def layer_name(weight_name: str) -> str:
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a layer's name fits one of the patterns.
+    r"""Whether a layer's name fits one of the patterns.
 
     Args:
         name: The layer's name.
