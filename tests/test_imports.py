@@ -58,6 +58,8 @@ ALLOWED = {
     "data": {"torch", "transformers", "datasets", "torchmetrics", "lightning", "huggingface_hub"}
     | {"pyarrow", "fsspec", "numpy", "PIL", "sklearn", "sparsefit.modules"},
     "reporting": {"torch", "rich", "jinja2", "matplotlib", "numpy", "psutil", "huggingface_hub"},
+    "saved_models": {"sparsefit.recovery"},
+    "hub": {"huggingface_hub"} | {f"sparsefit.{part}" for part in ("modules", "recovery", "reporting", "saved_models")},
     "planning": {"sparsefit.reporting"},
     "study": {"torch", "sparsefit.calibration", "sparsefit.pruning", "sparsefit.reporting"},
     "callbacks": {
