@@ -117,7 +117,7 @@ def refused(sparsefit, run, server):
     tensors = load_file(weights)
     name = next(iter(MaskSet.load(run / "masks.safetensors").parameters))
     save_file({**tensors, name: torch.ones_like(tensors[name])}, weights, {"format": "pt"})
-    assert "not what SHA256SUMS says" in push()
+    assert "not what its SHA256SUMS says" in push()
     write_sums(run / "model")  # as if it had been written so
     assert "MaskError" in push()
     save_file({**tensors, "model.norm.weight": torch.full((16,), torch.nan)}, weights, {"format": "pt"})
