@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
+from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Literal, TypeAlias
+from urllib.parse import urlsplit
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
@@ -48,7 +51,8 @@ def loggers_of_run(names: Iterable[str], folder: Path, title: str) -> list[Logge
             made.append(TensorBoardLogger(folder, name=name, version=""))
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            made.append(WandbLogger(name=title, save_dir=folder, project=_PROJECT, offline=_is_offline()))
+            mode = {} if "WANDB_MODE" in os.environ or has_wandb_key() else {"mode": "offline"}
+            made.append(WandbLogger(name=title, save_dir=folder, project=_PROJECT, **mode))
     return made
 
 
@@ -59,8 +63,14 @@ def end_loggers(loggers: Iterable[Logger]) -> None:
             logger.experiment.finish()
 
 
-def _is_offline() -> bool:
-    """Whether wandb has to keep its run on this machine: it has no key to send it with, and nothing else was said."""
-    import wandb
-
-    return "WANDB_MODE" not in os.environ and not wandb.api.api_key
+def has_wandb_key() -> bool:
+    """Whether wandb has something to send a run with: looked for where it looks itself, as its own ways to ask differ
+    from version to version."""
+    if {"WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"} & os.environ.keys():
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    for file in [os.environ["NETRC"]] if "NETRC" in os.environ else ["~/.netrc", "~/_netrc"]:
+        with suppress(OSError, NetrcParseError):
+            if netrc(os.path.expanduser(file)).authenticators(host) is not None:
+                return True
+    return False

@@ -67,7 +67,6 @@ ALLOWED = {
         "numpy",
         "lightning",
         "safetensors",
-        "wandb",
         "yaml",
         "sparsefit.calibration",
         "sparsefit.pruning",

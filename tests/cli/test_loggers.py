@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from sparsefit import RunReport
+from sparsefit.callbacks.loggers import has_wandb_key
 from sparsefit.errors import ConfigError
 
 TIMED = {"created", "seconds", "gpu_hours", "memory", "timeline", "sha256", "page", "id", "configuration", "machine"}
@@ -18,14 +20,11 @@ WANDB = '''
 """Stands in for wandb: notes in a file what it is told."""
 import json, os
 
-class _Api:
-    api_key = os.environ.get("WANDB_API_KEY")
-
 class _Run:
     def __init__(self, directory, settings):
         self.file, self.id = open(os.path.join(directory, "told.jsonl"), "a"), "0"
         self.config = self
-        self.tell(init=settings, mode=os.environ.get("WANDB_MODE"))
+        self.tell(init=settings)
     def tell(self, **values):
         self.file.write(json.dumps(values, default=str) + "\\n")
         self.file.flush()
@@ -39,7 +38,7 @@ class _Run:
         global run
         run = None
 
-api, run = _Api(), None
+run = None
 
 def init(**settings):
     global run
@@ -62,7 +61,7 @@ def lasting(folder):
 def test_each_logger_is_told_and_the_report_is_the_same(sparsefit, recipe, tmp_path):
     pytest.importorskip("tensorboard", reason="TensorBoard is not installed: pip install 'sparsefit[tensorboard]'")
     reports = []
-    for number, named in enumerate((None, "csv", "tensorboard", ["csv", "tensorboard"])):
+    for number, named in enumerate((None, "tensorboard", ["csv", "tensorboard"])):
         recipe["run"] = {"folder": str(tmp_path / f"run{number}"), "name": "mine", "logger": named}
         status, _, errors = sparsefit("fit", recipe=recipe)
         assert status == 0, errors
@@ -109,7 +108,9 @@ def test_wandb_is_offline_without_a_key(recipe, tmp_path):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     code = "import sys; sys.path.insert(0, 'stand_in'); from sparsefit.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "fit", "--config", "recipe.yaml"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    known = {name: value for name, value in os.environ.items() if not name.startswith("WANDB") and name != "NETRC"}
+    environment = known | {"HOME": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "run/report.json").read_text())
     assert report["control"]["status"] == "finished"
@@ -122,10 +123,24 @@ def test_wandb_is_offline_without_a_key(recipe, tmp_path):
     assert run[0][1]["name"] == "mine"
     assert run[0][1]["project"] == "sparsefit"
     assert control[0][1]["name"] == "mine control"  # a run of its own
-    assert run[1] == ("mode", "dryrun")  # of Lightning, for offline
+    assert run[0][1]["mode"] == control[0][1]["mode"] == "offline"
     metrics = {name: value for key, values in run if key == "metrics" for name, value in values.items()}
     assert metrics["perplexity/pruned"] == pytest.approx(report["perplexity"]["pruned"])
     assert not any("pruning/sparsity" in values for key, values in control if key == "metrics")
+
+
+def test_the_key_of_wandb_is_found_where_it_may_be(tmp_path, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert not has_wandb_key()
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai\n  login user\n  password 0\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    assert has_wandb_key()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert not has_wandb_key()
+    monkeypatch.setenv("WANDB_API_KEY", "0")
+    assert has_wandb_key()
 
 
 @pytest.mark.parametrize("library", ["tensorboard", "wandb"])
