@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
@@ -10,6 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
@@ -33,6 +35,21 @@ def beginning(name: str, folder: Path, module: LightningModule) -> dict[str, Any
         "versions": versions(),
         "machine": machine(),
     }
+
+
+def named_model(configuration: str | None) -> dict[str, Any] | None:
+    """The model that a recipe names, and whether it came from the hub; None where there is no recipe, or no name.
+
+    Args:
+        configuration: The recipe as YAML, whose model is loaded by now: what is no path here was on the hub.
+    """
+    settings: Any = yaml.safe_load(configuration or "")
+    for key in ("model", "init_args", "model"):
+        settings = settings.get(key) if isinstance(settings, Mapping) else None
+    if not isinstance(settings, str):
+        return None
+    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", settings) and not settings.endswith(".gguf")
+    return {"name": settings, "hub": bool(hub) and not Path(settings).exists()}
 
 
 def pruned(result: PruningResult, source: str) -> dict[str, Any]:

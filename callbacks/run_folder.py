@@ -21,9 +21,13 @@ from sparsefit.recovery.inspection import BASE_FOLDER, MASKS_FILE, MODEL_FOLDER
 from sparsefit.recovery.merge import merged_state_dict
 from sparsefit.recovery.quantize import in_floats
 from sparsefit.recovery.run_files import RunState
+from sparsefit.reporting.card import model_card
 from sparsefit.reporting.formats import size
+from sparsefit.reporting.pages import render_html
+from sparsefit.reporting.report import write_json
 
 LOGS = "logs"
+CARD_FILE = "README.md"
 _ORPHANS_END = 6.0
 """Seconds for which the loader's workers of a killed run may hold its lock: they look for their parent every 5."""
 TEXT = "written_text"
@@ -50,6 +54,7 @@ class RunFolder:
         self.masks = self.path / MASKS_FILE
         self.json = self.path / run_files.REPORT_FILE
         self.html = self.path / run_files.PAGE_FILE
+        self.card = self.path / CARD_FILE
         self.configuration = self.path / run_files.CONFIG_FILE
         self._lock: Any = None
 
@@ -107,7 +112,7 @@ class RunFolder:
         entries = list(self.path.iterdir()) if self.path.is_dir() else []
         half = f"{BASE_FOLDER}.partial"  # `replacing` removes it
         names = {entry.name for entry in entries if not is_partial(entry)} - {TEXT, LOCK_FILE, half}
-        told = {file.name for file in (self.json, self.html, self.configuration)} | {run_files.STATE_FILE}
+        told = {file.name for file in (self.json, self.html, self.card, self.configuration)} | {run_files.STATE_FILE}
         begun = {self.configuration.name, run_files.STATE_FILE} & names
         broke_off = self._read("status") in ("interrupted", "failed") or (begun and not self.json.exists())
         return names <= {LOGS} or (bool(broke_off) and names <= {LOGS, *told})
@@ -217,6 +222,12 @@ class RunFolder:
     def write_configuration(self, text: str) -> None:
         """Keep the recipe of the run."""
         write_text(text, self.configuration)
+
+    def write_report(self, report: dict[str, Any]) -> None:
+        """Write a report, its page and its model card."""
+        write_text(render_html(report), self.html)
+        write_text(model_card(report), self.card)
+        write_json(report | {"page": file_sum(self.html)}, self.json, seal=True)
 
     def left_to_do(self) -> str | None:
         """Why the end of a run that has taken all of its steps is yet to be made; None if all of it is there, whole."""

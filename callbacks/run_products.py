@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from sparsefit.callbacks.hooks import PrunedRunCallback
 from sparsefit.callbacks.ledgers import budget_of, ledger_of, masks_of
+from sparsefit.callbacks.loggers import loggers_of_run
 from sparsefit.callbacks.quantization import QuantizedBase
 from sparsefit.callbacks.reconstruction import BlockwiseReconstruction
 from sparsefit.callbacks.run_account import point
-from sparsefit.callbacks.run_folder import RunFolder
+from sparsefit.callbacks.run_folder import LOGS, RunFolder
 from sparsefit.callbacks.task_figures import LEDGER_STAGE, METRIC, TaskFigures
 from sparsefit.callbacks.validating import better, logged_as, validated
 from sparsefit.errors import MergeError
@@ -39,14 +41,28 @@ class RunProducts(PrunedRunCallback):
     Args:
         folder: Where the files go.
         tasks: Zero-shot tasks that it is measured by, too.
+        name: Of the run; by default the folder's.
+        loggers: Names of loggers that are told of it.
     """
 
-    def __init__(self, folder: RunFolder, tasks: TaskFigures) -> None:
+    def __init__(self, folder: RunFolder, tasks: TaskFigures, name: str | None, loggers: tuple[str, ...]) -> None:
         self.folder = folder
         self.tasks = tasks
+        self.name = name or folder.path.name
+        self.loggers = loggers
+        self._made: list[Logger] = []
         self.report: dict[str, Any] = {}
         self.history: list[dict[str, float]] = []
         self._seconds = {"evaluation": 0.0, "export": 0.0, LEDGER_STAGE: 0.0}  # the longest of each
+
+    def new_loggers(self) -> list[Logger]:
+        """The loggers that the run names, for its Trainer; they write to the run folder."""
+        self._made = loggers_of_run(self.loggers, self.folder.path / LOGS, self.name)
+        return self._made
+
+    def _add_loggers(self, trainer: Trainer) -> None:
+        if not any(logger in trainer.loggers for logger in self._made):
+            trainer.loggers = [*trainer.loggers, *self.new_loggers()]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

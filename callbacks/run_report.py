@@ -17,18 +17,17 @@ from sparsefit.callbacks.course import Course
 from sparsefit.callbacks.hooks import tell
 from sparsefit.callbacks.ledgers import ledger_of, masks_of
 from sparsefit.callbacks.lightning_loops import Limits, end_now, limits_of, limits_reached, reopen
-from sparsefit.callbacks.run_account import beginning, standing
+from sparsefit.callbacks.loggers import LoggerName, logger_names
+from sparsefit.callbacks.run_account import beginning, named_model, standing
 from sparsefit.callbacks.run_folder import RunFolder
 from sparsefit.callbacks.run_products import RunProducts
 from sparsefit.callbacks.task_figures import TaskFigures
-from sparsefit.files import file_sum, write_text
 from sparsefit.pruning import MaskSet, PruningResult
 from sparsefit.recovery.export import exported_masks, trains_base
 from sparsefit.recovery.gathering import has_shards
 from sparsefit.recovery.run_files import CLAIMED, CLOSING, FAILED, FINISHED, PRUNED, TRAINING
 from sparsefit.reporting.console import console, summary
-from sparsefit.reporting.pages import render_html
-from sparsefit.reporting.report import read_json, write_json
+from sparsefit.reporting.report import read_json
 from sparsefit.settings import named_settings
 
 
@@ -48,7 +47,7 @@ class _Fit:
 
 @named_settings
 class RunReport(RunProducts):
-    """Fills a run folder: sparse base, adapter, merged model, masks, `report.json` and `report.html`.
+    """Fills a run folder: sparse base, adapter, merged model, masks, report (JSON and HTML) and model card (README.md).
 
     The module is evaluated dense, pruned, reconstructed, recovered and merged if there are test data and it has a
     method `evaluate(batches, progress)` that returns figures by name and calls `progress` after each batch; its
@@ -77,6 +76,7 @@ class RunReport(RunProducts):
         tasks_limit: The first so many items of each task; None takes all.
         tasks_batch_size: Requests of the tasks that are sent through the model at once.
         resume: Go on with the run that lies in the folder, if one does; give the fit its `checkpoint`.
+        logger: Loggers that the Trainer gets beside its own, each with a folder in `logs`: csv, tensorboard, wandb.
 
     Raises:
         RunFolderError: at the start of the fit, if the folder cannot be used.
@@ -91,9 +91,10 @@ class RunReport(RunProducts):
         tasks_limit: int | None = None,
         tasks_batch_size: int = 8,
         resume: bool = False,
+        logger: LoggerName | list[LoggerName] | None = None,
     ) -> None:
-        super().__init__(RunFolder(folder), TaskFigures(tasks, tasks_folder, tasks_limit, tasks_batch_size))
-        self.name = name or self.folder.path.name
+        figures = TaskFigures(tasks, tasks_folder, tasks_limit, tasks_batch_size)
+        super().__init__(RunFolder(folder), figures, name, logger_names(logger))
         self.course = Course()  # what the training is repeated by
         self.resume = resume
         self._configuration: str | None = None
@@ -109,6 +110,7 @@ class RunReport(RunProducts):
         if stage != "fit":
             return
         ledger_of(trainer)
+        self._add_loggers(trainer)
         self._fit, self.course = _Fit(), Course()
         self.folder.image_processor = getattr(trainer.datamodule, "image_processor", None)
         self.report = beginning(self.name, self.folder.path, pl_module)
@@ -226,8 +228,7 @@ class RunReport(RunProducts):
 
     def write(self) -> None:
         """Write the report as it is to the run folder."""
-        write_text(render_html(self.report), self.folder.html)
-        write_json(self.report | {"page": file_sum(self.folder.html)}, self.folder.json, seal=True)
+        self.folder.write_report(self.report)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """See whether the run has a step left to take."""
@@ -278,7 +279,7 @@ class RunReport(RunProducts):
             return
         if trainer.is_global_zero and self._configuration is not None:
             self.folder.write_configuration(self._configuration)
-        self.report["configuration"] = self._configuration
+        self.report |= {"configuration": self._configuration, "model": named_model(self._configuration)}
         self._fit.begun = True
 
     def _mark(self, trainer: Trainer, state: str, error: str | None = None) -> None:

@@ -34,6 +34,7 @@ HEAVY = (
 # Beside the standard library, what all share (COMMON) and itself, a package may import these and no others. Whoever may
 # import a package may import the packages in it.
 COMMON = {"sparsefit.errors", "sparsefit.files", "sparsefit.settings", "sparsefit.ranks", "sparsefit.sharded"} | {
+    "sparsefit.extras",
     "sparsefit.quantized",
     "sparsefit.bare_model",
 }
@@ -41,6 +42,7 @@ ALLOWED = {
     "errors": set(),
     "files": {"filelock", "safetensors"},
     "settings": set(),
+    "extras": set(),
     "ranks": {"torch"},
     "sharded": {"torch"},
     "quantized": {"torch", "bitsandbytes"},
@@ -55,7 +57,9 @@ ALLOWED = {
     | {"safetensors", "sparsefit.calibration", "sparsefit.evaluation", "sparsefit.recovery", "sparsefit.pruning"},
     "data": {"torch", "transformers", "datasets", "torchmetrics", "lightning", "huggingface_hub"}
     | {"pyarrow", "fsspec", "numpy", "PIL", "sklearn", "sparsefit.modules"},
-    "reporting": {"torch", "rich", "jinja2", "matplotlib", "numpy", "psutil"},
+    "reporting": {"torch", "rich", "jinja2", "matplotlib", "numpy", "psutil", "huggingface_hub"},
+    "saved_models": {"sparsefit.recovery"},
+    "hub": {"huggingface_hub"} | {f"sparsefit.{part}" for part in ("modules", "recovery", "reporting", "saved_models")},
     "planning": {"sparsefit.reporting"},
     "study": {"torch", "sparsefit.calibration", "sparsefit.pruning", "sparsefit.reporting"},
     "callbacks": {
@@ -63,6 +67,7 @@ ALLOWED = {
         "numpy",
         "lightning",
         "safetensors",
+        "yaml",
         "sparsefit.calibration",
         "sparsefit.pruning",
         "sparsefit.recovery",

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         SparseCheckpoints,
         WandaPruning,
     )
+    from sparsefit.hub import push_to_hub
     from sparsefit.recovery.adapters import AdapterSettings, attach_adapter
     from sparsefit.recovery.distill import DistillSettings
 
@@ -43,6 +44,7 @@ _ON_DEMAND = {
     "SparseCheckpoints": "sparsefit.callbacks",
     "WandaPruning": "sparsefit.callbacks",
     "attach_adapter": "sparsefit.recovery.adapters",
+    "push_to_hub": "sparsefit.hub",
 }
 
 __all__ = [
@@ -63,6 +65,7 @@ __all__ = [
     "collect_statistics",
     "prune",
     "prune_from_statistics",
+    "push_to_hub",
     "register_score",
 ]
 __version__ = "0.1.0"

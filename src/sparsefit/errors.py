@@ -35,3 +35,7 @@ class RunFolderError(SparsefitError, OSError):
 
 class MergeError(SparsefitError):
     """Merging would not give the model that was trained."""
+
+
+class HubError(SparsefitError, OSError):
+    """The Hugging Face hub cannot be used: there is no token, no network, or it refuses."""

@@ -31,7 +31,7 @@ def finished(sparsefit, recipe, tmp_path):
 
 
 def contents(folder):
-    files = (file for file in folder.rglob("*") if file.is_file() and "events" not in file.name)
+    files = (file for file in folder.rglob("*") if file.is_file() and "logs" not in file.parts)
     return {file.relative_to(folder): file.read_bytes() for file in files}
 
 

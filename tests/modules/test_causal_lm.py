@@ -215,7 +215,7 @@ def test_an_8bit_optimizer_that_cannot_be_had(monkeypatch):
     with pytest.raises(ConfigError, match="no 8-bit optimizer for the CPU: upgrade it"):
         module.configure_optimizers()
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(ConfigError, match="pip install bitsandbytes"):
+    with pytest.raises(ConfigError, match=r"pip install 'sparsefit\[quantized\]'"):
         CausalLMModule(llama(), optimizer="adamw_8bit")
 
 

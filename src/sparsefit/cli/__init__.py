@@ -1,4 +1,4 @@
-"""The command line: `sparsefit fit`, `prune`, `plan`, `study`, `evaluate`, `inspect`, `merge` and `export`.
+"""The command line: `sparsefit fit`, `prune`, `plan`, `study`, `evaluate`, `inspect`, `merge`, `export` and `push`.
 
 Each command imports what it needs when it runs, so that help and errors come at once.
 """
@@ -19,6 +19,7 @@ USAGE = """usage: sparsefit COMMAND ...
   inspect FOLDER         count the zeros of a saved model and check them against its masks
   merge RUN              merge the adapter of a run into its sparse base without losing a zero
   export FOLDER ...      write a pruned model as kept values and one bit a weight, and such a one as it was
+  push RUN OWNER/NAME    put a finished run's model on the Hugging Face hub, with a model card of its report
 
 Every setting of a recipe can be given on the command line too (--pruning.sparsity 0.6); `sparsefit fit --help`
 lists them, and `sparsefit fit --model.help CLASS` or `--data.help CLASS` those of a model or data class."""
@@ -35,7 +36,7 @@ def main() -> int:
 
         print(__version__)
         return 0
-    if command not in ("fit", "prune", "plan", "study", "evaluate", "inspect", "merge", "export"):
+    if command not in ("fit", "prune", "plan", "study", "evaluate", "inspect", "merge", "export", "push"):
         print(f"sparsefit: there is no command {command!r}\n\n{USAGE}", file=sys.stderr)
         return 2
 
@@ -54,6 +55,10 @@ def main() -> int:
             from sparsefit.cli.export import export
 
             return export(rest)
+        if command == "push":
+            from sparsefit.cli.push import push
+
+            return push(rest)
         if command == "evaluate":
             from sparsefit.cli.evaluate import evaluate
 

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer, see
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import LayerSync, Precision
 from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -35,6 +35,7 @@ from sparsefit.callbacks import (
     SparseCheckpoints,
     WandaPruning,
 )
+from sparsefit.callbacks.loggers import end_loggers, loggers_of_run
 from sparsefit.callbacks.run_folder import LOGS, RunFolder
 from sparsefit.cli.class_paths import check_class_paths
 from sparsefit.cli.fitting_data import check_data
@@ -139,7 +140,7 @@ class SparsefitCLI(LightningCLI):
             default=None,
             help="A run folder: go on with its run, by its own recipe, from its newest checkpoint.",
         )
-        parser.set_defaults({"reconstruction.passes": 0})  # only where a recipe asks for it
+        parser.set_defaults({"reconstruction.passes": 0, "run.logger": "csv"})  # the first where a recipe asks for it
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and look at the checkpoint to resume from before anything is loaded."""
@@ -192,6 +193,7 @@ class SparsefitCLI(LightningCLI):
         report: RunReport = self.config_init.fit.run
         if not self.config.fit.control or not report.course.steps:
             return
+        end_loggers(self.trainer.loggers)
         self.model = self.datamodule = self.trainer = self.config_init = None  # with its optimizer
         gc.collect()
         if (seed := self.config.fit.seed_everything) is not None and seed is not False:
@@ -199,10 +201,9 @@ class SparsefitCLI(LightningCLI):
         fresh = self.parser.instantiate_classes(self.config).fit
         folder = report.folder.path
         others = [callback for callback in _listed(fresh.trainer.callbacks) if not isinstance(callback, _OF_THE_RUN)]
-        logger = TensorBoardLogger(folder, name=f"{LOGS}/control", version="")
         settings = {
             "callbacks": [*others, DenseControl(report)],
-            "logger": False if fresh.trainer.logger is False else logger,
+            "logger": loggers_of_run(report.loggers, folder / LOGS / "control", f"{report.name} control") or False,
             "default_root_dir": str(folder),
             "num_sanity_val_steps": 0,
             "enable_checkpointing": False,
@@ -220,8 +221,9 @@ class SparsefitCLI(LightningCLI):
         """The trainer of the recipe; logs and checkpoints go to the run folder unless it says otherwise."""
         settings = self.config_init.fit
         folder: Path = settings.run.folder.path
-        if settings.trainer.logger in (None, True):
-            kwargs["logger"] = TensorBoardLogger(folder, name=LOGS, version="")
+        if (own := settings.trainer.logger) is False:
+            settings.run.loggers = ()
+        kwargs["logger"] = [*_listed(None if isinstance(own, bool) else own), *settings.run.new_loggers()] or False
         callbacks, plugins = _listed(settings.trainer.callbacks), _listed(settings.trainer.plugins)
         if settings.trainer.enable_checkpointing is not False and not any(isinstance(c, Checkpoint) for c in callbacks):
             callbacks += checkpoints_of_run(folder)

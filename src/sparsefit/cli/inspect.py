@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from sparsefit.cli.parsing import Parser
-from sparsefit.errors import RunFolderError
-from sparsefit.files import check_sums
-from sparsefit.recovery.inspection import Inspection, inspect_folder, inspect_tensors
-from sparsefit.recovery.run_files import check_ended, damaged_files, holds_run
+from sparsefit.recovery.inspection import Inspection, inspect_tensors
 from sparsefit.reporting.console import console, summary
+from sparsefit.saved_models import inspect_whole
 
 
 def inspect(arguments: list[str]) -> int:
@@ -22,15 +20,8 @@ def inspect(arguments: list[str]) -> int:
     )
     folder = parser.parse_args(arguments).folder
 
-    check_ended(folder)
     is_gguf = folder.suffix.lower() == ".gguf" and not folder.is_dir()
-    inspection = _inspect_gguf(folder) if is_gguf else inspect_folder(folder)
-    check_sums(folder)
-    if damaged := damaged_files(folder) if holds_run(folder) else {}:
-        listed = "; ".join(f"{folder / name}: {reason}" for name, reason in damaged.items())
-        raise RunFolderError(
-            f"damaged, or changed since the run wrote it: {listed}. Copy it again from where it is whole"
-        )
+    inspection = _inspect_gguf(folder) if is_gguf else inspect_whole(folder)
     status = f"counted on {', '.join(str(file) for file in inspection.files)}"
     console.print(summary({"name": str(folder), "status": status, "sparsity": inspection.account()}))
     for name, count in inspection.nonfinite.items():

@@ -16,6 +16,7 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from sparsefit.errors import ConfigError, SparsefitError
+from sparsefit.extras import EXTRAS, has, missing
 from sparsefit.settings import number
 
 _KINDS = {
@@ -198,4 +199,7 @@ def _of_class(class_path: str, reason: str) -> str:
     if f"has no attribute '{name}'" in reason:
         near = difflib.get_close_matches(name, dir(import_module(module)), n=1)
         return f"{module} has no class {name}" + (f": did you mean {near[0]!r}?" if near else "")
+    library = class_path.partition(".")[0]
+    if library in EXTRAS and not has(library):
+        return f"{class_path} needs {missing(library)}"
     return f"{class_path} cannot be used: {reason.strip()}"

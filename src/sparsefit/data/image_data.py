@@ -21,6 +21,7 @@ from sparsefit.data.position import Settings
 from sparsefit.data.resumable import ResumableDataModule
 from sparsefit.data.windows import generator_of
 from sparsefit.errors import ConfigError, DataError
+from sparsefit.extras import need
 from sparsefit.modules.loading import load_image_processor
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ class ImageDataModule(ResumableDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
+        need("PIL", "an image data module")
         settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         check_settings(settings)
         # as text: checkpoints hold no modules, which could not be loaded without trusting them

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from lightning.pytorch.utilities import rank_zero_warn
 
 from sparsefit.errors import DataError, SparsefitError
+from sparsefit.extras import need
 from sparsefit.modules.places import hub_problem, nearest_path
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def digits(split: str) -> Dataset:
 
     Their 17 levels 0, 1, ..., 16 become 0 ... 255, rounded: at most 0.002 off level / 16.
     """
+    need("sklearn", "the source digits")
     import numpy as np
     from datasets import ClassLabel, Dataset, Features, Image
     from PIL import Image as Pillow

@@ -23,6 +23,7 @@ from torch import nn
 from sparsefit.errors import ConfigError, DataError
 from sparsefit.evaluation.perplexity import evaluation_mode
 from sparsefit.evaluation.task_rows import TASK_FILES, read_rows, task_file
+from sparsefit.extras import missing
 from sparsefit.settings import number
 
 if TYPE_CHECKING:
@@ -78,9 +79,7 @@ def check_harness() -> None:
         import lm_eval.models.huggingface
         import lm_eval.tasks  # noqa: F401
     except ImportError as error:
-        raise ConfigError(
-            f"zero-shot tasks need lm-eval, which is not installed ({error}): pip install 'sparsefit[tasks]'"
-        ) from error
+        raise ConfigError(f"zero-shot tasks need {missing('lm_eval')} ({error})") from error
 
 
 def zero_shot(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 
 from sparsefit.errors import ConfigError
+from sparsefit.extras import need
 from sparsefit.modules.gguf import check_reader, file_in_package, is_gguf, settings_for
 from sparsefit.modules.model_classes import (
     body_of_model,
@@ -146,6 +147,7 @@ def load_image_processor(name: str) -> BaseImageProcessor:
     Raises:
         ConfigError: where the image processor cannot be found, fetched or read; says what to do.
     """
+    need("PIL", "an image processor")
     from transformers import AutoImageProcessor
 
     return _load(AutoImageProcessor.from_pretrained, "image processor", name, backend="pil")

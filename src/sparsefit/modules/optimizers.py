@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sparsefit.errors import ConfigError
+from sparsefit.extras import need
 from sparsefit.settings import number
 from sparsefit.sharded import is_sharded
 
@@ -30,11 +30,8 @@ def check_settings(name: str, choices: tuple[str, ...], learning_rate: float, we
         raise ConfigError(
             f"unknown optimizer {name!r}: the choices are {', '.join(choices[:-1])} and {choices[-1]}",
         )
-    if name == "adamw_8bit" and find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            "the optimizer adamw_8bit is one of bitsandbytes, which is not installed: "
-            "pip install 'sparsefit[quantized]', or pip install bitsandbytes"
-        )
+    if name == "adamw_8bit":
+        need("bitsandbytes", "the optimizer adamw_8bit")
 
 
 def trained_parameters(module: nn.Module) -> list[nn.Parameter]:

@@ -15,7 +15,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from sparsefit.reporting import formats, run_tables, tables
+from sparsefit.reporting import formats, run_tables, sentences, tables
 from sparsefit.reporting import report as reading
 from sparsefit.reporting.study_results import progress, read_results, seconds_by_kind
 from sparsefit.reporting.study_tables import differences, results_tables
@@ -40,7 +40,7 @@ def summary(report: Mapping[str, Any]) -> Group:
 def control_summary(report: Mapping[str, Any]) -> Group:
     """What a control ends with: quality beside that of its run, and what it took."""
     title = Text("control: the dense model, trained by the same recipe", "bold")
-    return Group(title, *_printed(run_tables.quality(report)), Text(_control(report), overflow="fold"))
+    return Group(title, *_printed(run_tables.quality(report)), Text(sentences.control(report), overflow="fold"))
 
 
 def study_summary(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Group:
@@ -77,35 +77,12 @@ def _cell(cell: str | tables.Cell) -> Text:
 
 
 def _closing_lines(report: Mapping[str, Any]) -> Iterator[str]:
-    training, memory = reading.section(report, "training"), reading.section(report, "memory")
-    if errors := reading.block_errors(report):
-        before, after = (sum(side) / len(errors) for side in zip(*errors, strict=True))
-        yield f"reconstruction: {len(errors)} blocks, mean error of their outputs {before:.3%} -> {after:.3%}"
-    if training.get("stop_reason"):
-        steps = formats.count(training.get("steps"))
-        yield f"training: {steps} steps, stopped because: {training['stop_reason']}"
-    merged = reading.section(report, "merge")
-    if merged.get("lossless"):
-        sparsity = formats.percent(merged.get("sparsity"))
-        yield f"merged model: {merged.get('form')}, without loss, sparsity {sparsity}, in {merged.get('folder')}"
-    elif merged:
-        yield f"not merged: {merged.get('form')}, kept apart: {merged.get('reason')}"
-    if reading.section(report, "control"):
-        yield _control(report)
+    memory = reading.section(report, "memory")
+    yield from sentences.recovery(report)
     if reading.number(memory.get("peak_bytes")) is not None:
         yield f"peak memory: {formats.size(memory['peak_bytes'])} {memory.get('kind') or ''}".rstrip()
     if report.get("folder"):
         yield f"run folder: {report['folder']}"
-
-
-def _control(report: Mapping[str, Any]) -> str:
-    control = reading.section(report, "control")
-    steps, hours = formats.count(control.get("steps")), formats.hours(control.get("gpu_hours"))
-    text = f"control: {control.get('status')}, {steps} steps, {hours} GPU-hours, which are no part of the run's"
-    text += ", without the teacher" if control.get("without_teacher") else ""
-    if harmed := reading.control_harmed(report):
-        text += f"; this recipe makes the dense model worse in {', '.join(harmed)}: hold recovery against dense"
-    return text
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from html import escape
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from sparsefit.extras import has, missing
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -47,16 +49,26 @@ _LOG_FROM = 1.5  # a perplexity that spans more than this factor is drawn on a l
 
 
 def styled(draw: _Draw) -> _Draw:
-    """Draw in the project's style, whatever the user's matplotlibrc says, and leave no global state behind."""
+    """Draw in the project's style, whatever the user's matplotlibrc says, and leave no global state behind.
+
+    Where matplotlib is not installed nothing is drawn: the figure is None.
+    """
 
     @functools.wraps(draw)
     def styled(*args: Any, **kwargs: Any) -> Any:
+        if not has("matplotlib"):
+            return None
         from matplotlib import style
 
         with style.context(["default", _STYLE]):
             return draw(*args, **kwargs)
 
     return styled
+
+
+def why_no_figures() -> str:
+    """What a page says where it has no figures; nothing where they can be drawn."""
+    return "" if has("matplotlib") else f"There are no figures: they need {missing('matplotlib')}"
 
 
 def figure_of(width: float, height: float) -> Figure:

@@ -10,7 +10,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sparsefit.reporting import formats, run_figures, run_tables, study_tables
 from sparsefit.reporting import report as reading
-from sparsefit.reporting.study_figures import draw_panels, granularity_panels, score_panels
+from sparsefit.reporting.drawing import why_no_figures
+from sparsefit.reporting.study_figures import Panel, draw_panels, granularity_panels, score_panels
 from sparsefit.reporting.study_results import Results, count_points, per, progress, read_results, seconds_by_kind
 from sparsefit.reporting.tables import unique
 
@@ -63,17 +64,22 @@ def render_study(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
         **_head(study, results),
         tiles=_study_tiles(study, results),
         results=results,
-        figures=[draw_panels([panel]) for panel in [*score_panels(results), *granularity_panels(results)]],
+        figures=_drawn([*score_panels(results), *granularity_panels(results)]),
         tables=study_tables.results_tables(results),
         differences=study_tables.differences(results),
         others={
-            metric: ([draw_panels([panel]) for panel in score_panels(results, metric)], tables)
+            metric: (_drawn(score_panels(results, metric)), tables)
             for metric in results.metrics
             if metric not in shown and (tables := study_tables.results_tables(results, metric))
         },
         times={kind: formats.seconds(spent) for kind, spent in seconds_by_kind(study).items()},
         point_times=study_tables.point_times(results),
     )
+
+
+def _drawn(panels: Sequence[Panel]) -> list[str]:
+    """A figure for each panel; none where nothing can be drawn."""
+    return list(filter(None, (draw_panels([panel]) for panel in panels)))
 
 
 def _head(study: Mapping[str, Any], results: Results) -> dict[str, str]:
@@ -107,5 +113,5 @@ def _filled(template: str, **values: Any) -> str:
 @functools.cache
 def _environment() -> Environment:
     environment = Environment(loader=PackageLoader("sparsefit.reporting"), autoescape=True, undefined=StrictUndefined)
-    environment.globals |= {"formats": formats, "reading": reading}
+    environment.globals |= {"formats": formats, "reading": reading, "why_no_figures": why_no_figures}
     return environment

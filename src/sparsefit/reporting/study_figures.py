@@ -53,7 +53,8 @@ def study_figures(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -
     """
     results = read_results(study, rows)
     panels = {"scores": score_panels(results), "granularities": granularity_panels(results)}
-    return {stem: standalone(draw_panels(own)) for stem, own in panels.items() if own}
+    drawn = {stem: draw_panels(own) for stem, own in panels.items() if own}
+    return {stem: standalone(figure) for stem, figure in drawn.items() if figure is not None}
 
 
 def score_panels(results: Results, metric: str | None = None) -> list[Panel]:
@@ -110,7 +111,7 @@ def _panel(
 
 
 @styled
-def draw_panels(panels: Sequence[Panel]) -> str:
+def draw_panels(panels: Sequence[Panel]) -> str | None:
     """The panels side by side in one figure with one key below them."""
     from matplotlib.lines import Line2D
 

@@ -1,0 +1,54 @@
+"""What a run did, in sentences: for the terminal and the model card. What a report does not hold has none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from sparsefit.reporting import formats
+from sparsefit.reporting import report as reading
+
+
+def pruning(report: Mapping[str, Any]) -> Iterator[str]:
+    """How the model was pruned."""
+    about, asked = reading.section(report, "pruning"), reading.section(report, "pruning", "config")
+    amount = asked.get("pattern") or formats.percent(asked.get("sparsity"))
+    if amount == formats.MISSING:
+        return
+    known = {"score": asked.get("score"), "granularity": asked.get("granularity")}
+    known |= {"order": about.get("update") or asked.get("update"), "refined by swaps": asked.get("swaps") or None}
+    told = ", ".join(f"{key} {value}" for key, value in known.items() if value is not None)
+    yield f"pruning: {amount}" + (f", {told}" if told else "")
+    counts = {name: about[name] for name in ("samples", "tokens") if reading.number(about.get(name))}
+    if counts:
+        told = ", ".join(f"{formats.count(count)} {name}" for name, count in counts.items())
+        yield f"calibration: {told}" + (f", {about['source']}" if about.get("source") else "")
+
+
+def recovery(report: Mapping[str, Any]) -> Iterator[str]:
+    """What came after the pruning: reconstruction, training, merging, the control."""
+    training, merged = reading.section(report, "training"), reading.section(report, "merge")
+    if errors := reading.block_errors(report):
+        before, after = (sum(side) / len(errors) for side in zip(*errors, strict=True))
+        yield f"reconstruction: {len(errors)} blocks, mean error of their outputs {before:.3%} -> {after:.3%}"
+    if training.get("stop_reason"):
+        steps = formats.count(training.get("steps"))
+        yield f"training: {steps} steps, stopped because: {training['stop_reason']}"
+    if merged.get("lossless"):
+        sparsity = formats.percent(merged.get("sparsity"))
+        yield f"merged model: {merged.get('form')}, without loss, sparsity {sparsity}, in {merged.get('folder')}"
+    elif merged:
+        yield f"not merged: {merged.get('form')}, kept apart: {merged.get('reason')}"
+    if reading.section(report, "control"):
+        yield control(report)
+
+
+def control(report: Mapping[str, Any]) -> str:
+    """What the control of a run took, and whether it is a measure."""
+    about = reading.section(report, "control")
+    steps, hours = formats.count(about.get("steps")), formats.hours(about.get("gpu_hours"))
+    text = f"control: {about.get('status')}, {steps} steps, {hours} GPU-hours, which are no part of the run's"
+    text += ", without the teacher" if about.get("without_teacher") else ""
+    if harmed := reading.control_harmed(report):
+        text += f"; this recipe makes the dense model worse in {', '.join(harmed)}: hold recovery against dense"
+    return text
