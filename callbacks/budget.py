@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from sparsefit.callbacks.training_length import last_steps, steps_done_here
 from sparsefit.errors import BudgetError, ConfigError
 from sparsefit.planning import pace
 from sparsefit.recovery.ledger import GPUHourLedger, check_split
@@ -166,7 +167,12 @@ class GPUHourBudget(Callback):
         self._pace.start(self._now, trainer.global_step)
         self._steps_seen = 0
         self._factor = None  # what a former fit set no longer counts
-        self._steps = self._count_steps(trainer, pl_module.automatic_optimization)
+        # With manual optimization, steps are the module's affair and epochs say nothing about their number.
+        self._steps = last_steps(trainer, of_epochs=pl_module.automatic_optimization)
+        if self._other_devices and self._steps[1] < math.inf:
+            self._more_steps = trainer.global_step - steps_done_here(trainer)
+        self._other_devices = False
+        self._check_warm_up()
         self._stop_if_spent(trainer, self._pace.step)
         if self.stop_reason:
             way_out = "to train further" if resumed else "to train, or prune with fewer or shorter calibration samples"
@@ -301,25 +307,14 @@ class GPUHourBudget(Callback):
             "Raise gpu_hours, take fewer calibration samples, or make them shorter."
         )
 
-    def _count_steps(self, trainer: Trainer, automatic: bool) -> tuple[float, float]:
-        """At which optimizer step training ends, by `max_steps` and by `max_epochs`; infinity where not known."""
-        by_steps, by_epochs = trainer.max_steps if trainer.max_steps > 0 else math.inf, math.inf
-        # With manual optimization, steps are the module's affair and epochs say nothing about their number.
-        if automatic and 0 < trainer.num_training_batches < math.inf and trainer.max_epochs != -1:
-            each, accumulated = trainer.num_training_batches, trainer.accumulate_grad_batches
-            by_epochs = max(trainer.max_epochs, 1) * math.ceil(each / accumulated)
-            if self._other_devices:
-                here = trainer.current_epoch * math.ceil(each / accumulated)
-                here += (trainer.fit_loop.batch_idx + 1) // accumulated
-                self._more_steps = trainer.global_step - here
-        self._other_devices = False
+    def _check_warm_up(self) -> None:
+        by_steps, by_epochs = self._steps
         steps = min(by_steps, by_epochs + self._more_steps)
         if self._drives and 0 < steps < self.warmup_steps:
             rank_zero_warn(
                 f"GPUHourBudget: warmup_steps is {self.warmup_steps} and training ends after {steps} "
                 "steps, before the learning rate has reached its full value. Set fewer warmup_steps"
             )
-        return by_steps, by_epochs
 
     def _await_device(self, trainer: Trainer) -> None:
         """Close to the end, read the clock when the queued work is done rather than when it is queued."""

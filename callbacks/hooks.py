@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 
 from sparsefit.errors import ConfigError
 from sparsefit.pruning import MaskSet, PruningResult
+from sparsefit.sharded import check_layout, reshard
 
 SPLITTING = FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy
 """The strategies that split weights over devices."""
@@ -57,3 +58,20 @@ def tell(trainer: Trainer, hook: str, *args: Any) -> None:
                 f"{type(callback).__name__} has {own[0]}, which is a hook of sparsefit and not of Lightning: derive it "
                 "from sparsefit.callbacks.PrunedRunCallback"
             )
+
+
+def check_split(trainer: Trainer, module: LightningModule) -> None:
+    """See that a model which the trainer's strategy has split over devices can be pruned as it is.
+
+    Raises:
+        ConfigError: if it was flattened, or split otherwise than by rows; says what to take.
+    """
+    if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
+        raise ConfigError(
+            f"{type(trainer.strategy).__name__} flattens the weights that it splits over devices, so that they are "
+            "no matrices any more: split the model by ModelParallelStrategy (FSDP2: `fully_shard` in the module's "
+            "configure_model), which is pruned in place; or prune first (`sparsefit prune`, or fit with "
+            "max_steps=0 on one device) and train the pruned model"
+        )
+    reshard(module)
+    check_layout(module)

@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from sparsefit.callbacks.averages import restart_averages
 from sparsefit.callbacks.calibration import calibration_forward, checked_batches, predicting
 from sparsefit.callbacks.divergence import DivergenceGuard
-from sparsefit.callbacks.hooks import tell
+from sparsefit.callbacks.hooks import check_split, tell
 from sparsefit.callbacks.ledgers import ledger_of
 from sparsefit.callbacks.opening import tell_opening
 from sparsefit.callbacks.progress import paid_progress
@@ -24,7 +23,6 @@ from sparsefit.recovery.guard import MaskGuard
 from sparsefit.recovery.magnitudes import magnitudes_follow
 from sparsefit.recovery.tuners import check_tuners
 from sparsefit.settings import named_settings, number
-from sparsefit.sharded import check_layout, reshard
 
 
 @named_settings
@@ -129,11 +127,11 @@ class WandaPruning(DivergenceGuard):
         self._bind(pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same."""
+        """Give masked adapters the masks of a checkpoint."""
         self._bind(pl_module)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same."""
+        """Give masked adapters the masks of a checkpoint."""
         self._bind(pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -176,7 +174,7 @@ class WandaPruning(DivergenceGuard):
         self._unguard()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """The same: Lightning calls no `teardown` after an exception."""
+        """Take the hooks off: Lightning calls no `teardown` after an exception."""
         self._unguard()
         super().on_exception(trainer, pl_module, exception)
 
@@ -223,15 +221,7 @@ class WandaPruning(DivergenceGuard):
             tell_opening(trainer, module, self.config)
 
     def _prune(self, trainer: Trainer, module: LightningModule) -> None:
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
-            raise ConfigError(
-                f"{type(trainer.strategy).__name__} flattens the weights that it splits over devices, so that they are "
-                "no matrices any more: split the model by ModelParallelStrategy (FSDP2: `fully_shard` in the module's "
-                "configure_model), which is pruned in place; or prune first (`sparsefit prune`, or fit with "
-                "max_steps=0 on one device) and train the pruned model"
-            )
-        reshard(module)
-        check_layout(module)
+        check_split(trainer, module)
         if trainer.ckpt_path is not None:
             rank_zero_info("The checkpoint holds no masks: it was saved before any pruning. The model is pruned now.")
         check_tuners(module, self.config)
