@@ -435,7 +435,7 @@ def hostile_folders(place: Workplace, run: Path, step: int = 1) -> Row:
         ("its base is an absolute path", base_elsewhere(secret), merging),
         *((f"an index names {name}", index(name), command)
           for name in ("../../secret/model.safetensors", f"{secret}/model.safetensors")
-          for command in (merging, ("inspect",), ("export", "--format=compact", "--output={out}"))),
+          for command in (merging, ("inspect",), ("export", "--format=gguf", "--output={out}"))),
         ("a checkpoint that runs what it unpickles", checkpoint, going_on),
     ]  # fmt: skip
     for what, prepare, (command, *more) in cases[::step]:

@@ -29,6 +29,10 @@ HEAVY = (
     "PIL",
     "triton",
     "lm_eval",
+    "gguf",
+    "onnx",
+    "onnxruntime",
+    "openvino",
 )
 
 # Beside the standard library, what all share (COMMON) and itself, a package may import these and no others. Whoever may
@@ -61,6 +65,7 @@ ALLOWED = {
     "saved_models": {"sparsefit.recovery"},
     "hub": {"huggingface_hub"} | {f"sparsefit.{part}" for part in ("modules", "recovery", "reporting", "saved_models")},
     "planning": {"sparsefit.reporting"},
+    "serving": {"torch", "numpy", "transformers", "gguf", "onnxruntime", "sparsefit.pruning", "sparsefit.recovery"},
     "study": {"torch", "sparsefit.calibration", "sparsefit.pruning", "sparsefit.reporting"},
     "callbacks": {
         "torch",

@@ -39,3 +39,7 @@ class MergeError(SparsefitError):
 
 class HubError(SparsefitError, OSError):
     """The Hugging Face hub cannot be used: there is no token, no network, or it refuses."""
+
+
+class ExportError(SparsefitError):
+    """An exported file that does not hold, or does not compute, what the model does."""

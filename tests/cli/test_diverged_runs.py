@@ -32,6 +32,6 @@ def test_inspect_and_export_look_for_what_is_not_finite(sparsefit, recipe, tmp_p
     (tmp_path / "run/base/SHA256SUMS").unlink()  # changed on purpose
     status, output, _ = sparsefit("inspect", tmp_path / "run")
     assert (status, "model.norm.weight: 3 numbers are NaN or infinite" in output) == (1, True)
-    status, _, errors = sparsefit("export", tmp_path / "run", "--output", tmp_path / "out", "--format", "compact")
+    status, _, errors = sparsefit("export", tmp_path / "run", "--output", tmp_path / "out", "--format", "gguf")
     assert (status, "DivergenceError: " in errors, "model.norm.weight (3)" in errors) == (2, True, True)
     assert not (tmp_path / "out").exists()

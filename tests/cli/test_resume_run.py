@@ -181,7 +181,7 @@ def test_a_flipped_bit_is_named_by_every_command_that_reads_the_file(sparsefit, 
             arguments = {
                 "merge": ("merge", run, "--output", tmp_path / "out"),
                 "inspect": ("inspect", run),
-                "export": ("export", run / "base", "--output", tmp_path / "out", "--format", "compact"),
+                "export": ("export", run / "base", "--output", tmp_path / "out", "--format", "gguf"),
                 "fit": ("fit", "--resume", run, "--trainer.max_steps=5"),
             }[command]
             status, output, errors = sparsefit(*arguments)
@@ -218,7 +218,7 @@ def test_results_of_a_run_that_has_not_ended_are_not_taken_for_its_own(sparsefit
     run = finished(sparsefit, recipe, tmp_path)
     state = read_state(run)
     RunState("closing", state.run, 3, sums=state.sums).write(run)
-    for command in (("inspect", run), ("merge", run), ("export", run, "--format=compact", "--output", run / "x")):
+    for command in (("inspect", run), ("merge", run), ("export", run, "--format=gguf", "--output", run / "x")):
         status, _, errors = sparsefit(*command)
         assert (status, "has not ended" in errors, f"--resume {run}" in errors) == (2, True, True), errors
 

@@ -157,12 +157,11 @@ LINES = [
     ("merge nothing", "there is no run folder"),
     ("merge folder", "no adapter"),
     ("merge recipe.yaml", "recipe.yaml"),
-    ("export model --format compact", "--output"),
-    ("export nothing --output out --format compact", "there is no folder"),
+    ("export model --format onnx", "--output"),
+    ("export nothing --output out --format onnx", "there is no folder"),
     ("export model --output out --format zip", "invalid choice: 'zip'"),
-    ("export model --output folder --format compact", "exists and is not an empty folder"),
-    ("export model --output out --format dense", "compact"),
-    ("export recipe.yaml --output out --format compact", "recipe.yaml"),
+    ("export model --output folder --format onnx", "exists and is not an empty folder"),
+    ("export recipe.yaml --output out --format onnx", "recipe.yaml"),
 ]
 
 

@@ -11,7 +11,6 @@ from transformers import BertConfig
 from sparsefit.errors import ConfigError
 from sparsefit.modules import CausalLMModule
 from sparsefit.modules.loading import load_causal_lm, load_model, load_with_new_head
-from sparsefit.recovery.compact import compress_folder
 from sparsefit.recovery.model_kinds import kind_of
 
 SIZES = {
@@ -135,17 +134,6 @@ def test_a_head_that_is_there_is_not_replaced_by_one_of_its_size(tmp_path):
     saved(tmp_path, num_labels=3)
     with pytest.raises(ConfigError, match="has a trained head of 3 classes already"):
         load_with_new_head(str(tmp_path), "sequence_classification", 3)
-
-
-def test_a_compact_folder_keeps_its_class(tmp_path):
-    model = saved(tmp_path / "dense")
-    compress_folder(tmp_path / "dense", tmp_path / "compact")
-    loaded = load_model(str(tmp_path / "compact"))
-    assert type(loaded) is type(model)
-    with pytest.raises(ConfigError, match="no causal language model"):
-        load_causal_lm(str(tmp_path / "compact"))
-    with pytest.raises(ConfigError, match="gets no new head"):
-        load_with_new_head(str(tmp_path / "compact"), "sequence_classification", 5)
 
 
 def test_kinds_of_transformers_classes():

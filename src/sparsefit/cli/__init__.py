@@ -1,4 +1,5 @@
-"""The command line: `sparsefit fit`, `prune`, `plan`, `study`, `evaluate`, `inspect`, `merge`, `export` and `push`.
+"""The command line: `sparsefit fit`, `prune`, `plan`, `study`, `evaluate`, `inspect`, `merge`, `speed`, `export`
+and `push`.
 
 Each command imports what it needs when it runs, so that help and errors come at once.
 """
@@ -18,7 +19,8 @@ USAGE = """usage: sparsefit COMMAND ...
   evaluate MODEL ...     zero-shot tasks by lm-eval, and perplexity, of any saved language model
   inspect FOLDER         count the zeros of a saved model and check them against its masks
   merge RUN              merge the adapter of a run into its sparse base without losing a zero
-  export FOLDER ...      write a pruned model as kept values and one bit a weight, and such a one as it was
+  speed RUN              is it faster or smaller here? tokens a second and memory, against the dense model
+  export FOLDER ...      write a pruned model as GGUF, ONNX or OpenVINO IR, and check it there
   push RUN OWNER/NAME    put a finished run's model on the Hugging Face hub, with a model card of its report
 
 Every setting of a recipe can be given on the command line too (--pruning.sparsity 0.6); `sparsefit fit --help`
@@ -36,7 +38,7 @@ def main() -> int:
 
         print(__version__)
         return 0
-    if command not in ("fit", "prune", "plan", "study", "evaluate", "inspect", "merge", "export", "push"):
+    if command not in ("fit", "prune", "plan", "study", "evaluate", "inspect", "merge", "speed", "export", "push"):
         print(f"sparsefit: there is no command {command!r}\n\n{USAGE}", file=sys.stderr)
         return 2
 
@@ -51,6 +53,10 @@ def main() -> int:
             from sparsefit.cli.merge import merge_run
 
             return merge_run(rest)
+        if command == "speed":
+            from sparsefit.cli.speed import speed
+
+            return speed(rest)
         if command == "export":
             from sparsefit.cli.export import export
 

@@ -42,7 +42,7 @@ def evaluate(arguments: list[str]) -> int:
         raise ConfigError("--tasks-folder holds the items of tasks: name them by --tasks")
     if given.output is not None and given.output.is_dir():
         raise ConfigError(f"--output {given.output} is a folder: name a file to write JSON to")
-    device = _device(given.device)
+    device = device_called(given.device)
     check_counts(given.limit, given.batch_size)
     tasks = load_tasks(names, given.tasks_folder) if names else {}  # before a large model is read
     model, tokenizer, told = _model_of(given.model, given.dtype)
@@ -128,7 +128,12 @@ def _model_of(name: str, dtype: str) -> tuple[Any, PreTrainedTokenizerBase | Non
     return load_causal_lm(str(found), dtype), find_tokenizer(str(found)), str(found)
 
 
-def _device(name: str | None) -> torch.device:
+def device_called(name: str | None) -> torch.device:
+    """A device by its name; without one the GPU, where there is one.
+
+    Raises:
+        ConfigError: if it is none, or not there.
+    """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)

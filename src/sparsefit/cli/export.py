@@ -1,47 +1,127 @@
-"""`sparsefit export FOLDER --output OUT --format compact`: a pruned model at the size of what is kept, and back."""
+"""`sparsefit export FOLDER --output OUT --format gguf`: a pruned model in a format that other programs read."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from sparsefit.cli.merge import copy_beside
 from sparsefit.cli.parsing import Parser
-from sparsefit.recovery.compact import compress_folder, expand_folder
-from sparsefit.recovery.inspection import MODEL_FOLDER, check_finite_folder
+from sparsefit.cli.quiet import quieten
+from sparsefit.errors import RunFolderError
+from sparsefit.files import check_sums, replacing
+from sparsefit.recovery.inspection import (
+    MODEL_FOLDER,
+    SavedMatrix,
+    check_finite_folder,
+    inspect_folder,
+    weight_files,
+)
 from sparsefit.recovery.run_files import check_ended
 from sparsefit.reporting.console import console
+from sparsefit.serving.libraries import LIBRARIES, check_libraries
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+GGUF_FILE = "model.gguf"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was found on an exported file.
+
+    Args:
+        zeros: Zeros counted in its pruned matrices.
+        weights: All weights of these.
+        difference: The largest difference of a logit, as a share of the largest logit.
+    """
+
+    zeros: int
+    weights: int
+    difference: float
 
 
 def export(arguments: list[str]) -> int:
-    """Write a compact folder or an ordinary one, and print the sizes counted on the files; 0 once it is written."""
+    """Write a model in another format and check it there: zeros counted, logits compared; 0 once it is written."""
     parser = Parser(
         "sparsefit export",
-        description="Write a pruned model as a compact folder (kept values and one bit a weight), or a compact folder "
-        "as an ordinary one in Hugging Face layout, every tensor as it was to the bit.",
+        description="Write a pruned model in a format that other programs read, by that format's own library. The "
+        "file is loaded again, its zeros are counted, and its logits compared with the model's.",
     )
-    parser.add_argument("folder", type=Path, help="compact: a run folder or a model folder; dense: a compact folder")
+    parser.add_argument("folder", type=Path, help="a run folder, or a model folder in Hugging Face layout")
     parser.add_argument("--output", type=Path, required=True, help="the folder to write: new or empty")
-    parser.add_argument("--format", choices=("compact", "dense"), required=True, help="what to write")
+    parser.add_argument("--format", choices=tuple(LIBRARIES), required=True, help="what to write")
     given = parser.parse_args(arguments)
-    given.output = given.output.absolute()
+    output = given.output.absolute()
 
     check_ended(given.folder)
-    if given.format == "compact":
-        check_finite_folder(given.folder)
-    report = (compress_folder if given.format == "compact" else expand_folder)(given.folder, given.output)
-    reasons: dict[str, int] = {}
-    for why in report.plain.values():
-        reasons[why] = reasons.get(why, 0) + 1
-    share = report.bytes_after / max(1, report.bytes_before)
+    source = weight_files(given.folder)[0].parent
+    check_finite_folder(given.folder)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise RunFolderError(f"{output} exists and is not an empty folder: give another name, or remove it first")
+    check_sums(source)
+    check_libraries(given.format)
+    quieten()
+    pruned = inspect_folder(given.folder).pruned
+    from sparsefit.modules.loading import load_model
+
+    model = load_model(str(source), dtype="auto", allow_unused=True)
+    write = _write_gguf if given.format == "gguf" else _write_graph
+    with replacing(output) as folder:
+        found = write(model, source, folder, given.format, pruned)
+        copy_beside(source, folder)
+    _tell(given.folder, output, found)
+    return 0
+
+
+def _write_gguf(model: PreTrainedModel, source: Path, folder: Path, kind: str, pruned: list[SavedMatrix]) -> Exported:
+    from sparsefit.modules.loading import load_model
+    from sparsefit.serving.checking import check_difference, decoder_difference
+    from sparsefit.serving.decoders import TorchDecoder
+    from sparsefit.serving.gguf_file import matrices_in, write_gguf
+    from sparsefit.serving.zeros import check_zeros
+
+    file = folder / GGUF_FILE
+    write_gguf(model, source, file)
+    zeros, weights = check_zeros(pruned, matrices_in(file), file)
+    dtype = model.dtype
+    # In float32 both, so that what is compared are the weights and not the rounding of products.
+    found = decoder_difference(model.float(), TorchDecoder(load_model(str(file))))
+    check_difference(found, dtype, file)
+    return Exported(zeros, weights, found)
+
+
+def _write_graph(model: PreTrainedModel, source: Path, folder: Path, kind: str, pruned: list[SavedMatrix]) -> Exported:
+    import torch
+
+    from sparsefit.serving.checking import check_difference, decoder_difference, graph_difference
+    from sparsefit.serving.graphs import GraphDecoder, export_graph, load_graph, weights_of
+    from sparsefit.serving.zeros import check_zeros
+
+    made = export_graph(model, kind)
+    made.exported.save_pretrained(folder)
+    read = load_graph(folder, made)
+    zeros, weights = check_zeros(pruned, weights_of(read.exported), folder)
+    if made.generates:
+        found = decoder_difference(model, GraphDecoder(read, torch.get_num_threads()))
+    else:
+        found = graph_difference(model, read)
+    check_difference(found, model.dtype, folder)
+    return Exported(zeros, weights, found)
+
+
+def _tell(source: Path, output: Path, found: Exported) -> None:
+    size = sum(file.stat().st_size for file in output.iterdir() if file.suffix in (".gguf", ".onnx", ".data", ".bin"))
     lines = [
-        f"{given.folder}: {report.bytes_before:,} bytes of weights",
-        f"{report.folder}: {report.bytes_after:,} bytes of weights ({share:.1%})",
-        f"{len(report.compact)} tensors as kept values and bits"
-        + "".join(f"; {count} as they are ({why})" for why, count in reasons.items()),
+        f"{source}: written to {output}, {size:,} bytes of weights",
+        f"zeros: {found.zeros:,} of {found.weights:,} pruned weights, counted on the file",
+        f"logits: as the model's, but for at most {found.difference:.1e} of the largest",
     ]
-    apart = given.folder / "adapter"
-    if given.format == "compact" and apart.is_dir() and not (given.folder / MODEL_FOLDER).is_dir():
+    apart = source / "adapter"
+    if apart.is_dir() and not (source / MODEL_FOLDER).is_dir():
         lines.append(
             f"The adapter in {apart} is not in it: this is the base. `sparsefit merge` makes one model of both."
         )
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
-    return 0

@@ -68,7 +68,7 @@ def _merge(folder: RunFolder, output: Path, reapply_masks: bool, evaluate: bool)
     merged: PreTrainedModel = merge(model, masks, reapply_masks)
     with replacing(output) as partial:
         merged.save_pretrained(partial)
-        _copy_beside(base, partial)
+        copy_beside(base, partial)
         masks.save(partial / MASKS_FILE)
     console.print(f"merged model: {output}", markup=False, soft_wrap=True)
     if measure is None or before is None:
@@ -83,7 +83,7 @@ def _merge(folder: RunFolder, output: Path, reapply_masks: bool, evaluate: bool)
     console.print(f"largest difference of an output in one batch: {away:.2g}", soft_wrap=True)
 
 
-def _copy_beside(base: Path, output: Path) -> None:
+def copy_beside(base: Path, output: Path) -> None:
     """What lies beside the weights of the base and was not written anew: tokenizer, processor, settings."""
     for file in sorted(base.iterdir()):
         of_weights = file.name.endswith((".safetensors", ".safetensors.index.json", SUMS_FILE))

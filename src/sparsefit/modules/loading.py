@@ -19,12 +19,10 @@ from sparsefit.modules.model_classes import (
     body_of_model,
     configuration,
     model_with_new_head,
-    named_class,
     skeleton,
     whole_model,
 )
 from sparsefit.modules.places import hub_problem, nearest_path
-from sparsefit.recovery.compact import load_compact
 from sparsefit.recovery.inspection import check_indices
 
 if TYPE_CHECKING:
@@ -248,14 +246,6 @@ def _load_from_folder(load: Callable[..., _Loaded], what: str, folder: Path, **s
         raise ConfigError(
             f"{folder} is not a folder: to load a {what}, give the folder that save_pretrained wrote, or a .gguf file"
         )
-    if what == "model" and any(folder.glob("*.compact.safetensors")):
-        if not isinstance(load, partial) or load.func is not whole_model:
-            raise ConfigError(
-                f"{folder} holds a compact model, which gets no new head: write it in full first "
-                f"(sparsefit export {folder} --format dense --output ANOTHER)"
-            )
-        kind = load.keywords["kind"]
-        return load_compact(folder, named_class(str(folder), kind, local_files_only=True), **settings)
     wanted = _FILES[what]
     if not (folder / wanted).is_file():
         near = [str(file.parent) for file in sorted(folder.glob(f"*/{wanted}"))[:3]]

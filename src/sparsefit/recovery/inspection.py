@@ -189,11 +189,6 @@ def weight_files(folder: Path) -> list[Path]:
             return [place / "model.safetensors"]
     if not folder.is_dir():
         raise RunFolderError(f"there is no folder {folder}")
-    if any(folder.glob("*.compact.safetensors")):
-        raise RunFolderError(
-            f"{folder} holds a compact model, whose zeros are not stored: write it in full first "
-            f"(sparsefit export {folder} --format dense --output ANOTHER)"
-        )
     raise RunFolderError(
         f"{folder} holds no saved model: no model.safetensors in it, its {MODEL_FOLDER}/ or its {BASE_FOLDER}/"
     )

@@ -1,0 +1,147 @@
+"""`sparsefit speed RUN`: whether a pruned model is faster or smaller here, measured against its dense twin."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+
+from sparsefit.cli.evaluate import device_called
+from sparsefit.cli.parsing import Parser
+from sparsefit.cli.quiet import quieten
+from sparsefit.errors import ConfigError
+from sparsefit.pruning import MaskSet
+from sparsefit.recovery.inspection import masks_beside, weight_files
+from sparsefit.recovery.run_files import check_ended
+from sparsefit.reporting.console import console, stage_progress
+from sparsefit.reporting.formats import size
+from sparsefit.reporting.machine import machine, versions
+from sparsefit.reporting.report import write_json
+from sparsefit.serving.comparison import Row, Settings, compare, verdict
+from sparsefit.serving.dense_twin import zeros_as_masks
+from sparsefit.serving.runtimes import RUNTIMES
+from sparsefit.serving.timing import PHASES, Speed
+from sparsefit.settings import number
+
+
+def speed(arguments: list[str]) -> int:
+    """Measure each runtime that is installed, print a table and one sentence; with `--json`, write it, too."""
+    given = _parsed(arguments)
+    names = _runtimes(given.runtimes)
+    device = device_called(given.device)
+    if given.threads is not None:
+        torch.set_num_threads(given.threads)
+    check_ended(given.folder)
+    source = weight_files(given.folder)[0].parent
+    quieten()
+    model, masks = _model_of(given.folder, source, given.dtype, device)
+    settings = Settings(given.batch_sizes, given.prompt, given.tokens, given.repeats)
+    kind = str(model.dtype).removeprefix("torch.")
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    console.print(f"{source}: {kind} on {device}{threads}; its dense twin has no zeros", markup=False, soft_wrap=True)
+
+    rows: list[Row] = []
+    not_run = {name: why for name in names if (why := RUNTIMES[name].why_not(model, masks))}
+    for name in names:
+        if name in not_run:
+            continue
+        units = 2 * len(settings.batch_sizes) * (settings.repeats + 1)
+        with stage_progress(name, units) as advance:
+            rows += compare(model, masks, RUNTIMES[name], settings, advance)
+    notes = [note for name in names if name not in not_run and (note := RUNTIMES[name].note(model))]
+    sentence = verdict(rows)
+    told = [f"{name}: not run, {why}" for name, why in not_run.items()] + notes + [sentence]
+    if rows:
+        console.print(_table(rows))
+        told.insert(0, _weights(rows))
+    console.print("\n".join(told), markup=False, highlight=False, soft_wrap=True)
+    if given.json is not None:
+        report: dict[str, Any] = {"command": shlex.join(["sparsefit", "speed", *arguments]), "model": str(source)}
+        report |= {"dtype": kind, "device": str(device), "threads": torch.get_num_threads()}
+        report |= {"prompt": settings.prompt, "tokens": settings.tokens, "rows": [row.account() for row in rows]}
+        report |= {"not_run": not_run, "notes": notes, "verdict": sentence}
+        report |= {"versions": versions(), "machine": machine()}
+        console.print(f"written to {write_json(report, given.json)}", markup=False, soft_wrap=True)
+    return 0
+
+
+def _parsed(arguments: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        "sparsefit speed",
+        description="Measure a pruned language model against its dense twin (the same model, its zeros filled), in "
+        "each runtime that is installed: tokens a second of reading a prompt and of writing, and memory of weights.",
+    )
+    parser.add_argument("folder", type=Path, help="a run folder, or a model folder in Hugging Face layout")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8], metavar="N")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens that are read at once")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens after them, one after the other")
+    parser.add_argument("--repeats", type=int, default=5, help="of each measurement; the median is told")
+    parser.add_argument("--runtimes", help=f"with commas; by default all: {','.join(RUNTIMES)}")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto is what it was saved in")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1; by default a GPU where there is one")
+    parser.add_argument("--threads", type=int, help="CPU threads of every runtime; by default torch's")
+    parser.add_argument("--json", type=Path, help="a file to write all figures to")
+    given = parser.parse_args(arguments)
+    counts = {
+        "--prompt": given.prompt,
+        "--tokens": given.tokens,
+        "--repeats": given.repeats,
+        "--threads": given.threads,
+    }
+    counts |= {f"--batch-sizes[{place}]": value for place, value in enumerate(given.batch_sizes)}
+    for name, value in counts.items():
+        if value is not None:
+            number(name, value, least=1, whole=True)
+    if given.json is not None and given.json.is_dir():
+        raise ConfigError(f"--json {given.json} is a folder: name a file to write")
+    return given
+
+
+def _runtimes(names: str | None) -> list[str]:
+    chosen = list(RUNTIMES) if names is None else [name.strip() for name in names.split(",") if name.strip()]
+    if unknown := [name for name in chosen if name not in RUNTIMES]:
+        raise ConfigError(f"--runtimes: there is no {unknown[0]!r}; there are {', '.join(RUNTIMES)}")
+    return chosen
+
+
+def _model_of(folder: Path, source: Path, dtype: str, device: torch.device) -> tuple[Any, MaskSet]:
+    from sparsefit.modules.loading import load_causal_lm
+
+    model = load_causal_lm(str(source), dtype)
+    masks = masks_beside(source) or masks_beside(folder)
+    if masks is None:
+        masks = zeros_as_masks(model)
+    masks.verify(model)
+    if not masks:
+        raise ConfigError(f"the model in {source} has no zeros: there is nothing that pruning could have gained")
+    return model.to(device), masks
+
+
+def _table(rows: Iterable[Row]) -> Table:
+    table = Table("runtime", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("batch", "phase", "dense", "pruned", "times"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        for phase in PHASES:
+            speeds = _tokens(row.dense[phase]), _tokens(row.pruned[phase])
+            table.add_row(row.runtime, str(row.batch), phase, *speeds, f"{row.ratio(phase):.2f}")
+    table.caption = "tokens a second: median ± half the way from the slowest to the fastest repeat"
+    return table
+
+
+def _weights(rows: Iterable[Row]) -> str:
+    """Memory of the weights, which no batch size changes."""
+    by_runtime = {row.runtime: (row.dense_bytes, row.pruned_bytes) for row in rows}
+    told = [f"{size(pruned)} in {name} (dense {size(dense)})" for name, (dense, pruned) in by_runtime.items()]
+    return f"weights in memory: {', '.join(told)}"
+
+
+def _tokens(speed: Speed) -> str:
+    slowest, fastest = speed.spread
+    return f"{speed.median:,.0f} ±{(fastest - slowest) / 2 / speed.median:.0%}"

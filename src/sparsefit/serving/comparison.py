@@ -1,0 +1,124 @@
+"""A pruned model held against its dense twin in one runtime after the other, and what came of it in one sentence."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from sparsefit.pruning import MaskSet
+from sparsefit.serving.checking import decoder_difference, prompts
+from sparsefit.serving.dense_twin import dense_twin
+from sparsefit.serving.runtimes import RUNTIMES, Runtime
+from sparsefit.serving.timing import PHASES, Speed, gained, measure, ratio
+
+_SMALLER = 0.95
+"""Shares of the dense model's memory above this are no gain."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured.
+
+    Args:
+        batch_sizes: Sequences that run at once, one measurement for each.
+        prompt: Tokens of a prompt, which are read at once.
+        tokens: Tokens after it, one after the other.
+        repeats: Repeats of each measurement.
+    """
+
+    batch_sizes: Sequence[int] = (1, 8)
+    prompt: int = 128
+    tokens: int = 32
+    repeats: int = 5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One runtime at one batch size.
+
+    Attributes:
+        runtime: Its name.
+        batch: The batch size.
+        dense_bytes: Memory of the dense twin's weights.
+        pruned_bytes: Memory of the pruned model's weights.
+        dense: Speed of the dense twin, by phase.
+        pruned: Speed of the pruned model.
+        difference: The largest difference of a logit of the pruned model from plain torch's, as a share.
+    """
+
+    runtime: str
+    batch: int
+    dense_bytes: int
+    pruned_bytes: int
+    dense: dict[str, Speed]
+    pruned: dict[str, Speed]
+    difference: float
+
+    def ratio(self, phase: str) -> float:
+        """How many times as fast as the dense twin the pruned model is."""
+        return ratio(self.pruned[phase], self.dense[phase])
+
+    def account(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        of = {"dense": self.dense, "pruned": self.pruned}
+        told: dict[str, Any] = {"runtime": self.runtime, "batch": self.batch, "logits_difference": self.difference}
+        told |= {"weight_bytes": {"dense": self.dense_bytes, "pruned": self.pruned_bytes}}
+        for phase in PHASES:
+            told[phase] = {name: {"median": s[phase].median, "repeats": s[phase].repeats} for name, s in of.items()}
+            told[phase] |= {"ratio": self.ratio(phase), "gained": gained(self.pruned[phase], self.dense[phase])}
+        return told
+
+
+def compare(
+    model: nn.Module,
+    masks: MaskSet,
+    runtime: Runtime,
+    settings: Settings,
+    advance: Callable[[], None] = lambda: None,
+) -> list[Row]:
+    """Measure a pruned model and its dense twin in one runtime: a row for each batch size.
+
+    Args:
+        model: A pruned decoder of transformers, in evaluation mode; it stays as it is.
+        masks: Its masks.
+        runtime: One that can run it.
+        settings: What is measured.
+        advance: Called after each repeat of one of the two.
+    """
+    dense_in = RUNTIMES["torch"] if runtime.sparse else runtime
+    dense = dense_in.prepare(dense_twin(model), masks)
+    pruned = runtime.prepare(copy.deepcopy(model), masks)
+    difference = decoder_difference(model, pruned)
+    rows = []
+    for batch in settings.batch_sizes:
+        ids = prompts(model, batch, settings.prompt)
+        both = {"dense": dense, "pruned": pruned}
+        found = measure(both, ids, settings.tokens, settings.repeats, advance)
+        sizes = dense.weight_bytes, pruned.weight_bytes
+        rows.append(Row(runtime.name, batch, *sizes, found["dense"], found["pruned"], difference))
+    return rows
+
+
+def verdict(rows: Iterable[Row]) -> str:
+    """Whether pruning gained speed or memory here, in one sentence."""
+    rows = list(rows)
+    if not rows:
+        return "No runtime that was asked for can run the model here, so nothing was measured."
+    named = [(row.ratio(phase), row, phase) for row in rows for phase in PHASES]
+    faster = [entry for entry in named if gained(entry[1].pruned[entry[2]], entry[1].dense[entry[2]])]
+    best, row, phase = max(faster or named, key=lambda entry: entry[0])
+    where = f"{row.runtime}, {phase} at batch {row.batch}"
+    share, runtime = min((row.pruned_bytes / max(1, row.dense_bytes), row.runtime) for row in rows)
+    small = share <= _SMALLER
+    if not faster and not small:
+        return (
+            "Nothing is gained here: the pruned model is nowhere faster than the dense one beyond the noise (at best "
+            f"{best:.2f} times as fast: {where}), and nowhere smaller in memory."
+        )
+    speed = f"faster (at best {best:.2f} times: {where})" if faster else f"nowhere faster (at best {best:.2f} times)"
+    memory = f"smaller in memory ({share:.2f} of the dense one's weights: {runtime})" if small else "nowhere smaller"
+    return f"The pruned model is {speed} and {memory}."

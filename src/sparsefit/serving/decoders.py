@@ -1,0 +1,66 @@
+"""A language model behind two calls, whatever runs it: read a prompt, then one token after the other."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Decoder(Protocol):
+    """A language model with a cache of its own.
+
+    Attributes:
+        weight_bytes: What its weights take in memory, in the format that the runtime computes with.
+    """
+
+    weight_bytes: int
+
+    def start(self, ids: Tensor) -> Tensor:
+        """Read a prompt (batch, tokens) into an empty cache; the logits (batch, tokens, vocabulary)."""
+        ...
+
+    def step(self, token: Tensor) -> Tensor:
+        """Read one more token (batch, 1) behind what was read; its logits (batch, 1, vocabulary)."""
+        ...
+
+
+class TorchDecoder:
+    """A model of transformers in torch, its weights in whatever tensors they are."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.weight_bytes = weight_bytes(model)
+        self._cache = None
+
+    @torch.inference_mode()
+    def start(self, ids: Tensor) -> Tensor:
+        """As of `Decoder`."""
+        from transformers import DynamicCache
+
+        self._cache = DynamicCache(config=self.model.config)
+        return self.step(ids)
+
+    @torch.inference_mode()
+    def step(self, token: Tensor) -> Tensor:
+        """As of `Decoder`."""
+        token = token.to(next(self.model.parameters()).device)
+        return self.model(token, past_key_values=self._cache, use_cache=True).logits
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of a model's weights, those that several layers share counted once."""
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return sum(sum(part.nbytes for part in _parts(tensor)) for tensor in tensors.values())
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    """The dense tensors that a sparse one is held in."""
+    if tensor.layout == torch.sparse_csr:
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    # torch's semi-structured tensors flatten into the tensors that they are made of, as all of torch's subclasses do.
+    inner = tensor.data if isinstance(tensor, nn.Parameter) else tensor
+    if hasattr(inner, "__tensor_flatten__"):
+        return [part for name in inner.__tensor_flatten__()[0] if (part := getattr(inner, name)) is not None]
+    return [tensor]

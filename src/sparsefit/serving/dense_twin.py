@@ -1,0 +1,46 @@
+"""The dense twin of a pruned model: what a runtime does with it is what it would do, had nothing been pruned."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from sparsefit.pruning import MaskSet
+
+_LEAST_SPARSITY = 0.01
+"""Below it a matrix counts as dense: a few zeros occur by themselves."""
+
+
+def dense_twin(model: nn.Module, seed: int = 0) -> nn.Module:
+    """A copy of a model whose zeros are random weights as large as the others of their matrix.
+
+    Speed does not depend on the values of weights that are no zeros, so the twin stands for the model before it was
+    pruned, which need not be at hand.
+
+    >>> layer = nn.Linear(4, 4)
+    >>> _ = layer.weight.data.triu_()
+    >>> int((dense_twin(layer).weight == 0).sum())
+    0
+    """
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for number, weight in enumerate(twin.parameters()):
+            zero = weight == 0
+            if weight.ndim < 2 or not zero.any():
+                continue
+            spread = weight[~zero].float().std() if (~zero).sum() > 1 else torch.tensor(0.02)
+            generator = torch.Generator().manual_seed(seed + number)
+            drawn = torch.randn(int(zero.sum()), generator=generator).clamp_(min=1e-3)
+            weight[zero] = (drawn * spread.cpu()).to(weight.device, weight.dtype)
+    return twin
+
+
+def zeros_as_masks(model: nn.Module) -> MaskSet:
+    """Masks of the linear layers of a model that are sparse, for one that was saved without masks."""
+    masks = MaskSet()
+    for name, layer in model.named_modules():
+        if type(layer) is nn.Linear and (layer.weight == 0).float().mean() >= _LEAST_SPARSITY:
+            masks.add(f"{name}.weight", layer.weight.detach() != 0)
+    return masks

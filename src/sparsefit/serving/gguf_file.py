@@ -1,0 +1,178 @@
+"""A language model in one GGUF file, written with the package gguf: what llama.cpp and its kin read."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sparsefit.errors import ConfigError
+from sparsefit.serving.zeros import Array
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+    from transformers import PreTrainedModel
+
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+"""What GGUF calls the model types that are written."""
+
+_PRE_TOKENIZERS = {
+    r"\p{N}{1,3}": "llama-bpe",
+    r"\p{N}+": "default",
+    r"\p{N}": "qwen2",
+}
+"""By the rule for digits in a tokenizer's own splitting expression, what llama.cpp calls the whole of it."""
+
+
+def write_gguf(model: PreTrainedModel, tokenizer_folder: Path, file: Path) -> None:
+    """Write a model and its tokenizer.
+
+    Matrices keep the model's dtype, and all else is float32, as llama.cpp wants it.
+
+    Args:
+        model: A Llama, Mistral, Qwen2 or Qwen3.
+        tokenizer_folder: Where its tokenizer.json lies.
+        file: The file to write.
+
+    Raises:
+        ConfigError: if GGUF has no words for the model or its tokenizer, before anything is written.
+    """
+    import gguf
+
+    check_model(model, tokenizer_folder)
+    config = model.config
+    kind = ARCHITECTURES[config.model_type]
+    writer = gguf.GGUFWriter(file, kind)
+    _add_settings(writer, config)
+    _add_tokenizer(writer, tokenizer_folder, config.vocab_size)
+    architecture = next(one for one, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    for name, weight in model.named_parameters():  # tied weights come once
+        _add_tensor(writer, names.get_name(name, try_suffixes=(".weight", ".bias")), _as_stored(name, weight, config))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def check_model(model: PreTrainedModel, tokenizer_folder: Path) -> None:
+    """See that a model can be written.
+
+    Raises:
+        ConfigError: if it cannot; says why.
+    """
+    config = model.config
+    elsewhere = "llama.cpp's own convert_hf_to_gguf.py may know it"
+    if config.model_type not in ARCHITECTURES or not hasattr(model, "lm_head"):
+        known = ", ".join(ARCHITECTURES)
+        raise ConfigError(f"a {type(model).__name__} is not written as GGUF, only decoders of {known}: {elsewhere}")
+    rope = config.rope_parameters.get("rope_type", "default")
+    if rope not in ("default", "linear"):
+        raise ConfigError(f"rotary positions of the type {rope} are not written as GGUF: {elsewhere}")
+    layers = getattr(config, "layer_types", None) or []
+    if "sliding_attention" in layers or (config.model_type == "mistral" and config.sliding_window):
+        raise ConfigError(f"sliding windows of attention are not written as GGUF: {elsewhere}")
+    if not (tokenizer_folder / "tokenizer.json").is_file():
+        raise ConfigError(f"GGUF holds the tokenizer, too, and {tokenizer_folder} has no tokenizer.json: put it there")
+    if _tokenizer_of(tokenizer_folder)["model"]["type"] != "BPE":
+        raise ConfigError(f"the tokenizer in {tokenizer_folder} is none of byte pairs (BPE), the kind that is written")
+
+
+def matrices_in(file: Path) -> Iterator[Array]:
+    """The matrices of a GGUF file as floats, one after the other."""
+    import gguf
+
+    for tensor in gguf.GGUFReader(file).tensors:
+        if len(tensor.shape) > 1:
+            yield gguf.dequantize(tensor.data, tensor.tensor_type)
+
+
+def _add_settings(writer: GGUFWriter, config: Any) -> None:
+    import gguf
+
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if config.rope_parameters.get("rope_type") == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope_parameters["factor"])
+    writer.add_vocab_size(config.vocab_size)
+
+
+def _as_stored(name: str, weight: Tensor, config: Any) -> Tensor:
+    """A weight as llama.cpp computes with it: a Llama's rotary pairs lie side by side there."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+    if ARCHITECTURES[config.model_type] != "llama" or heads is None:
+        return weight.detach()
+    halves = weight.detach().view(heads, 2, -1, *weight.shape[1:])  # (heads, 2, head_dim / 2, in)
+    return halves.transpose(1, 2).reshape(weight.shape).contiguous()
+
+
+def _add_tensor(writer: GGUFWriter, name: str, weight: Tensor) -> None:
+    import gguf
+
+    if weight.ndim > 1 and weight.dtype == torch.bfloat16:
+        kind = gguf.GGMLQuantizationType.BF16
+        writer.add_tensor(name, gguf.quantize(weight.float().numpy(), kind), raw_dtype=kind)
+    else:
+        half = weight.ndim > 1 and weight.dtype == torch.float16
+        writer.add_tensor(name, weight.numpy() if half else weight.float().numpy())
+
+
+def _add_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
+    import gguf
+
+    saved = _tokenizer_of(folder)
+    texts = {number: text for text, number in saved["model"]["vocab"].items()}
+    kinds = dict.fromkeys(texts, gguf.TokenType.NORMAL)
+    for added in saved.get("added_tokens", []):
+        texts[added["id"]] = added["content"]
+        kinds[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+    by_bytes = bool(saved["model"].get("byte_fallback"))  # SentencePiece's way, which llama.cpp calls "llama"
+    for number, text in texts.items():
+        if by_bytes and re.fullmatch(r"<0x[0-9A-F]{2}>", text):
+            kinds[number] = gguf.TokenType.BYTE
+    writer.add_tokenizer_model("llama" if by_bytes else "gpt2")
+    writer.add_tokenizer_pre("default" if by_bytes else pre_tokenizer(saved))
+    # Rows of the embedding beyond the tokenizer's tokens have names of their own.
+    writer.add_token_list([texts.get(number, f"[PAD{number}]") for number in range(size)])
+    writer.add_token_types([kinds.get(number, gguf.TokenType.UNUSED) for number in range(size)])
+    if by_bytes:
+        writer.add_token_scores([-float(number) for number in range(size)])  # merged in the order of the vocabulary
+    gguf.SpecialVocab(folder, load_merges=not by_bytes, n_vocab=size).add_to_gguf(writer, quiet=True)
+
+
+def pre_tokenizer(saved: dict[str, Any]) -> str:
+    """What llama.cpp calls the way in which a byte-level tokenizer splits text before it joins pairs.
+
+    >>> pre_tokenizer({"pre_tokenizer": {"type": "ByteLevel", "use_regex": True}})
+    'gpt-2'
+    """
+    found = saved.get("pre_tokenizer") or {}
+    parts = found.get("pretokenizers", [found])
+    if any(part.get("type") == "Digits" and part.get("individual_digits") for part in parts):
+        return "smollm"
+    for part in parts:
+        expression = str((part.get("pattern") or {}).get("Regex", ""))
+        for rule, name in _PRE_TOKENIZERS.items():
+            if rule in expression:
+                return name
+    return "gpt-2"
+
+
+def _tokenizer_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))

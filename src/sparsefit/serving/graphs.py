@@ -1,0 +1,204 @@
+"""ONNX and OpenVINO IR by transformers' own exporters, which trace a model and hand the trace to those libraries.
+
+A language model becomes one graph that reads a prompt into an empty cache and goes on from a full one. In ONNX the
+cache goes in and out of the graph; an OpenVINO graph keeps it as its state.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sparsefit.errors import ConfigError
+from sparsefit.serving.zeros import Array
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.exporters import ExportedModel
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A model as a graph of another library.
+
+    Attributes:
+        exported: transformers' handle of it, which saves it.
+        sample: The inputs that it was traced with.
+        generates: Whether it is a language model with a cache.
+    """
+
+    exported: ExportedModel
+    sample: dict[str, Any]
+    generates: bool
+
+
+def export_graph(model: PreTrainedModel, kind: str, fused: bool = False) -> Graph:
+    """Trace a model.
+
+    Args:
+        model: A decoder, or a classifier of images or texts, in evaluation mode on the CPU.
+        kind: "onnx" or "openvino".
+        fused: Whether an ONNX graph may have operators that ONNX Runtime alone knows, which are faster.
+
+    Raises:
+        ConfigError: if the model takes other inputs than those, or cannot be traced.
+    """
+    from transformers.exporters import OnnxConfig, OnnxExporter, OpenVINOConfig, OpenVINOExporter
+    from transformers.exporters.utils import decompose_for_generation
+
+    sample = sample_inputs(model)
+    generates = model.can_generate()
+    with _silenced():
+        try:
+            traced: Any = model
+            if generates:
+                parts = decompose_for_generation(model, sample, multi_token_decode=True)
+                traced, sample = parts["decode"]
+            if kind == "onnx":
+                config = OnnxConfig(dynamic=True, ort_fusions="cpu" if fused else None)
+                return Graph(OnnxExporter().export(traced, copy.deepcopy(sample), config), sample, generates)
+            config = OpenVINOConfig(dynamic=True)
+            return Graph(OpenVINOExporter().export(traced, copy.deepcopy(sample), config), sample, generates)
+        except Exception as error:  # tracing fails in as many ways as there are models
+            told = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ConfigError(
+                f"a {type(model).__name__} cannot be exported to {kind} by the installed libraries: {told}"
+            ) from error
+
+
+def sample_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Small inputs of the kind that a model takes, one of them padded so that the padding mask is traced, too.
+
+    Raises:
+        ConfigError: if it takes others than tokens or images, or is an encoder with a decoder.
+    """
+    config = model.config
+    main = model.main_input_name
+    if getattr(config, "is_encoder_decoder", False) or main not in ("input_ids", "pixel_values"):
+        raise ConfigError(
+            f"a {type(model).__name__} cannot be exported: ONNX and OpenVINO take decoders, and classifiers of images "
+            "and texts"
+        )
+    if main == "pixel_values":
+        size = config.image_size if isinstance(getattr(config, "image_size", None), int) else 224
+        return {main: torch.randn(2, getattr(config, "num_channels", 3), size, size)}
+    ids = torch.arange(12).view(2, 6) % config.get_text_config().vocab_size
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0
+    return {main: ids, "attention_mask": mask}
+
+
+class GraphDecoder:
+    """An exported language model on its own runtime.
+
+    Args:
+        graph: Of `export_graph`, of a model that generates.
+        threads: CPU threads.
+        settings: Further properties of OpenVINO's compilation.
+    """
+
+    def __init__(self, graph: Graph, threads: int, settings: dict[str, Any] | None = None) -> None:
+        self._kind = str(graph.exported.export_format)
+        self._layers = graph.sample["past_key_values"]
+        self.weight_bytes = sum(array.nbytes for array in weights_of(graph.exported))
+        if self._kind == "openvino":
+            precision = {"float16": "f16", "bfloat16": "bf16"}.get(str(graph.exported.dtype).split(".")[1], "f32")
+            config = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision} | (settings or {})
+            graph.exported.to("cpu", config=config)
+        else:
+            import onnxruntime
+
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = threads
+            graph.exported.to("cpu", session_options=options)
+        self._exported = graph.exported
+        self._cache: Any = None
+        self._read = 0
+
+    def start(self, ids: Tensor) -> Tensor:
+        """As of `Decoder`."""
+        self._read = 0
+        if self._kind == "openvino":
+            self._request.reset_state()
+        else:
+            self._cache = _emptied(self._layers, len(ids))
+        return self.step(ids)
+
+    def step(self, token: Tensor) -> Tensor:
+        """As of `Decoder`."""
+        batch, count = token.shape
+        positions = torch.arange(self._read, self._read + count).expand(batch, count)
+        self._read += count
+        feed = {
+            "input_ids": token,
+            "attention_mask": torch.ones(batch, self._read, dtype=torch.long),
+            "position_ids": positions,
+        }
+        if self._kind == "openvino":
+            feed["beam_idx"] = torch.arange(batch, dtype=torch.int32)
+            taken = {name for port in self._request.model_inputs for name in port.get_names()}
+            arrays = {name: value.numpy() for name, value in feed.items() if name in taken}
+            return torch.from_numpy(self._request.infer(arrays, share_inputs=True)["logits"])
+        out = self._exported(**feed, past_key_values=self._cache)
+        self._cache = out.past_key_values
+        return out.logits
+
+    @property
+    def _request(self) -> Any:
+        return next(iter(self._exported.runners.values())).request
+
+
+def _emptied(cache: Any, batch: int) -> Any:
+    """A cache like another one, with nothing in it."""
+    empty = copy.deepcopy(cache)
+    for layer in empty.layers:
+        layer.keys = layer.keys.new_zeros(batch, layer.keys.shape[1], 0, layer.keys.shape[3])
+        layer.values = layer.values.new_zeros(batch, layer.values.shape[1], 0, layer.values.shape[3])
+        if hasattr(layer, "cumulative_length"):
+            layer.cumulative_length = 0
+    return empty
+
+
+def weights_of(exported: ExportedModel) -> Iterator[Array]:
+    """The constants of a graph that have two dimensions or more: its matrices, and what tables were folded."""
+    for component in exported.components.values():
+        if str(exported.export_format) == "onnx":
+            values = component.program.graph.initializers.values()
+            tensors = (value.const_value.numpy() for value in values if value.const_value is not None)
+        else:
+            constants = (one for one in component.program.get_ops() if one.get_type_name() == "Constant")
+            tensors = (one.get_data() for one in constants if len(one.get_output_shape(0)) > 1)
+        yield from (tensor for tensor in tensors if tensor.ndim > 1)
+
+
+def load_graph(folder: Path, like: Graph) -> Graph:
+    """A saved graph as its library reads it."""
+    from transformers.exporters import ExportedModel
+
+    settings = {} if str(like.exported.export_format) == "onnx" else {"config": {"INFERENCE_PRECISION_HINT": "f32"}}
+    with _silenced():
+        exported = ExportedModel.from_pretrained(folder, device="cpu", local_files_only=True, **settings)
+    return Graph(exported, like.sample, like.generates)
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Without what the exporters say of versions, of libraries that nothing here needs, and of their progress."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # their loggers have no common parent
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,28 @@
+"""ONNX Runtime on the CPU, which has no sparse products: how fast a good dense runtime is."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from sparsefit.pruning import MaskSet
+from sparsefit.serving.decoders import Decoder
+from sparsefit.serving.graphs import GraphDecoder, export_graph
+from sparsefit.serving.libraries import missing_for
+
+NAME = "onnxruntime"
+
+
+def why_not(model: nn.Module, masks: MaskSet) -> str:
+    """Why it cannot run a model; the empty string if it can."""
+    weight = next(model.parameters())
+    if weight.device.type != "cpu":
+        return "it is measured on the CPU: --device cpu"
+    if weight.dtype == torch.bfloat16:
+        return "on the CPU it has no products in bfloat16: --dtype float32"
+    return missing_for("onnx")
+
+
+def prepare(model: nn.Module, masks: MaskSet) -> Decoder:
+    """The model as an ONNX graph with ONNX Runtime's own operators for attention and norms."""
+    return GraphDecoder(export_graph(model, "onnx", fused=True), torch.get_num_threads())

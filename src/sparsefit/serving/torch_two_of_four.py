@@ -1,0 +1,29 @@
+"""2:4 pruned linear layers as torch's semi-structured tensors, which GPUs multiply at up to twice the dense rate."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from sparsefit.bare_model import base_modules
+from sparsefit.pruning import MaskSet
+from sparsefit.recovery.semi_structured import backend_of, to_semi_structured, why_dense
+from sparsefit.serving.decoders import Decoder, TorchDecoder
+
+NAME = "torch-2:4"
+
+
+def why_not(model: nn.Module, masks: MaskSet) -> str:
+    """Why it cannot run a model; the empty string if it can."""
+    layers = base_modules(model)
+    reasons = {name: why_dense(name, layers.get(name.removesuffix(".weight")), masks) for name in masks}
+    if not reasons:
+        return "nothing is pruned"
+    if all(reasons.values()):
+        return next(iter(reasons.values()))
+    return backend_of(next(model.parameters()).device)[1]
+
+
+def prepare(model: nn.Module, masks: MaskSet) -> Decoder:
+    """The model with its 2:4 layers converted."""
+    to_semi_structured(model, masks)
+    return TorchDecoder(model)
