@@ -80,6 +80,7 @@ def test_a_model_folder_without_masks_is_taken_by_its_zeros(sparsefit, run):
     [
         (("--runtimes", "vllm"), "there is no 'vllm'"),
         (("--tokens", 0), "--tokens is 0"),
+        (("--processor-time", "--threads", 2), "give --threads 1"),
         (("--batch-sizes", 1, -1), "--batch-sizes[1] is -1"),
         (("--device", "abacus"), "'abacus' cannot be used"),
     ],

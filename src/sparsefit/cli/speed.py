@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,16 @@ def speed(arguments: list[str]) -> int:
     given = _parsed(arguments)
     names = _runtimes(given.runtimes)
     device = device_called(given.device)
+    if given.processor_time and (device.type != "cpu" or given.threads != 1):
+        raise ConfigError("--processor-time is for one thread on the CPU: give --threads 1 --device cpu, too")
     if given.threads is not None:
         torch.set_num_threads(given.threads)
     check_ended(given.folder)
     source = weight_files(given.folder)[0].parent
     quieten()
     model, masks = _model_of(given.folder, source, given.dtype, device)
-    settings = Settings(given.batch_sizes, given.prompt, given.tokens, given.repeats)
+    clock = time.process_time if given.processor_time else time.perf_counter
+    settings = Settings(given.batch_sizes, given.prompt, given.tokens, given.repeats, clock)
     kind = str(model.dtype).removeprefix("torch.")
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     console.print(f"{source}: {kind} on {device}{threads}; its dense twin has no zeros", markup=False, soft_wrap=True)
@@ -64,6 +68,7 @@ def speed(arguments: list[str]) -> int:
     if given.json is not None:
         report: dict[str, Any] = {"command": shlex.join(["sparsefit", "speed", *arguments]), "model": str(source)}
         report |= {"dtype": kind, "device": str(device), "threads": torch.get_num_threads()}
+        report |= {"clock": "processor" if given.processor_time else "wall"}
         report |= {"prompt": settings.prompt, "tokens": settings.tokens, "rows": [row.account() for row in rows]}
         report |= {"not_run": not_run, "notes": notes, "verdict": sentence}
         report |= {"versions": versions(), "machine": machine()}
@@ -86,6 +91,11 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto is what it was saved in")
     parser.add_argument("--device", help="cpu, cuda, cuda:1; by default a GPU where there is one")
     parser.add_argument("--threads", type=int, help="CPU threads of every runtime; by default torch's")
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="seconds of the processor and not of the wall, for a machine with other work: one thread on the CPU alone",
+    )
     parser.add_argument("--json", type=Path, help="a file to write all figures to")
     given = parser.parse_args(arguments)
     counts = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,12 +29,14 @@ class Settings:
         prompt: Tokens of a prompt, which are read at once.
         tokens: Tokens after it, one after the other.
         repeats: Repeats of each measurement.
+        clock: Seconds, of the wall's clock or another.
     """
 
     batch_sizes: Sequence[int] = (1, 8)
     prompt: int = 128
     tokens: int = 32
     repeats: int = 5
+    clock: Callable[[], float] = time.perf_counter
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def compare(
     for batch in settings.batch_sizes:
         ids = prompts(model, batch, settings.prompt)
         both = {"dense": dense, "pruned": pruned}
-        found = measure(both, ids, settings.tokens, settings.repeats, advance)
+        found = measure(both, ids, settings.tokens, settings.repeats, advance, settings.clock)
         sizes = dense.weight_bytes, pruned.weight_bytes
         rows.append(Row(runtime.name, batch, *sizes, found["dense"], found["pruned"], difference))
     return rows

@@ -59,8 +59,7 @@ def _parts(tensor: Tensor) -> list[Tensor]:
     """The dense tensors that a sparse one is held in."""
     if tensor.layout == torch.sparse_csr:
         return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
-    # torch's semi-structured tensors flatten into the tensors that they are made of, as all of torch's subclasses do.
-    inner = tensor.data if isinstance(tensor, nn.Parameter) else tensor
-    if hasattr(inner, "__tensor_flatten__"):
-        return [part for name in inner.__tensor_flatten__()[0] if (part := getattr(inner, name)) is not None]
+    # torch's semi-structured tensors name the tensors that they are made of, as all of torch's subclasses do.
+    if hasattr(tensor, "__tensor_flatten__"):
+        return [part for name in tensor.__tensor_flatten__()[0] if (part := getattr(tensor, name)) is not None]
     return [tensor]

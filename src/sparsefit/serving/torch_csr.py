@@ -19,11 +19,11 @@ class SparseRows(nn.Module):
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "beta state"
+            warnings.simplefilter("ignore")  # "beta state", and that invariants are not checked
             rows = layer.weight.detach().to_sparse_csr()
-        # 32 bits number the columns of any layer; torch begins with 64.
-        index = rows.crow_indices().int(), rows.col_indices().int()
-        self.register_buffer("weight", torch.sparse_csr_tensor(*index, rows.values(), rows.shape))
+            # 32 bits number the columns of any layer; torch begins with 64.
+            index = rows.crow_indices().int(), rows.col_indices().int()
+            self.register_buffer("weight", torch.sparse_csr_tensor(*index, rows.values(), rows.shape))
         self.bias = layer.bias
 
     def forward(self, inputs: Tensor) -> Tensor:
