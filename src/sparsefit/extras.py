@@ -15,6 +15,10 @@ EXTRAS = {
     "wandb": "wandb",
     "lm_eval": "tasks",
     "gguf": "gguf",
+    "onnx": "onnx",
+    "onnxscript": "onnx",
+    "onnxruntime": "onnx",
+    "openvino": "openvino",
     "bitsandbytes": "quantized",
 }
 """By the name under which a library is imported."""

@@ -167,7 +167,7 @@ def test_the_trained_network_of_somebodys_own_is_on_disk(two, folder):
         assert torch.equal(state[key], weight), key
 
 
-def test_one_process_inspects_merges_and_exports_the_folder(two, folder, tmp_path, monkeypatch, capsys):
+def test_one_process_inspects_and_merges_the_folder(two, folder, tmp_path, monkeypatch, capsys):
     place = tmp_path / "run"
     shutil.copytree(folder / "2/masked_lora", place)
     status, output = command(monkeypatch, capsys, "inspect", place)
@@ -179,8 +179,6 @@ def test_one_process_inspects_merges_and_exports_the_folder(two, folder, tmp_pat
     merged, expected = load_file(again / "model.safetensors"), load_file(place / "model/model.safetensors")
     assert merged.keys() == expected.keys()
     assert all(torch.equal(merged[key], expected[key]) for key in expected)
-    status, _ = command(monkeypatch, capsys, "export", place, "--format", "compact", "--output", tmp_path / "compact")
-    assert status == 0
 
 
 def test_adapters_of_another_dtype_than_the_trained_norms_are_split_apart_from_them(two):

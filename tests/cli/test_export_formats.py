@@ -117,7 +117,7 @@ def test_what_gguf_has_no_words_for_is_told_before_anything_is_written(sparsefit
 @pytest.mark.parametrize("kind", libraries.LIBRARIES)
 def test_a_missing_library_is_named_with_its_extra(kind, sparsefit, tmp_path, monkeypatch):
     run = pruned_run(small_llama(), tmp_path / "run")
-    monkeypatch.setattr(libraries, "find_spec", lambda name: None)
+    monkeypatch.setattr("sparsefit.extras.has", lambda library: False)
     status, _, errors = sparsefit("export", run, "--format", kind, "--output", tmp_path / "out")
     assert (status, f"pip install 'sparsefit[{kind}]'" in errors) == (2, True), errors
     assert not (tmp_path / "out").exists()

@@ -20,7 +20,8 @@ def why_not(model: nn.Module, masks: MaskSet) -> str:
         return "it is measured on the CPU: --device cpu"
     if weight.dtype == torch.bfloat16:
         return "on the CPU it has no products in bfloat16: --dtype float32"
-    return missing_for("onnx")
+    why = missing_for("onnx")
+    return f"it needs {why}" if why else ""
 
 
 def prepare(model: nn.Module, masks: MaskSet) -> Decoder:

@@ -21,7 +21,8 @@ def why_not(model: nn.Module, masks: MaskSet) -> str:
     """Why it cannot run a model; the empty string if it can."""
     if next(model.parameters()).device.type != "cpu":
         return "it runs on the CPU: --device cpu"
-    return missing_for("openvino")
+    why = missing_for("openvino")
+    return f"it needs {why}" if why else ""
 
 
 def prepare(model: nn.Module, masks: MaskSet) -> Decoder:
