@@ -14,8 +14,8 @@ from sparsefit.callbacks.training_length import last_steps, steps_done_here
 from sparsefit.errors import BudgetError, ConfigError
 from sparsefit.planning import pace
 from sparsefit.recovery.ledger import GPUHourLedger, check_split
-from sparsefit.recovery.pace import Pace, estimate_validation
 from sparsefit.recovery.schedule import budget_factor, first_rate, keep_base_rates, set_rates
+from sparsefit.recovery.step_times import StepTimes, estimate_validation
 from sparsefit.settings import named_settings, number
 
 SYNC_STEPS = 20  # so many steps before the end, an accelerator's queue is awaited before the clock is read
@@ -70,7 +70,7 @@ class GPUHourBudget(Callback):
         self.ledger = GPUHourLedger(self.gpu_hours, self.split)
         self.stop_reason: str | None = None  # None as long as the budget has not ended training
         self._kept: dict[str, float] = {}  # wall seconds of this rank, for what follows training
-        self._pace = Pace()
+        self._step_times = StepTimes()
         self._sanity_marks: list[float] = []
         self._training_start: float | None = None  # GPU-hours
         self._drives = False
@@ -155,7 +155,7 @@ class GPUHourBudget(Callback):
         """Estimate from the sanity check what a whole validation takes."""
         self.ledger.switch("setup")
         self._sanity_marks.append(self.ledger.clock())
-        self._pace.validation_estimate = estimate_validation(self._sanity_marks, sum(trainer.num_val_batches))
+        self._step_times.validation_estimate = estimate_validation(self._sanity_marks, sum(trainer.num_val_batches))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the training part of the budget; after a resume with nothing left, stop before the first step."""
@@ -164,7 +164,7 @@ class GPUHourBudget(Callback):
         resumed = self._training_start is not None
         if not resumed:
             self._training_start = self.ledger.spent
-        self._pace.start(self._now, trainer.global_step)
+        self._step_times.start(self._now, trainer.global_step)
         self._steps_seen = 0
         self._factor = None  # what a former fit set no longer counts
         # With manual optimization, steps are the module's affair and epochs say nothing about their number.
@@ -173,7 +173,7 @@ class GPUHourBudget(Callback):
             self._more_steps = trainer.global_step - steps_done_here(trainer)
         self._other_devices = False
         self._check_warm_up()
-        self._stop_if_spent(trainer, self._pace.step)
+        self._stop_if_spent(trainer, self._step_times.step)
         if self.stop_reason:
             way_out = "to train further" if resumed else "to train, or prune with fewer or shorter calibration samples"
             rank_zero_warn(f"GPUHourBudget: no training step is taken: {self.stop_reason}. Raise gpu_hours {way_out}.")
@@ -196,8 +196,8 @@ class GPUHourBudget(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Agree on what is spent, and stop if the next step does not fit."""
         self._await_device(trainer)
-        if self._pace.batch_ended(self._now, trainer.global_step):
-            self._stop_if_spent(trainer, self._pace.step)
+        if self._step_times.batch_ended(self._now, trainer.global_step):
+            self._stop_if_spent(trainer, self._step_times.step)
             self._tell_pace(trainer)
         if not trainer.barebones:
             rate = first_rate(trainer.optimizers)
@@ -213,10 +213,10 @@ class GPUHourBudget(Callback):
         """Measure the validation, and stop here if another step and another validation do not fit."""
         if not self.ledger.running or trainer.sanity_checking:
             return
-        self._pace.validation_ended(self._now)
+        self._step_times.validation_ended(self._now)
         self._agree(trainer)
         self.ledger.switch("training")
-        self._stop_if_spent(trainer, self._pace.step)
+        self._stop_if_spent(trainer, self._step_times.step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Charge what follows to the closing stage."""
@@ -238,7 +238,7 @@ class GPUHourBudget(Callback):
             "training_start": self._training_start,
             "devices": self.ledger.devices,
             "more_steps": self._more_steps,
-            "pace": self._pace.state_dict(),
+            "pace": self._step_times.state_dict(),
             "kept": dict(self._kept),
         }
 
@@ -248,7 +248,7 @@ class GPUHourBudget(Callback):
         self._training_start = state_dict["training_start"]
         then, now = state_dict.get("devices", self.ledger.devices), self.ledger.devices
         self._other_devices, self._more_steps = then != now, state_dict.get("more_steps", 0)
-        self._pace.load_state_dict(state_dict["pace"], slower=None if then == now else max(1.0, then / now))
+        self._step_times.load_state_dict(state_dict["pace"], slower=None if then == now else max(1.0, then / now))
         self._kept = {**state_dict["kept"], **self._kept}
 
     @property
@@ -270,7 +270,7 @@ class GPUHourBudget(Callback):
         kept = max(self.reserve * self.gpu_hours, self.ledger.hours_of(sum(self._kept.values())))
         epochs = trainer.check_val_every_n_epoch or 1
         validates = trainer.enable_validation and (trainer.current_epoch + 1) % epochs == 0
-        return kept + self.ledger.hours_of(self._pace.validation if validates else 0.0)
+        return kept + self.ledger.hours_of(self._step_times.validation if validates else 0.0)
 
     def _stop_if_spent(self, trainer: Trainer, seconds: float) -> None:
         """Stop unless so many more seconds fit. A collective."""
@@ -293,7 +293,7 @@ class GPUHourBudget(Callback):
         by_steps, by_epochs = self._steps
         to_come = min(by_steps, by_epochs + self._more_steps) - trainer.global_step
         if self._steps_seen == PACE_AFTER and to_come > 0 and not trainer.should_stop:
-            rank_zero_info(pace(self._pace.usual_step, self.ledger.left, self.gpu_hours, to_come))
+            rank_zero_info(pace(self._step_times.usual_step, self.ledger.left, self.gpu_hours, to_come))
 
     def _refusal(self, trainer: Trainer, what: str, seconds: float = 0.0) -> str | None:
         """Why `what` cannot be paid for, and the way out; None where it can. A collective."""
@@ -318,6 +318,6 @@ class GPUHourBudget(Callback):
 
     def _await_device(self, trainer: Trainer) -> None:
         """Close to the end, read the clock when the queued work is done rather than when it is queued."""
-        near = not self.ledger.affords(SYNC_STEPS * (self._pace.step or math.inf))
+        near = not self.ledger.affords(SYNC_STEPS * (self._step_times.step or math.inf))
         if near and trainer.strategy.root_device.type == "cuda":
             torch.cuda.synchronize(trainer.strategy.root_device)

@@ -18,9 +18,9 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, IterableDataset
 
 from sparsefit.calibration.samples import count_samples, cut_batch, split_samples
-from sparsefit.callbacks.ledgers import ledger_of
+from sparsefit.callbacks.budgeted_progress import paid_progress
 from sparsefit.callbacks.model_call import ModelCall
-from sparsefit.callbacks.progress import paid_progress
+from sparsefit.callbacks.trainer_lookup import ledger_of
 from sparsefit.errors import CalibrationError
 from sparsefit.pruning.watch import evaluating
 from sparsefit.ranks import errors_on_all_ranks

@@ -12,14 +12,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
+from sparsefit.callbacks.changed_devices import carry_over
 from sparsefit.callbacks.checkpoint_io import AtomicCheckpointIO, CompletingCheckpointIO
 from sparsefit.callbacks.hooks import SPLITTING, PrunedRunCallback
 from sparsefit.callbacks.lightning_loops import Position, at_batch_end, epoch_has_ended
-from sparsefit.callbacks.other_devices import carry_over
 from sparsefit.callbacks.pruning import WandaPruning
 from sparsefit.callbacks.quantization import QuantizedBase
 from sparsefit.callbacks.random_states import RandomStates, random_states, set_random_states
-from sparsefit.callbacks.resuming import (
+from sparsefit.callbacks.resume_checks import (
     FORMAT,
     ChangedRates,
     check_same_optimizers,
@@ -30,9 +30,9 @@ from sparsefit.callbacks.resuming import (
 from sparsefit.callbacks.sharded_checkpoints import check_read, save_aside, splits_weights
 from sparsefit.pruning import MaskSet
 from sparsefit.ranks import from_all
+from sparsefit.recovery.base_deduplication import InBase, compare, complete, leave_out
+from sparsefit.recovery.recipe_checks import check_same_recipe
 from sparsefit.recovery.run_files import CHECKPOINTS_FOLDER, holds_run
-from sparsefit.recovery.same_recipe import check_same_recipe
-from sparsefit.recovery.sparse_base import InBase, compare, complete, leave_out
 from sparsefit.settings import named_settings
 
 KEY = "sparsefit"

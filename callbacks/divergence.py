@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from sparsefit.callbacks.hooks import PrunedRunCallback
 from sparsefit.errors import DivergenceError
-from sparsefit.recovery.finite import FiniteWatch, check_scaler, gradients_of, nonfinite_weights, told
+from sparsefit.recovery.finite_checks import FiniteWatch, check_scaler, gradients_of, nonfinite_weights, told
 from sparsefit.recovery.schedule import first_rate
 
 _STEPS_BETWEEN_LOOKS = 50

@@ -34,8 +34,8 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from sparsefit.callbacks.ledgers import budget_of
 from sparsefit.callbacks.random_states import RandomStates
+from sparsefit.callbacks.trainer_lookup import budget_of
 
 Limits = dict[str, Any]
 """What ends a run: the most steps and epochs, and the budget."""

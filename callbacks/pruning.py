@@ -8,19 +8,19 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from sparsefit.callbacks.averages import restart_averages
+from sparsefit.callbacks.budgeted_progress import paid_progress
 from sparsefit.callbacks.calibration import calibration_forward, checked_batches, predicting
 from sparsefit.callbacks.divergence import DivergenceGuard
 from sparsefit.callbacks.hooks import check_split, tell
-from sparsefit.callbacks.ledgers import ledger_of
-from sparsefit.callbacks.opening import tell_opening
-from sparsefit.callbacks.progress import paid_progress
-from sparsefit.callbacks.run_account import log_pruned, plain_config, pruned
+from sparsefit.callbacks.plan_line import tell_opening
+from sparsefit.callbacks.report_entries import log_pruned, plain_config, pruned
+from sparsefit.callbacks.trainer_lookup import ledger_of
+from sparsefit.callbacks.weight_averages import restart_averages
 from sparsefit.errors import CalibrationError, ConfigError, DataError, MaskError
 from sparsefit.pruning import MaskSet, PruningConfig, PruningResult, prune
 from sparsefit.recovery.adapters import bind_masks
-from sparsefit.recovery.guard import MaskGuard
-from sparsefit.recovery.magnitudes import magnitudes_follow
+from sparsefit.recovery.dora_magnitudes import magnitudes_follow
+from sparsefit.recovery.mask_guard import MaskGuard
 from sparsefit.recovery.tuners import check_tuners
 from sparsefit.settings import named_settings, number
 

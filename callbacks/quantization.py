@@ -13,8 +13,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from sparsefit.callbacks.hooks import SPLITTING
-from sparsefit.callbacks.ledgers import ledger_of, masks_of
+from sparsefit.callbacks.trainer_lookup import ledger_of, masks_of
 from sparsefit.errors import ConfigError, MaskError
+from sparsefit.recovery.base_deduplication import checksum
 from sparsefit.recovery.quantize import (
     check_adapters,
     check_settings,
@@ -25,7 +26,6 @@ from sparsefit.recovery.quantize import (
     restore_scales,
     to_float_state,
 )
-from sparsefit.recovery.sparse_base import checksum
 from sparsefit.settings import named_settings
 
 KEY = "sparsefit_quantized"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsefit.callbacks.calibration import calibration_batches, calibration_forward, checked_batches, predicting
 from sparsefit.callbacks.hooks import SPLITTING, PrunedRunCallback
-from sparsefit.callbacks.ledgers import budget_of, ledger_of
+from sparsefit.callbacks.trainer_lookup import budget_of, ledger_of
 from sparsefit.errors import ConfigError
 from sparsefit.pruning import MaskSet
 from sparsefit.pruning.blocks import find_block_lists

@@ -13,18 +13,18 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
-from sparsefit.callbacks.course import Course
 from sparsefit.callbacks.hooks import tell
-from sparsefit.callbacks.ledgers import ledger_of, masks_of
 from sparsefit.callbacks.lightning_loops import Limits, end_now, limits_of, limits_reached, reopen
 from sparsefit.callbacks.loggers import LoggerName, logger_names
-from sparsefit.callbacks.run_account import beginning, named_model, standing
+from sparsefit.callbacks.report_entries import beginning, named_model, standing
 from sparsefit.callbacks.run_folder import RunFolder
-from sparsefit.callbacks.run_products import RunProducts
-from sparsefit.callbacks.task_figures import TaskFigures
+from sparsefit.callbacks.run_outputs import RunOutputs
+from sparsefit.callbacks.trainer_lookup import ledger_of, masks_of
+from sparsefit.callbacks.training_record import TrainingRecord
+from sparsefit.callbacks.zero_shot_tasks import ZeroShotTasks
 from sparsefit.pruning import MaskSet, PruningResult
 from sparsefit.recovery.export import exported_masks, trains_base
-from sparsefit.recovery.gathering import has_shards
+from sparsefit.recovery.gather_shards import has_shards
 from sparsefit.recovery.run_files import CLAIMED, CLOSING, FAILED, FINISHED, PRUNED, TRAINING
 from sparsefit.reporting.console import console, summary
 from sparsefit.reporting.report import read_json
@@ -46,7 +46,7 @@ class _Fit:
 
 
 @named_settings
-class RunReport(RunProducts):
+class RunReport(RunOutputs):
     """Fills a run folder: sparse base, adapter, merged model, masks, report (JSON and HTML) and model card (README.md).
 
     The module is evaluated dense, pruned, reconstructed, recovered and merged if there are test data and it has a
@@ -93,9 +93,9 @@ class RunReport(RunProducts):
         resume: bool = False,
         logger: LoggerName | list[LoggerName] | None = None,
     ) -> None:
-        figures = TaskFigures(tasks, tasks_folder, tasks_limit, tasks_batch_size)
+        figures = ZeroShotTasks(tasks, tasks_folder, tasks_limit, tasks_batch_size)
         super().__init__(RunFolder(folder), figures, name, logger_names(logger))
-        self.course = Course()  # what the training is repeated by
+        self.training_record = TrainingRecord()  # what the training is repeated by
         self.resume = resume
         self._configuration: str | None = None
         self._fit = _Fit()
@@ -111,7 +111,7 @@ class RunReport(RunProducts):
             return
         ledger_of(trainer)
         self._add_loggers(trainer)
-        self._fit, self.course = _Fit(), Course()
+        self._fit, self.training_record = _Fit(), TrainingRecord()
         self.folder.image_processor = getattr(trainer.datamodule, "image_processor", None)
         self.report = beginning(self.name, self.folder.path, pl_module)
         self.tasks.load(pl_module)
@@ -122,7 +122,7 @@ class RunReport(RunProducts):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the folder before anything is spent."""
-        self.course.note_random("fit")
+        self.training_record.note_random("fit")
         # Where a strategy restores late, it shows only when training starts whether a run is resumed.
         if not trainer.strategy.restore_checkpoint_after_setup:
             self._claim(trainer, pl_module)
@@ -142,7 +142,7 @@ class RunReport(RunProducts):
             self._mark(trainer, TRAINING)
             if trainer.ckpt_path is not None and not self._fit.has_results:
                 self._write(trainer, pl_module, "running")
-        self.course.note_random("training")
+        self.training_record.note_random("training")
         masks = masks_of(trainer)
         there = trainer.strategy.broadcast(self.folder.masks.exists())  # as the first rank, which writes them, sees it
         if masks is not None and not there and not trains_base(pl_module):
@@ -173,7 +173,7 @@ class RunReport(RunProducts):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Note the learning rates of the step."""
-        self.course.note_rates(trainer.global_step, optimizer)
+        self.training_record.note_rates(trainer.global_step, optimizer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export what was trained, evaluate it apart and merged, and write the report."""
@@ -197,7 +197,7 @@ class RunReport(RunProducts):
             self.report = read_json(self.folder.json)
             if self._fit.at_end and self._fit.left is None:
                 rank_zero_info(f"The run in {self.folder.path} is finished: nothing was left to do.")
-        self.course.steps, self.course.masks = trainer.global_step, masks_of(trainer)
+        self.training_record.steps, self.training_record.masks = trainer.global_step, masks_of(trainer)
         if trainer.is_global_zero and self.report.get("status"):
             console.print(summary(self.report))
 
@@ -245,7 +245,7 @@ class RunReport(RunProducts):
         lasting = ("timeline", "reconstruction", "metrics", "tasks")
         kept = {key: self.report[key] for key in lasting if key in self.report}
         state = {"figures": figures, "history": self.history, "kept": kept, "id": self.report.get("id")}
-        return state | {"limits": self._fit.limits, "course": self.course.state_dict()}
+        return state | {"limits": self._fit.limits, "course": self.training_record.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the figures of the run before."""
@@ -254,7 +254,7 @@ class RunReport(RunProducts):
         self.report["id"] = state_dict.get("id")
         self.history = list(state_dict["history"])
         if "course" in state_dict:
-            self.course.load_state_dict(state_dict["course"])
+            self.training_record.load_state_dict(state_dict["course"])
 
     def _claim(self, trainer: Trainer, module: LightningModule) -> None:
         if self._fit.claimed:

@@ -22,11 +22,11 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from sparsefit.callbacks.checkpoint_io import check_whole
-from sparsefit.callbacks.resuming import check_same_optimizers, check_same_run
+from sparsefit.callbacks.resume_checks import check_same_optimizers, check_same_run
 from sparsefit.errors import RunFolderError
 from sparsefit.files import replacing
 from sparsefit.ranks import from_all
-from sparsefit.recovery.same_recipe import check_same_recipe
+from sparsefit.recovery.recipe_checks import check_same_recipe
 
 
 def splits_weights(trainer: Trainer) -> bool:

@@ -30,8 +30,8 @@ from sparsefit.bare_model import base_modules
 from sparsefit.errors import ConfigError
 from sparsefit.pruning import targets
 from sparsefit.recovery.adapter_files import export_adapter
+from sparsefit.recovery.dora_magnitudes import magnitudes_follow
 from sparsefit.recovery.export import WEIGHTS_FILE, export_base
-from sparsefit.recovery.magnitudes import magnitudes_follow
 
 
 def base_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from sparsefit import PruningConfig, prune
 from sparsefit.callbacks import BlockwiseReconstruction, GPUHourBudget, PrunedRunCallback, WandaPruning
-from sparsefit.callbacks.ledgers import ledger_of
+from sparsefit.callbacks.trainer_lookup import ledger_of
 from sparsefit.errors import ConfigError
 from sparsefit.recovery.adapters import AdapterSettings, attach_adapter
 from sparsefit.recovery.reconstruct import ReconstructSettings, dense_weights, reconstruct

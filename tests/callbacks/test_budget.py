@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import CSVLogger
 from timed_runs import Clock, Timed, budget_of_seconds, finite, make_trainer, seconds_spent, stream
 
 from sparsefit.callbacks.budget import GPUHourBudget
-from sparsefit.callbacks.ledgers import budget_of, ledger_of
+from sparsefit.callbacks.trainer_lookup import budget_of, ledger_of
 
 # Stopping.
 

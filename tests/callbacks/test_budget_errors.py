@@ -7,7 +7,7 @@ from lightning.pytorch import Callback
 from timed_runs import Clock, Timed, budget_of_seconds, finite, make_trainer, stream
 
 from sparsefit.callbacks.budget import GPUHourBudget
-from sparsefit.callbacks.ledgers import budget_of
+from sparsefit.callbacks.trainer_lookup import budget_of
 from sparsefit.errors import BudgetError, ConfigError
 
 

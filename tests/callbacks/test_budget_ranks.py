@@ -7,7 +7,7 @@ import pytest
 from lightning.pytorch import Callback
 from timed_runs import Clock, Timed, budget_of_seconds, expected_rates, make_trainer, stream
 
-from sparsefit.callbacks.ledgers import budget_of, ledger_of
+from sparsefit.callbacks.trainer_lookup import budget_of, ledger_of
 from sparsefit.errors import BudgetError
 
 

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from timed_runs import BASE_RATE, Clock, Timed, budget_of_seconds, make_trainer, seconds_spent, stream
 
-from sparsefit.callbacks.ledgers import budget_of
+from sparsefit.callbacks.trainer_lookup import budget_of
 
 
 class KillAfter(Callback):

@@ -6,7 +6,7 @@ import pytest
 from lightning.pytorch import Callback
 from timed_runs import BASE_RATE, Clock, Timed, budget_of_seconds, finite, make_trainer, seconds_spent, stream
 
-from sparsefit.callbacks.ledgers import budget_of, ledger_of
+from sparsefit.callbacks.trainer_lookup import budget_of, ledger_of
 from sparsefit.errors import ConfigError
 
 SPLIT = {"reconstruction": 0.2, "training": 0.8}

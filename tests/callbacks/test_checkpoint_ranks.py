@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from resumed_runs import WORDS, assert_same, callbacks, data, every_step, fit, module, weights
 from sharded_fits import on_ranks
 
-from sparsefit.callbacks.ledgers import budget_of
+from sparsefit.callbacks.trainer_lookup import budget_of
 
 TWO, FOUR = ({"devices": ranks, "strategy": "ddp"} for ranks in (2, 4))
 STEPS, EPOCH = {"max_steps": 6}, {"max_epochs": 1}
@@ -39,7 +39,7 @@ class Record(Callback):
         state = trainer.optimizers[0].state_dict()["state"]
         self.start = {
             "hours": budget.ledger.hours,
-            "pace": budget._pace.step,
+            "pace": budget._step_times.step,
             "step": trainer.global_step,
             "trained": [float(p.detach().double().sum()) for p in pl_module.parameters() if p.requires_grad],
             "momenta": [float(entry["exp_avg"].double().sum()) for entry in state.values()],

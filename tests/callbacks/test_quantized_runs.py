@@ -99,7 +99,7 @@ def test_a_checkpoint_resumed_with_another_base_is_refused(tmp_path):
 
 
 def test_origins_are_the_sums_of_the_floats(tmp_path):
-    from sparsefit.recovery.sparse_base import checksum
+    from sparsefit.recovery.base_deduplication import checksum
 
     class Keep(PrunedRunCallback):
         def on_base_ready(self, trainer, module, masks):

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sparsefit.callbacks import BlockwiseReconstruction, GPUHourBudget, SparseCheckpoints, WandaPruning
-from sparsefit.callbacks.ledgers import ledger_of
+from sparsefit.callbacks.trainer_lookup import ledger_of
 from sparsefit.data import SelfGeneratedDataModule
 from sparsefit.errors import BudgetError, ConfigError
 from sparsefit.modules import CausalLMModule

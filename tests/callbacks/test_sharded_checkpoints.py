@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sparsefit.callbacks import GPUHourBudget, SparseCheckpoints
 from sparsefit.callbacks.hooks import tell
-from sparsefit.callbacks.ledgers import budget_of
+from sparsefit.callbacks.trainer_lookup import budget_of
 from sparsefit.cli.resuming import check_checkpoint
 from sparsefit.data.image_loading import EpochSampler
 from sparsefit.data.resumable import ResumableDataModule

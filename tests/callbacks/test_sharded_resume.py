@@ -10,8 +10,8 @@ from lightning.pytorch import Callback
 from resumed_runs import Stop, callbacks, data, every_step, fit, module
 from sharded_fits import on_ranks, sharded, whole_weights
 
-from sparsefit.callbacks.ledgers import masks_of
 from sparsefit.callbacks.run_report import RunReport
+from sparsefit.callbacks.trainer_lookup import masks_of
 from sparsefit.errors import ConfigError
 from sparsefit.recovery.run_files import damaged_files, newest_checkpoint
 

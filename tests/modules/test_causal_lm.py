@@ -16,7 +16,7 @@ from sparsefit.data import TextDataModule
 from sparsefit.errors import ConfigError
 from sparsefit.modules.causal_lm import CausalLMModule
 from sparsefit.recovery.adapters import AdapterSettings
-from sparsefit.recovery.guard import MaskGuard
+from sparsefit.recovery.mask_guard import MaskGuard
 
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 

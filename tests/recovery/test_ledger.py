@@ -8,7 +8,7 @@ import torch
 
 from sparsefit.errors import ConfigError
 from sparsefit.recovery.ledger import GPUHourLedger
-from sparsefit.recovery.pace import Pace, estimate_validation
+from sparsefit.recovery.step_times import StepTimes, estimate_validation
 
 
 class Clock:
@@ -202,7 +202,7 @@ def test_a_saved_state_does_not_change_when_time_goes_on(clock):
 
 
 def test_pace_expects_the_longest_of_the_last_ten():
-    pace = Pace()
+    pace = StepTimes()
     pace.start(100.0, steps=7)
     assert (pace.step, pace.validation) == (0, 0)
     now = 100.0
@@ -215,20 +215,20 @@ def test_pace_expects_the_longest_of_the_last_ten():
 
 
 def test_pace_sums_the_batches_of_a_step_and_leaves_validation_out():
-    pace = Pace()
+    pace = StepTimes()
     pace.start(0.0, steps=0)
     assert not pace.batch_ended(1.0, 0)
     pace.validation_ended(21.0)
     assert not pace.batch_ended(24.0, 0)
     assert pace.batch_ended(26.0, 1)
     assert (pace.step, pace.validation) == pytest.approx((1 + 3 + 2, 20))
-    other = Pace()
+    other = StepTimes()
     other.load_state_dict(pace.state_dict())
     assert (other.step, other.validation) == pytest.approx((6, 20))
 
 
 def test_an_estimate_counts_until_a_validation_is_measured():
-    pace = Pace()
+    pace = StepTimes()
     pace.validation_estimate = 50.0
     assert pace.validation == 50.0
     pace.start(0.0, steps=0)

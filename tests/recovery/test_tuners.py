@@ -17,10 +17,10 @@ from sparsefit import PruningConfig, collect_statistics, prune
 from sparsefit.errors import ConfigError, MergeError
 from sparsefit.recovery.adapter_files import export_adapter
 from sparsefit.recovery.adapters import AdapterSettings, attach_adapter
+from sparsefit.recovery.base_deduplication import compare
+from sparsefit.recovery.dora_magnitudes import magnitudes_follow
 from sparsefit.recovery.export import export_base
-from sparsefit.recovery.magnitudes import magnitudes_follow
 from sparsefit.recovery.merge import lossy_layers, merge, merged_in_place
-from sparsefit.recovery.sparse_base import compare
 from sparsefit.recovery.tuners import check_tuners
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sparsefit.recovery.guard import MaskGuard
+from sparsefit.recovery.mask_guard import MaskGuard
 
 IDS = torch.randint(3, 61, (4, 9), generator=torch.Generator().manual_seed(0))
 

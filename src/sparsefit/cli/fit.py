@@ -191,7 +191,7 @@ class SparsefitCLI(LightningCLI):
     def train_control(self) -> None:
         """Train the control, where the recipe asks for one: all of the run is written by now."""
         report: RunReport = self.config_init.fit.run
-        if not self.config.fit.control or not report.course.steps:
+        if not self.config.fit.control or not report.training_record.steps:
             return
         end_loggers(self.trainer.loggers)
         self.model = self.datamodule = self.trainer = self.config_init = None  # with its optimizer

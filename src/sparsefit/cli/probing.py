@@ -19,7 +19,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from sparsefit.callbacks import BlockwiseReconstruction, GPUHourBudget, RunReport, SparseCheckpoints, WandaPruning
-from sparsefit.callbacks.task_figures import LEDGER_STAGE, METRIC
+from sparsefit.callbacks.zero_shot_tasks import LEDGER_STAGE, METRIC
 from sparsefit.cli.fit import checkpoints_of_run
 from sparsefit.cli.probe_watch import Watch, bits_of
 from sparsefit.cli.quiet import quieten

@@ -17,7 +17,7 @@ from lightning.pytorch.cli import instantiate_class
 from sparsefit.calibration.samples import count_samples
 from sparsefit.callbacks import RunReport
 from sparsefit.callbacks.calibration import first_samples
-from sparsefit.callbacks.run_account import beginning, pruned
+from sparsefit.callbacks.report_entries import beginning, pruned
 from sparsefit.callbacks.run_folder import RunFolder
 from sparsefit.cli.fit import read_recipe
 from sparsefit.cli.fitting_data import check_data, check_vocabulary
@@ -31,7 +31,7 @@ from sparsefit.modules.streaming import stream_causal_lm
 from sparsefit.pruning import PruningConfig, PruningResult, prune
 from sparsefit.pruning.mapped import MappedWeights
 from sparsefit.recovery.export import exported_masks
-from sparsefit.recovery.finite import nonfinite_count, told
+from sparsefit.recovery.finite_checks import nonfinite_count, told
 from sparsefit.recovery.inspection import BASE_FOLDER, Inspection, inspect_folder
 from sparsefit.recovery.run_files import CLAIMED, FAILED, FINISHED, PRUNED
 from sparsefit.reporting.console import console, stage_progress, summary

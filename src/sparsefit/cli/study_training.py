@@ -18,7 +18,7 @@ from sparsefit.cli.quiet import interrupts
 from sparsefit.cli.study_data import StudyData
 from sparsefit.errors import ConfigError, RunFolderError
 from sparsefit.pruning import MaskSet
-from sparsefit.recovery.finite import check_finite_weights
+from sparsefit.recovery.finite_checks import check_finite_weights
 from sparsefit.settings import number
 from sparsefit.study import Point
 

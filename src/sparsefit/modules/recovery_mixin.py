@@ -12,8 +12,8 @@ from torch import Tensor
 from sparsefit.errors import ConfigError
 from sparsefit.pruning import MaskSet
 from sparsefit.recovery.adapters import bind_masks
+from sparsefit.recovery.base_deduplication import complete
 from sparsefit.recovery.distill import DenseTeacher, DistillSettings, divergence
-from sparsefit.recovery.sparse_base import complete
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule

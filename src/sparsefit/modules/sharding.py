@@ -9,7 +9,7 @@ from torch import nn
 
 from sparsefit.errors import ConfigError
 from sparsefit.pruning.blocks import find_block_lists
-from sparsefit.recovery.gathering import has_shards
+from sparsefit.recovery.gather_shards import has_shards
 from sparsefit.sharded import is_sharded
 
 if TYPE_CHECKING:

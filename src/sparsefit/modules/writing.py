@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sparsefit.bare_model import base_modules, canonical_name
 from sparsefit.errors import CalibrationError, ConfigError
 from sparsefit.recovery.export import adapted_part, pretrained_part
-from sparsefit.recovery.gathering import has_shards
+from sparsefit.recovery.gather_shards import has_shards
 from sparsefit.sharded import is_sharded
 
 if TYPE_CHECKING:

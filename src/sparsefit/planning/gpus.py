@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sparsefit.errors import ConfigError
-from sparsefit.planning.figures import Measured, Work
-from sparsefit.planning.sharing import own_samples
+from sparsefit.planning.device_sharing import own_samples
+from sparsefit.planning.plan_data import Measured, Work
 
 REACHED = 0.3
 """Share of the peak that is reckoned with. One pruning of LLaMA-7B's shapes in block order, two passes of 128 x 2,048

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 
-from sparsefit.planning.figures import Measured, Plan, Stage, Work
-from sparsefit.planning.sharing import bytes_of_a_device, bytes_of_a_host, least_bytes, own_samples
+from sparsefit.planning.device_sharing import bytes_of_a_device, bytes_of_a_host, least_bytes, own_samples
+from sparsefit.planning.plan_data import Measured, Plan, Stage, Work
 
 GROWN = 0.1
 """Share by which the memory of a process on a CPU grows in a long training: small objects, which stay, keep the heap

@@ -13,7 +13,7 @@ from sparsefit.errors import MaskError, RunFolderError
 from sparsefit.pruning import MaskSet
 from sparsefit.recovery.adapters import bind_masks, masked_layer_types
 from sparsefit.recovery.export import adapted_part, exported_masks
-from sparsefit.recovery.finite import check_finite_weights
+from sparsefit.recovery.finite_checks import check_finite_weights
 from sparsefit.recovery.inspection import files_digest
 from sparsefit.recovery.tuners import begun
 

@@ -41,7 +41,7 @@ class BlockList:
     simple: bool
 
 
-def sweepable_lists(lists: list[list[nn.Module]], forward: Callable[[], Any]) -> list[BlockList]:
+def runnable_lists(lists: list[list[nn.Module]], forward: Callable[[], Any]) -> list[BlockList]:
     """The lists whose blocks can be run one by one; of stages that change the shape, the lists of blocks in them.
 
     Args:
@@ -60,14 +60,14 @@ def sweepable_lists(lists: list[list[nn.Module]], forward: Callable[[], Any]) ->
             inner = [own for block in blocks for own in find_block_lists(block)]
             if not inner:
                 raise _refused(reason) from reason
-            found += sweepable_lists(inner, forward)
+            found += runnable_lists(inner, forward)
             continue
         if calls:
             found.append(BlockList(blocks, simple))
     return found
 
 
-def sweep(
+def run_blocks(
     found: BlockList,
     data: list[MicroBatch],
     forward: Callable[[Any], Any],

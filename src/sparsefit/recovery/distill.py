@@ -15,7 +15,7 @@ from sparsefit.errors import ConfigError
 from sparsefit.pruning.masks import pack_bits
 from sparsefit.pruning.undo import Removed
 from sparsefit.recovery.export import adapted_part
-from sparsefit.recovery.gathering import own_part
+from sparsefit.recovery.gather_shards import own_part
 from sparsefit.settings import named_settings, number
 from sparsefit.sharded import is_sharded, reshard, shard_of
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparsefit.bare_model import base_modules, canonical_name
 from sparsefit.pruning import MaskSet
-from sparsefit.recovery.finite import check_finite_weights
+from sparsefit.recovery.finite_checks import check_finite_weights
 
 WEIGHTS_FILE = "model.safetensors"
 

@@ -17,7 +17,7 @@ from sparsefit.errors import DivergenceError, MaskError, RunFolderError
 from sparsefit.files import is_plain
 from sparsefit.pruning import MaskSet
 from sparsefit.quantized import stored_matrix
-from sparsefit.recovery.finite import nonfinite_count, told
+from sparsefit.recovery.finite_checks import nonfinite_count, told
 
 MASKS_FILE = "masks.safetensors"
 BASE_FOLDER = "base"

@@ -14,8 +14,8 @@ from sparsefit.pruning import MaskSet
 from sparsefit.pruning.masks import pack_bits
 from sparsefit.quantized import is_quantized
 from sparsefit.recovery.export import adapted_part, base_state_dict
-from sparsefit.recovery.finite import nonfinite_count
-from sparsefit.recovery.gathering import has_shards, whole
+from sparsefit.recovery.finite_checks import nonfinite_count
+from sparsefit.recovery.gather_shards import has_shards, whole
 from sparsefit.recovery.tuner_trials import fills_zeros
 from sparsefit.sharded import reshard, shard_of
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparsefit.bare_model import base_modules, canonical_name
 from sparsefit.errors import ConfigError
-from sparsefit.recovery.gathering import has_shards, whole
+from sparsefit.recovery.gather_shards import has_shards, whole
 from sparsefit.recovery.tuner_trials import BEGUN, begins_in_its_own_way, own_randomness, set_values, try_reload
 
 if TYPE_CHECKING:

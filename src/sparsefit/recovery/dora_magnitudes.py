@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsefit.recovery.gathering import own_part, whole
+from sparsefit.recovery.gather_shards import own_part, whole
 from sparsefit.sharded import shard_of
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from sparsefit.planning.figures import Work
+from sparsefit.planning.plan_data import Work
 
 
 def own_samples(work: Work) -> int:

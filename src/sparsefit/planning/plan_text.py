@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from sparsefit.planning.figures import Plan, Work
+from sparsefit.planning.plan_data import Plan, Work
 from sparsefit.reporting.formats import percent, seconds, size
 
 

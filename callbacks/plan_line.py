@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sparsefit.callbacks.ledgers import budget_of
+from sparsefit.callbacks.trainer_lookup import budget_of
 from sparsefit.errors import ConfigError
 from sparsefit.planning import opening
 from sparsefit.pruning import PruningConfig

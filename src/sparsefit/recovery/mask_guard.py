@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from sparsefit.bare_model import canonical_name
 from sparsefit.pruning import MaskSet
 from sparsefit.pruning.masks import pack_bits, unpack_bits
-from sparsefit.recovery.gathering import own_part
+from sparsefit.recovery.gather_shards import own_part
 from sparsefit.sharded import is_sharded, reshard, shard_of
 
 

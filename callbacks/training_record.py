@@ -12,7 +12,7 @@ from sparsefit.callbacks.random_states import RandomStates, random_states, set_r
 from sparsefit.pruning import MaskSet
 
 
-class Course:
+class TrainingRecord:
     """The course of one training, from its first step on, over all processes that it took.
 
     Attributes:

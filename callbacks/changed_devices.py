@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from sparsefit.callbacks.lightning_loops import count_anew
-from sparsefit.callbacks.resuming import data_name
+from sparsefit.callbacks.resume_checks import data_name
 
 
 def carry_over(checkpoint: dict[str, Any], saved: dict[str, Any], trainer: Trainer, path: str | Path) -> bool:

@@ -10,7 +10,7 @@ from statistics import median
 RECENT = 10  # the longest of so many durations is what the next one is expected to take
 
 
-class Pace:
+class StepTimes:
     """The longest of the last ten durations in seconds; 0 where none was seen.
 
     All moments are wall seconds of one clock. What happens between two batches (data, checkpoints) belongs to the

@@ -14,19 +14,19 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from sparsefit.callbacks.hooks import PrunedRunCallback
-from sparsefit.callbacks.ledgers import budget_of, ledger_of, masks_of
 from sparsefit.callbacks.loggers import loggers_of_run
 from sparsefit.callbacks.quantization import QuantizedBase
 from sparsefit.callbacks.reconstruction import BlockwiseReconstruction
-from sparsefit.callbacks.run_account import point
+from sparsefit.callbacks.report_entries import point
 from sparsefit.callbacks.run_folder import LOGS, RunFolder
-from sparsefit.callbacks.task_figures import LEDGER_STAGE, METRIC, TaskFigures
-from sparsefit.callbacks.validating import better, logged_as, validated
+from sparsefit.callbacks.trainer_lookup import budget_of, ledger_of, masks_of
+from sparsefit.callbacks.trainer_validation import better, logged_as, validated
+from sparsefit.callbacks.zero_shot_tasks import LEDGER_STAGE, METRIC, ZeroShotTasks
 from sparsefit.errors import MergeError
 from sparsefit.pruning import MaskSet
 from sparsefit.recovery.adapter_files import form_of
 from sparsefit.recovery.adapters import LOSSLESS
-from sparsefit.recovery.gathering import whole_on_first_rank
+from sparsefit.recovery.gather_shards import whole_on_first_rank
 from sparsefit.recovery.inspection import inspect_folder
 from sparsefit.recovery.merge import lossy_layers, merged_in_place
 from sparsefit.recovery.quantize import in_floats
@@ -35,7 +35,7 @@ from sparsefit.reporting.console import stage_progress
 _MARGIN = 1.25  # the last evaluation may be somewhat slower than the ones it is measured by
 
 
-class RunProducts(PrunedRunCallback):
+class RunOutputs(PrunedRunCallback):
     """Measures and exports a module at the stages of a run, and has the budget keep what that takes.
 
     Args:
@@ -45,7 +45,7 @@ class RunProducts(PrunedRunCallback):
         loggers: Names of loggers that are told of it.
     """
 
-    def __init__(self, folder: RunFolder, tasks: TaskFigures, name: str | None, loggers: tuple[str, ...]) -> None:
+    def __init__(self, folder: RunFolder, tasks: ZeroShotTasks, name: str | None, loggers: tuple[str, ...]) -> None:
         self.folder = folder
         self.tasks = tasks
         self.name = name or folder.path.name

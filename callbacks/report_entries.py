@@ -16,9 +16,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
-from sparsefit.callbacks.ledgers import budget_of, ledger_of
 from sparsefit.callbacks.quantization import QuantizedBase
 from sparsefit.callbacks.reconstruction import BlockwiseReconstruction
+from sparsefit.callbacks.trainer_lookup import budget_of, ledger_of
 from sparsefit.pruning import MaskSet, PruningConfig, PruningResult
 from sparsefit.reporting.machine import machine, peak_memory, versions
 

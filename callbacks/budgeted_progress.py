@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 from lightning.pytorch import Trainer
 
-from sparsefit.callbacks.ledgers import budget_of
+from sparsefit.callbacks.trainer_lookup import budget_of
 from sparsefit.reporting.console import stage_progress
 
 

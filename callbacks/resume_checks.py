@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from sparsefit.errors import ConfigError
-from sparsefit.recovery.same_recipe import changed_settings
+from sparsefit.recovery.recipe_checks import changed_settings
 
 FORMAT = 1
 """Of what `SparseCheckpoints` adds to a checkpoint."""

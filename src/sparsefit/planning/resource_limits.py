@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sparsefit.planning.figures import Plan, Work
+from sparsefit.planning.plan_data import Plan, Work
 from sparsefit.reporting.formats import size
 
 _WAYS = {

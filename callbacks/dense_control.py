@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sparsefit.callbacks.divergence import DivergenceGuard
-from sparsefit.callbacks.ledgers import budget_of, ledger_of, masks_of
 from sparsefit.callbacks.random_states import RandomStates, random_states, set_random_states
 from sparsefit.callbacks.run_report import RunReport
+from sparsefit.callbacks.trainer_lookup import budget_of, ledger_of, masks_of
 from sparsefit.errors import ConfigError, MaskError
 from sparsefit.reporting.console import console, control_summary, stage_progress
 from sparsefit.reporting.report import distance_from_control, metrics
@@ -48,7 +48,7 @@ class DenseControl(Callback):
 
     def __init__(self, report: RunReport) -> None:
         self.report = report
-        self.course = report.course
+        self.training_record = report.training_record
         self._shown = ExitStack()
         self._advance: Any = None
         self._after_batch: RandomStates | None = None
@@ -70,14 +70,16 @@ class DenseControl(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Have the random numbers be those of the run."""
-        self.course.set_random("fit")
+        self.training_record.set_random("fit")
         self._write(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The same."""
-        self.course.set_random("training")
+        self.training_record.set_random("training")
         if trainer.progress_bar_callback is None:
-            shown = stage_progress("training the dense control", self.course.steps, visible=trainer.is_global_zero)
+            shown = stage_progress(
+                "training the dense control", self.training_record.steps, visible=trainer.is_global_zero
+            )
             self._advance = self._shown.enter_context(shown)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -87,7 +89,7 @@ class DenseControl(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Take the learning rates of the run, and stop where a rate made for the pruned model breaks the dense one."""
         self._guard.on_before_optimizer_step(trainer, pl_module, optimizer)
-        self.course.set_rates(trainer.global_step, optimizer)
+        self.training_record.set_rates(trainer.global_step, optimizer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Stop after as many steps as the run took."""
@@ -95,7 +97,7 @@ class DenseControl(Callback):
         if self._advance is not None and (new := trainer.global_step - self._account["steps"]):
             self._advance(new)
         self._account["steps"] = trainer.global_step
-        if trainer.global_step >= self.course.steps:
+        if trainer.global_step >= self.training_record.steps:
             trainer.should_stop = True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -130,12 +132,12 @@ class DenseControl(Callback):
         self.report.folder.release()
 
     def _check(self, trainer: Trainer, module: LightningModule) -> None:
-        if not self.course.steps:
+        if not self.training_record.steps:
             raise ConfigError(
                 "there is no training to be a control of: fit with this RunReport first, in this process, for a step "
                 "at least"
             )
-        if not self.course.whole:
+        if not self.training_record.whole:
             raise ConfigError(
                 "the run was resumed from a checkpoint of an earlier version, which does not tell its learning rates, "
                 "so a control cannot take the same. Start the run anew, or leave the control out"
@@ -147,10 +149,10 @@ class DenseControl(Callback):
                 "a control takes as many steps as its run, whatever they cost: leave GPUHourBudget out of the "
                 "callbacks of its trainer"
             )
-        if self.course.masks is None or not self.course.masks.sparsity:
+        if self.training_record.masks is None or not self.training_record.masks.sparsity:
             return
         try:
-            self.course.masks.verify(module)
+            self.training_record.masks.verify(module)
         except MaskError:  # it has weights that are pruned in the run
             return
         raise ConfigError("the module is pruned already: a control needs a new, dense one with the same settings")

@@ -8,7 +8,7 @@ from torch import nn
 
 from sparsefit import PruningConfig, prune
 from sparsefit.errors import MaskError
-from sparsefit.recovery.guard import MaskGuard
+from sparsefit.recovery.mask_guard import MaskGuard
 
 OPTIMIZERS = {
     "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.002, momentum=0.9, weight_decay=0.1),

@@ -17,7 +17,7 @@ METRIC = "zero_shot_accuracy"
 """The mean of the tasks' accuracies, a figure of the report like others."""
 
 
-class TaskFigures:
+class ZeroShotTasks:
     """Tasks that are loaded once and measure one model after the other.
 
     Args:
