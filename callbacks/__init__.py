@@ -1,4 +1,4 @@
-"""The Lightning face of sparsefit: callbacks that wire the engine into a trainer."""
+"""The Lightning callbacks of sparsefit, which connect the pruning engine to a trainer."""
 
 from sparsefit.callbacks.budget import GPUHourBudget
 from sparsefit.callbacks.checkpoint_io import AtomicCheckpointIO

@@ -1,4 +1,4 @@
-"""The progress of a stage before training, which ends where the budget cannot pay for it."""
+"""The progress bar of a stage before training, which checks the GPU-hour budget at each update."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from sparsefit.reporting.console import stage_progress
 
 @contextmanager
 def paid_progress(trainer: Trainer, description: str, what: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows the progress of a stage, and ends it where the budget cannot pay for it.
+    """Show the progress of a stage, and stop it with an error when the budget is used up.
 
     Args:
         trainer: The trainer of the run.
-        description: What is being done, as it is shown.
-        what: What the budget is to pay for, as its error says it.
+        description: The text next to the progress bar.
+        what: What the budget pays for, as the error message names it.
 
     Yields:
-        `progress(done, total)`, to be called as the stage goes on; it raises a BudgetError.
+        `progress(done, total)`, to be called repeatedly; it raises a BudgetError when the budget is used up.
     """
     budget = budget_of(trainer)
     with ExitStack() as stack:
@@ -35,7 +35,7 @@ def paid_progress(trainer: Trainer, description: str, what: str) -> Iterator[Cal
                 shown.append(stack.enter_context(bar))
             shown[0](done - last)
             last = done
-            # Ranks may have different numbers of steps, but all come to the last one.
+            # The check is collective. Ranks may have different numbers of steps, but all of them reach the last one.
             if budget is not None and (trainer.world_size == 1 or done == total):
                 budget.check_before(trainer, what)
 

@@ -1,8 +1,8 @@
-"""Going on from a checkpoint on another number of devices than it was saved on.
+"""Resuming from a checkpoint on another number of devices than it was saved on.
 
-What is trained is the same on all devices: the model, its masks, the optimizer and what callbacks keep carry over as
-they are. What belongs to each device is made anew here, as the checkpoint is read, so that it is from then on one of a
-run on the devices of now: the position in the data, the batches that loops count, and the random numbers.
+Model, masks, optimizer and the state of callbacks are the same on all devices and are restored unchanged. The per-rank
+state is converted here when the checkpoint is read, as if it had been saved on the current number of devices: the
+position in the data, the batch counts of the loops, and the random states.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from sparsefit.callbacks.resume_checks import data_name
 
 
 def carry_over(checkpoint: dict[str, Any], saved: dict[str, Any], trainer: Trainer, path: str | Path) -> bool:
-    """Have a checkpoint be one of a run on as many devices as this one; says once what cannot be as it would have been.
+    """Convert a checkpoint to the current number of devices, with one warning that says what will differ.
 
-    The number of batches that are done in the epoch is led over to the devices of now, in whole optimizer steps. A data
-    module that can, by `share_anew`, goes on behind what all devices together have trained on.
+    The number of batches done in the epoch is converted to the current devices, rounded down to whole optimizer steps.
+    A datamodule with a method `share_anew` continues after the samples that all devices together have trained on.
 
     Args:
-        checkpoint: As it was read; changed in place.
+        checkpoint: The checkpoint as it was read; changed in place.
         saved: What `SparseCheckpoints` added to it.
-        trainer: Of this run.
-        path: Where it was read.
+        trainer: The trainer of this run.
+        path: The path it was read from.
 
     Returns:
-        Whether it was of another number.
+        Whether it was saved on another number of devices.
     """
     then, now = saved["world_size"], trainer.world_size
     if then == now:
@@ -71,10 +71,10 @@ def carry_over(checkpoint: dict[str, Any], saved: dict[str, Any], trainer: Train
 
 
 def _steps(saved: Mapping[str, Any], then: int, trainer: Trainer) -> str:
-    """How many batches an optimizer step averages, and averaged."""
+    """Says how many batches an optimizer step averages now, and how many it averaged before."""
     each, was = trainer.accumulate_grad_batches, saved.get("accumulated")
     now = trainer.world_size * each
-    if was is None:  # of an earlier version
+    if was is None:  # saved by an earlier version
         return f"an optimizer step averages {now} batches ({trainer.world_size} devices x {each})"
     if then * was == now:
         return f"an optimizer step averages {now} batches as before"

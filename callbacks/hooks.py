@@ -1,4 +1,4 @@
-"""The hooks of a pruned run, beside Lightning's own: what callbacks tell one another, in whatever order they stand."""
+"""Hooks for pruning and for the end of a run, in addition to Lightning's; independent of the order of callbacks."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ from sparsefit.pruning import MaskSet, PruningResult
 from sparsefit.sharded import check_layout, reshard
 
 SPLITTING = FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy
-"""The strategies that split weights over devices."""
+"""The strategies that shard weights over devices."""
 
 
 class PrunedRunCallback(Callback):
-    """A callback that takes part in the pruning and in the end of a run: overrides what it needs.
+    """Base class of callbacks that take part in the pruning or in the end of a run; override the hooks you need.
 
-    The hooks come in the order in which they stand here. All but the last come from `WandaPruning`, in `on_fit_start`;
-    a run that is resumed has been pruned, and has the last alone.
+    The hooks are called in the order in which they are defined here. `WandaPruning` calls all but the last, in
+    `on_fit_start`. A resumed run is pruned already, so only the last hook is called.
     """
 
     def on_pruning_check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """May refuse, before anything is spent."""
+        """Called first: raise here to refuse the run before any time is spent."""
 
     def on_pruning_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sees the dense model."""
+        """Called with the dense model, just before it is pruned."""
 
     def on_pruning_end(self, trainer: Trainer, pl_module: LightningModule, result: PruningResult) -> None:
-        """Sees the pruned model."""
+        """Called with the model just after it is pruned."""
 
     def on_reconstruction(self, trainer: Trainer, pl_module: LightningModule, masks: MaskSet) -> None:
-        """May tune the kept weights, before anything else is trained."""
+        """Called to tune the kept weights, before any other training."""
 
     def on_base_ready(self, trainer: Trainer, pl_module: LightningModule, masks: MaskSet) -> None:
-        """Finds the sparse base as it will stay, to write it."""
+        """Called when the sparse base has its final values, to write it to disk."""
 
     def on_closing(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Comes when training has ended, on all ranks, before `RunReport` exports, evaluates and reports."""
+        """Called on all ranks when training has ended, before `RunReport` exports, evaluates and reports."""
 
 
 HOOKS = tuple(name for name in vars(PrunedRunCallback) if name.startswith("on_"))
 
 
 def tell(trainer: Trainer, hook: str, *args: Any) -> None:
-    """Call a hook of all callbacks of a trainer that take part.
+    """Call a hook on every `PrunedRunCallback` of a trainer.
 
     Raises:
-        ConfigError: if a callback has such a hook and is no `PrunedRunCallback`: it would wait for its call in vain.
+        ConfigError: if a callback has one of these hooks but is not a `PrunedRunCallback`: it would never be called.
     """
     for callback in trainer.callbacks:
         if isinstance(callback, PrunedRunCallback):
@@ -61,10 +61,10 @@ def tell(trainer: Trainer, hook: str, *args: Any) -> None:
 
 
 def check_split(trainer: Trainer, module: LightningModule) -> None:
-    """See that a model which the trainer's strategy has split over devices can be pruned as it is.
+    """Check that a model which the trainer's strategy has sharded over devices can be pruned in place.
 
     Raises:
-        ConfigError: if it was flattened, or split otherwise than by rows; says what to take.
+        ConfigError: if its weights are flattened or not sharded by rows; names the strategy to use instead.
     """
     if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
         raise ConfigError(

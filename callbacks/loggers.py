@@ -1,4 +1,4 @@
-"""The loggers that a run names: each writes to a place of its own in the run folder."""
+"""The loggers that a run asks for by name; each writes to its own place in the run folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PROJECT = "sparsefit"
 
 
 def logger_names(named: str | Iterable[str] | None) -> tuple[str, ...]:
-    """The names of loggers, each once, seen to be usable here.
+    """The names of loggers without duplicates, after a check that each can be used.
 
     Raises:
         ConfigError: for an unknown name, or where the library of a logger is not installed.
@@ -36,17 +36,17 @@ def logger_names(named: str | Iterable[str] | None) -> tuple[str, ...]:
 
 
 def loggers_of_run(names: Iterable[str], folder: Path, title: str) -> list[Logger]:
-    """Loggers by their names. Nothing is written before they are first used.
+    """Create loggers from their names. Nothing is written before a logger is first used.
 
     Args:
-        names: What `logger_names` gave.
-        folder: Where each makes a folder of its own: `csv`, `tensorboard`, `wandb`.
-        title: Of the run, for loggers that keep many runs in one place.
+        names: What `logger_names` returned.
+        folder: Where each logger creates its own folder: `csv`, `tensorboard`, `wandb`.
+        title: Name of the run, for loggers that keep many runs in one place.
     """
     made: list[Logger] = []
     for name in names:
         if name == "csv":
-            made.append(CSVLogger(folder, name=name))  # each fit gets a file of its own: it would remove an old one
+            made.append(CSVLogger(folder, name=name))  # a new version for each fit: it would delete an existing file
         elif name == "tensorboard":
             made.append(TensorBoardLogger(folder, name=name, version=""))
         else:
@@ -57,15 +57,15 @@ def loggers_of_run(names: Iterable[str], folder: Path, title: str) -> list[Logge
 
 
 def end_loggers(loggers: Iterable[Logger]) -> None:
-    """End what goes on until the process ends: a run of wandb, which would be that of the next fit, too."""
+    """Finish the runs of wandb, which otherwise stay open for the next fit of this process."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.finish()
 
 
 def has_wandb_key() -> bool:
-    """Whether wandb has something to send a run with: looked for where it looks itself, as its own ways to ask differ
-    from version to version."""
+    """Whether wandb finds credentials. Looks where wandb looks, as wandb's own API for this differs between
+    versions."""
     if {"WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"} & os.environ.keys():
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""

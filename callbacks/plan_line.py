@@ -1,4 +1,4 @@
-"""The line that opens a fit: what is known of it before anything is run."""
+"""The line logged at the start of a fit: weights, memory, budget and steps, known before anything runs."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from sparsefit.pruning.targets import count_weights
 
 
 def tell_opening(trainer: Trainer, module: LightningModule, config: PruningConfig) -> None:
-    """Log the line; where there is nothing to prune by what is known so far, pruning itself says so, or finds more."""
+    """Log the line. Logs nothing if no weights to prune are found: pruning itself then finds them or raises."""
     with suppress(ConfigError):
         rank_zero_info(opening_line(trainer, module, config))
 
 
 def opening_line(trainer: Trainer, module: LightningModule, config: PruningConfig) -> str:
-    """The line that `sparsefit plan` opens with, too: nothing is measured for it, and no weight is read.
+    """The first line of a fit, which `sparsefit plan` prints, too. Nothing is measured for it, and no weight is read.
 
     Args:
-        trainer: In a fit.
-        module: Dense or pruned, on its device.
-        config: Of the pruning.
+        trainer: A trainer in a fit.
+        module: The module, dense or pruned, on its device.
+        config: The pruning configuration.
 
     Raises:
         ConfigError: if there is nothing to prune.
@@ -38,7 +38,7 @@ def opening_line(trainer: Trainer, module: LightningModule, config: PruningConfi
     parameters = {id(p): p for p in module.parameters()}
     trained = [p for p in parameters.values() if p.requires_grad]
     counts = {"all": _count(parameters.values()), "pruned": pruned, "train": _count(trained)}
-    # Optimizers are there before the callbacks' turn, and their moments only after the first step.
+    # Optimizers exist before callbacks are called, but have their moments only after the first step.
     moments = sum(_moments(group, optimizer) for optimizer in trainer.optimizers for group in optimizer.param_groups)
     held = sum(map(local_bytes, parameters.values())) + sum(map(local_bytes, trained)) + moments + pruned / 8
     steps = trainer.max_steps if trainer.max_steps >= 0 else None
@@ -46,7 +46,7 @@ def opening_line(trainer: Trainer, module: LightningModule, config: PruningConfi
 
 
 def local_bytes(tensor: Tensor) -> int:
-    """Bytes that this process holds of a tensor, which may be split over several."""
+    """Bytes of a tensor, or of this rank's shard of it."""
     local = getattr(tensor, "to_local", lambda: tensor)()
     return local.numel() * local.element_size()
 
@@ -56,6 +56,6 @@ def _count(parameters: Any) -> int:
 
 
 def _moments(group: dict[str, Any], optimizer: Optimizer) -> int:
-    """Bytes of as many numbers for each weight as Adam and its kin keep, or SGD with a momentum."""
+    """Bytes of optimizer state for a group: two values a weight for Adam-like optimizers, one for SGD with momentum."""
     kept = 2 if "betas" in optimizer.defaults else bool(group.get("momentum"))
     return kept * sum(map(local_bytes, group["params"]))

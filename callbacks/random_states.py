@@ -1,4 +1,4 @@
-"""The states of all global random number generators of a process, as a checkpoint takes them: noted and set back."""
+"""Saving and restoring the states of all global random number generators of a process, in a form for checkpoints."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 RandomStates = dict[str, Any]
-"""Of torch (CPU and every CUDA device), numpy and Python at one moment: tensors and plain values."""
+"""The states of torch (CPU and every CUDA device), numpy and Python: tensors and plain values."""
 
 
 def random_states() -> RandomStates:
-    """As they stand."""
+    """The current states."""
     name, keys, *position = np.random.get_state()
     version, words, gauss = random.getstate()
     return {
@@ -25,7 +25,7 @@ def random_states() -> RandomStates:
 
 
 def set_random_states(states: RandomStates) -> None:
-    """Have all generators go on from there; devices that are not there are left out."""
+    """Restore the states; those of CUDA devices that this process does not have are skipped."""
     torch.set_rng_state(states["torch"].cpu())
     for device, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(state.cpu(), device)

@@ -1,4 +1,4 @@
-"""Finding the budget, the ledger and the masks of a trainer, for the callbacks that work with them."""
+"""Looks up the budget, the GPU-hour ledger and the masks of a trainer."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ _ledgers: WeakKeyDictionary[Trainer, GPUHourLedger] = WeakKeyDictionary()
 
 
 def budget_of(trainer: Trainer) -> GPUHourBudget | None:
-    """The GPUHourBudget among the trainer's callbacks, or None."""
+    """The first GPUHourBudget among the trainer's callbacks, or None."""
     return next((callback for callback in trainer.callbacks if isinstance(callback, GPUHourBudget)), None)
 
 
 def ledger_of(trainer: Trainer) -> GPUHourLedger:
     """The ledger that a trainer's callbacks charge their stages to.
 
-    With a GPUHourBudget it is the budget's, started by this call if its own `setup` has not run yet. Without one it is
-    kept for the trainer, runs from the first call on, and charges time outside every stage to "fit".
+    With a GPUHourBudget this is the budget's ledger; the call starts it if the budget's `setup` has not run yet.
+    Otherwise each trainer has a ledger of its own, which starts with the first call and charges time outside all stages
+    to "fit".
     """
     budget = budget_of(trainer)
     if budget is not None:
@@ -37,5 +38,5 @@ def ledger_of(trainer: Trainer) -> GPUHourLedger:
 
 
 def masks_of(trainer: Trainer) -> MaskSet | None:
-    """The masks that a callback of the trainer holds, or None while there are none."""
+    """The masks held by a callback of the trainer, or None before pruning."""
     return next((c.masks for c in trainer.callbacks if isinstance(getattr(c, "masks", None), MaskSet)), None)

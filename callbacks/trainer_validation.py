@@ -1,4 +1,4 @@
-"""A model measured in the midst of a fit by the Trainer's own validation."""
+"""Evaluates a model during a fit by running the Trainer's own validation loop."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 
 PREFIXES = ("val_", "val/")
-"""How the names of figures of a validation begin."""
+"""The prefixes of metrics logged by a validation."""
 _LOWER = ("loss", "perplexity", "ppl", "error", "err", "wer", "cer", "mse", "mae", "rmse", "nll", "divergence")
 
 
 def validated(trainer: Trainer, declared: Collection[str] = ()) -> dict[str, float]:
-    """What a whole validation logs as `val_...`, by these names; nothing where there is no validation.
+    """Run a whole validation and return the metrics that it logs as `val_...`; empty if there is no validation.
 
-    Other callbacks and loggers do not see it, and random numbers go on as if it had not been.
+    Other callbacks and loggers are not called, and random states are restored afterwards.
 
     Args:
-        trainer: In a fit.
-        declared: Names without `val_` of the figures that count, which they keep; where there are none all count.
+        trainer: A trainer in a fit.
+        declared: Names, without `val_`, of the metrics to return under these names; empty returns all.
     """
     if not trainer.enable_validation:
         return {}
@@ -37,12 +37,13 @@ def validated(trainer: Trainer, declared: Collection[str] = ()) -> dict[str, flo
 
 
 def logged_as(metric: str) -> str:
-    """The name by which a validation logs a figure."""
+    """The name under which a validation logs a metric."""
     return metric if metric.startswith(PREFIXES) else f"val_{metric}"
 
 
 def better(name: str) -> str:
-    """Which way a figure is better, as far as its name tells: "lower" for losses and errors, else "higher"."""
+    """Whether a lower or a higher value is better, guessed from the name: "lower" for losses and errors, else
+    "higher"."""
     words = name.lower().replace("/", "_").replace("-", "_").split("_")
     return "lower" if any(word in _LOWER or word.endswith("loss") for word in words) else "higher"
 
@@ -50,7 +51,7 @@ def better(name: str) -> str:
 @contextmanager
 def _unseen(trainer: Trainer) -> Iterator[None]:
     callbacks, loggers, seen = trainer.callbacks, trainer.loggers, dict(trainer.callback_metrics)
-    # A module may use its logger in a validation.
+    # A module may use its logger during validation.
     trainer.callbacks, trainer.loggers = [], [DummyLogger() for _ in loggers]
     trainer.validating = True
     try:

@@ -1,4 +1,4 @@
-"""After how many optimizer steps a trainer ends a training."""
+"""The number of optimizer steps after which a trainer ends training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 
 
 def last_steps(trainer: Trainer, of_epochs: bool = True) -> tuple[float, float]:
-    """At which optimizer step training ends, by `max_steps` and by `max_epochs`; infinity where that is not known."""
+    """The optimizer step at which training ends, by `max_steps` and by `max_epochs`; infinity where unknown."""
     by_steps, by_epochs = trainer.max_steps if trainer.max_steps > 0 else math.inf, math.inf
     if of_epochs and 0 < trainer.num_training_batches < math.inf and trainer.max_epochs != -1:
         by_epochs = max(trainer.max_epochs, 1) * _steps_of_epoch(trainer)
@@ -16,7 +16,10 @@ def last_steps(trainer: Trainer, of_epochs: bool = True) -> tuple[float, float]:
 
 
 def steps_done_here(trainer: Trainer) -> int:
-    """Optimizer steps that as many epochs and batches take on the devices of now, whatever others have taken."""
+    """Optimizer steps that the epochs and batches done so far take on the current number of devices.
+
+    Differs from `global_step` if part of the run was on another number of devices.
+    """
     batches = trainer.fit_loop.batch_idx + 1
     return trainer.current_epoch * _steps_of_epoch(trainer) + batches // trainer.accumulate_grad_batches
 

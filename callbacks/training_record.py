@@ -1,4 +1,4 @@
-"""What a training is repeated by: how random numbers stood, the learning rates of each step, and their number."""
+"""What is recorded of a training so that it can be repeated: random states, learning rates and number of steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparsefit.pruning import MaskSet
 
 
 class TrainingRecord:
-    """The course of one training, from its first step on, over all processes that it took.
+    """The random states and learning rates of one training from its first step on, across resumes.
 
     Attributes:
         steps: Optimizer steps taken, once training has ended.
@@ -24,24 +24,24 @@ class TrainingRecord:
         self.steps = 0
         self.masks: MaskSet | None = None
         self._random: dict[str, RandomStates] = {}
-        self._rates: list[list[float]] = []  # of each step, those of the optimizer's groups
+        self._rates: list[list[float]] = []  # for each step, the rate of each parameter group
 
     def note_random(self, moment: str) -> None:
-        """Note how random numbers stand, if the moment was not noted before."""
+        """Record the random states under the name `moment`, unless that name is recorded already."""
         self._random.setdefault(moment, random_states())
 
     def set_random(self, moment: str) -> None:
-        """Have random numbers go on as they stood at a moment, where it is known."""
+        """Restore the random states recorded under the name `moment`, if there are any."""
         if moment in self._random:
             set_random_states(self._random[moment])
 
     def note_rates(self, step: int, optimizer: Optimizer) -> None:
-        """Note the learning rates with which the step of this number, from 0 on, is taken."""
-        if step <= len(self._rates):  # else the steps before were taken by a run that noted none
+        """Record the learning rates of optimizer step number `step`, counted from 0."""
+        if step <= len(self._rates):  # otherwise the steps before were taken by a run that recorded no rates
             self._rates[step:] = [[float(group["lr"]) for group in optimizer.param_groups]]
 
     def set_rates(self, step: int, optimizer: Optimizer) -> None:
-        """Have an optimizer take a step with the rates of the step of this number; as they are where none are known."""
+        """Set an optimizer's learning rates to those recorded for step number `step`; unknown steps change nothing."""
         if step >= len(self._rates):
             return
         for group, rate in zip(optimizer.param_groups, self._rates[step], strict=False):
@@ -52,11 +52,11 @@ class TrainingRecord:
 
     @property
     def whole(self) -> bool:
-        """Whether the rates of all steps are known: not where a run was resumed that noted none."""
+        """Whether the rates of all steps are known: False if the run was resumed from one that recorded none."""
         return len(self._rates) >= self.steps
 
     def state_dict(self) -> dict[str, Any]:
-        """As tensors and numbers, which load with `torch.load(weights_only=True)`."""
+        """The record as tensors and plain values, which load with `torch.load(weights_only=True)`."""
         return {
             "random": dict(self._random),
             "groups": [len(rates) for rates in self._rates],
@@ -64,7 +64,7 @@ class TrainingRecord:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """What `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self._random = dict(state["random"])
         rates = iter(state["rates"].tolist())
         self._rates = [[next(rates) for _ in range(groups)] for groups in state["groups"]]

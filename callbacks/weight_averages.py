@@ -1,4 +1,4 @@
-"""Averages of weights that other callbacks keep, such as Lightning's WeightAveraging."""
+"""Weight averages kept by other callbacks, such as Lightning's WeightAveraging."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch.optim.swa_utils import AveragedModel
 
 
 def restart_averages(trainer: Trainer, module: LightningModule) -> None:
-    """Let averages that have not begun start from the module as it is now.
+    """Restart averages without any update so far from the module's current weights.
 
-    They were copied from it when the fit was set up, dense, and would bring these weights back wherever an average is
-    evaluated, saved or put in the module's place before it has begun.
+    They were copied when the fit was set up, from the dense module. Without a restart these dense weights would come
+    back wherever the average is evaluated, saved or loaded into the module before its first update.
     """
     for callback in trainer.callbacks:
         for value in vars(callback).values():

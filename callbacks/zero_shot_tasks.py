@@ -1,4 +1,4 @@
-"""The zero-shot tasks of a run: its models are measured by them where its report asks for it."""
+"""The zero-shot tasks that a run's report evaluates its models on."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from sparsefit.reporting.console import stage_progress
 
 LEDGER_STAGE = "zero-shot tasks"
 METRIC = "zero_shot_accuracy"
-"""The mean of the tasks' accuracies, a figure of the report like others."""
+"""The mean accuracy over the tasks, a metric in the report."""
 
 
 class ZeroShotTasks:
-    """Tasks that are loaded once and measure one model after the other.
+    """Zero-shot tasks, loaded once and evaluated on several models.
 
     Args:
-        names: Of the harness's tasks; none measures nothing.
-        folder: Of the files with their items; None has the harness fetch them.
-        limit: Items of each task; None takes all.
-        batch_size: Requests that are sent through the model at once.
+        names: Names of lm-eval tasks; empty or None evaluates nothing.
+        folder: Folder with the files of their items; None lets lm-eval download them.
+        limit: Number of items per task; None takes all.
+        batch_size: Requests sent through the model at once.
 
     Raises:
-        ConfigError: if a number is not positive, or there is a folder and no task.
+        ConfigError: if a number is not positive, or a folder is given without tasks.
     """
 
     stages = ("dense", "pruned", "reconstructed", "recovered")
-    """When models are measured: not "merged", which is the recovered model but for rounding."""
+    """The stages that are evaluated; "merged" is not, as it equals the recovered model up to rounding."""
 
     def __init__(self, names: Sequence[str] | None, folder: str | None, limit: int | None, batch_size: int) -> None:
         check_counts(limit, batch_size)
@@ -44,7 +44,7 @@ class ZeroShotTasks:
         self._tasks: dict[str, Any] = {}
 
     def load(self, module: nn.Module) -> None:
-        """Read the items of all tasks, and see that they can measure the module.
+        """Read the items of all tasks, and check that they can be evaluated on the module.
 
         Raises:
             ConfigError: if lm-eval is not installed, a task is unknown, or there is no language model with a tokenizer.
@@ -55,7 +55,7 @@ class ZeroShotTasks:
             self._tasks = load_tasks(self.names, self.folder)
 
     def measure(self, module: nn.Module, stage: str, visible: bool) -> tuple[dict[str, float], Results]:
-        """The mean accuracy as a figure of a report, and all that is known of each task."""
+        """The mean accuracy under its metric name (empty if there is none), and the results of each task."""
         model, tokenizer = self._parts(module)
         with stage_progress(f"zero-shot tasks of the {stage} model", len(self._tasks), visible=visible) as advance:
             results = zero_shot(
