@@ -1,4 +1,4 @@
-"""GPUHourBudget: a run that ends, trained, when its GPU-hours are spent."""
+"""`GPUHourBudget`: ends a run with a trained model when its GPU-hours are spent."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from sparsefit.recovery.schedule import budget_factor, first_rate, keep_base_rat
 from sparsefit.recovery.step_times import StepTimes, estimate_validation
 from sparsefit.settings import named_settings, number
 
-SYNC_STEPS = 20  # so many steps before the end, an accelerator's queue is awaited before the clock is read
-PACE_AFTER = 5  # steps of a fit that tell what a step takes
+SYNC_STEPS = 20  # this many steps before the end, the GPU is synchronized before the clock is read
+PACE_AFTER = 5  # the time per step is logged after this many steps of a fit
 
 
 @named_settings
 class GPUHourBudget(Callback):
     """Stops training so that the whole run, from its first hook to its export, fits in a number of GPU-hours.
 
-    Wall time x devices is charged from `setup` on: calibration, pruning, sanity check and validation included. The
-    charge is saved in checkpoints and goes on from there after a resume. Training stops, on all ranks at the same step,
+    Wall time x devices is charged from `setup` on, including calibration, pruning, sanity check and validation. The
+    charge is saved in checkpoints, and a resumed run continues from it. Training stops, on all ranks at the same step,
     when one more step (the longest of the last 10) would not leave the reserve and the time of the validation that
-    Lightning runs on stopping. While it trains, the learning rate rises for `warmup_steps` and then falls linearly to
-    zero as the budget or `max_steps` (or `max_epochs`, where the data have a length) runs out, whichever is nearest
+    Lightning runs on stopping. During training, the learning rate rises for `warmup_steps` and then falls linearly to
+    zero as the budget or `max_steps` (or `max_epochs`, if the data have a length) runs out, whichever comes first
     (Budgeted Training, https://arxiv.org/abs/1905.04753).
 
-    The rate is set before each optimizer step from the rate each parameter group starts with ("initial_lr"). A module
-    that brings learning rate schedulers of its own keeps them, with a warning. A resume with more `gpu_hours` extends
-    the run; the rate then rises to what the longer budget says. One callback is one budget: a second `fit` with it
-    goes on counting. `Trainer(min_steps=..., min_epochs=...)` would train on past the end and is refused.
+    The rate is set before each optimizer step from the initial rate of each parameter group ("initial_lr"). A module
+    with learning rate schedulers of its own keeps them, with a warning. Resuming with more `gpu_hours` extends the run;
+    the rate then rises to the value for the longer budget. One callback is one budget: a second `fit` with it continues
+    to count. `Trainer(min_steps=..., min_epochs=...)` would train beyond the budget and is refused.
 
-    A `split` shares out what is left when calibration and pruning are done, beside what is kept for the closing
-    evaluation and export. A stage before training asks for its share with `share_of`; training, with its validations,
-    has all that such stages leave.
+    A `split` divides what is left after calibration and pruning, without what is kept for the closing evaluation and
+    export. A stage before training asks for its share with `share_of`; training, with its validations, gets everything
+    that these stages leave.
 
     Args:
         gpu_hours: The budget: hours of wall time x devices, on all nodes together.
         warmup_steps: Optimizer steps in which the learning rate rises linearly to its full value.
-        reserve: Share of the budget that is kept at least for the final evaluation and export; `keep` raises it.
-        drive_learning_rate: False leaves the learning rate alone.
+        reserve: Minimum share of the budget that is kept for the final evaluation and export; `keep` can raise it.
+        drive_learning_rate: Whether to set the learning rate.
         split: Shares that add up to 1: `{reconstruction: 0.2, training: 0.8}`.
 
     Raises:
@@ -68,57 +68,57 @@ class GPUHourBudget(Callback):
         self.drive_learning_rate = drive_learning_rate
         self.split = None if split is None else check_split(split)
         self.ledger = GPUHourLedger(self.gpu_hours, self.split)
-        self.stop_reason: str | None = None  # None as long as the budget has not ended training
-        self._kept: dict[str, float] = {}  # wall seconds of this rank, for what follows training
+        self.stop_reason: str | None = None  # None unless the budget has ended training
+        self._kept: dict[str, float] = {}  # wall seconds of this rank that are kept for after training
         self._step_times = StepTimes()
         self._sanity_marks: list[float] = []
         self._training_start: float | None = None  # GPU-hours
         self._drives = False
         self._steps_seen = 0  # in this fit
-        self._steps: tuple[float, float] = math.inf, math.inf  # at which training ends, by max_steps and by max_epochs
-        self._other_devices = False  # a checkpoint is from another number of them
-        self._more_steps = 0  # taken than the devices of now would have been, where others took some
-        self._factor: tuple[int, float] | None = None  # of the base rates, and the step that it is for
+        self._steps: tuple[float, float] = math.inf, math.inf  # last step by max_steps and by max_epochs
+        self._other_devices = False  # whether the checkpoint is from another number of devices
+        self._more_steps = 0  # extra steps, compared to a run on the current number of devices from its start
+        self._factor: tuple[int, float] | None = None  # the step, and the factor of the base rates at this step
 
     def keep(self, seconds: float, what: str = "closing") -> None:
-        """Keep at least so much time for what follows training.
+        """Keep at least this much time for what follows training.
 
         Args:
-            seconds: Wall seconds, measured or estimated; of several ranks', the longest count.
-            what: Seconds of different names add up; the same name again replaces its own.
+            seconds: Wall seconds, measured or estimated; the maximum over ranks counts.
+            what: Name of the entry. Entries of different names add up; the same name again replaces its entry.
         """
         self._kept[what] = float(number(f"what is kept for {what}, in seconds,", seconds, least=0))
 
     def check_before(self, trainer: Trainer, what: str, seconds: float = 0.0) -> None:
-        """Raise unless the budget can pay for what comes next. All ranks must call it, and all raise or none.
+        """Raise unless the budget can pay for what comes next. Collective: either all ranks raise or none.
 
         Args:
             trainer: The trainer of the run.
-            what: What the budget is to pay for, as it reads in the message: "calibration".
-            seconds: Wall seconds that it will take, where known.
+            what: What the budget must pay for, as the message names it: "calibration".
+            seconds: Wall seconds that it will take, if known.
 
         Raises:
-            BudgetError: When nothing is left beside the reserve, or less than `seconds`.
+            BudgetError: If nothing, or less than `seconds`, is left without the reserve.
         """
         if refusal := self._refusal(trainer, what, seconds):
             raise BudgetError(refusal)
 
     def share_of(self, trainer: Trainer, stage: str) -> float:
-        """Wall seconds that a stage may take from now on. All ranks must call it, and all get the same.
+        """Wall seconds that a stage may take from now on. Collective: all ranks get the same value.
 
-        A stage that asks again is told what is left of its share. A budget that is spent gives 0 and a warning instead
-        of an error: the model is pruned by then, and is still to be written. Without a split, all that is left.
+        A stage that asks again gets what is left of its share. If the budget is spent, this returns 0 with a warning
+        instead of an error, because the pruned model must still be saved. Without a split, returns all that is left.
 
         Args:
             trainer: The trainer of the run.
-            stage: "reconstruction", or "training", which may take all that is left; others raise a ConfigError.
+            stage: "reconstruction", or "training", which may take all that is left; other names raise a ConfigError.
         """
         if refusal := self._refusal(trainer, stage):
             rank_zero_warn(f"GPUHourBudget: {refusal}")
         return self.ledger.share(stage)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Start the clock: the first hook of all."""
+        """Start the clock, in the first hook of the fit."""
         if stage != TrainerFn.FITTING:
             return
         if trainer.min_steps or trainer.min_epochs:
@@ -128,10 +128,10 @@ class GPUHourBudget(Callback):
             )
         self.stop_reason = None
         self.ledger.switch("setup")
-        self.ledger.start(trainer.world_size)  # unless another callback's `setup` has, through `ledger_of`
+        self.ledger.start(trainer.world_size)  # no effect if another callback's `setup` did so through `ledger_of`
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the base learning rates before a checkpoint brings rates that have already fallen."""
+        """Record the base learning rates before a checkpoint restores rates that have already decayed."""
         self._drives = self.drive_learning_rate and not trainer.lr_scheduler_configs
         if self._drives:
             keep_base_rates(trainer.optimizers)
@@ -147,18 +147,18 @@ class GPUHourBudget(Callback):
         self._sanity_marks = [self.ledger.clock()]
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        """Take the time of a batch of the sanity check."""
+        """Record the end time of each batch of the sanity check."""
         if trainer.sanity_checking:
             self._sanity_marks.append(self.ledger.clock())
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Estimate from the sanity check what a whole validation takes."""
+        """Estimate the time of a whole validation from the sanity check."""
         self.ledger.switch("setup")
         self._sanity_marks.append(self.ledger.clock())
         self._step_times.validation_estimate = estimate_validation(self._sanity_marks, sum(trainer.num_val_batches))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin the training part of the budget; after a resume with nothing left, stop before the first step."""
+        """Begin the training part of the budget; if nothing is left, stop before the first step."""
         self.ledger.switch("training")
         self._agree(trainer)
         resumed = self._training_start is not None
@@ -166,8 +166,8 @@ class GPUHourBudget(Callback):
             self._training_start = self.ledger.spent
         self._step_times.start(self._now, trainer.global_step)
         self._steps_seen = 0
-        self._factor = None  # what a former fit set no longer counts
-        # With manual optimization, steps are the module's affair and epochs say nothing about their number.
+        self._factor = None  # discard the factor of an earlier fit
+        # With manual optimization the module decides when to step, so epochs do not tell the number of steps.
         self._steps = last_steps(trainer, of_epochs=pl_module.automatic_optimization)
         if self._other_devices and self._steps[1] < math.inf:
             self._more_steps = trainer.global_step - steps_done_here(trainer)
@@ -179,22 +179,22 @@ class GPUHourBudget(Callback):
             rank_zero_warn(f"GPUHourBudget: no training step is taken: {self.stop_reason}. Raise gpu_hours {way_out}.")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Set the learning rate of the optimizer step that this batch belongs to; its later batches leave it."""
+        """Set the learning rate at the first batch of each optimizer step."""
         if not self._drives or self._training_start is None:
             return
         step, ledger = trainer.global_step, self.ledger
-        keep_base_rates(trainer.optimizers, self._factor and self._factor[1])  # of groups that are new
+        keep_base_rates(trainer.optimizers, self._factor and self._factor[1])  # of groups added since
         if self._factor is None or self._factor[0] != step:
             whole = ledger.limit - self._training_start
             done = (ledger.spent - self._training_start) / whole if whole > 0 else 1.0
-            # The first step is the first step, whatever the clock says: also that of a run that is resumed before it.
+            # The first step has progress 0 whatever the clock says, also in a run resumed before its first step.
             of_steps, of_epochs = self._steps
             done = max(done, step / of_steps, (step - self._more_steps) / of_epochs) if step else 0.0
             self._factor = step, budget_factor(step, self.warmup_steps, done)
         set_rates(trainer.optimizers, self._factor[1])
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Agree on what is spent, and stop if the next step does not fit."""
+        """Agree over ranks on what is spent, and stop if the next step does not fit."""
         self._await_device(trainer)
         if self._step_times.batch_ended(self._now, trainer.global_step):
             self._stop_if_spent(trainer, self._step_times.step)
@@ -210,7 +210,7 @@ class GPUHourBudget(Callback):
             self.ledger.switch("validation")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the validation, and stop here if another step and another validation do not fit."""
+        """Measure the validation, and stop if another step and another validation do not fit."""
         if not self.ledger.running or trainer.sanity_checking:
             return
         self._step_times.validation_ended(self._now)
@@ -232,7 +232,7 @@ class GPUHourBudget(Callback):
         self.ledger.stop()
 
     def state_dict(self) -> dict[str, Any]:
-        """What is spent so far and what the next process needs to go on: plain numbers, strings, lists and dicts."""
+        """What is spent so far and what a resumed run needs: plain numbers, strings, lists and dicts."""
         return {
             "ledger": self.ledger.state_dict(),
             "training_start": self._training_start,
@@ -243,7 +243,7 @@ class GPUHourBudget(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the charge of a checkpoint; works before and after `on_fit_start`."""
+        """Restore the charge of a checkpoint; works before and after `on_fit_start`."""
         self.ledger.load_state_dict(state_dict["ledger"])
         self._training_start = state_dict["training_start"]
         then, now = state_dict.get("devices", self.ledger.devices), self.ledger.devices
@@ -253,11 +253,12 @@ class GPUHourBudget(Callback):
 
     @property
     def _now(self) -> float:
-        """Wall seconds of the run on the devices of now."""
+        """GPU-hours of the run, as wall seconds on the current number of devices."""
         return self.ledger.seconds_of(self.ledger.hours)
 
     def _agree(self, trainer: Trainer, seconds: float = 0.0) -> float:
-        """One small collective: the largest figures of all ranks become everybody's. Returns that of `seconds`."""
+        """All-reduce the spent hours, the reserve and `seconds` to their maxima over ranks; returns that of
+        `seconds`."""
         spent, reserved = self.ledger.hours, self._reserved(trainer)
         if trainer.world_size > 1:
             mine = torch.tensor([spent, reserved, seconds], dtype=torch.float64, device=trainer.strategy.root_device)
@@ -273,7 +274,7 @@ class GPUHourBudget(Callback):
         return kept + self.ledger.hours_of(self._step_times.validation if validates else 0.0)
 
     def _stop_if_spent(self, trainer: Trainer, seconds: float) -> None:
-        """Stop unless so many more seconds fit. A collective."""
+        """Stop unless this many more seconds fit. Collective."""
         seconds, ledger = self._agree(trainer, seconds), self.ledger
         if ledger.affords(seconds):
             return
@@ -288,7 +289,7 @@ class GPUHourBudget(Callback):
             rank_zero_info(f"GPUHourBudget: stopping: {self.stop_reason}.")
 
     def _tell_pace(self, trainer: Trainer) -> None:
-        """Once in a fit: what the rest of the budget buys, by a step that is neither the first nor the slowest."""
+        """Log once per fit how many steps the rest of the budget pays for, from the median time of a step."""
         self._steps_seen += 1
         by_steps, by_epochs = self._steps
         to_come = min(by_steps, by_epochs + self._more_steps) - trainer.global_step
@@ -296,7 +297,7 @@ class GPUHourBudget(Callback):
             rank_zero_info(pace(self._step_times.usual_step, self.ledger.left, self.gpu_hours, to_come))
 
     def _refusal(self, trainer: Trainer, what: str, seconds: float = 0.0) -> str | None:
-        """Why `what` cannot be paid for, and the way out; None where it can. A collective."""
+        """Why `what` cannot be paid for and what to change; None if it can. Collective."""
         seconds, ledger = self._agree(trainer, seconds), self.ledger
         if ledger.affords(seconds):
             return None
@@ -317,7 +318,7 @@ class GPUHourBudget(Callback):
             )
 
     def _await_device(self, trainer: Trainer) -> None:
-        """Close to the end, read the clock when the queued work is done rather than when it is queued."""
+        """Close to the end, wait for queued GPU work before the clock is read."""
         near = not self.ledger.affords(SYNC_STEPS * (self._step_times.step or math.inf))
         if near and trainer.strategy.root_device.type == "cuda":
             torch.cuda.synchronize(trainer.strategy.root_device)

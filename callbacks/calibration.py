@@ -1,4 +1,4 @@
-"""Calibration in a Lightning run: where the batches come from, and how one reaches the model."""
+"""Calibration in a Lightning run: where the batches come from, and how they are sent through the model."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from sparsefit.ranks import errors_on_all_ranks
 from sparsefit.sharded import passes
 
 TRAINING_SAMPLES = 128
-"""How many samples are taken where nobody said and the training data must serve (the paper's number)."""
+"""Default number of samples when the training data serve as calibration data (the paper's number)."""
 
 
 def calibration_batches(trainer: Trainer, source: Iterable[Any] | None, samples: int | None) -> tuple[list[Any], str]:
     """The batches to calibrate on: from `source`, else the datamodule's `calibration_dataloader()`, else the
-    first batches of the training data, which training then sees again from its start, in the same order.
+    first batches of the training data. Training still sees these from the start and in the same order.
 
-    A datamodule whose data the dense model writes has a method `write_with(module, progress)`; it is called first.
+    If the dense model generates the data, the datamodule has a method `write_with(module, progress)`, called first.
 
     Args:
         trainer: A trainer that is about to fit.
         source: Batches given by the user, or None.
         samples: How many samples to take; None takes everything from a source made for calibration, and 128
-            from training data. A batch whose samples cannot be told apart is taken whole.
+            from training data. A batch whose samples cannot be separated is taken whole.
 
     Returns:
-        The batches, and in words where they come from.
+        The batches, and a description of where they come from.
 
     Raises:
         CalibrationError: if the source is empty, has fewer than `samples`, or can be read only once.
@@ -77,7 +77,7 @@ def calibration_batches(trainer: Trainer, source: Iterable[Any] | None, samples:
 
 
 def first_samples(source: Iterable[Any], samples: int | None) -> Iterator[Any]:
-    """Whole batches until they hold the number of samples; the last one is cut, if it can be."""
+    """Yield batches until they hold the number of samples; the last batch is cut to size if possible."""
     taken = 0
     for batch in source:
         size = count_samples(batch)
@@ -91,7 +91,7 @@ def first_samples(source: Iterable[Any], samples: int | None) -> Iterator[Any]:
 
 
 def _training_loader(trainer: Trainer) -> Any:
-    trainer.fit_loop.setup_data()  # what the fit loop does next anyway; it does it once
+    trainer.fit_loop.setup_data()  # the fit loop calls this next anyway; a second call has no effect
     loader = trainer.train_dataloader
     if loader is None:
         raise CalibrationError(
@@ -102,7 +102,7 @@ def _training_loader(trainer: Trainer) -> Any:
 
 
 def _loaders(source: Any) -> list[Any]:
-    """The loaders in the collection of loaders that training data may be."""
+    """All loaders in training data, which may be a nested collection of loaders."""
     if isinstance(source, Mapping):
         source = list(source.values())
     return [loader for part in source for loader in _loaders(part)] if isinstance(source, list | tuple) else [source]
@@ -119,7 +119,7 @@ def _check_rereadable(source: Any) -> None:
 
 
 def _single_process(loader: Any) -> Iterable[Any]:
-    """A loader of the same batches that shares no worker process with the one that training uses."""
+    """A loader of the same batches without worker processes, so that none is shared with the training loader."""
     if isinstance(loader, Mapping | list | tuple):
         return (batch for batch, _, _ in CombinedLoader(loader, "max_size_cycle"))
     if type(loader) is not DataLoader:
@@ -134,7 +134,7 @@ def _single_process(loader: Any) -> Iterable[Any]:
 
 @contextmanager
 def _generators_restored(source: Any) -> Iterator[None]:
-    """Put the random generators that loaders, their samplers and data sets own back to where they were."""
+    """Restore the random generators owned by loaders, their samplers and datasets at the end."""
     restore = [_restoring(generator) for loader in _loaders(source) for generator in _generators_of(loader)]
     try:
         yield
@@ -151,7 +151,7 @@ def _generators_of(loader: Any) -> list[Any]:
 
 
 def _restoring(generator: Any) -> Callable[[], None]:
-    """What puts a generator of torch, Python or NumPy back to its state of now; nothing for other objects."""
+    """A function that restores the current state of a torch, Python or NumPy generator; no-op for other objects."""
     if isinstance(generator, torch.Generator):
         return partial(generator.set_state, generator.get_state())
     if isinstance(generator, random.Random):
@@ -165,7 +165,7 @@ def _restoring(generator: Any) -> Callable[[], None]:
 
 @contextmanager
 def predicting(trainer: Trainer) -> Iterator[None]:
-    """The trainer's stage as in `predict`, so that hooks that augment training batches do not."""
+    """Set the trainer's stage to `predict`, so that hooks that augment training batches leave these unchanged."""
     training, sanity, validating = trainer.training, trainer.sanity_checking, trainer.validating
     trainer.predicting = True
     try:
@@ -180,8 +180,8 @@ def predicting(trainer: Trainer) -> Iterator[None]:
 
 
 def calibration_forward(trainer: Trainer, module: LightningModule) -> Callable[[Any], Any]:
-    """How a batch goes through the model: as Lightning would send it to `predict_step`, to that method of the module
-    that takes it (see `ModelCall`)."""
+    """A function that prepares a batch as Lightning does for `predict_step`, and passes it to the method of the module
+    that accepts it (see `ModelCall`)."""
     call = ModelCall(module)
 
     def forward(batch: Any) -> Any:
@@ -199,10 +199,10 @@ def calibration_forward(trainer: Trainer, module: LightningModule) -> Callable[[
 def checked_batches(
     trainer: Trainer, forward: Callable[[Any], Any], source: Iterable[Any] | None, samples: int | None
 ) -> tuple[list[Any], str]:
-    """As `calibration_batches`, and one sample of them is sent through the model, before anything is spent.
+    """Like `calibration_batches`, and also sends one sample through the model to find errors early.
 
     Raises:
-        CalibrationError: as there, or if the sample does not go through; on all ranks, if it is so on one.
+        CalibrationError: as `calibration_batches`, or if the sample fails; on all ranks if one rank fails.
     """
     with errors_on_all_ranks():
         batches, name = calibration_batches(trainer, source, samples)

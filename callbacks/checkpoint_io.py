@@ -1,4 +1,4 @@
-"""Reading and writing of checkpoint files: whole or not at all, and filled up as they are read."""
+"""Checkpoint files: written atomically, checked for damage and completed when they are read."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from sparsefit.recovery.run_files import META_FILE, checkpoint_damage
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes each checkpoint whole or not at all, whenever the process is killed or the machine goes down.
+    """Writes checkpoints atomically: a killed process or a crash of the machine never leaves a partial checkpoint.
 
-    What killed runs left half-written is cleared away as the next one is saved there. Paths that are not local are left
-    to Lightning.
+    Temporary files of killed runs are removed when the next checkpoint is saved to the same folder. Paths that are not
+    local are written by Lightning.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write a checkpoint.
 
         Raises:
-            RunFolderError: if it cannot be written; the checkpoints that were there are untouched.
+            RunFolderError: if it cannot be written; existing checkpoints are unchanged.
         """
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -41,32 +41,32 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             for left in filter(is_partial, path.parent.glob(".*.ckpt.*")):
                 left.unlink(missing_ok=True)
             self._cleared.add(path.parent)
-        if (path / META_FILE).is_file():  # of a run whose weights were split over devices
+        if (path / META_FILE).is_file():  # a folder checkpoint of a run with sharded weights
             shutil.rmtree(path)
         with replacing_file(path) as partial, open(partial, "wb") as file:
             try:
                 torch.save(checkpoint, file)
-            except RuntimeError as error:  # in which torch's archive wraps that a disk is full
+            except RuntimeError as error:  # torch's archive writer raises this when the disk is full
                 raise unwritable(path, error) from error
 
 
 class CompletingCheckpointIO(CheckpointIO):
-    """Another CheckpointIO whose checkpoints are completed as they are read."""
+    """Wraps a CheckpointIO and completes its checkpoints in place when they are read."""
 
     def __init__(self, inner: CheckpointIO, completed: Callable[[dict[str, Any], str | Path], None]) -> None:
         self.inner = inner
         self.completed = completed
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write a checkpoint as the other does."""
+        """Write a checkpoint with the wrapped CheckpointIO."""
         self.inner.save_checkpoint(checkpoint, path, storage_options=storage_options)
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read a checkpoint and complete it.
 
         Raises:
-            RunFolderError: if it is damaged, or holds anything but tensors and plain values.
-            ConfigError: if it is one of weights that were split over devices.
+            RunFolderError: if it is damaged, or holds objects other than tensors and plain values.
+            ConfigError: if it is a folder with sharded weights.
         """
         if "://" not in str(path) and Path(path).is_dir():
             raise ConfigError(
@@ -90,18 +90,18 @@ class CompletingCheckpointIO(CheckpointIO):
         self.inner.remove_checkpoint(path)
 
     def teardown(self) -> None:
-        """Close the other."""
+        """Tear down the wrapped CheckpointIO."""
         self.inner.teardown()
 
 
 def check_whole(path: str | Path) -> None:
-    """See that every part of a local checkpoint is what was saved.
+    """Check that every part of a local checkpoint is what was saved.
 
     Raises:
-        RunFolderError: if one is not; says which.
+        RunFolderError: if a part is damaged; names the part.
     """
     if "://" in str(path) or not Path(path).exists():
-        return  # Lightning's to read, or to miss
+        return  # Lightning reads it, or raises that it is missing
     if reason := checkpoint_damage(Path(path)):
         raise RunFolderError(
             f"the checkpoint {path} is damaged: {reason}. Resume from an earlier one beside it (--ckpt_path), or start "

@@ -1,4 +1,4 @@
-"""`SparseCheckpoints`: checkpoints that hold only what changes, and from which a run goes on to the bit."""
+"""`SparseCheckpoints`: checkpoints that hold only what changes, and from which a run resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -36,61 +36,62 @@ from sparsefit.recovery.run_files import CHECKPOINTS_FOLDER, holds_run
 from sparsefit.settings import named_settings
 
 KEY = "sparsefit"
-"""Under which a checkpoint has what this callback adds."""
+"""Key in a checkpoint of what this callback adds."""
 
 STAGE_FILE = "stage.ckpt"
-"""The checkpoint of a run's own: of the moment when training began, and then of the one when it ended."""
+"""The checkpoint that this callback writes itself: when training begins, and again when it ends."""
 
 
 @named_settings
 class SparseCheckpoints(PrunedRunCallback):
-    """Leaves out of checkpoints what lies in the run folder already, and resumes from them exactly.
+    """Leaves out of checkpoints what the run folder already holds, and resumes from them exactly.
 
-    `RunReport` writes the sparse base to the run folder once. A checkpoint then holds what is not equal to it, bit by
-    bit: the weights that train; and the optimizer, the state of the other callbacks, the masks' digest, the position in
-    the data and all random states. Without a base it is whole. As it is read, it is filled up from the base, which is
-    looked for in this run's folder, where the checkpoint lies and where it was.
+    `RunReport` writes the sparse base to the run folder once. A checkpoint then holds only the weights that are not
+    bitwise equal to it, which are those that train, with the optimizer, the state of the other callbacks, the masks'
+    digest, the position in the data and all random states. Without a base a checkpoint holds all weights. When a
+    checkpoint is read, the missing weights are loaded from the base, which is looked up in the folder of this run, in
+    the folder around the checkpoint and in the folder recorded in it.
 
-    It saves one of its own, `checkpoints/stage.ckpt`, as training begins and again as it ends, so that no pruning and
-    no training is lost with a process that is killed before the first checkpoint, or in the end of its run.
+    The callback saves a checkpoint of its own, `checkpoints/stage.ckpt`, when training begins and again when it ends.
+    So neither pruning nor training is lost if the process is killed before the first checkpoint or after training.
 
-    `trainer.fit(ckpt_path=...)` then ends with the same weights, bit by bit, as a run that was never interrupted, on
-    the same machine and number of devices, if the data can be resumed (`TextDataModule` can) and its learning rate does
-    not depend on the clock: where `GPUHourBudget` ends a run before `max_steps` does, the seconds decide. For this the
-    position of the run is noted after each optimizer step, and whatever is saved stands at the last one that was noted
-    (`lightning_loops` has the cases). Validation leaves the random numbers of the training as they were.
+    `trainer.fit(ckpt_path=...)` ends with bitwise the same weights as a run that was never interrupted, on the same
+    machine and number of devices, if the datamodule can resume (`TextDataModule` can) and the learning rate does not
+    depend on the clock, as it does when `GPUHourBudget` ends the run before `max_steps`. For this the position of the
+    run is recorded after each optimizer step, and every checkpoint is saved at the last recorded position (the cases
+    are listed in `lightning_loops`). Validation does not change the random states of training.
 
-    A run also goes on with another number of devices, where it cannot be the same to the bit: one warning says what is
-    other (`other_devices`).
+    A run can also resume on another number of devices. It then cannot be bitwise the same, and one warning says what
+    differs (`changed_devices`).
 
-    With `ModelParallelStrategy` (FSDP2) checkpoints are whole, as files or folders: nothing is left to the base
-    (`sharded_checkpoints`). Those of other strategies that split weights (FSDP, DeepSpeed) it leaves alone.
+    With `ModelParallelStrategy` (FSDP2) checkpoints hold all weights, as files or folders (`sharded_checkpoints`).
+    Checkpoints of other strategies that shard weights (FSDP, DeepSpeed) are left unchanged.
 
     Args:
         folder: The run folder, the same as that of `RunReport`.
 
-    A resumed run may have more steps or GPU-hours, another learning rate, weight decay or dropout: these count from
-    there on. Model, adapter, distillation, optimizer and training data must be those of the checkpoint.
+    A resumed run may have more steps or GPU-hours, or another learning rate, weight decay or dropout; these apply from
+    then on. Model, adapter, distillation, optimizer and training data must be those of the checkpoint.
 
     Raises:
         ConfigError: on resuming, if the checkpoint is from another recipe or version.
-        RunFolderError: on resuming, if the sparse base is nowhere to be found; says where it was looked for.
+        RunFolderError: on resuming, if the sparse base is not found; lists the folders searched.
     """
 
     def __init__(self, folder: str = "runs/sparsefit") -> None:
         self.folder = Path(folder)
         self._base: InBase | None = None
-        self._origins: dict[str, int] = {}  # of quantized weights, when the base was compared
-        self._position: Position | None = None  # the last one noted, where all that is saved stands
-        self._random: RandomStates | None = None  # after the last batch; a validation goes back to them
-        self._steps: float = math.inf  # optimizer steps before the batch; infinite before the first
-        self._updating = False  # the weights may have changed since the position was noted
-        self._resumed = False  # from a checkpoint, and no batch has been begun since
-        self._optimizers: list[str] | None = None  # of a checkpoint
+        self._origins: dict[str, int] = {}  # checksums of quantized weights when the base was compared
+        self._position: Position | None = None  # the last recorded position, which checkpoints are saved at
+        self._random: RandomStates | None = None  # after the last batch; restored after a validation
+        self._steps: float = math.inf  # optimizer steps before this batch; infinite before the first batch
+        self._updating = False  # whether weights may have changed since the position was recorded
+        self._resumed = False  # from a checkpoint, and no batch has started since
+        self._optimizers: list[str] | None = None  # class names in the checkpoint
         self._changed: ChangedRates | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have checkpoints filled up as they are read, before anything is restored."""
+        """Install the CheckpointIO that completes checkpoints when they are read."""
         if stage == "fit":
             self._position = self._random = self._optimizers = self._changed = None
             self._steps, self._updating, self._resumed = math.inf, False, False
@@ -105,27 +106,27 @@ class SparseCheckpoints(PrunedRunCallback):
         trainer.strategy.checkpoint_io = inner if splits_weights(trainer) else completing
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take over the position."""
+        """Restore the position of the run."""
         if trainer.state.fn != TrainerFn.FITTING or _leaves_alone(trainer):
             return
         saved, name = checkpoint.get(KEY), data_name(trainer, checkpoint)
-        late = trainer.strategy.restore_checkpoint_after_setup  # this comes after `on_fit_start`
+        late = trainer.strategy.restore_checkpoint_after_setup  # then this hook runs after `on_fit_start`
         if late:
             check_read(trainer, pl_module, checkpoint, trainer.ckpt_path)
         other = late and saved is not None and carry_over(checkpoint, saved, trainer, trainer.ckpt_path)
         if other and name is not None:
-            trainer.datamodule.load_state_dict(checkpoint[name])  # which had the state of the other devices
-        self._take_over(trainer, pl_module, checkpoint, saved)
+            trainer.datamodule.load_state_dict(checkpoint[name])  # Lightning loaded the unconverted state before
+        self._restore(trainer, pl_module, checkpoint, saved)
         if late:
-            self._optimizers = None  # which have been looked at
+            self._optimizers = None  # `check_read` has checked them
             self._before_data(trainer)
 
-    def _take_over(
+    def _restore(
         self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any], saved: dict[str, Any] | None
     ) -> None:
         loops, data = checkpoint.get("loops", {}).get("fit_loop"), checkpoint.get(data_name(trainer, checkpoint))
         self._resumed = True
-        if saved is None:  # Lightning's alone
+        if saved is None:  # saved without this callback
             self._position = Position(loops, data, random_states(), between_epochs=False)
             return
         random, training = (saved[key][trainer.global_rank] if key in saved else None for key in ("random", "training"))
@@ -138,17 +139,17 @@ class SparseCheckpoints(PrunedRunCallback):
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the optimizers before their states are restored."""
+        """Check the optimizers before their states are restored."""
         if self._optimizers is not None:
             check_same_optimizers(self._optimizers, trainer)
         self._before_data(trainer)
 
     def on_base_ready(self, trainer: Trainer, pl_module: LightningModule, masks: MaskSet) -> None:
-        """The loader of the training data draws after the pruning, and what that drew does not count."""
+        """Record the random states again: the training loader draws after pruning, which has drawn numbers itself."""
         self._before_data(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Have the rates be those that were asked for, and save the start."""
+        """Apply changed learning rates and weight decay, and save the start of training."""
         if self._resumed and self._position.training is not None:
             set_random_states(self._position.training)
         self._random = random_states()
@@ -159,50 +160,49 @@ class SparseCheckpoints(PrunedRunCallback):
             self._save_start(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the start of a run that is pruned only as training begins."""
+        """Save the start of training with strategies that prune in `on_train_start`."""
         if trainer.strategy.restore_checkpoint_after_setup and trainer.current_epoch == 0:
             self._random = random_states()
             self._save_start(trainer)
 
     def on_closing(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save what the training has come to, before anything is made of it."""
+        """Save the trained state before it is exported."""
         self._save(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Go on with the random numbers of a position within an epoch: its loader had drawn before them, not after."""
+        """When resuming within an epoch, restore the random states here, after the new loader has drawn its seeds."""
         if self._resumed and not self._position.between_epochs:
             set_random_states(self._position.random)
         self._resumed = False
-        # Whether batches of a step are yet to come cannot be told of a module that steps by itself: it is taken to
-        # stand whole at the end of each batch.
+        # With manual optimization it is unknown whether more batches belong to this step, so each batch counts as one.
         self._steps = trainer.global_step if pl_module.automatic_optimization else -1
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """From here to the end of the batch, weights may be neither those of the last position nor of the next."""
+        """Mark that from here to the end of the batch the weights match neither the last position nor the next."""
         self._updating = True
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Note the position after a step."""
+        """Record the position after a step."""
         self._random = random_states()
         self._note(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on with the random numbers of the training: a resumed run may validate once less."""
+        """Restore the random states of training, as a resumed run may run one validation fewer."""
         if not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING and self._random is not None:
             set_random_states(self._random)
             self._note(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the position between two epochs; training that was stopped comes here, too, amid one."""
+        """Record the position between two epochs. Also called when training stops within an epoch."""
         self._random = random_states()
         if epoch_has_ended(trainer):
             self._note(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Have a checkpoint stand at the last position that was noted, and leave out what the base has."""
+        """Write the last recorded position into the checkpoint, and leave out what the base holds."""
         if _leaves_alone(trainer):
             return
-        if at_batch_end(trainer):  # where another callback saves, this one's turn may be yet to come
+        if at_batch_end(trainer):  # if another callback saves, this hook may not have been called for this batch yet
             self.on_train_batch_end(trainer, pl_module)
         name, position = data_name(trainer, checkpoint), self._position
         position = position or Position.at_start(trainer, random_states())
@@ -235,15 +235,15 @@ class SparseCheckpoints(PrunedRunCallback):
             trainer.save_checkpoint(path)
 
     def _before_data(self, trainer: Trainer) -> None:
-        """Note how random numbers stand before the loader of the training data draws (its shuffling, the seeds of its
-        workers), or have them stand so again."""
+        """Record the random states before the training loader draws its shuffling and the seeds of its workers; after a
+        resume, restore them."""
         if self._resumed:
             set_random_states(self._position.random)
-        elif self._position is None or trainer.train_dataloader is None:  # calibration may have asked for it
+        elif self._position is None or trainer.train_dataloader is None:  # calibration may have created it already
             self._position = Position.at_start(trainer, random_states())
 
     def _note(self, trainer: Trainer) -> None:
-        """Note the position, unless batches of a step are yet to come."""
+        """Record the position, unless more batches of the current step follow."""
         if trainer.global_step > self._steps:
             self._position = Position.now(trainer, self._random)
             self._updating = False
@@ -275,7 +275,7 @@ class SparseCheckpoints(PrunedRunCallback):
         if saved["base"] is None:
             return
         path = Path(path).absolute()
-        # A copy of a run folder goes by what is in it, and never by what is in the one that it was copied from.
+        # A copied run folder uses its own files and never those of the folder it was copied from.
         home = next((folder for folder in (path.parent.parent, path.parent) if holds_run(folder)), None)
         places = [self.folder, Path(saved["base"]["folder"])] if home is None else [home]
         found = complete(checkpoint, saved["base"], path, places)
