@@ -1,4 +1,4 @@
-"""`DenseControl`: the dense model trained as the pruned one was, so that further training is not taken for recovery."""
+"""`DenseControl`: trains the dense model like the pruned one, to tell recovery from the effect of further training."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from sparsefit.reporting.report import distance_from_control, metrics
 
 
 class DenseControl(Callback):
-    """Makes of a fit the control of one that has ended, and adds it to its report.
+    """Turns a fit into the control experiment of a finished run, and adds it to that run's report.
 
     The control is the dense model, trained without pruning by the same recipe: a new module with the same settings, the
-    same data from their start, the random numbers and learning rates of the run, and as many optimizer steps. Recovery
-    that goes below the dense model on text that it had not learnt shows there, too; what the masks cost is the distance
-    between the two. Where the control is worse than the dense model, as a rate made for the pruned one can leave it,
-    the report says so: then the dense model stays what recovery is held against.
+    same data from the start, the random states and learning rates of the run, and the same number of optimizer steps.
+    If recovery beats the dense model because the training text is new to both, the control does so, too; the difference
+    between the two is the cost of the masks. A learning rate chosen for the pruned model can make the control worse
+    than the dense model. The report then says so and compares recovery with the dense model instead.
 
     ```python
     report = RunReport("runs/mine")
@@ -34,16 +34,16 @@ class DenseControl(Callback):
     Trainer(callbacks=[DenseControl(report)], **settings).fit(MyModule(), MyData())
     ```
 
-    A module that learns from its dense self (`distill`) learns from the labels alone here: to learn from what it is
-    itself would be no training. Blocks are not reconstructed, and the base is not quantized. Nothing is saved: a
-    control that was broken off is trained anew by the next one. All of the run is written by then, and stays.
+    A module with `distill` is trained on the labels alone, as a dense model cannot learn from itself. Blocks are not
+    reconstructed, and the base is not quantized. No weights are saved: an interrupted control starts again from the
+    beginning. The files of the run are complete by then and are not changed.
 
     Args:
-        report: That of the run, which has ended in this process.
+        report: The `RunReport` of the run, which has ended in this process.
 
     Raises:
-        ConfigError: as the fit is set up, if there is no such run, its learning rates are not known from the start, the
-            trainer prunes or has a budget, or the module is pruned.
+        ConfigError: in `setup`, if there is no such run, its learning rates are not known from the start, the trainer
+            prunes or has a budget, or the module is pruned.
     """
 
     def __init__(self, report: RunReport) -> None:
@@ -56,7 +56,7 @@ class DenseControl(Callback):
         self._guard = DivergenceGuard()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what is no control, and leave out the teacher."""
+        """Check that this fit can be a control, and remove the teacher."""
         if stage != TrainerFn.FITTING:
             return
         self._check(trainer, pl_module)
@@ -69,12 +69,12 @@ class DenseControl(Callback):
         self._account = {"status": "running", "steps": 0, "without_teacher": taught}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Have the random numbers be those of the run."""
+        """Restore the random states that the run had at this hook."""
         self.training_record.set_random("fit")
         self._write(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same."""
+        """Restore the random states that the run had at this hook, and show the progress."""
         self.training_record.set_random("training")
         if trainer.progress_bar_callback is None:
             shown = stage_progress(
@@ -83,11 +83,11 @@ class DenseControl(Callback):
             self._advance = self._shown.enter_context(shown)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Take in the loss, to stop where it is not finite."""
+        """Pass the loss to the divergence guard, which stops the fit if it is not finite."""
         self._guard.on_before_backward(trainer, pl_module, loss)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Take the learning rates of the run, and stop where a rate made for the pruned model breaks the dense one."""
+        """Set the learning rates of the run, and stop if these rates make the dense model diverge."""
         self._guard.on_before_optimizer_step(trainer, pl_module, optimizer)
         self.training_record.set_rates(trainer.global_step, optimizer)
 
@@ -101,12 +101,12 @@ class DenseControl(Callback):
             trainer.should_stop = True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on with the random numbers of the training."""
+        """Restore the random states of training, as in the run."""
         if not trainer.sanity_checking and self._after_batch is not None:
             set_random_states(self._after_batch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the control and add it to the report."""
+        """Evaluate the control and add it to the report."""
         self._shown.close()
         figures = self.report.measure(trainer, pl_module, "control")
         for metric, value in figures.items():
@@ -119,11 +119,11 @@ class DenseControl(Callback):
             console.print(control_summary(self.report.report))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let others have the folder."""
+        """Release the lock on the run folder."""
         self.report.folder.release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Report how far the control came; the run is not touched."""
+        """Report how far the control came; the files of the run are not changed."""
         self._shown.close()
         if self._account:
             self._account["status"] = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
@@ -153,7 +153,7 @@ class DenseControl(Callback):
             return
         try:
             self.training_record.masks.verify(module)
-        except MaskError:  # it has weights that are pruned in the run
+        except MaskError:  # weights pruned in the run are non-zero here, so the module is dense
             return
         raise ConfigError("the module is pruned already: a control needs a new, dense one with the same settings")
 

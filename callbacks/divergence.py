@@ -1,4 +1,4 @@
-"""Stopping a fit that went to NaN or infinity, before it is written anywhere."""
+"""Stops a fit whose loss, gradients or weights are NaN or infinite, before anything of it is saved."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from sparsefit.recovery.finite_checks import FiniteWatch, check_scaler, gradient
 from sparsefit.recovery.schedule import first_rate
 
 _STEPS_BETWEEN_LOOKS = 50
-"""At a gradient scaler, for which a GPU is waited for."""
+"""Optimizer steps between two checks of the gradient scaler, each of which waits for the GPU."""
 
 
 class DivergenceGuard(PrunedRunCallback):
-    """Looks at each step of a fit, and at the weights before they are saved. What it raises names the last checkpoint.
+    """Checks each step of a fit, and the weights before they are saved. Its errors name the last checkpoint.
 
-    Losses and gradients are seen before the step that they would spoil; on a GPU, which is not waited for, one step
-    later. A gradient scaler (precision "16-mixed") leaves steps with infinite gradients out by itself, which is how it
-    finds its scale: then losses are looked at, and now and then whether it leaves out all.
+    Losses and gradients are checked before the optimizer step; on a GPU one step later, as the check does not wait for
+    the GPU. A gradient scaler (precision "16-mixed") skips steps with infinite gradients by itself to find its scale.
+    With a scaler, losses are checked at each step, and whether it skips all steps every 50 steps.
     """
 
     def __init__(self) -> None:
         self._watch = FiniteWatch()
-        self._began: tuple[int, float] | None = None  # optimizer steps and the scale of a gradient scaler
+        self._began: tuple[int, float] | None = None  # optimizer steps and gradient scale at the first check
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget an earlier fit."""
+        """Discard the state of an earlier fit."""
         self._watch, self._began = FiniteWatch(), None
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Take in the loss of a batch."""
+        """Add the loss of a batch to the check of its step."""
         self._watch.add_loss(loss)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Stop if this step (on a GPU, the one before) is not finite."""
+        """Stop if the losses or gradients of this step (on a GPU, of the step before) are not finite."""
         scaler = _scaler_of(trainer)
         with _way_out(trainer):
             self._watch.check(trainer.global_step + 1, gradients_of(optimizer) if scaler is None else [])
@@ -52,32 +52,32 @@ class DivergenceGuard(PrunedRunCallback):
             self._check_scaler(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Look at the weights where Lightning may save them without asking callbacks."""
+        """Check the weights if Lightning may save them without calling `on_save_checkpoint` (`save_weights_only`)."""
         if any(getattr(callback, "save_weights_only", False) for callback in trainer.checkpoint_callbacks):
             self._check_weights(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop if steps are left out for ever."""
+        """Stop if the gradient scaler skips all steps."""
         self._check_scaler(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the weights before anything is written of them, at the end of training too."""
+        """Check the weights before they can be saved, also at the end of training."""
         self._check_weights(trainer, pl_module)
 
     def on_closing(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See that not every step of the training was left out."""
+        """Check that the gradient scaler did not skip every step of the training."""
         self._check_scaler(trainer, ended=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same, where nothing closes a run."""
+        """Check the gradient scaler as in `on_closing`, which is not called without a `RunReport`."""
         self._check_scaler(trainer, ended=True)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """See that what is trained is finite before a checkpoint is written."""
+        """Check that trained weights are finite before a checkpoint is written."""
         self._check_weights(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Have no checkpoint written of weights that are not finite, where callbacks save one on an exception."""
+        """If weights are not finite, keep callbacks with `save_on_exception` from saving them."""
         if isinstance(exception, DivergenceError) and nonfinite_weights(pl_module, trained_only=True):
             for callback in trainer.checkpoint_callbacks:
                 if hasattr(callback, "save_on_exception"):
@@ -95,7 +95,7 @@ class DivergenceGuard(PrunedRunCallback):
         began, scaler = self._began, _scaler_of(trainer)
         if scaler is None or began is None:
             return
-        self._began = None  # what is saved because of an error holds whole weights
+        self._began = None  # if the check raises, the weights are finite and may still be saved
         with _way_out(trainer, "Train with bf16-mixed or 32-true precision"):
             check_scaler(scaler, began, trainer.global_step, ended)
         self._began = began
@@ -108,7 +108,7 @@ def _scaler_of(trainer: Trainer) -> torch.amp.GradScaler | None:
 
 @contextmanager
 def _way_out(trainer: Trainer, way_out: str = "Lower the learning rate") -> Iterator[None]:
-    """Have an error name the last checkpoint, and what to do."""
+    """Add the last checkpoint and what to change to the message of a `DivergenceError`."""
     try:
         yield
     except DivergenceError as error:

@@ -1,4 +1,4 @@
-"""How a batch reaches the model in a LightningModule that knows nothing of calibration."""
+"""Sends calibration batches through the model of a LightningModule that was not written for calibration."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from torch import nn
 from sparsefit.errors import CalibrationError
 
 _CALLS = 3
-"""How often a step may call its model (two towers, several views) until it is taken to generate."""
+"""How often a step may call its model (two towers, several views); more calls count as generation."""
 
 _HOW = (
     "Give the module a forward or a predict_step that takes such a batch, or a calibration_step(self, batch), which "
-    "comes before all others: it calls the model with what of the batch belongs there"
+    "comes before all others: it calls the model with the inputs in the batch"
 )
 
 
 class ModelCall:
-    """Sends batches that are on their device through the model of a module.
+    """Sends batches, already on the right device, through the model of a module.
 
-    The first of these that takes the first batch takes all: the module's `calibration_step(batch)`; if it has none, its
-    `predict_step`, unless that generates; its `forward`, with what of the batch goes there without doubt; its
-    `training_step`, without logging (of manual optimization, it is left alone); its `forward` with what may go there.
+    The first method that accepts the first batch is used for all batches. A module's `calibration_step(batch)` is the
+    only candidate if there is one. Otherwise these are tried in order: `predict_step`, unless it generates; `forward`,
+    if the batch maps to its arguments without ambiguity; `training_step` without logging, except with manual
+    optimization; `forward` with an ambiguous mapping.
 
     Args:
         module: The module, in evaluation mode whenever this is called.
 
     Attributes:
-        name: What takes the batches, once that is known.
+        name: Name of the method in use; None before the first batch.
     """
 
     def __init__(self, module: LightningModule) -> None:
@@ -46,7 +47,7 @@ class ModelCall:
         """Send a batch through the model.
 
         Raises:
-            CalibrationError: if none of its methods takes the first batch.
+            CalibrationError: if none of the methods accepts the first batch.
         """
         return self._choose(batch) if self._way is None else self._way(batch)
 
@@ -72,7 +73,7 @@ class ModelCall:
 
 
 def _ways(module: LightningModule, batch: Any) -> list[tuple[str, Callable[[Any], Any]]]:
-    """What can take a batch, the best first."""
+    """The methods that may accept a batch, in the order in which they are tried."""
     own_step = getattr(module, "calibration_step", None)
     if callable(own_step):
         return [("calibration_step", own_step)]
@@ -90,7 +91,7 @@ def _ways(module: LightningModule, batch: Any) -> list[tuple[str, Callable[[Any]
 
 
 def _call_forward(module: LightningModule, batch: Any) -> Any:
-    """A labelled batch is reduced to what `forward` takes: (x, y) to x, a mapping to its arguments."""
+    """Call `forward` with the part of a labelled batch that it accepts: x of (x, y), of a mapping the named inputs."""
     parameters = list(inspect.signature(module.forward).parameters.values())
     takes_any_name = any(p.kind is p.VAR_KEYWORD for p in parameters)
     named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -106,8 +107,8 @@ def _call_forward(module: LightningModule, batch: Any) -> Any:
 
 
 def _leaves_out(module: LightningModule, batch: Any) -> bool:
-    """Whether `forward` has parameters, None by default, for which something in the batch may be meant that would not
-    get there: a mask, for one."""
+    """Whether part of the batch, such as a mask, would be dropped although an optional parameter of `forward` may be
+    meant for it."""
     parameters = list(inspect.signature(module.forward).parameters.values())
     optional = {p.name for p in parameters if p.default is None}
     if isinstance(batch, Mapping):
@@ -127,7 +128,7 @@ def _train_step(module: LightningModule, batch: Any) -> Any:
     if "dataloader_iter" in names:
         raise CalibrationError("it takes batches from a loader by itself")
     further = [0] if len(_positional(list(parameters))) > 1 else []
-    # Metrics of torchmetrics, that have counted nothing yet.
+    # Metrics of torchmetrics that have no updates yet; those of this call are discarded below.
     counting = [part for part in module.modules() if getattr(part, "update_called", None) is False]
     try:
         with _not_logging(module):
@@ -139,18 +140,18 @@ def _train_step(module: LightningModule, batch: Any) -> Any:
 
 @contextmanager
 def _not_logging(module: LightningModule) -> Iterator[None]:
-    """Lightning logs in its loops only."""
+    """Replace `log` and `log_dict` by no-ops, as Lightning allows logging only inside its loops."""
     with _attributes(module, {name: lambda *_, **__: None for name in ("log", "log_dict")}):
         yield
 
 
 class _Generates(BaseException):
-    """A step generates (no `Exception`: the step may catch these)."""
+    """Raised when a step generates. Not an `Exception`, which the step might catch."""
 
 
 @contextmanager
 def _generating_told(module: LightningModule) -> Iterator[None]:
-    """Raise `_Generates` where a model is told to generate, or its greater part is called again and again."""
+    """Raise `_Generates` if `generate` is called, or a submodule with most of the weights is called repeatedly."""
     calls: dict[int, int] = {}
 
     def generate(*_: Any, **__: Any) -> None:
@@ -185,7 +186,7 @@ def _all_attributes(owners: list[nn.Module], values: Mapping[str, Any]) -> Itera
 
 @contextmanager
 def _attributes(owner: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
-    """Other methods in the place of an object's own, for a while."""
+    """Replace attributes of a module temporarily."""
     before = {name: vars(owner)[name] for name in values if name in vars(owner)}
     vars(owner).update(values)
     try:
