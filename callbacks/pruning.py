@@ -29,36 +29,37 @@ from sparsefit.settings import named_settings, number
 class WandaPruning(DivergenceGuard):
     """Prunes once, at fit start, and keeps the masks fixed through training.
 
-    The module needs to know nothing of it. Its model may be a plain torch module, a transformers model or a
-    PEFT-wrapped one, whose base is pruned. A run that resumes from a checkpoint takes the masks from there and
-    never prunes again. Where the pruned weights are frozen, as under LoRA, no step is the slower for it;
-    where they train, neither gradient nor optimizer brings one back. Masks are verified before each
-    checkpoint and at the end of training. A loss, gradient or trained weight that is NaN or infinite ends the fit with
-    a `DivergenceError`, and never gets into a checkpoint.
+    The module needs no changes. Its model may be a plain torch module, a transformers model or a PEFT-wrapped one,
+    whose base is pruned. A run that resumes from a checkpoint takes the masks from it and does not prune again. If the
+    pruned weights are frozen, as under LoRA, training steps have no overhead; if they train, neither gradient nor
+    optimizer can change a pruned weight from zero. Masks are verified before each checkpoint and at the end of
+    training. A loss, gradient or trained weight that is NaN or infinite ends the fit with a `DivergenceError` and is
+    never saved to a checkpoint.
 
-    Other callbacks take part by the hooks of `PrunedRunCallback`, wherever they stand in the list of callbacks.
+    Other callbacks take part through the hooks of `PrunedRunCallback`, in any order in the list of callbacks.
 
     Args:
-        sparsity: Share of weights to remove, in [0, 1); by default a half, or what the pattern means.
+        sparsity: Share of weights to remove, in [0, 1); by default 0.5, or what the pattern implies.
         calibration: Batches to calibrate on, in the form of the training batches. By default the datamodule's
-            `calibration_dataloader()`, else the first of the training data.
+            `calibration_dataloader()`, else the first batches of the training data.
         calibration_samples: How many samples to take; by default all of a source made for calibration, and
             128 from training data.
         pattern: None (unstructured) or "N:M", such as "2:4".
-        score: "wanda", "magnitude", "ria", "sparsegpt", ...: see `PruningConfig`, as for all that follow.
-        granularity: Which weights compete: "output", "layer", "input", "(output, 128)", "variant"; None: the score's.
+        score: "wanda", "magnitude", "ria", "sparsegpt", ...: see `PruningConfig` for this and all following settings.
+        granularity: Which weights compete: "output", "layer", "input", "(output, 128)", "variant"; None uses the
+            default of the score.
         update: "block" (one block after the other) or "none" (one pass of the dense network).
-        allocation: How the sparsity is shared out: None, "uniform", "owl", or sparsities by layer name.
-        owl_threshold: How many times the mean score makes an outlier, for OWL.
-        owl_spread: How far a block's density may lie from the mean, for OWL.
-        swaps: At most so many swaps refine the mask of a row (SparseSwaps).
+        allocation: How sparsity is distributed over layers: None, "uniform", "owl", or sparsities by layer name.
+        owl_threshold: A score above this multiple of the mean score is an outlier, for OWL.
+        owl_spread: Largest distance of a block's density from the mean, for OWL.
+        swaps: Maximum number of swaps that refine the mask of a row (SparseSwaps).
         reconstruction: New values for the kept weights: None, "sequential", "iterative" (SparseGPT), "least_squares".
         damping: Added to the Gram matrix's diagonal, as a share of its mean.
         targets: What to prune, by names of layers or modules, globs or "re:..."; None is the model's blocks.
         exclude: What stays dense, named in the same ways.
-        existing_zeros: Of a model that is sparse already: "keep", "adopt" or "ignore" its zeros.
+        existing_zeros: How zeros in an already sparse model are treated: "keep", "adopt" or "ignore".
         micro_batch_size: Calibration samples that go through the model at once.
-        device: Where blocks are computed, one at a time, if that is not where the model is.
+        device: Where blocks are computed, one at a time, if not on the model's own device.
         states_on_cpu: Keep the hidden states between blocks in CPU memory.
 
     Raises:
@@ -100,19 +101,19 @@ class WandaPruning(DivergenceGuard):
         self.summary: dict[str, Any] = {}
         self._guard: MaskGuard | None = None
         self._batches_seen = False
-        self._bound: MaskSet | None = None  # what masked adapters keep to
+        self._bound: MaskSet | None = None  # the masks that masked adapters use now
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prune, unless a checkpoint brought the masks or this very model was pruned before."""
+        """Prune, unless a checkpoint provided the masks or this model is pruned already."""
         self._batches_seen = False
         if trainer.limit_train_batches == 0 and 0 not in (trainer.max_steps, trainer.max_epochs):
             raise ConfigError("limit_train_batches is 0, so nothing would be trained: to prune alone, set max_steps=0")
-        # As FSDP does: then it shows only in on_train_start whether there is a checkpoint, and masks in it.
+        # Strategies such as FSDP restore later: only on_train_start shows whether a checkpoint holds masks.
         if not trainer.strategy.restore_checkpoint_after_setup:
             self._prune_if_dense(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check what a checkpoint brought back, and guard the weights that train."""
+        """Verify the masks on the restored weights, and guard the pruned weights that train."""
         super().on_train_start(trainer, pl_module)
         if trainer.strategy.restore_checkpoint_after_setup:
             self._prune_if_dense(trainer, pl_module)
@@ -122,7 +123,7 @@ class WandaPruning(DivergenceGuard):
         self._guard.watch(pl_module, trainer.optimizers)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give masked adapters the masks of a checkpoint, where nothing is trained before."""
+        """Give masked adapters the masks of a checkpoint, for a validation without training."""
         super().on_validation_start(trainer, pl_module)
         self._bind(pl_module)
 
@@ -135,17 +136,17 @@ class WandaPruning(DivergenceGuard):
         self._bind(pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Guard the parameters that the epoch begins with, which a callback may have put in the place of others."""
-        if batch_idx == 0:  # not on_train_epoch_start: callbacks further down the list have not had theirs then
+        """At the start of each epoch, guard the current parameters, as a callback may have replaced some."""
+        if batch_idx == 0:  # not in on_train_epoch_start, which callbacks further down the list have yet to run
             self._guard.watch(pl_module, trainer.optimizers)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Note that there was something to train on."""
+        """Record that there was a training batch."""
         self._batches_seen = True
         super().on_train_batch_end(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See that there was: without a limit of epochs, Lightning asks an empty stream again and again."""
+        """Check that there was a batch: without a limit of epochs, Lightning reads an empty stream forever."""
         self._check_trained(trainer)
         super().on_train_epoch_end(trainer, pl_module)
 
@@ -155,7 +156,7 @@ class WandaPruning(DivergenceGuard):
         self._verify(pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See that something was trained: of data that are known to be empty Lightning begins no epoch."""
+        """Check that something was trained: Lightning begins no epoch if the data are known to be empty."""
         if self.masks is None:
             raise ConfigError(
                 f"nothing was pruned: {type(trainer.strategy).__name__} restores checkpoints when a fit has started, "
@@ -170,29 +171,29 @@ class WandaPruning(DivergenceGuard):
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take the hooks off the weights and optimizers."""
+        """Remove the hooks from weights and optimizers."""
         self._unguard()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Take the hooks off: Lightning calls no `teardown` after an exception."""
+        """Remove the hooks, as Lightning calls no `teardown` after an exception."""
         self._unguard()
         super().on_exception(trainer, pl_module, exception)
 
     def state_dict(self) -> dict[str, Any]:
-        """The masks (one bit a weight), the configuration and an account of the pruning."""
+        """The masks (one bit per weight), their digest, and the summary of the pruning with its configuration."""
         if self.masks is None:
             return {}
         return {"masks": self.masks.state_dict(), "digest": self.masks.digest(), "summary": self.summary}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Forget the masks of an earlier fit: from here on those of the checkpoint count, or that it has none."""
+        """Discard the masks of an earlier fit; those of the checkpoint, if any, replace them."""
         self.masks = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the masks of a checkpoint.
+        """Restore the masks of a checkpoint.
 
         Raises:
-            MaskError: if they are damaged, or lie in the run folder and nothing brought them from there.
+            MaskError: if they are damaged, or were left in the run folder and nothing has loaded them from there.
         """
         if not state_dict:
             return
@@ -205,7 +206,7 @@ class WandaPruning(DivergenceGuard):
         if masks.digest() != state_dict["digest"]:
             raise MaskError("the checkpoint is damaged: its masks do not give the digest saved with them")
         self.masks, self.summary = masks, dict(state_dict["summary"])
-        # A checkpoint of an earlier version knows fewer settings.
+        # A checkpoint of an earlier version has fewer settings.
         now, saved = plain_config(self.config), self.summary.get("config") or {}
         others = [f"{name}={value!r}" for name, value in now.items() if name in saved and saved[name] != value]
         if others:
@@ -225,7 +226,7 @@ class WandaPruning(DivergenceGuard):
         if trainer.ckpt_path is not None:
             rank_zero_info("The checkpoint holds no masks: it was saved before any pruning. The model is pruned now.")
         check_tuners(module, self.config)
-        bind_masks(module, None)  # those of an earlier fit
+        bind_masks(module, None)  # remove the masks of an earlier fit
         self._bound = None
         tell(trainer, "on_pruning_check", module)
         tell_opening(trainer, module, self.config)
@@ -236,12 +237,12 @@ class WandaPruning(DivergenceGuard):
         with ledger_of(trainer).stage("calibration and pruning"), predicting(trainer):
             if self.config.needs_inputs:
                 rank_zero_info(f"Calibrating on {source}.")
-            # Blocks are run alone, too, so the precision is set for all of the pruning and not for each forward.
+            # Blocks also run on their own, so the precision is set around the whole pruning, not each forward.
             precision = trainer.precision_plugin.predict_step_context()
             shown = paid_progress(trainer, "calibrating and pruning", "calibration")
             with shown as progress, precision, magnitudes_follow(module):
                 self.result = prune(module, batches, self.config, forward=forward, progress=progress)
-        asked = self.calibration_samples  # of one source for all ranks, or of one for each
+        asked = self.calibration_samples  # in total if ranks share a source, else per rank
         if self.config.needs_inputs and asked and self.result.samples not in (asked, asked * trainer.world_size):
             self.result.note(
                 f"{self.result.samples} calibration samples were used where {asked} were asked for: "
@@ -264,8 +265,8 @@ class WandaPruning(DivergenceGuard):
         tell(trainer, "on_base_ready", module, self.masks)
 
     def _batches(self, trainer: Trainer, forward: Callable[[Any], Any]) -> tuple[list[Any] | None, str]:
-        """The calibration data, and where they come from. Where none are needed, one sample that shows what of the
-        model is reached, if there is one that fits."""
+        """The calibration batches and a description of their source. If the method needs no data, one sample for
+        tracing the model, or None if no sample can be used."""
         needed = self.config.needs_inputs
         samples = self.calibration_samples if needed else 1
         try:

@@ -29,27 +29,27 @@ from sparsefit.recovery.quantize import (
 from sparsefit.settings import named_settings
 
 KEY = "sparsefit_quantized"
-"""Under which a checkpoint says how the base was held, and has the scales of what it holds of it."""
+"""Key in a checkpoint of the format of the base and the scales of the quantized weights in the checkpoint."""
 
 
 @named_settings
 class QuantizedBase(Callback):
-    """Quantizes the masked linear layers as training starts: after pruning, and after the base was written in floats.
+    """Quantizes the masked linear layers when training starts, after pruning and after the base was written in floats.
 
-    Zeros stay exact zeros. A checkpoint holds floats, as without this callback, so a resumed run builds the model in
-    floats, too, and quantizes it again, to the same bits. The adapters are trained for the quantized base: merging
-    takes its values (`sparsefit.recovery.quantize.dequantize_base`), and not those in base/.
+    Zeros stay exact zeros. Checkpoints hold floats, as without this callback. A resumed run builds the model in floats
+    and quantizes it again, with bitwise the same result. The adapters are trained for the quantized base, so merging
+    uses its values (`sparsefit.recovery.quantize.dequantize_base`), not those in base/.
 
-    Checkpoints that `ModelCheckpoint(save_weights_only=True)` writes know no callbacks: they hold quantized weights.
+    `ModelCheckpoint(save_weights_only=True)` does not call callbacks: its checkpoints hold quantized weights.
 
     Args:
         kind: "nf4" (4 bits) or "int8" (8 bits), by bitsandbytes; None leaves the base in floats.
-        compute_dtype: Of the products with nf4 weights: "float32", "bfloat16" or "float16"; None is the trainer's.
-        double_quant: Quantize the scales of nf4, too: half a bit a weight less.
+        compute_dtype: Dtype of products with nf4 weights: "float32", "bfloat16" or "float16"; None is the trainer's.
+        double_quant: Quantize the scales of nf4, too, which saves about half a bit per weight.
 
     Raises:
-        ConfigError: if a setting cannot work; when the fit is set up, and so before anything is pruned, if the module
-            cannot be trained so.
+        ConfigError: if a setting cannot work; in `setup`, before anything is pruned, if the module cannot be trained on
+            a quantized base.
     """
 
     def __init__(
@@ -63,53 +63,53 @@ class QuantizedBase(Callback):
         self.double_quant = double_quant
         self.account: dict[str, Any] = {}
         self.origins: dict[str, int] = {}
-        """Key in the module's state of each weight quantized here -> checksum of the floats that it was made of."""
+        """State dict key of each weight quantized here -> checksum of its float values before."""
         self._scales: Mapping[str, Tensor] | None = None
         self._done = False
         if kind is not None:
             check_settings(kind, self.compute_dtype, double_quant)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work."""
+        """Check that the module can be trained on a quantized base."""
         self._done, self._scales = False, None
         if self.kind is not None and stage == "fit":
             self._check(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Quantize the base."""
-        # Where a strategy restores late, WandaPruning prunes in this hook, and may stand further down.
+        # If the strategy restores late, WandaPruning prunes in this hook, and may be further down the list.
         if not trainer.strategy.restore_checkpoint_after_setup or _is_pruned(trainer, pl_module):
             self._quantize(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Quantize the base, if it could not be done earlier."""
+        """Quantize the base if `on_train_start` could not."""
         self._quantize(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Outside a fit: evaluate what was trained, with the base that it was trained on."""
+        """Outside a fit, quantize the base, so that adapters are evaluated on the base they were trained on."""
         self._quantize_to_evaluate(trainer, pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same."""
+        """Quantize the base, so that adapters are tested on the base they were trained on."""
         self._quantize_to_evaluate(trainer, pl_module)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same."""
+        """Quantize the base, so that adapters predict on the base they were trained on."""
         self._quantize_to_evaluate(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """In a process that Lightning spawned: dequantize, as the weights go back to a module in floats."""
+        """In a process spawned by Lightning, dequantize, as the weights are copied back to a module in floats."""
         if self.kind is not None and multiprocessing.parent_process() is not None:
             dequantize_base(pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Have the checkpoint hold floats."""
+        """Replace the quantized weights in the checkpoint by floats, and save their scales."""
         if self._done:
             scales = to_float_state(pl_module, checkpoint["state_dict"])
             checkpoint[KEY] = {"kind": self.kind, "double_quant": self.double_quant, "scales": scales}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take over the scales."""
+        """Restore the scales."""
         saved = checkpoint.get(KEY)
         if saved is not None:
             held, asked = (saved["kind"], saved["double_quant"]), (self.kind, self.double_quant)
@@ -134,8 +134,8 @@ class QuantizedBase(Callback):
             raise ConfigError("QuantizedBase holds the base of a pruned model: add WandaPruning to the callbacks")
         if getattr(module, "distill", None) is not None:
             raise ConfigError(
-                "distillation needs the base in floats, in which the dense weights take their places in turn: leave "
-                "out `distill`, or the quantization of the base"
+                "distillation needs the base in floats, as it swaps the dense weights in for the teacher's passes: "
+                "leave out `distill`, or the quantization of the base"
             )
         adapter = getattr(module, "hparams", {}).get("adapter")
         if isinstance(adapter, Mapping) and adapter.get("form") == "full":
@@ -162,7 +162,7 @@ class QuantizedBase(Callback):
             if self._scales:
                 restore_scales(module, self._scales)
         self._scales, self._done = None, True
-        if made or not self.account:  # not a second fit of the same module
+        if made or not self.account:  # not in a second fit of the same module
             self.origins = {key: sums[key] for key in made}
             self.account = report.account() | {"double_quant": self.double_quant}
             self._tell(report.layers, report.left, report.bytes_before, report.bytes_after)

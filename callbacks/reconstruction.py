@@ -1,4 +1,4 @@
-"""`BlockwiseReconstruction`: tunes each pruned block towards the dense one before anything else is trained."""
+"""`BlockwiseReconstruction`: tunes each pruned block to match the dense block before any other training."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from sparsefit.settings import named_settings
 
 @named_settings
 class BlockwiseReconstruction(PrunedRunCallback):
-    """Has its turn between the pruning and the training of a fit; does nothing where nothing is pruned.
+    """Runs between the pruning and the training of a fit; does nothing in a fit that does not prune.
 
-    The time is charged to the stage "reconstruction" of the run's ledger. A `GPUHourBudget` with a `split` gives it its
-    share of the hours; without one it takes all of its passes.
+    The time is charged to the stage "reconstruction" of the run's ledger. A `GPUHourBudget` with a `split` limits it to
+    its share of the hours; without a split it runs all passes.
 
     Args:
-        passes: Times that each block sees the calibration samples; 0 leaves the blocks as pruning left them.
-        learning_rate: Of Adam at a block's first step; it falls linearly to zero.
-        batch_size: Samples in a step, those of all ranks together.
+        passes: Passes over the calibration samples for each block; 0 turns the reconstruction off.
+        learning_rate: Initial learning rate of Adam for each block; it falls linearly to zero.
+        batch_size: Samples in a step, over all ranks together.
         calibration: Batches to tune on, in the form of the training batches. By default the datamodule's
-            `calibration_dataloader()`, else the first of the training data.
+            `calibration_dataloader()`, else the first batches of the training data.
         calibration_samples: How many samples to take; by default all of a source made for calibration, and
             128 from training data.
 
@@ -58,7 +58,7 @@ class BlockwiseReconstruction(PrunedRunCallback):
         self._data: tuple[list[Any], str] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work."""
+        """Check that the strategy does not shard weights."""
         if stage == "fit" and self.settings.passes and isinstance(trainer.strategy, SPLITTING):
             raise ConfigError(
                 f"{type(trainer.strategy).__name__} splits weights over devices, and a block is tuned where it lies "
@@ -78,7 +78,7 @@ class BlockwiseReconstruction(PrunedRunCallback):
                 self._data = checked_batches(trainer, forward, self.calibration, self.calibration_samples)
 
     def on_pruning_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the dense weights.
+        """Copy the dense weights.
 
         Raises:
             ConfigError: if the model has no blocks.

@@ -1,4 +1,4 @@
-"""What a report says of a run: how it began, how its model was pruned, and how it stands."""
+"""The entries of a run's report: how it began, how its model was pruned, and its current state."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from sparsefit.reporting.machine import machine, peak_memory, versions
 
 
 def beginning(name: str, folder: Path, module: LightningModule) -> dict[str, Any]:
-    """The report of a run that begins."""
+    """The entries of a report when its run begins."""
     return {
         "name": name,
-        "id": None,  # a checkpoint brings that of its run
+        "id": None,  # restored from the checkpoint of a resumed run
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "folder": str(folder),
         "command": shlex.join([sys.argv[0].rpartition("/")[2], *sys.argv[1:]]),
@@ -38,10 +38,11 @@ def beginning(name: str, folder: Path, module: LightningModule) -> dict[str, Any
 
 
 def named_model(configuration: str | None) -> dict[str, Any] | None:
-    """The model that a recipe names, and whether it came from the hub; None where there is no recipe, or no name.
+    """The name of the model in a recipe, and whether it came from the hub; None without a recipe or a name.
 
     Args:
-        configuration: The recipe as YAML, whose model is loaded by now: what is no path here was on the hub.
+        configuration: The recipe as YAML. Its model is loaded already, so a name that is not a local path is on the
+            hub.
     """
     settings: Any = yaml.safe_load(configuration or "")
     for key in ("model", "init_args", "model"):
@@ -53,11 +54,11 @@ def named_model(configuration: str | None) -> dict[str, Any] | None:
 
 
 def pruned(result: PruningResult, source: str) -> dict[str, Any]:
-    """How a model was pruned, in values that a checkpoint takes.
+    """A summary of a pruning, in values that can be saved in a checkpoint.
 
     Args:
-        result: What pruning gave.
-        source: Where the calibration data came from, in words.
+        result: What `prune` returned.
+        source: A description of where the calibration data came from.
     """
     memory, kind = peak_memory()
     kept = ("update", "coverage", "overall_sparsity", "samples", "tokens", "seconds")
@@ -76,16 +77,16 @@ def pruned(result: PruningResult, source: str) -> dict[str, Any]:
 
 
 def plain_config(config: PruningConfig) -> dict[str, Any]:
-    """A configuration as a checkpoint and a logger take it: lists for tuples."""
+    """A configuration as a dict for checkpoints and loggers, with lists instead of tuples."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
 
 
 def log_pruned(loggers: Iterable[Logger], summary: Mapping[str, Any], masks: MaskSet, step: int) -> None:
-    """Tell loggers how a model was pruned.
+    """Log a pruning: its configuration, and the sparsity in total and per layer.
 
     Args:
-        loggers: Of the trainer.
-        summary: What `pruned` gave.
+        loggers: The loggers of the trainer.
+        summary: What `pruned` returned.
         masks: The masks.
         step: Optimizer steps taken.
     """
@@ -99,7 +100,7 @@ def log_pruned(loggers: Iterable[Logger], summary: Mapping[str, Any], masks: Mas
 
 
 def point(trainer: Trainer, outputs: Any) -> list[dict[str, float]]:
-    """A point of the training's course, after a batch; none where its outputs have no loss."""
+    """The point of the training curve after a batch, in a list; an empty list if its outputs have no loss."""
     loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
     if not isinstance(loss, Tensor):
         return []
@@ -116,13 +117,13 @@ def point(trainer: Trainer, outputs: Any) -> list[dict[str, float]]:
 def standing(
     trainer: Trainer, module: LightningModule, report: Mapping[str, Any], history: list[dict[str, float]]
 ) -> dict[str, Any]:
-    """The entries of a report that change as the run goes on.
+    """The entries of a report that change during the run.
 
     Args:
-        trainer: Of the run.
-        module: Of the run.
-        report: The report so far; its count of zeros is told what pruning was asked for.
-        history: Points of the training.
+        trainer: The trainer of the run.
+        module: The module of the run.
+        report: The report so far; the requested sparsity is added to its count of zeros.
+        history: Points of the training curve.
     """
     ledger, budget = ledger_of(trainer), budget_of(trainer)
     memory, kind = peak_memory()

@@ -1,4 +1,4 @@
-"""What is looked at, and what is taken over, when a run goes on from a checkpoint."""
+"""Checks when a run resumes from a checkpoint, and changed optimizer settings that are applied to it."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from sparsefit.errors import ConfigError
 from sparsefit.recovery.recipe_checks import changed_settings
 
 FORMAT = 1
-"""Of what `SparseCheckpoints` adds to a checkpoint."""
+"""Format version of what `SparseCheckpoints` adds to a checkpoint."""
 
 _WAY_OUT = "Resume with the settings of its run (config.yaml in the run folder), or start a new run in another folder"
 
 
 def check_same_run(checkpoint: Mapping[str, Any], saved: Mapping[str, Any], trainer: Trainer, path: str | Path) -> None:
-    """See that this version reads a checkpoint, and that a fit goes on with its data.
+    """Check that this version can read a checkpoint, and that a fit continues on the same data.
 
     Args:
-        checkpoint: As it was read, before it is filled up and anything is restored.
+        checkpoint: The checkpoint as it was read, before it is completed and restored.
         saved: What `SparseCheckpoints` added to it.
-        trainer: Of this run.
-        path: Where the checkpoint was read.
+        trainer: The trainer of this run.
+        path: The path it was read from.
 
     Raises:
-        ConfigError: if it cannot, or they are others; says which.
+        ConfigError: if the format is of another version, or the run trains on other data.
     """
     if saved["format"] != FORMAT:
         raise ConfigError(
@@ -50,7 +50,7 @@ def check_same_run(checkpoint: Mapping[str, Any], saved: Mapping[str, Any], trai
 
 
 def data_name(trainer: Trainer, checkpoint: Mapping[str, Any]) -> str | None:
-    """The key in a checkpoint under which the trainer's datamodule has its position; None where it has none."""
+    """The key in a checkpoint of the position of the trainer's datamodule; None if there is none."""
     name = type(trainer.datamodule).__qualname__
     return name if trainer.datamodule is not None and name in checkpoint else None
 
@@ -61,10 +61,10 @@ def optimizer_kinds(trainer: Trainer) -> list[str]:
 
 
 def check_same_optimizers(saved: list[str], trainer: Trainer) -> None:
-    """See that the optimizers can go on with the states of those that were saved.
+    """Check that the optimizers can load the saved optimizer states.
 
     Raises:
-        ConfigError: if they are of other kinds.
+        ConfigError: if their classes differ from those that were saved.
     """
     now = optimizer_kinds(trainer)
     if saved != now:
@@ -75,12 +75,12 @@ def check_same_optimizers(saved: list[str], trainer: Trainer) -> None:
 
 
 class ChangedRates:
-    """Learning rate and weight decay that a run is resumed with, where they are others than the checkpoint's: what
-    an optimizer restores would silently take their places.
+    """Learning rate and weight decay of a resumed run, where they differ from those of the checkpoint. Without this
+    class, the restored optimizer state would silently overwrite them.
 
     Args:
         checkpoint: The checkpoint.
-        module: The module, whose hyperparameters `learning_rate` (or `lr`) and `weight_decay` count.
+        module: The module, whose hyperparameters `learning_rate` (or `lr`) and `weight_decay` are compared.
     """
 
     def __init__(self, checkpoint: Mapping[str, Any], module: LightningModule) -> None:
@@ -89,8 +89,8 @@ class ChangedRates:
         self._changed = {name: changed[name] for name in names if _are_numbers(changed.get(name))}
 
     def apply(self, trainer: Trainer) -> None:
-        """Set them in the optimizers, once these are restored: rates in the proportion in which the setting changed,
-        and weight decay where it was as the setting says."""
+        """Apply the changes to the restored optimizers: learning rates are scaled by the ratio of the settings, and
+        weight decay is replaced in groups that had the old value."""
         for name, (was, is_) in self._changed.items():
             if name != "weight_decay" and (trainer.lr_scheduler_configs or not was):
                 rank_zero_warn(f"{name} was {was} and is {is_}: the run goes on as the checkpoint's scheduler says")
