@@ -1,4 +1,4 @@
-"""The folder of a run: checked before the hours are spent, filled as they are, and one process's at a time."""
+"""The folder of a run: checked before the run spends time, written during it, and locked by one process."""
 
 from __future__ import annotations
 
@@ -29,19 +29,20 @@ from sparsefit.reporting.report import write_json
 LOGS = "logs"
 CARD_FILE = "README.md"
 _ORPHANS_END = 6.0
-"""Seconds for which the loader's workers of a killed run may hold its lock: they look for their parent every 5."""
+"""Seconds for which the DataLoader workers of a killed run may hold its lock: they check for their parent every 5."""
 TEXT = "written_text"
-"""What the dense model wrote (`SelfGeneratedDataModule`): a run that takes the place of one that broke off reads it."""
+"""Folder of the text that the dense model generated (`SelfGeneratedDataModule`). A run that replaces an interrupted
+one reads it."""
 
 
 class RunFolder:
-    """Where the things of a run lie. Holds the path; makes nothing before `check`.
+    """The paths of a run's files, and the functions that write them. Creates nothing before `check`.
 
     Args:
         path: The folder.
 
     Attributes:
-        image_processor: That of the data, which is written beside a model that has none of its own.
+        image_processor: The image processor of the data, saved with models that have none of their own.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -59,23 +60,23 @@ class RunFolder:
         self._lock: Any = None
 
     def check(self, resuming: bool) -> None:
-        """See that a run may use the folder, which is made if it is not there.
+        """Check that a run may use the folder, and create it if it is missing.
 
         Raises:
-            RunFolderError: if the folder holds anything already (and no run is resumed), cannot be written to, or
-                another process is at work in it.
+            RunFolderError: if the folder is not empty (and no run is resumed), cannot be written to, or is used by
+                another process.
         """
         self._prepare(resuming)
-        if (self.path / LOCK_FILE).exists():  # else nobody has ever been at work here
+        if (self.path / LOCK_FILE).exists():  # otherwise no process has used the folder
             self.lock(resuming)
             self.release()
 
     def lock(self, resuming: bool) -> None:
-        """The same, and have the folder for this process alone until `release`."""
+        """Check the folder as `check` does, and lock it for this process until `release`."""
         self._prepare(resuming)
         try:
             self._lock = self._lock or lock_folder(self.path, "run", wait=_ORPHANS_END)
-            for left in filter(is_partial, self.path.iterdir()):  # by a run that was killed
+            for left in filter(is_partial, self.path.iterdir()):  # left by a killed run
                 left.unlink(missing_ok=True)
         except RunFolderError:
             raise
@@ -86,7 +87,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise RunFolderError(f"the run folder {self.path} is a file; choose another path")
         try:
-            # Lightning opens its loggers before any callback's first hook.
+            # Lightning opens its loggers before the first hook of any callback, so their files may exist.
             if not resuming and not self._is_free():
                 raise RunFolderError(
                     f"the run folder {self.path} exists and is not empty. Choose another folder, move this one away, "
@@ -102,13 +103,13 @@ class RunFolder:
             raise RunFolderError(f"the run folder {self.path} cannot be written to: {error}") from error
 
     def release(self) -> None:
-        """Let others have the folder."""
+        """Release the lock on the folder."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
 
     def _is_free(self) -> bool:
-        """Whether there is nothing to lose: no files, or those of a run that broke off before it had a base."""
+        """Whether the folder holds nothing of value: no files, or those of a run that stopped before it had a base."""
         entries = list(self.path.iterdir()) if self.path.is_dir() else []
         half = f"{BASE_FOLDER}.partial"  # `replacing` removes it
         names = {entry.name for entry in entries if not is_partial(entry)} - {TEXT, LOCK_FILE, half}
@@ -124,8 +125,8 @@ class RunFolder:
             return None
 
     def _check_room(self, module: nn.Module) -> None:
-        # The sparse base and the recovered model, the checkpoint of the last epoch and the timed one, and what replaces
-        # each, with the two moments of Adam for what trains.
+        # The sparse base and the recovered model; two checkpoints (last epoch, timed), each with the new file that
+        # replaces it; checkpoints hold the two moments of Adam for trained weights.
         sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in module.parameters()]
         weights, trained = sum(count for count, _ in sizes), sum(count for count, trains in sizes if trains)
         needed = 2 * weights + 4 * (weights + 2 * trained)
@@ -137,21 +138,21 @@ class RunFolder:
             )
 
     def claim(self, module: nn.Module, run: str | None, masks: MaskSet | None, resuming: bool, may_resume: bool) -> str:
-        """See that a run may use the folder and fits into it, and lock it.
+        """Check that a run may use the folder and fits on its disk, and lock it.
 
         Args:
-            module: Its module.
-            run: Its id, where a checkpoint knows one.
-            masks: Its masks, where a checkpoint brought them, by the names in `masks.safetensors`.
-            resuming: Whether it goes on from a checkpoint.
-            may_resume: Whether it goes on with what lies there, if anything does.
+            module: The module of the run.
+            run: The id of the run, if a checkpoint holds one.
+            masks: The masks of a checkpoint, if there is one, by the names in `masks.safetensors`.
+            resuming: Whether the run resumes from a checkpoint.
+            may_resume: Whether the run may continue an earlier one in the folder.
 
         Returns:
             The id of the run.
 
         Raises:
-            RunFolderError: as `check` and `check_same_run`; if the disk is too full for the model and a checkpoint of
-                it; or if the run would begin anew where it has a checkpoint.
+            RunFolderError: as `check` and `check_same_run`; if the disk has no space for the model and its checkpoints;
+                or if the run would start from the beginning although the folder has a checkpoint of it.
         """
         self._prepare(resuming or may_resume)
         self._check_room(module)
@@ -166,14 +167,14 @@ class RunFolder:
         return run or self.run_id() or uuid4().hex
 
     def check_same_run(self, run: str | None, masks: MaskSet) -> None:
-        """See that a base in the folder, if there is one, is whole and that of a run which is resumed.
+        """Check that a base in the folder, if there is one, is undamaged and belongs to the run that is resumed.
 
         Args:
-            run: The id of the run, where the checkpoint knows one.
+            run: The id of the run, if the checkpoint holds one.
             masks: Its masks, by the names in `masks.safetensors`.
 
         Raises:
-            RunFolderError: if it is damaged, or that of another run.
+            RunFolderError: if the base is damaged, or belongs to another run.
         """
         there = self.run_id()
         if not self.masks.exists():
@@ -191,11 +192,11 @@ class RunFolder:
         check_sums(self.base)
 
     def holds_run(self) -> bool:
-        """Whether anything of a run lies in the folder."""
+        """Whether the folder holds files of a run."""
         return run_files.holds_run(self.path)
 
     def run_id(self) -> str | None:
-        """The id of the run in the folder; None where there is none."""
+        """The id of the run in the folder; None if there is none."""
         state = run_files.read_state(self.path)
         return self._read("id") if state is None else state.run
 
@@ -204,23 +205,23 @@ class RunFolder:
         return run_files.read_state(self.path)
 
     def has_results(self) -> bool:
-        """Whether an earlier end of the run has left its results."""
+        """Whether the run has finished before and its results are in the folder."""
         state = self.state()
         return state is not None and state.results > 0
 
     def newest_checkpoint(self) -> Path | None:
-        """The checkpoint that the run has come furthest in; None where there is none."""
+        """The checkpoint with the most optimizer steps; None if there is none."""
         return run_files.newest_checkpoint(self.path)
 
     def write_state(self, name: str, run: str | None, step: int, error: str | None = None) -> None:
-        """Note the state of the run."""
+        """Write the state of the run to `state.json`."""
         sums = {file.name: file_sum(file) for file in (self.configuration,) if file.is_file()}
         before = self.state()
         results = step if name == run_files.FINISHED else before.results if before is not None else 0
         RunState(name, run, step, error, results, sums).write(self.path)
 
     def write_configuration(self, text: str) -> None:
-        """Keep the recipe of the run."""
+        """Write the recipe of the run."""
         write_text(text, self.configuration)
 
     def write_report(self, report: dict[str, Any]) -> None:
@@ -230,7 +231,7 @@ class RunFolder:
         write_json(report | {"page": file_sum(self.html)}, self.json, seal=True)
 
     def left_to_do(self) -> str | None:
-        """Why the end of a run that has taken all of its steps is yet to be made; None if all of it is there, whole."""
+        """Why a run with no steps left must repeat export, evaluation and report; None if all results are intact."""
         state = self.state()
         if state is None:
             return None if self._read("status") == run_files.FINISHED else "it was broken off"
@@ -247,16 +248,16 @@ class RunFolder:
         return f"{', '.join(gone)} is gone" if gone else None
 
     def write_base(self, module: nn.Module, masks: MaskSet) -> None:
-        """Write the sparse base, without adapters, and then its masks: where these are, the base is whole."""
+        """Write the sparse base without adapters, then its masks. If the masks exist, the base is complete."""
         with in_floats(module), replacing(self.base) as partial:
             saved = export_base(module, masks, partial)
             self._add_processor(module, partial)
         saved.save(self.masks)
 
     def write_trained(self, module: nn.Module, masks: MaskSet, notes: dict[str, Any] | None = None) -> Path:
-        """Write what was trained: the adapter, or else the model itself. The base stays as it was written; one that
-        trains beside its adapters, in other parts than PEFT saves with them, is written anew in a folder of its own. A
-        run that was resumed in another folder than its own gets a base there. `notes` are kept beside an adapter.
+        """Write the trained weights: the adapter, or the whole model if there is none. The base is not changed. If
+        parts of the base train that PEFT does not save with the adapter, the trained base is written to a folder of its
+        own. A run that was resumed in another folder gets a base there. `notes` are saved with the adapter.
 
         Returns:
             The folder of the model or adapter.
@@ -290,5 +291,5 @@ class RunFolder:
             self.image_processor.save_pretrained(folder)
 
     def drop_merged(self) -> None:
-        """Remove the merged model of an adapter that another one, which does not merge, has taken the place of."""
+        """Remove the merged model of an earlier adapter, whose replacement cannot be merged."""
         shutil.rmtree(self.model, ignore_errors=True)

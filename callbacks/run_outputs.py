@@ -1,4 +1,4 @@
-"""What a run makes of its model, figures and files, and at which cost: what `RunReport` evaluates and exports."""
+"""The outputs of a run, metrics and exported files, and the time they take: the base class of `RunReport`."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ from sparsefit.recovery.merge import lossy_layers, merged_in_place
 from sparsefit.recovery.quantize import in_floats
 from sparsefit.reporting.console import stage_progress
 
-_MARGIN = 1.25  # the last evaluation may be somewhat slower than the ones it is measured by
+_MARGIN = 1.25  # the last evaluation may be somewhat slower than the earlier ones that it is estimated from
 
 
 class RunOutputs(PrunedRunCallback):
-    """Measures and exports a module at the stages of a run, and has the budget keep what that takes.
+    """Evaluates and exports a module at the stages of a run, and makes the budget keep the time for that.
 
     Args:
-        folder: Where the files go.
-        tasks: Zero-shot tasks that it is measured by, too.
-        name: Of the run; by default the folder's.
-        loggers: Names of loggers that are told of it.
+        folder: The run folder, to which files are written.
+        tasks: Zero-shot tasks to evaluate in addition.
+        name: Name of the run; by default that of the folder.
+        loggers: Names of the loggers to add to the trainer.
     """
 
     def __init__(self, folder: RunFolder, tasks: ZeroShotTasks, name: str | None, loggers: tuple[str, ...]) -> None:
@@ -53,10 +53,10 @@ class RunOutputs(PrunedRunCallback):
         self._made: list[Logger] = []
         self.report: dict[str, Any] = {}
         self.history: list[dict[str, float]] = []
-        self._seconds = {"evaluation": 0.0, "export": 0.0, LEDGER_STAGE: 0.0}  # the longest of each
+        self._seconds = {"evaluation": 0.0, "export": 0.0, LEDGER_STAGE: 0.0}  # the longest so far
 
     def new_loggers(self) -> list[Logger]:
-        """The loggers that the run names, for its Trainer; they write to the run folder."""
+        """Create the loggers of the run for its Trainer; they write to the run folder."""
         self._made = loggers_of_run(self.loggers, self.folder.path / LOGS, self.name)
         return self._made
 
@@ -67,14 +67,14 @@ class RunOutputs(PrunedRunCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note loss, learning rate and GPU-hours, as often as the trainer logs."""
+        """Record loss, learning rate and GPU-hours as often as the trainer logs."""
         step = trainer.global_step
         new = not self.history or self.history[-1]["step"] < step
         if new and (step == 1 or step % trainer.log_every_n_steps == 0):
             self.history += point(trainer, outputs)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note what a validation logged as `val_` and the name of a figure."""
+        """Record the metrics that a validation logged as `val_...`."""
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
         for metric in self.report.get("metrics", {}):
@@ -82,7 +82,7 @@ class RunOutputs(PrunedRunCallback):
                 self._note(trainer, "validation", metric, float(value))
 
     def measure(self, trainer: Trainer, module: LightningModule, stage: str) -> dict[str, float]:
-        """What the module measures on the test data; of one that declares nothing, what its validation logs."""
+        """Evaluate the module on the test data; a module without `evaluate` by what its validation logs."""
         evaluate = getattr(module, "evaluate", None)
         if not callable(evaluate):
             with self._charged(trainer, "evaluation"):
@@ -116,17 +116,17 @@ class RunOutputs(PrunedRunCallback):
         return figures
 
     def _note(self, trainer: Trainer, stage: str, metric: str, value: float) -> None:
-        """A point of the curve of quality against GPU-hours."""
+        """Add a point to the curve of quality against GPU-hours."""
         point = {"stage": stage, "gpu_hours": ledger_of(trainer).hours, "step": trainer.global_step}
         self.report.setdefault("timeline", []).append(point | {"metric": metric, "value": value})
 
     def _reserve(self, trainer: Trainer, module: LightningModule, ahead: int = 0) -> None:
-        """Have the budget keep the time of the evaluations before training and of all that comes after it."""
+        """Make the budget keep the time of `ahead` more evaluations before training and of everything after it."""
         if (budget := budget_of(trainer)) is not None:
-            form, masks = form_of(module), masks_of(trainer)  # none before the pruning
+            form, masks = form_of(module), masks_of(trainer)  # masks are None before the pruning
             merges = form in LOSSLESS if masks is None else form is not None and not lossy_layers(module, masks)
             closing = (1 + merges) * (self._seconds["evaluation"] + self._seconds["export"])
-            tasks = (ahead + 1) * self._seconds[LEDGER_STAGE]  # of what is ahead, and of the recovered model
+            tasks = (ahead + 1) * self._seconds[LEDGER_STAGE]  # the evaluations ahead and that of the recovered model
             budget.keep(_MARGIN * (ahead * self._seconds["evaluation"] + tasks + closing), "closing")
 
     @staticmethod
@@ -156,7 +156,7 @@ class RunOutputs(PrunedRunCallback):
                 return
             written = self.folder.write_trained(module, masks, {"quantization": quantization or None})
             if not merged and written == self.folder.adapter:
-                self.folder.drop_merged()  # of an end that was never made whole
+                self.folder.drop_merged()  # left by an earlier end of the run that was not completed
             if written == self.folder.model or "sparsity" not in self.report:  # a resumed run has not counted yet
                 self._count(self.folder.path if written == self.folder.adapter else written)
 
@@ -166,7 +166,7 @@ class RunOutputs(PrunedRunCallback):
         self.report["sparsity"] = inspection.account() | {"counted_on": files}
 
     def _merge(self, trainer: Trainer, module: LightningModule) -> None:
-        """Write the model with its adapters merged, if that loses nothing, and evaluate it."""
+        """Merge the adapters if that is lossless, write the merged model and evaluate it."""
         form, masks = form_of(module), masks_of(trainer)
         if form is None or masks is None:
             return

@@ -1,4 +1,4 @@
-"""`RunReport`: evaluates the dense, pruned and recovered model, exports it, and reports what it all cost."""
+"""`RunReport`: evaluates the dense, pruned and recovered model, exports it, and reports its quality and cost."""
 
 from __future__ import annotations
 
@@ -33,34 +33,34 @@ from sparsefit.settings import named_settings
 
 @dataclass
 class _Fit:
-    """How far a run is in this fit."""
+    """The progress of a run in this fit."""
 
-    claimed: bool = False  # the folder
-    begun: bool = False  # from here on the run writes to the folder
-    closing: bool = False  # training has ended, and what is written is its end
-    has_results: bool = False  # which an earlier end of the run has made
-    limits: Limits | None = None  # by which training ended
-    at_end: bool = False  # of a run that is resumed: no step is left to take
-    left: str | None = None  # why the end of such a run is to be made up for
-    lifted: Limits | None = None  # of such a run, until training begins
+    claimed: bool = False  # the folder is checked and locked
+    begun: bool = False  # the run writes to the folder from now on
+    closing: bool = False  # training has ended; the final results are being written
+    has_results: bool = False  # the run has finished before and left its results
+    limits: Limits | None = None  # the limits at which training ended
+    at_end: bool = False  # the run is resumed and has no step left
+    left: str | None = None  # why the results of such a run must be made again
+    lifted: Limits | None = None  # the limits of such a run, lifted until training begins
 
 
 @named_settings
 class RunReport(RunOutputs):
     """Fills a run folder: sparse base, adapter, merged model, masks, report (JSON and HTML) and model card (README.md).
 
-    The module is evaluated dense, pruned, reconstructed, recovered and merged if there are test data and it has a
-    method `evaluate(batches, progress)` that returns figures by name and calls `progress` after each batch; its
-    attribute `metrics` says which way each figure is better ("lower" or "higher"). A module without `evaluate` is
-    measured by the Trainer's own validation: by what it logs as `val_...`, all of it or what `metrics` names. The
-    sparse base is written once, as soon as it is ready, so a run that breaks off later leaves it; what was trained
-    until then is written too. The folder `model` holds the recovered model, exactly sparse, where the adapters merge
-    without a loss or there are none.
+    The module is evaluated dense, pruned, reconstructed, recovered and merged, if there are test data and it has a
+    method `evaluate(batches, progress)` that returns metrics by name and calls `progress` after each batch. Its
+    attribute `metrics` says whether a "lower" or a "higher" value of each metric is better. A module without `evaluate`
+    is evaluated by the Trainer's own validation: all metrics logged as `val_...`, or those in `metrics`. The sparse
+    base is written once, as soon as it is ready. If a run is interrupted, the base and the weights trained so far are
+    saved. The folder `model` holds the recovered, exactly sparse model if adapters merge without loss or there are
+    none.
 
-    What recovery is worth shows beside a control, the dense model trained by the same recipe: see `DenseControl`.
+    To judge recovery, compare it with a control, the dense model trained by the same recipe: see `DenseControl`.
 
-    The folder says in `state.json` how far its run is. A run goes on from wherever its process was ended, and makes up
-    for what its end is to make (export, figures, report). One process at a time has the folder.
+    `state.json` in the folder holds the state of the run. A killed run can be resumed at any point, including its end
+    (export, evaluation, report). Only one process at a time can use the folder.
 
     ```python
     report = RunReport("runs/mine", resume=True)
@@ -70,13 +70,13 @@ class RunReport(RunOutputs):
 
     Args:
         folder: The run folder: new or empty, unless a run is resumed.
-        name: What the report is titled with; by default the folder's name.
-        tasks: Zero-shot tasks of lm-eval that a language model is measured by, too.
+        name: The title of the report; by default the folder's name.
+        tasks: Zero-shot tasks of lm-eval to evaluate a language model on.
         tasks_folder: A folder with files of their items, for use without the hub.
-        tasks_limit: The first so many items of each task; None takes all.
+        tasks_limit: Number of items per task, from its first; None takes all.
         tasks_batch_size: Requests of the tasks that are sent through the model at once.
-        resume: Go on with the run that lies in the folder, if one does; give the fit its `checkpoint`.
-        logger: Loggers that the Trainer gets beside its own, each with a folder in `logs`: csv, tensorboard, wandb.
+        resume: Continue the run in the folder, if there is one; pass `checkpoint` to the fit.
+        logger: Loggers to add to the Trainer's own, each with a folder in `logs`: csv, tensorboard, wandb.
 
     Raises:
         RunFolderError: at the start of the fit, if the folder cannot be used.
@@ -95,14 +95,14 @@ class RunReport(RunOutputs):
     ) -> None:
         figures = ZeroShotTasks(tasks, tasks_folder, tasks_limit, tasks_batch_size)
         super().__init__(RunFolder(folder), figures, name, logger_names(logger))
-        self.training_record = TrainingRecord()  # what the training is repeated by
+        self.training_record = TrainingRecord()  # what `DenseControl` needs to repeat the training
         self.resume = resume
         self._configuration: str | None = None
         self._fit = _Fit()
 
     @property
     def checkpoint(self) -> Path | None:
-        """The checkpoint in the run folder from which its run goes on; None where it has none, and begins."""
+        """The checkpoint in the run folder to resume from; None if there is none, so that the run starts."""
         return self.folder.newest_checkpoint()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -117,13 +117,13 @@ class RunReport(RunOutputs):
         self.tasks.load(pl_module)
 
     def take_configuration(self, text: str) -> None:
-        """Keep the YAML of the run in the report, and beside it as a file that a new run can start from."""
+        """Keep the YAML of the run, for the report and for a file from which a new run can start."""
         self._configuration = text
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the folder before anything is spent."""
+        """Check and lock the folder before the run spends time."""
         self.training_record.note_random("fit")
-        # Where a strategy restores late, it shows only when training starts whether a run is resumed.
+        # If a strategy restores late, only on_train_start shows whether the run is resumed.
         if not trainer.strategy.restore_checkpoint_after_setup:
             self._claim(trainer, pl_module)
         if self._fit.left is not None:
@@ -134,7 +134,7 @@ class RunReport(RunOutputs):
             self._fit.lifted = reopen(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same, with a strategy that restores late; and a base for a run that goes on in another folder."""
+        """Check the folder with strategies that restore late, and write a base if a run resumes in another folder."""
         self._begin(trainer, pl_module)
         if self._fit.at_end:
             end_now(trainer, self._fit.lifted)
@@ -144,12 +144,12 @@ class RunReport(RunOutputs):
                 self._write(trainer, pl_module, "running")
         self.training_record.note_random("training")
         masks = masks_of(trainer)
-        there = trainer.strategy.broadcast(self.folder.masks.exists())  # as the first rank, which writes them, sees it
+        there = trainer.strategy.broadcast(self.folder.masks.exists())  # rank 0 decides, as it writes them
         if masks is not None and not there and not trains_base(pl_module):
             self._export_base(trainer, pl_module, masks)
 
     def on_pruning_check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same, where `WandaPruning` has its turn before."""
+        """Check and lock the folder, if `WandaPruning` comes first in the list of callbacks."""
         self._begin(trainer, pl_module)
 
     def on_pruning_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -172,11 +172,11 @@ class RunReport(RunOutputs):
         self._mark(trainer, PRUNED)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Note the learning rates of the step."""
+        """Record the learning rates of the step."""
         self.training_record.note_rates(trainer.global_step, optimizer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export what was trained, evaluate it apart and merged, and write the report."""
+        """Export the trained weights, evaluate the model with its adapter and merged, and write the report."""
         if self._fit.at_end and self._fit.left is None:
             return
         if trainer.global_step > 0:
@@ -202,13 +202,13 @@ class RunReport(RunOutputs):
             console.print(summary(self.report))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let others have the folder."""
+        """Release the lock on the folder."""
         self.folder.release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save what was trained so far, and report how far the run came. What an earlier end of it has made stays."""
+        """Save the weights trained so far and write the report. Results of an earlier end of the run are kept."""
         try:
-            if self._fit.begun:  # else the folder is not ours to write to, or what is in it is not yet restored
+            if self._fit.begun:  # otherwise the folder is not locked, or its state is not restored yet
                 self._break_off(trainer, pl_module, exception)
         finally:
             self.folder.release()
@@ -216,31 +216,31 @@ class RunReport(RunOutputs):
     def _break_off(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         status = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
         self.report["error"] = f"{type(exception).__name__}: {exception}"
-        # The parts of weights that are split over devices cannot be asked for: other ranks may still be at work.
+        # Shards cannot be gathered here, as other ranks may still be training.
         whole = not has_shards(module)
         if whole and trainer.global_step > 0 and not self._fit.closing and not self._fit.has_results:
-            with _told():
+            with _errors_as_warnings():
                 self._export_trained(trainer, module, merged=False)
-        with _told():
+        with _errors_as_warnings():
             self._write(trainer, module, status)
-        with _told():
+        with _errors_as_warnings():
             self._mark(trainer, FAILED, self.report["error"])
 
     def write(self) -> None:
-        """Write the report as it is to the run folder."""
+        """Write the current report to the run folder."""
         self.folder.write_report(self.report)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """See whether the run has a step left to take."""
+        """Find out whether the run has a step left."""
         if trainer.state.fn == TrainerFn.FITTING:
             saved = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("limits")
             ended = saved is not None and saved == limits_of(trainer)
             self._fit.at_end = ended or limits_reached(trainer, checkpoint)
-            if self._fit.at_end and trainer.strategy.restore_checkpoint_after_setup:  # so after `on_fit_start`
+            if self._fit.at_end and trainer.strategy.restore_checkpoint_after_setup:  # `on_fit_start` ran before
                 self._fit.lifted = reopen(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The figures so far, for a run that is resumed."""
+        """The metrics so far, for a resumed run."""
         figures = {metric: self.report.get(metric) for metric in self.report.get("metrics", {})}
         lasting = ("timeline", "reconstruction", "metrics", "tasks")
         kept = {key: self.report[key] for key in lasting if key in self.report}
@@ -248,7 +248,7 @@ class RunReport(RunOutputs):
         return state | {"limits": self._fit.limits, "course": self.training_record.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the figures of the run before."""
+        """Restore the metrics of the run."""
         self.report.update({metric: values for metric, values in state_dict["figures"].items() if values})
         self.report.update(state_dict.get("kept", {}))
         self.report["id"] = state_dict.get("id")
@@ -273,7 +273,7 @@ class RunReport(RunOutputs):
             self._mark(trainer, CLAIMED)
 
     def _begin(self, trainer: Trainer, module: LightningModule) -> None:
-        """Claim the folder, and write to it what the run goes by; a resumed run has restored all by then."""
+        """Claim the folder and write the recipe to it; a resumed run has restored its state before this is called."""
         self._claim(trainer, module)
         if self._fit.begun:
             return
@@ -297,8 +297,8 @@ class RunReport(RunOutputs):
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Whatever goes wrong, the checkpoint that follows must be written."""
+def _errors_as_warnings() -> Iterator[None]:
+    """Turn errors into warnings, as a checkpoint must still be written afterwards."""
     try:
         yield
     except Exception as error:

@@ -1,9 +1,9 @@
-"""Checkpoints of models whose weights are split over devices by `ModelParallelStrategy` (FSDP2).
+"""Checkpoints of models whose weights are sharded by `ModelParallelStrategy` (FSDP2).
 
-The strategy reads and writes them itself: a folder with a part from each device, which torch shares out anew among
-another number of devices, or one file with all (`save_distributed_checkpoint=False`). It restores model and optimizer
-before anything else sees the checkpoint, so nothing can be left out of it and filled up as it is read, and what is
-looked at as other checkpoints are read comes after that, before anything is trained.
+The strategy reads and writes them itself: a folder with a part from each device, which torch can redistribute over
+another number of devices, or a single file (`save_distributed_checkpoint=False`). It restores model and optimizer
+before callbacks see the checkpoint. So nothing can be left out of it, and the checks that other checkpoints get when
+they are read run after the restore, before any training.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from sparsefit.recovery.recipe_checks import check_same_recipe
 
 
 def splits_weights(trainer: Trainer) -> bool:
-    """Whether a trainer's checkpoints are of this kind."""
+    """Whether the trainer's strategy is `ModelParallelStrategy`."""
     return isinstance(trainer.strategy, ModelParallelStrategy)
 
 
 def check_read(trainer: Trainer, module: LightningModule, checkpoint: Mapping[str, Any], path: str | Path) -> None:
-    """See that a fit can go on from what the strategy has just read into its model.
+    """Check that a fit can resume from the checkpoint that the strategy has just loaded into its model.
 
     Args:
-        trainer: Of this run.
-        module: Its module. Entries of other shapes, or that were missing, have been refused as they were read.
-        checkpoint: What is left of the checkpoint.
-        path: Where it was read.
+        trainer: The trainer of this run.
+        module: Its module. The strategy has refused missing entries and other shapes already.
+        checkpoint: The checkpoint without the state that the strategy has loaded.
+        path: The path it was read from.
 
     Raises:
         RunFolderError: if it is damaged.
-        ConfigError: if it is from another recipe, or an optimizer of another kind.
+        ConfigError: if it is from another recipe, or from an optimizer of another class.
     """
     damage = None
     if trainer.is_global_zero:
@@ -66,10 +66,10 @@ def check_read(trainer: Trainer, module: LightningModule, checkpoint: Mapping[st
 
 
 def save_aside(trainer: Trainer, path: Path) -> None:
-    """Save a checkpoint, file or folder, that takes the place of another one once it is whole."""
+    """Save a checkpoint, file or folder, next to `path`, and move it to `path` when it is complete."""
     new = path.with_name(f"{path.name}.new")
     if trainer.is_global_zero:
-        _remove(new)  # of a run that was killed
+        _remove(new)  # left by a killed run
     trainer.strategy.barrier()
     trainer.save_checkpoint(new)
     if trainer.is_global_zero:
@@ -79,14 +79,14 @@ def save_aside(trainer: Trainer, path: Path) -> None:
                     os.replace(part, place / part.name)
             _remove(new)
         else:
-            if path.is_dir():  # of a run that wrote folders
+            if path.is_dir():  # from a run that saved folders
                 _remove(path)
             os.replace(new, path)
     trainer.strategy.barrier()
 
 
 def _shapes_in(folder: Path) -> dict[str, Tensor]:
-    """The weights in a folder, as tensors of their shapes that hold nothing."""
+    """The weights in a folder checkpoint, as meta tensors of their shapes."""
     parts, prefix = FileSystemReader(folder).read_metadata().state_dict_metadata, "state_dict."
     return {
         name.removeprefix(prefix): torch.empty(part.size, device="meta")
