@@ -1,4 +1,4 @@
-"""An adapter on disk: PEFT's own files, and beside them the form and the masks that it was trained with."""
+"""Adapters on disk: PEFT's own files, and a JSON file with the form and the digest of the masks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NOTES_FILE = "sparsefit.json"
 
 
 def form_of(module: nn.Module) -> str | None:
-    """The form of the adapters in a model: "lora", "masked_lora" or "hira"; None where there are none."""
+    """The form of the adapters in a model, such as "lora", "masked_lora" or "hira"; None if there are none."""
     model = adapted_part(module)
     if model is None:
         return None
@@ -33,17 +33,17 @@ def form_of(module: nn.Module) -> str | None:
 def export_adapter(
     module: nn.Module, masks: MaskSet, base: Path, folder: Path, notes: dict[str, Any] | None = None
 ) -> bool:
-    """Write the adapter of a PEFT-wrapped model, which names `base` as the model it belongs to.
+    """Write the adapter of a PEFT-wrapped model, with `base` as its base model.
 
     Args:
         module: A LightningModule or model.
         masks: Its masks.
-        base: Where the sparse base lies.
-        folder: Where to write; made if it is not there.
-        notes: Kept beside it, with the form, the base's name and the digest of the masks: plain values.
+        base: The folder of the sparse base.
+        folder: Where to write; created if missing.
+        notes: Plain values to save with the form, the base's name and the digest of the masks.
 
     Returns:
-        Whether there was an adapter.
+        Whether there was an adapter to write.
 
     Raises:
         DivergenceError: if a weight is NaN or infinite, before anything is written.
@@ -64,10 +64,10 @@ def export_adapter(
 
 
 def read_notes(folder: Path) -> dict[str, Any]:
-    """What `export_adapter` wrote beside an adapter.
+    """The JSON values that `export_adapter` saved with an adapter.
 
     Raises:
-        RunFolderError: if there is no adapter, or it is not one of sparsefit's.
+        RunFolderError: if there is no adapter, or sparsefit did not write it.
     """
     if not (folder / "adapter_config.json").is_file():
         raise RunFolderError(f"there is no adapter in {folder}: it holds no adapter_config.json")
@@ -81,10 +81,10 @@ def read_notes(folder: Path) -> dict[str, Any]:
 
 
 def load_adapter(model: nn.Module, folder: Path, masks: MaskSet) -> nn.Module:
-    """Put a saved adapter on its sparse base; a masked one keeps to the masks again.
+    """Load a saved adapter onto its sparse base; masked adapters get their masks.
 
     Args:
-        model: The base, as `from_pretrained` gives it.
+        model: The base, as `from_pretrained` returns it.
         folder: What `export_adapter` wrote.
         masks: The masks of the base.
 

@@ -1,4 +1,4 @@
-"""What recovers a pruned model: adapters of several forms on a frozen base, or the kept weights themselves."""
+"""What is trained to recover a pruned model: adapters of several forms on a frozen base, or the kept weights."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ ALL_LINEAR = "all-linear"
 Form = Literal["lora", "masked_lora", "hira", "full"]
 _PARTS_OF_EXPERTS = frozenset({"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"})
 LOSSLESS = ("masked_lora", "hira", "full")
-"""The forms that merge into the sparse base without bringing a weight back."""
+"""The forms that merge into the sparse base without filling pruned weights."""
 
 
 @named_settings
 @dataclass
 class AdapterSettings:
-    """What is trained, and where. The defaults are those by which the paper of Wanda recovers pruned models.
+    """What is trained, and where. The defaults are those of the Wanda paper for the recovery of pruned models.
 
     Args:
-        form: "lora": W + s B A (Hu et al. 2021, arXiv 2106.09685), kept apart, as merging would bring pruned weights
-            back; "masked_lora": W + s M (.) (B A) (arXiv 2312.15230), which merges into the sparse base; "hira":
-            W (.) (1 + B A) (Huang et al. 2025, HiRA), which does, too; "full": the kept weights themselves.
-        r: rank of the adapters.
-        alpha: s is alpha / r. HiRA has no such scale.
-        dropout: of the adapters' inputs while training.
-        target_modules: names of the linear layers that are adapted (the last parts of their paths), or
-            "all-linear" for all of them but the head.
-        train_norms: train the weights of normalisation layers, too.
-        train_biases: train all biases, too. PEFT's HiRA cannot.
-        modules_to_save: names of modules that are trained whole and saved with the adapter, as a new head is. PEFT
-            trains the head of a text classifier (`classifier`, `score`) by itself.
+        form: "lora": W + s B A (Hu et al. 2021, arXiv 2106.09685), not merged, as merging would fill pruned weights;
+            "masked_lora": W + s M (.) (B A) (arXiv 2312.15230), which merges into the sparse base; "hira":
+            W (.) (1 + B A) (Huang et al. 2025, HiRA), which merges, too; "full": the kept weights themselves.
+        r: Rank of the adapters.
+        alpha: The scale s is alpha / r. HiRA has no such scale.
+        dropout: Dropout on the adapters' inputs during training.
+        target_modules: Names of the linear layers to adapt (the last parts of their paths), or "all-linear" for all
+            except the head.
+        train_norms: Also train the weights of normalisation layers.
+        train_biases: Also train all biases. PEFT's HiRA cannot.
+        modules_to_save: Names of modules that are trained in full and saved with the adapter, such as a new head. PEFT
+            adds the head of a text classifier (`classifier`, `score`) by itself.
     """
 
     form: Form = "lora"
@@ -78,7 +78,7 @@ class AdapterSettings:
 
     @property
     def lossless(self) -> bool:
-        """Whether what is trained merges into the sparse base without bringing a weight back."""
+        """Whether the form merges into the sparse base without filling pruned weights."""
         return self.form in LOSSLESS
 
 
@@ -91,17 +91,17 @@ def _names(setting: str, given: Any) -> tuple[str, ...]:
 
 
 def attach_adapter(model: nn.Module, settings: AdapterSettings) -> nn.Module:
-    """Make what the settings name trainable, and freeze the rest; what is added changes nothing yet.
+    """Make what the settings name trainable and freeze the rest. The outputs of the model do not change.
 
     Args:
-        model: of transformers, or a plain module; it is changed in place.
-        settings: form, rank, scale, dropout and places.
+        model: A transformers model or a plain module; changed in place.
+        settings: Form, rank, scale, dropout and target modules.
 
     Returns:
         The model wrapped by PEFT; for form "full" the model itself.
 
     Raises:
-        ConfigError: where the model has adapters already, or no linear layer of a wanted name.
+        ConfigError: if the model has adapters already, or has no linear layer with a requested name.
     """
     from peft import PeftModel, get_peft_model
 
@@ -124,11 +124,11 @@ def attach_adapter(model: nn.Module, settings: AdapterSettings) -> nn.Module:
 
 
 def bind_masks(model: nn.Module, masks: MaskSet | None) -> None:
-    """Give every masked adapter in a model the mask of its weight; None takes all masks away.
+    """Give every masked adapter in a model the mask of its weight.
 
     Args:
-        model: A LightningModule or model, with or without such adapters.
-        masks: Its masks.
+        model: A LightningModule or model, with or without masked adapters.
+        masks: Its masks; None removes the masks from all adapters.
     """
     for name, module in model.named_modules():
         if callable(take_mask := getattr(module, "take_mask", None)):
@@ -141,10 +141,10 @@ def _peft_config(
 ) -> PeftConfig:
     from peft import HiraConfig, LoraConfig
 
-    # By path: PEFT's own "all-linear" takes in routers, stacks of experts and heads that are not language models'.
+    # By path: PEFT's own "all-linear" includes routers, stacked experts and heads other than language model heads.
     everywhere = settings.target_modules == ALL_LINEAR
     targets = [*settings.target_modules]
-    if everywhere:  # but what is trained whole
+    if everywhere:  # except modules that are trained in full
         saved = settings.modules_to_save
         targets = [path for path in _without_head(model, linears) if not _inside(path, saved)]
     common = {
@@ -161,13 +161,13 @@ def _peft_config(
     bias = "all" if settings.train_biases else "none"
     config = LoraConfig(lora_alpha=settings.alpha, lora_dropout=settings.dropout, bias=bias, **common)
     if settings.form == "masked_lora":
-        # PEFT's documented way to bring layers of one's own (developer guide "Custom models").
+        # PEFT's documented way to use custom layers (developer guide "Custom models").
         config._register_custom_module(masked_layer_types())
     return config
 
 
 def masked_layer_types() -> dict[type[nn.Module], type[nn.Module]]:
-    """For each type of layer the one that adapts it and keeps to its mask, as PEFT wants to be told."""
+    """The masked adapter class for each type of layer, in the form that PEFT expects."""
     from transformers.pytorch_utils import Conv1D
 
     from sparsefit.recovery.masked_lora import MaskedLoraConv1D, MaskedLoraLinear
@@ -178,7 +178,7 @@ def masked_layer_types() -> dict[type[nn.Module], type[nn.Module]]:
 def _train_kept_weights(model: nn.Module, settings: AdapterSettings, linears: dict[str, nn.Module]) -> None:
     if settings.target_modules == ALL_LINEAR:
         wanted = [linears[path].weight for path in _without_head(model, linears)]
-        wanted += [stack for module in model.modules() for _, stack, _ in find_stacks(module)]  # of experts
+        wanted += [stack for module in model.modules() for _, stack, _ in find_stacks(module)]  # stacked experts
     else:
         wanted = [layer.weight for path, layer in linears.items() if _is_target(path, settings.target_modules)]
     model.requires_grad_(False)
@@ -203,8 +203,8 @@ def _without_head(model: nn.Module, linears: dict[str, nn.Module]) -> list[str]:
 def _without_forbidden(
     model: nn.Module, settings: AdapterSettings, linears: dict[str, nn.Module]
 ) -> dict[str, nn.Module]:
-    """The linear layers but for those on which PEFT allows no adapters, such as a Mamba's out_proj, whose weight its
-    kernels take past the layer."""
+    """The linear layers without those on which PEFT allows no adapters, such as Mamba's out_proj, whose weight is read
+    by a kernel without calling the layer."""
     forbidden = forbidden_targets(model, {path.rpartition(".")[2] for path in linears})
     left = {path: layer for path, layer in linears.items() if path.rpartition(".")[2] not in forbidden}
     if settings.target_modules == ALL_LINEAR:
@@ -226,8 +226,8 @@ def _without_forbidden(
 
 
 def _check_experts(targets: Iterable[str], model: nn.Module) -> None:
-    """PEFT puts adapters of its own, plain ones without dropout, on stacked experts where these are asked for by the
-    names that their parts had when they were layers."""
+    """Raise if a target names a part of stacked experts: PEFT would adapt the stack by plain LoRA without dropout or
+    mask."""
     if not any(find_stacks(module) for module in model.modules()):
         return
     for target in targets:
@@ -249,7 +249,7 @@ def _check_norms(norms: dict[str, nn.Module], model: nn.Module) -> None:
 
 
 def _norms(model: nn.Module) -> dict[str, nn.Module]:
-    """Normalisation layers, by path: what has weights of one dimension only and "norm" in its class's name."""
+    """Normalisation layers by path: leaf modules with only 1-D weights and "norm" in their class name."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -275,7 +275,7 @@ def _is_target(path: str, targets: Sequence[str]) -> bool:
 
 
 def _inside(path: str, names: Sequence[str]) -> bool:
-    """Whether a module, or one that it is a part of, has one of the names."""
+    """Whether a module or one of its ancestors has one of the names."""
     parts = path.split(".")
     return any(_is_target(".".join(parts[:end]), names) for end in range(1, len(parts) + 1))
 

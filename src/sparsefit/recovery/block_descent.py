@@ -1,4 +1,4 @@
-"""Gradient descent on the distance of a block's outputs from its targets, over the samples of all ranks."""
+"""Gradient descent on the distance between a block's outputs and its targets, over the samples of all ranks."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ def descend(
     passes: int,
     limit: float | None,
 ) -> int:
-    """Minimize the mean squared distance of a block's outputs from those of the dense network.
+    """Minimize the mean squared distance between a block's outputs and those of the dense network.
 
-    Every rank has samples of its own; their gradients are averaged, each number of an output counting once, so the
-    steps are those of one process whose micro-batches are those of all ranks together.
+    Each rank has its own samples. Gradients are averaged over ranks, weighted by the number of output elements, so the
+    steps equal those of one process whose micro-batches are those of all ranks together.
 
     Args:
         block: The block, in float32.
-        tuned: Those of its weights that train.
-        run: What goes into it, and what shall come out.
-        optimizer: Of these weights; its rate falls linearly to zero with the steps or the time, whichever is faster.
-        passes: Times that each micro-batch is seen.
+        tuned: The weights of the block to train.
+        run: The block's inputs and target outputs.
+        optimizer: The optimizer of these weights; its learning rate falls linearly to zero with the steps or the time,
+            whichever is faster.
+        passes: Passes over the micro-batches.
         limit: Seconds after which no further step is taken.
 
     Returns:
@@ -56,7 +57,7 @@ def descend(
 
 
 def _order(batches: int, rounds: int, passes: int) -> Iterator[int | None]:
-    """Which micro-batch is next, those of each pass shuffled; None where other ranks have more in a pass."""
+    """Yield micro-batch indices, shuffled in each pass; None for steps in which only other ranks have a micro-batch."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(passes):
         yield from torch.randperm(batches, generator=generator).tolist()
@@ -64,9 +65,9 @@ def _order(batches: int, rounds: int, passes: int) -> Iterator[int | None]:
 
 
 def _add_gradients(block: nn.Module, run: BlockRun, number: int, scale: float) -> int:
-    """Add the gradients of the distance on one micro-batch; returns over how many numbers it is the mean."""
+    """Add the gradients of the loss on one micro-batch; returns the number of output elements it is the mean over."""
     call = run.calls[number].mapped(lambda t: t.float() if t.is_floating_point() else t)
-    # A copy: a block may add to its input in place.
+    # A copy, as a block may change its input in place.
     output = hidden_of(call.run(block, run.sparse[number].to(torch.float32, copy=True)))
     loss = nn.functional.mse_loss(output, run.dense[number].float()) / scale
     loss.backward()
@@ -74,7 +75,7 @@ def _add_gradients(block: nn.Module, run: BlockRun, number: int, scale: float) -
 
 
 def _average_over_ranks(weights: list[nn.Parameter], size: int) -> None:
-    """Gradients of the mean over what all ranks have, from those of the mean over `size` numbers of this one."""
+    """Average gradients over ranks in place, weighted by `size`, the number of output elements on this rank."""
     if number_of_ranks() == 1:
         return
     share = size / sum(from_all(size))

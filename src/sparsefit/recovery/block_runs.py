@@ -1,4 +1,4 @@
-"""The calls of a model's blocks while they are tuned one by one: in the sparse network, and in the dense one."""
+"""Runs a model's blocks one by one, in the sparse and in the dense network, while they are tuned."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from sparsefit.ranks import errors_on_all_ranks
 
 @dataclass
 class BlockRun:
-    """A block's calls, and the hidden states before it, in the sparse and in the dense network; then those after it.
+    """The arguments and hidden states of a block in the sparse and in the dense network, for each micro-batch.
+
+    The hidden states are those before the block; whoever runs the block replaces them by those after it.
 
     Attributes:
-        calls: The arguments beside the hidden state, for each micro-batch.
-        dense_calls: The same in the dense network: a decoder's hold what the dense encoder has made.
-        sparse: Hidden states, for each micro-batch.
+        calls: The arguments other than the hidden state.
+        dense_calls: These arguments in the dense network; a decoder's include the outputs of the dense encoder.
+        sparse: Hidden states in the sparse network.
         dense: Hidden states in the dense network.
     """
 
@@ -35,21 +37,21 @@ class BlockRun:
 
 @dataclass(frozen=True)
 class BlockList:
-    """Blocks that pass their hidden state straight on; `simple` if they return it alone."""
+    """Blocks in which each gets the hidden state of the one before; `simple` if they return only the hidden state."""
 
     blocks: list[nn.Module]
     simple: bool
 
 
 def runnable_lists(lists: list[list[nn.Module]], forward: Callable[[], Any]) -> list[BlockList]:
-    """The lists whose blocks can be run one by one; of stages that change the shape, the lists of blocks in them.
+    """The block lists that can be run one by one; stages that change the shape are replaced by the lists inside them.
 
     Args:
-        lists: Of blocks, as `find_block_lists` gives them; one that the model never calls is left out.
+        lists: Block lists, as `find_block_lists` returns them; lists that the model never calls are left out.
         forward: Runs the model on one sample.
 
     Raises:
-        ConfigError: if blocks do not pass their hidden state straight on, and hold no lists of blocks.
+        ConfigError: if blocks do not pass their hidden state to the next block, and hold no block lists.
     """
     found = []
     for blocks in lists:
@@ -73,16 +75,18 @@ def run_blocks(
     forward: Callable[[Any], Any],
     dense_before: AbstractContextManager[None] | None,
 ) -> Iterator[tuple[int, BlockRun]]:
-    """Each block of a list in calling order, with what goes into it: whoever takes it puts what comes out in place.
+    """Yield the index and the inputs of each block of a list, in calling order.
+
+    The caller runs the block and replaces the hidden states in the `BlockRun` by the block's outputs.
 
     Args:
-        found: The list.
+        found: The block list.
         data: Calibration data.
         forward: Runs the model on a batch.
-        dense_before: Gives what comes before the list its dense weights; None if that is as dense as it was.
+        dense_before: Context in which the blocks before the list have their dense weights; None if they are unchanged.
 
     Raises:
-        ConfigError: if the batches take different ways through the blocks.
+        ConfigError: if batches run through the blocks in different orders.
     """
     order, calls, hidden = _captured(found, data, forward, nullcontext())
     run = BlockRun([], [], hidden, hidden)
@@ -98,7 +102,7 @@ def run_blocks(
 def _captured(
     found: BlockList, data: list[MicroBatch], forward: Callable[[Any], Any], weights: AbstractContextManager[None]
 ) -> tuple[list[int], list[list[BlockCall]], list[Tensor]]:
-    """The order of the blocks; for each micro-batch their calls and the hidden state before the first."""
+    """The order of the blocks, and for each micro-batch their calls and the hidden state before the first block."""
     with errors_on_all_ranks(), weights, torch.no_grad():
         shown = [capture_calls(found.blocks, lambda b=b: forward(b.data), simple=found.simple) for b in data]
     calls = [capture.calls for capture in shown]
@@ -114,7 +118,7 @@ def _refused(reason: NotSweepable) -> ConfigError:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """A model without the adapters in it, where there are any."""
+    """Disable the adapters of a model, if it has any."""
     adapted = next((part for part in model.modules() if callable(getattr(part, "disable_adapter", None))), None)
     if adapted is None:
         yield
@@ -125,7 +129,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def in_float32(block: nn.Module) -> Iterator[None]:
-    """A block of half precision in float32, as small steps would be lost; in its own dtypes afterwards."""
+    """Convert a half-precision block to float32, as small updates would be lost, and back at the end."""
     halves = [t for t in (*block.parameters(), *block.buffers()) if t.dtype in (torch.float16, torch.bfloat16)]
     dtypes = [tensor.dtype for tensor in halves]
     try:

@@ -1,4 +1,4 @@
-"""Distillation from the dense model: its logits teach the sparse one, at the price of the values that were removed."""
+"""Distillation from the dense model, whose logits are computed in the sparse model with the removed values restored."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from sparsefit.settings import named_settings, number
 from sparsefit.sharded import is_sharded, reshard, shard_of
 
 _LOGITS_AT_ONCE = 2**22
-"""Of the student, in `divergence`: 16 MB in float32, which a CPU's caches and allocator take without page faults."""
+"""Student logits per chunk in `divergence`: 16 MB in float32, small enough to avoid page faults on a CPU."""
 
 
 @named_settings
 @dataclass
 class DistillSettings:
-    """How the dense model teaches (Hinton et al. 2015, arXiv 1503.02531).
+    """Settings of distillation (Hinton et al. 2015, arXiv 1503.02531).
 
     Args:
-        weight: share of the divergence from the teacher in the loss, in (0, 1]; the rest is the loss on the labels.
-        temperature: both distributions are softened by it.
+        weight: Weight of the divergence from the teacher in the loss, in (0, 1]; the rest is the loss on the labels.
+        temperature: Temperature of both distributions.
     """
 
     weight: float = 0.5
@@ -44,14 +44,14 @@ class DistillSettings:
 def divergence(student: Tensor, teacher: Tensor, counted: Tensor | None = None, temperature: float = 1.0) -> Tensor:
     """Mean over tokens of T^2 KL(teacher || student), in nats, in float32.
 
-    Some tokens at a time, and their probabilities are computed again in the backward pass: of large vocabularies the
-    float32 copies of all logits would be the most that a training step holds.
+    Tokens are processed in chunks, and the backward pass recomputes their probabilities. With large vocabularies, the
+    float32 copies of all logits would otherwise dominate the memory of a training step.
 
     Args:
         student: Logits (..., vocabulary).
         teacher: Logits of the same shape.
-        counted: (...) bool; False leaves a token out. None counts all.
-        temperature: T.
+        counted: (...) bool; tokens with False are left out. None counts all tokens.
+        temperature: The temperature T.
     """
     tokens = max(1, _LOGITS_AT_ONCE // student.shape[-1])
     parts = zip(student.flatten(0, -2).split(tokens), teacher.flatten(0, -2).split(tokens), strict=True)
@@ -64,45 +64,45 @@ def divergence(student: Tensor, teacher: Tensor, counted: Tensor | None = None, 
 
 
 def _divergences(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """KL(teacher || student) of each of (tokens, vocabulary)."""
+    """KL(teacher || student) of each token, (tokens,), from logits (tokens, vocabulary)."""
     log_student = torch.log_softmax(student.float() / temperature, dim=-1)
     log_teacher = torch.log_softmax(teacher.float() / temperature, dim=-1)
     return nn.functional.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1)
 
 
 class DenseTeacher:
-    """The dense model in the parameters of its pruned self.
+    """The dense model as a teacher, stored as its difference from the pruned model.
 
-    Made while the model is dense. When the model is pruned, `settle` lets go of all that it shares with its dense
-    self: of a frozen weight that pruning only masked, the removed values stay, with one bit a weight to say where
-    they belong; a weight that was updated or trains needs a copy; all others cost nothing. Where weights are split over
-    devices since, each rank keeps what concerns its part.
+    It is created while the model is dense. After pruning, `settle` keeps only the difference: for a frozen weight that
+    was only masked, the removed values and one bit per weight for their positions; for a weight that was updated or
+    trains, a dense copy; for all other weights, nothing. If weights were sharded in the meantime, each rank keeps the
+    difference for its shards.
 
     Args:
-        model: The dense model, with adapters or without, or a module that holds it; its parameters are copied to CPU
+        model: The dense model, with or without adapters, or a module that holds it; its parameters are copied to CPU
             memory until `settle`.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._dense = {name: shard_of(p).to("cpu", copy=True) for name, p in model.named_parameters()}
-        # They change as the student trains.
+        # Running statistics change as the student trains.
         self._dense_buffers = {n: b.detach().to("cpu", copy=True) for n, b in _running_statistics(model)}
         self._removed: list[tuple[nn.Parameter, Removed]] = []
-        self._copies: list[tuple[Tensor, Tensor]] = []  # of a parameter or buffer
+        self._copies: list[tuple[Tensor, Tensor]] = []  # a parameter or buffer, and its dense values
         self.settled = False
 
     @property
     def bytes(self) -> int:
-        """What it holds beside the model."""
+        """Bytes that the teacher holds in addition to the model."""
         removed = sum(removed.bits.nbytes + removed.values().nbytes for _, removed in self._removed)
         return removed + sum(copy.nbytes for _, copy in self._copies) + sum(t.nbytes for t in self._dense.values())
 
     @torch.no_grad()
     def settle(self, model: nn.Module) -> None:
-        """Keep only what tells the dense model from `model`, on the devices where its parameters are now.
+        """Keep only the difference between the dense model and `model`, on the devices of the model's parameters.
 
         Raises:
-            ConfigError: if a weight was quantized since: the dense values cannot take its place.
+            ConfigError: if a weight was quantized since, so that dense values cannot be swapped in.
         """
         reshard(model)
         for name, parameter in model.named_parameters():
@@ -116,7 +116,7 @@ class DenseTeacher:
                     f"{name} was quantized after the dense model was taken as the teacher: distillation needs a base "
                     "in floats. Leave out `distill`, or `quantize`"
                 )
-            dense = dense.to(own.device, copy=dense.shape != parameter.shape)  # a part must not hold the whole
+            dense = dense.to(own.device, copy=dense.shape != parameter.shape)  # a view would keep the whole alive
             kept = own == dense
             if parameter.requires_grad:
                 self._copies.append((parameter, dense))
@@ -136,9 +136,9 @@ class DenseTeacher:
 
     @contextmanager
     def in_place(self, model: nn.Module) -> Iterator[None]:
-        """The model as it was when it was dense, in evaluation mode, without gradients; as it is now afterwards.
+        """Swap the dense weights into the model, in evaluation mode and without gradients; restore it at the end.
 
-        Not between a forward pass and its backward pass: that would see other weights.
+        Must not be used between a forward pass and its backward pass, which would see changed weights.
         """
         training = [module for module in model.modules() if module.training]
         trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -146,11 +146,11 @@ class DenseTeacher:
         reshard(model)
         students = [shard_of(held).clone() if is_sharded(held) else held.data for held, _ in self._copies]
         with ExitStack() as stack, torch.no_grad():
-            stack.callback(_require_gradients, trained)  # PEFT makes all that it disabled trainable
+            stack.callback(_require_gradients, trained)  # PEFT makes all re-enabled adapters trainable
             if (adapted := adapted_part(model)) is not None:
                 stack.enter_context(adapted.disable_adapter())
             try:
-                # The copies in half precision that autocast keeps are the student's, and would be the teacher's.
+                # Autocast caches half-precision copies of the student's weights, which the teacher must not use.
                 torch.set_autocast_cache_enabled(False)
                 model.eval()
                 for parameter, removed in self._removed:
@@ -170,7 +170,7 @@ class DenseTeacher:
 
 
 def _give(held: Tensor, values: Tensor) -> None:
-    """Give a parameter or buffer other values; what FSDP2 gathers of a split one is the memory that it knows."""
+    """Set the values of a parameter or buffer; a shard is written in place, as FSDP2 gathers from its memory."""
     if is_sharded(held):
         shard_of(held).copy_(values)
     else:
@@ -183,7 +183,7 @@ def _require_gradients(trained: list[tuple[nn.Parameter, bool]]) -> None:
 
 
 def _running_statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The means and variances that layers of batch normalisation keep, by name."""
+    """The running means and variances of batch normalisation layers, by name."""
     for path, module in model.named_modules():
         if getattr(module, "track_running_stats", False):
             for name, buffer in module.named_buffers(prefix=path, recurse=False):

@@ -1,4 +1,4 @@
-"""Writing a pruned model so that `from_pretrained` alone can read it: the sparse base and its adapter apart."""
+"""Writes a pruned model without its adapters, so that `from_pretrained` alone can read it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 def pretrained_part(module: nn.Module) -> tuple[str, nn.Module] | None:
-    """The outermost part of a module that can save itself in Hugging Face layout, and its name.
+    """The name and the outermost part of a module that can save itself in Hugging Face layout, or None.
 
-    A PEFT-wrapped model counts as the model it wraps, under the name that `MaskSet` knows it by.
+    For a PEFT-wrapped model this is the wrapped model, under its canonical name, as in a `MaskSet`.
     """
     for name, part in module.named_modules():
         if callable(getattr(part, "save_pretrained", None)) and hasattr(part, "config"):
@@ -34,7 +34,7 @@ def adapted_part(module: nn.Module) -> nn.Module | None:
 
 
 def trains_base(module: nn.Module) -> bool:
-    """Whether any parameter outside the adapters requires a gradient, beside the biases that PEFT saves with them."""
+    """Whether any parameter outside the adapters requires a gradient, except biases that PEFT saves with them."""
     adapted = adapted_part(module)
     configs = adapted.peft_config.values() if adapted is not None else ()
     with_biases = any(getattr(config, "bias", "none") != "none" for config in configs)
@@ -47,7 +47,7 @@ def trains_base(module: nn.Module) -> bool:
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state of the bare model, under the bare model's names: adapters and their wrappers are left out."""
+    """The state dict of the bare model, under its own names, without adapters and their wrappers."""
     owners = set(base_modules(model))
     state = {canonical_name(name): tensor for name, tensor in model.state_dict().items()}
     # The scales of a quantized weight are named after the weight: "layer.weight.absmax".
@@ -57,13 +57,13 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def export_base(module: nn.Module, masks: MaskSet, folder: Path) -> MaskSet:
     """Write the weights of a module without its adapters.
 
-    In Hugging Face layout if any part of the module is a transformers model (that part is written), else as
-    one safetensors file of the module's state.
+    If a part of the module is a transformers model, that part is written in Hugging Face layout; otherwise the state
+    dict of the module is written as one safetensors file.
 
     Args:
-        module: A LightningModule or model, pruned.
+        module: A pruned LightningModule or model.
         masks: Its masks.
-        folder: Where to write; made if it is not there.
+        folder: Where to write; created if missing.
 
     Returns:
         The masks under the names that the written tensors have.
@@ -79,7 +79,7 @@ def export_base(module: nn.Module, masks: MaskSet, folder: Path) -> MaskSet:
 def write_model(
     module: nn.Module, masks: MaskSet, folder: Path, state_of: Callable[[nn.Module], dict[str, Tensor]]
 ) -> MaskSet:
-    """Write what `state_of` gives of a module's bare model, as `export_base` does; returns the masks for it."""
+    """Write the state dict that `state_of` returns for a module's model, as `export_base` does; returns its masks."""
     check_finite_weights(module)
     folder.mkdir(parents=True, exist_ok=True)
     found = pretrained_part(module)
@@ -92,8 +92,8 @@ def write_model(
     state = state_of(model)
     if not _has_stacks(masks):
         model.save_pretrained(folder, state_dict=state)
-    # Stacked experts, and the layers of ViT, DeiT and Swin, are saved with the names and shapes that the masks speak
-    # of, and not those of the first checkpoint of their architecture; `from_pretrained` reads both.
+    # Stacked experts, and the layers of ViT, DeiT and Swin, are saved with the names and shapes of the masks rather
+    # than those of the architecture's original checkpoint; `from_pretrained` reads both.
     if _has_stacks(masks) or not exported.parameters.keys() <= _saved_names(folder):
         model.save_pretrained(folder, state_dict=state, save_original_format=False)
     for name in ("tokenizer", "image_processor", "feature_extractor"):
@@ -129,8 +129,8 @@ def exported_masks(module: nn.Module, masks: MaskSet) -> MaskSet:
 
 
 def _bare_names(module: nn.Module) -> dict[str, str]:
-    """What the base's weights are called without their PEFT model, where that is not what `canonical_name` makes of
-    their name in it: prompts and prefixes stand beside the base and not around its layers."""
+    """Names in a PEFT model -> names in its base, for weights whose name `canonical_name` cannot derive: with prompts
+    and prefixes the base is a sibling of the adapter, not wrapped by it."""
     for path, part in module.named_modules():
         if not callable(getattr(part, "get_base_model", None)):
             continue
