@@ -1,7 +1,7 @@
-"""DoRA on a base that is pruned under it: its magnitudes follow the weights that they were taken from.
+"""Rescales DoRA's magnitudes while the base under the adapter is pruned.
 
-DoRA computes with m (W + s B A) / ||W + s B A||, row by row, and takes m = ||W|| as it is made (Liu et al. 2024, arXiv
-2402.09353). With the norms of the dense W every pruned row would be scaled up to the length it had.
+DoRA computes with m (W + s B A) / ||W + s B A||, row by row, and is initialized with m = ||W|| (Liu et al. 2024, arXiv
+2402.09353). With the norms of the dense W, every pruned row would be scaled up to its dense norm.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from sparsefit.sharded import shard_of
 
 @contextmanager
 def magnitudes_follow(model: nn.Module) -> Iterator[None]:
-    """While its base is pruned, what DoRA makes of a row's length stays: m / ||W + s B A|| as it was before.
+    """Keep the ratio m / ||W + s B A|| of DoRA adapters constant while their base is pruned.
 
-    An adapter that has not been trained stays one that changes nothing, with the magnitudes that it would have if it
-    were made on the pruned base, to the bit. Whatever goes wrong, they are as they were.
+    An untrained adapter still changes nothing afterwards, and its magnitudes are bitwise those of an adapter created on
+    the pruned base. If an error occurs, the old magnitudes are restored.
 
     Args:
         model: A LightningModule or model, dense, with or without such adapters.
     """
     found = [(layer, name) for layer in model.modules() for name in getattr(layer, "lora_magnitude_vector", None) or ()]
-    found = [(layer, name) for layer, name in found if name in layer.lora_A]  # not those of embeddings
+    found = [(layer, name) for layer, name in found if name in layer.lora_A]  # without embeddings
     before, gains = [], []
     with ExitStack() as hooks, torch.no_grad():
         for layer, name in found:
@@ -58,7 +58,7 @@ def _follow(layer: nn.Module, *_: Any, name: str, gain: Tensor) -> None:
 
 
 def _lengths(layer: nn.Module, name: str) -> Tensor:
-    """||W + s B A|| as PEFT takes it, which is what it would start from on the weights of now."""
+    """||W + s B A|| for the current weights, computed by PEFT as at initialization."""
     start = copy.deepcopy(layer.lora_magnitude_vector[name])
     start.update_layer(
         base_layer=layer.get_base_layer(),

@@ -1,4 +1,4 @@
-"""Training that diverges: losses, gradients and weights that are NaN or infinite."""
+"""Checks for diverged training: losses, gradients and weights that are NaN or infinite."""
 
 from __future__ import annotations
 
@@ -15,105 +15,106 @@ from sparsefit.ranks import add_up
 from sparsefit.sharded import is_sharded, shard_of
 
 LOWEST_SCALE = 1e-4
-"""Of a gradient scaler, which begins at 65,536: gradients that are finite only below this need more than 16 bits."""
+"""Lowest accepted scale of a gradient scaler, which starts at 65,536. Gradients that are finite only at a lower scale
+need more than 16 bits."""
 
 
 def nonfinite_count(values: Tensor) -> int:
-    """How many numbers of a tensor are NaN or infinite; 0 for one of whole numbers or packed bits."""
+    """The number of NaN and infinite elements of a tensor; 0 for integer tensors and packed bits."""
     if not _can_diverge(values):
         return 0
     own = shard_of(values)
     if not is_sharded(values) and all_finite(own):
         return 0
-    return int(_agreed((~own.isfinite()).sum(), [values]))
+    return int(_sum_over_ranks((~own.isfinite()).sum(), [values]))
 
 
 def nonfinite_weights(model: nn.Module, trained_only: bool = False) -> dict[str, int]:
-    """How many weights are NaN or infinite, by the names of the parameters that have any.
+    """The number of NaN and infinite weights, by name of the parameters that have any.
 
     Args:
-        model: Its parameters are looked at; buffers may hold an infinity on purpose, as attention masks do.
-        trained_only: Look only at parameters that require a gradient.
+        model: Its parameters are checked. Buffers are not, as attention masks hold infinities on purpose.
+        trained_only: Check only parameters that require a gradient.
     """
     own = dict(model.named_parameters())
-    looked_at = {name: p.detach() for name, p in own.items() if p.requires_grad or not trained_only}
-    # All are asked at once, so that a GPU is waited for once. Only if something is wrong is it looked for.
-    if bool(_agreed(_spoilt(looked_at.values()), looked_at.values()).isfinite()):
+    checked = {name: p.detach() for name, p in own.items() if p.requires_grad or not trained_only}
+    # One check of all tensors waits for a GPU only once. Tensors are counted one by one only if it fails.
+    if bool(_sum_over_ranks(_zero_or_nan(checked.values()), checked.values()).isfinite()):
         return {}
-    counts = {canonical_name(name): nonfinite_count(tensor) for name, tensor in looked_at.items()}
+    counts = {canonical_name(name): nonfinite_count(tensor) for name, tensor in checked.items()}
     return {name: count for name, count in counts.items() if count}
 
 
 def check_finite_weights(model: nn.Module, what: str = "the model") -> None:
-    """See that no weight is NaN or infinite, before they are written.
+    """Check that no weight is NaN or infinite before weights are written.
 
     Args:
         model: A model or LightningModule.
-        what: What would be written, as the error names it.
+        what: What would be written, for the error message.
 
     Raises:
-        DivergenceError: naming parameters, and how many of their weights are.
+        DivergenceError: names the parameters and how many of their weights are not finite.
     """
     if broken := nonfinite_weights(model):
         raise DivergenceError(f"{what} is not written: {told(broken)}")
 
 
 def told(broken: Mapping[str, int]) -> str:
-    """What `nonfinite_weights` found, in words."""
+    """A message for the result of `nonfinite_weights`."""
     listed = ", ".join(f"{name} ({count:,})" for name, count in list(broken.items())[:3])
     more = ", ..." if len(broken) > 3 else ""
     return f"{sum(broken.values()):,} of its weights are NaN or infinite, in {listed}{more}"
 
 
 class FiniteWatch:
-    """Looks at the losses and gradients of each optimizer step, and never waits for a GPU to do so.
+    """Checks the losses and gradients of each optimizer step without waiting for a GPU.
 
-    A CPU tells at once, so that nothing has changed when `check` raises. What a GPU found is read when the next step
-    asks: by then it is there.
+    On a CPU, `check` raises at once, before the step changes any weight. On a GPU, the result of a check is read in the
+    next call of `check`, when it is ready.
     """
 
     def __init__(self) -> None:
-        self._losses: Tensor | None = None  # the sum of those of one step, times 0: NaN if any is not finite
-        self._asked: tuple[int, Tensor, torch.cuda.Event | None] | None = None
+        self._losses: Tensor | None = None  # sum of the losses of a step, times 0: NaN if any is not finite
+        self._pending: tuple[int, Tensor, torch.cuda.Event | None] | None = None
 
     def add_loss(self, loss: Tensor) -> None:
-        """Take in a loss of the step to come."""
+        """Add a loss of the next step."""
         bad = (loss.detach() * 0).sum().float()
         self._losses = bad if self._losses is None else self._losses.to(bad.device) + bad
 
     def check(self, step: int, gradients: Iterable[Tensor]) -> None:
-        """Look at the losses and gradients of a step that is about to be taken.
+        """Check the losses and gradients of a step before it is taken.
 
         Args:
-            step: Its number, for the error.
-            gradients: Of what the optimizer changes; none where a gradient scaler looks at them.
+            step: The number of the step, for the error message.
+            gradients: The gradients that the optimizer will use; none if a gradient scaler checks them.
 
         Raises:
             DivergenceError: if they, or on a GPU those of the step before, are not finite.
         """
         gradients = [*gradients]
-        spoilt = _spoilt(gradients)
+        flag = _zero_or_nan(gradients)
         losses = torch.zeros(()) if self._losses is None else self._losses
         self._losses = None
-        found = _agreed(torch.stack([losses.to(spoilt.device), spoilt]), gradients).isfinite()  # (2,)
+        found = _sum_over_ranks(torch.stack([losses.to(flag.device), flag]), gradients).isfinite()  # (2,)
         self.settle()
         if found.device.type == "cuda":
             found, event = found.to("cpu", non_blocking=True), torch.cuda.Event()
             event.record()
-            self._asked = step, found, event
+            self._pending = step, found, event
         else:
-            self._asked = step, found, None
+            self._pending = step, found, None
             self.settle()
 
     def settle(self) -> None:
-        """Read what the last `check` found.
+        """Read the result of the last `check`.
 
         Raises:
-            DivergenceError: if that was not finite.
+            DivergenceError: if a loss or gradient was not finite.
         """
-        if self._asked is None:
+        if self._pending is None:
             return
-        (step, found, event), self._asked = self._asked, None
+        (step, found, event), self._pending = self._pending, None
         if event is not None:
             event.synchronize()
         loss, gradient = found.tolist()
@@ -123,16 +124,16 @@ class FiniteWatch:
 
 
 def check_scaler(scaler: torch.amp.GradScaler, began: tuple[int, float], step: int, ended: bool = False) -> None:
-    """See that a gradient scaler lets steps be taken. A GPU is waited for.
+    """Check that a gradient scaler does not skip all steps. Waits for the GPU.
 
     Args:
-        scaler: It leaves out steps whose gradients are not finite, and lowers its scale with each.
-        began: Optimizer steps at an earlier moment of the run, and the scale then.
-        step: Optimizer steps now; those that were left out count.
-        ended: Whether no step follows, in which it might find its scale.
+        scaler: It skips steps whose gradients are not finite, and lowers its scale each time.
+        began: Optimizer steps and scale at an earlier moment of the run.
+        step: Optimizer steps now, including skipped ones.
+        ended: Whether training has ended, so that no later step can find a working scale.
 
     Raises:
-        DivergenceError: if its scale has fallen too far, or a run has ended in which all steps were left out.
+        DivergenceError: if the scale is too low, or training has ended with all steps skipped.
     """
     scale, taken = scaler.get_scale(), step - began[0]
     all_left_out = taken > 0 and scale < began[1] * scaler.get_backoff_factor() ** (taken - 0.5)
@@ -145,27 +146,27 @@ def check_scaler(scaler: torch.amp.GradScaler, began: tuple[int, float], step: i
 
 
 def gradients_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The gradients that an optimizer is about to use, the values alone of sparse ones."""
+    """The gradients that an optimizer is about to use; for sparse gradients their values."""
     found = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     return [grad._values() if grad.is_sparse else grad for grad in found]
 
 
-def _spoilt(tensors: Iterable[Tensor]) -> Tensor:
-    """0, (), where the first of them is; NaN if any number is NaN or infinite. No copy is made of them; of those that
-    are split over devices the part that is here is looked at."""
+def _zero_or_nan(tensors: Iterable[Tensor]) -> Tensor:
+    """A scalar on the device of the first tensor: NaN if any element is NaN or infinite, else 0. Tensors are not
+    copied; of sharded ones the shard of this rank is checked."""
     floats = [shard_of(tensor) for tensor in tensors if _can_diverge(tensor)]
     if not any(map(Tensor.numel, floats)):
         return floats[0].new_zeros((), dtype=torch.float32) if floats else torch.zeros(())
     return nn.utils.get_total_norm([own for own in floats if own.numel()], norm_type=math.inf).float() * 0
 
 
-def _agreed(found: Tensor, tensors: Iterable[Tensor]) -> Tensor:
-    """What was found in tensors, added up over the ranks where these are split over devices: NaN, if one found it."""
+def _sum_over_ranks(found: Tensor, tensors: Iterable[Tensor]) -> Tensor:
+    """Sum a result over ranks, in place, if any of the tensors is sharded; NaN on one rank makes the sum NaN."""
     if any(map(is_sharded, tensors)):
         add_up(found)
     return found
 
 
 def _can_diverge(tensor: Tensor) -> bool:
-    """Whether it has numbers to look at: torch computes with floats of 8 bits nowhere, so nothing trains them."""
+    """Whether a tensor needs a check: non-empty floats, without 8-bit floats, which torch does not train."""
     return tensor.is_floating_point() and tensor.element_size() > 1 and tensor.numel() > 0

@@ -1,6 +1,6 @@
-"""Whole parameters in the places of those that are split over devices, to be merged or written.
+"""Temporarily replaces sharded parameters by whole ones, to merge or write them.
 
-Models that are not split are what they are: nothing here costs them anything.
+Models without sharded parameters are not changed, and pay no overhead.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ _Places = Sequence[tuple[nn.Module, str]]
 
 
 def has_shards(model: nn.Module) -> bool:
-    """Whether any parameter of a model is split."""
+    """Whether any parameter of a model is sharded."""
     return any(map(is_sharded, model.parameters()))
 
 
 def own_part(whole: Tensor, parameter: Tensor) -> Tensor:
-    """Of a tensor of a parameter's whole shape the part that this rank holds of the parameter: all of it, if that is
-    not split."""
+    """The part of `whole`, a tensor of a parameter's full shape, that matches this rank's shard of the parameter; the
+    whole tensor if the parameter is not sharded."""
     if is_sharded(parameter):
         for axis, placement in enumerate(parameter.placements):
-            if placement.is_shard():  # of fewer rows than ranks, the last ranks have none
+            if placement.is_shard():  # with fewer rows than ranks, the last ranks have none
                 parts = whole.chunk(parameter.device_mesh.size(axis), placement.dim)
                 rank = parameter.device_mesh.get_local_rank(axis)
                 whole = parts[rank] if rank < len(parts) else whole.narrow(placement.dim, 0, 0)
@@ -36,9 +36,9 @@ def own_part(whole: Tensor, parameter: Tensor) -> Tensor:
 
 @contextmanager
 def whole(module: nn.Module) -> Iterator[None]:
-    """A module whose parameters are whole, on every rank; what has become of them is put into the shards at the end.
+    """Gather all parameters of a module on every rank; at the end, their values are copied back to the shards.
 
-    For a layer, not for a model, as it must fit on each device. All ranks must ask together.
+    Meant for a layer, not for a model, as it must fit on each device. Collective.
     """
     with _gathered(module) as places, torch.no_grad():
         try:
@@ -50,9 +50,9 @@ def whole(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def whole_on_first_rank(model: nn.Module) -> Iterator[None]:
-    """A model that is whole on the first rank, in CPU memory, to be written from there; what is changed in it is lost.
+    """Gather a model in the CPU memory of rank 0, to be written from there; changes to the weights are discarded.
 
-    It is gathered one parameter at a time, of which the other ranks keep none. All ranks must ask together.
+    Parameters are gathered one at a time, and the other ranks keep none of them. Collective.
     """
     with _gathered(model, first_rank_only=True):
         yield
@@ -60,7 +60,7 @@ def whole_on_first_rank(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _gathered(module: nn.Module, first_rank_only: bool = False) -> Iterator[Mapping[nn.Parameter, _Places]]:
-    """Puts whole parameters into the places of split ones; yields the latter, with the modules that have them."""
+    """Replace sharded parameters by whole ones; yields the sharded ones, with the modules and names that hold them."""
     reshard(module)
     places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for owner in module.modules():

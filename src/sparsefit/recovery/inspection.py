@@ -1,4 +1,4 @@
-"""What is really in a saved model: zeros counted tensor by tensor on its files, and held against its masks."""
+"""Inspects a saved model: counts the zeros of each tensor in its files, and compares them with its masks."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from sparsefit.recovery.finite_checks import nonfinite_count, told
 MASKS_FILE = "masks.safetensors"
 BASE_FOLDER = "base"
 MODEL_FOLDER = "model"
-_LEAST_SPARSITY = 0.01  # below it a matrix counts as dense: a few zeros occur by themselves
+_LEAST_SPARSITY = 0.01  # below it a matrix counts as dense, as a few zeros occur by chance
 
 
 @dataclass(frozen=True)
 class SavedMatrix:
-    """A matrix of a saved model and the zeros counted in it."""
+    """A matrix of a saved model and the number of its zeros."""
 
     name: str
     shape: tuple[int, ...]
@@ -42,15 +42,15 @@ class SavedMatrix:
 
 @dataclass
 class Inspection:
-    """What the files of a saved model hold.
+    """The result of inspecting the files of a saved model.
 
     Attributes:
         files: The safetensors files read.
-        matrices: Every matrix in them.
-        masks: The masks found beside the model, or None.
-        broken: For each masked matrix in which pruned weights are not zero, how many.
-        nonfinite: For each tensor with numbers that are NaN or infinite, how many.
-        parameters: Numbers in all tensors together.
+        matrices: All matrices in them.
+        masks: The masks found next to the model, or None.
+        broken: Masked matrix -> number of pruned weights that are not zero, where there are any.
+        nonfinite: Tensor -> number of NaN and infinite elements, where there are any.
+        parameters: Number of elements in all tensors.
     """
 
     files: list[Path]
@@ -62,7 +62,7 @@ class Inspection:
 
     @property
     def pruned(self) -> list[SavedMatrix]:
-        """The matrices that have a mask; without masks, those with more than chance zeros."""
+        """The matrices that have a mask; without masks, those with more zeros than occur by chance."""
         if self.masks is not None:
             masked = self.masks.parameters
             return [matrix for matrix in self.matrices if matrix.name in masked]
@@ -88,8 +88,8 @@ def inspect_folder(folder: str | Path) -> Inspection:
     """Count the zeros of a saved model and check them against its masks.
 
     Args:
-        folder: A run folder, or a folder with a model in Hugging Face layout. Masks are looked for in it and
-            beside it.
+        folder: A run folder, or a folder with a model in Hugging Face layout. Masks are looked up in it and in its
+            parent folder.
 
     Raises:
         RunFolderError: if there is no model in safetensors format, or a file is damaged.
@@ -111,11 +111,11 @@ def inspect_folder(folder: str | Path) -> Inspection:
 
 
 def inspect_tensors(tensors: Mapping[str, torch.Tensor], file: Path) -> Inspection:
-    """Count the zeros of tensors that were read from a file of another format, which has no masks.
+    """Count the zeros of tensors that were read from a file of another format, without masks.
 
     Args:
-        tensors: By name, each once.
-        file: Where they are from.
+        tensors: The tensors by name.
+        file: The file they were read from.
     """
     inspection = Inspection([file])
     for name in sorted(tensors):
@@ -124,10 +124,10 @@ def inspect_tensors(tensors: Mapping[str, torch.Tensor], file: Path) -> Inspecti
 
 
 def check_finite_folder(folder: Path) -> None:
-    """See that the saved model in a folder, the one that `inspect_folder` reads, has no NaN and no infinity.
+    """Check that the saved model that `inspect_folder` reads has no NaN and no infinity.
 
     Raises:
-        DivergenceError: naming tensors.
+        DivergenceError: if it has; names the tensors.
         RunFolderError: if there is no model in safetensors format, or a file is damaged.
     """
     for file in weight_files(folder):
@@ -137,11 +137,11 @@ def check_finite_folder(folder: Path) -> None:
 
 
 class SavedTensors(Mapping[str, torch.Tensor]):
-    """The tensors in safetensors files, read when they are asked for.
+    """The tensors in safetensors files, read lazily.
 
     Args:
-        files: The files; where two hold a name, the later one in their order counts.
-        stack: Closes them.
+        files: The files; if several hold a name, the last one in sorted order counts.
+        stack: The exit stack that closes the files.
     """
 
     def __init__(self, files: Iterable[Path], stack: ExitStack) -> None:
@@ -176,7 +176,7 @@ def _look_at(
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, or of a run folder: its recovered model, or else its sparse base.
+    """The safetensors files of a model folder; of a run folder those of its recovered model, else its sparse base.
 
     Raises:
         RunFolderError: if there are none, or their index cannot be read.
@@ -195,10 +195,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_indices(folder: Path) -> None:
-    """See that what lists the weight files of a model folder names files in it, and no others.
+    """Check that the index files of a model folder name only files inside it.
 
     Raises:
-        RunFolderError: if it names another, or cannot be read.
+        RunFolderError: if one names a file outside the folder, or cannot be read.
     """
     for index in folder.glob("*.index.json"):
         _shards(index)
@@ -216,7 +216,7 @@ def _shards(index: Path) -> list[str]:
 
 
 def files_digest(folder: Path) -> str:
-    """sha256 of the names and values of all tensors in a folder's safetensors files, however they are split up.
+    """sha256 of the names and values of all tensors in a folder's safetensors files, independent of their sharding.
 
     Raises:
         RunFolderError: if a file is damaged.
@@ -231,14 +231,14 @@ def files_digest(folder: Path) -> str:
 
 
 def masks_beside(folder: Path) -> MaskSet | None:
-    """The masks in a folder or in the one around it; None where there are none."""
+    """The masks in a folder or its parent; None if there are none."""
     found = [place / MASKS_FILE for place in (folder, folder.parent) if (place / MASKS_FILE).is_file()]
     return MaskSet.load(found[0]) if found else None
 
 
 @contextmanager
 def open_tensors(file: Path) -> Iterator[SavedTensors]:
-    """The tensors of one file; a `RunFolderError` where it is damaged."""
+    """Open the tensors of one file; raises a `RunFolderError` if it is damaged."""
     try:
         with ExitStack() as stack:
             yield SavedTensors([file], stack)

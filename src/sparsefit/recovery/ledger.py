@@ -1,4 +1,4 @@
-"""The GPU-hours of a run, wall time x devices: what each stage has spent, and what a budget still allows."""
+"""The GPU-hours of a run (wall time x devices): what each stage has spent, and what is left of a budget."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from sparsefit.errors import ConfigError
 from sparsefit.settings import number
 
 STAGES = ("reconstruction", "training")
-"""The stages that a budget can be split between, in the order in which they run."""
+"""The stages that a budget can be split between, in execution order."""
 
-_ROUNDING = 1e-9  # share of the budget that the sum of many small charges may be off by
+_ROUNDING = 1e-9  # tolerance for the rounding error of many small charges, as a share of the budget
 
 
 class GPUHourLedger:
-    """Charges the time that passes to stages, and tells what may still be spent.
+    """Charges elapsed time to stages, and computes what may still be spent.
 
-    Time goes to the innermost open `stage`, and outside every stage to the base stage (`switch`). Nothing is charged
-    before `start` and after `stop`. Time has two figures: wall seconds, and GPU-hours, which are the seconds times the
+    Time is charged to the innermost open `stage`, and outside of stages to the base stage (`switch`). Nothing is
+    charged before `start` and after `stop`. Time is kept in wall seconds and in GPU-hours, which are seconds times the
     number of devices / 3600.
 
-    What may still be spent follows from two figures that all ranks agreed on last, so that each comes to the same
-    decision: `spent`, and the `limit` that leaves the end of the run its part of the budget. Both are GPU-hours.
+    What may still be spent is computed from `spent` and `limit`, as last agreed on by all ranks, so that all ranks make
+    the same decision. `limit` excludes the part of the budget that is kept for the end of the run. Both are GPU-hours.
 
     Args:
-        gpu_hours: The budget; infinity where there is none.
-        split: Shares of the stages, as `check_split` gives them.
-        base_stage: The stage that is charged where no other is open.
-        clock: Monotonic seconds. Tests put a clock of their own here.
+        gpu_hours: The budget; infinity if there is none.
+        split: Shares of the stages, as `check_split` returns them.
+        base_stage: The stage charged while no other is open.
+        clock: Returns monotonic seconds; tests pass their own clock.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class GPUHourLedger:
     ) -> None:
         self.clock = clock
         self.devices = 1
-        self.started = False  # ever
+        self.started = False  # whether `start` was ever called
         self.split = split
         self.spent, self.limit = 0.0, gpu_hours
         self._ends: dict[str, float] = {}  # GPU-hours at which the share of a stage is used up
         self._open = [base_stage]
-        self._since: float | None = None  # the last look at the clock; None: it stands
+        self._since: float | None = None  # when the clock was last read; None while it is stopped
         self._charges = {"seconds": Counter[str](), "hours": Counter[str]()}
         self._at_start = self.state_dict()
 
@@ -59,51 +59,51 @@ class GPUHourLedger:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Wall seconds of each stage up to this moment, in the order in which they first spent something."""
+        """Wall seconds of each stage until now, in the order of their first charge."""
         return self.state_dict()["seconds"]
 
     @property
     def stages(self) -> dict[str, float]:
-        """GPU-hours of each stage up to this moment."""
+        """GPU-hours of each stage until now."""
         return self.state_dict()["hours"]
 
     @property
     def hours(self) -> float:
-        """GPU-hours of all stages up to this moment."""
+        """GPU-hours of all stages until now."""
         return sum(self.stages.values())
 
     @property
     def left(self) -> float:
-        """Wall seconds that may still be spent before the end of the run; below 0 where too much was."""
+        """Wall seconds that may still be spent before the end of the run; negative if too much was spent."""
         return self.seconds_of(self.limit - self.spent)
 
     def hours_of(self, seconds: float) -> float:
-        """GPU-hours that so many wall seconds cost on the devices of now."""
+        """Convert wall seconds to GPU-hours on the current number of devices."""
         return seconds * self.devices / 3600
 
     def seconds_of(self, hours: float) -> float:
-        """Wall seconds that so many GPU-hours last on the devices of now."""
+        """Convert GPU-hours to wall seconds on the current number of devices."""
         return hours * 3600 / self.devices
 
     def start(self, devices: int) -> None:
-        """Charge time from now on, on so many devices; a ledger that already runs goes on as it is."""
+        """Charge time from now on, for this number of devices; no effect on a running ledger."""
         if not self.running:
             self._at_start, self._ends = self.state_dict(), {}
             self.devices, self._since, self.started = devices, self.clock(), True
 
     def stop(self) -> None:
-        """Charge what has passed, and nothing from now on."""
+        """Charge the time until now, and stop charging."""
         self._settle()
         self._since = None
 
     def switch(self, base_stage: str) -> None:
-        """Make `base_stage` the one that pays for time outside every `stage`."""
+        """Charge time outside every `stage` to `base_stage` from now on."""
         self._settle()
         self._open[0] = base_stage
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Charge the body of the `with` statement to `name`; stages may be nested, the innermost pays."""
+        """Charge the body of the `with` statement to `name`; of nested stages the innermost is charged."""
         self._settle()
         self._open.append(name)
         try:
@@ -113,28 +113,28 @@ class GPUHourLedger:
             self._open.pop()
 
     def agree(self, spent: float, limit: float) -> None:
-        """Take what all ranks agreed on; what is missing from the ledger of this one is charged to the stage of now.
+        """Set the values that all ranks agreed on; hours missing on this rank are charged to its current stage.
 
         Args:
-            spent: GPU-hours up to this moment: the most of all ranks, which have started at different moments.
+            spent: GPU-hours until now, the maximum over ranks, as they start at different times.
             limit: GPU-hours that may be spent before the end of the run.
         """
         self._charge(self.seconds_of(spent - self.hours))
         self.spent, self.limit = spent, limit
 
     def affords(self, seconds: float) -> bool:
-        """Whether something is left, and so many wall seconds more fit."""
+        """Whether something is left and this many more wall seconds fit."""
         left, rounding = self.limit - self.spent, _ROUNDING * self.limit
         return left == math.inf or (left > rounding and self.hours_of(seconds) <= left + rounding)
 
     def share(self, stage: str) -> float:
-        """Wall seconds that a stage may still take: its share of what was left when it asked first, less what it took.
+        """Wall seconds that a stage may still take: its share of what was left at its first call, minus what it spent.
 
         Args:
             stage: One of `STAGES`. The last of them, training, may take all that is left.
 
         Raises:
-            ConfigError: There is no such stage.
+            ConfigError: if there is no such stage.
         """
         if stage not in STAGES:
             raise ConfigError(f"A budget has no share for {stage!r}: it can be split between {_names(STAGES)}.")
@@ -145,15 +145,15 @@ class GPUHourLedger:
         return self.seconds_of(left)
 
     def state_dict(self) -> dict[str, dict[str, float]]:
-        """The charges up to this moment, as plain numbers: loads with `torch.load(weights_only=True)`."""
+        """The charges until now as plain numbers, which load with `torch.load(weights_only=True)`."""
         self._settle()
         return {kind: dict(charges) for kind, charges in self._charges.items()}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, float]]) -> None:
-        """Go on from a saved state: its charges, plus what was spent here since `start`.
+        """Restore saved charges, and add what was spent here since `start`.
 
-        The time between the moment of saving and the end of the process that saved it is not charged; nor are
-        charges from before `start`, because a run continued in the same process has them in its state.
+        Time between the save and the end of the process that saved is not charged. Charges from before `start` are
+        dropped, as the state of a run that continues in the same process includes them.
         """
         now = self.state_dict()
         for kind, charges in self._charges.items():
@@ -165,7 +165,7 @@ class GPUHourLedger:
         self._at_start = {kind: dict(state[kind]) for kind in now}
 
     def _settle(self) -> None:
-        """Charge the time since the last look at the clock."""
+        """Charge the time since the clock was last read."""
         if self._since is not None:
             now = self.clock()
             self._charge(now - self._since)
@@ -184,7 +184,7 @@ def check_split(split: Mapping[str, float]) -> dict[str, float]:
         split: Shares of at least 0 that add up to 1 (within 1e-6), for names of `STAGES`; a stage left out has 0.
 
     Raises:
-        ConfigError: A name is unknown, a share is no such number, or the sum is another; it says which.
+        ConfigError: if a name is unknown, a share is not such a number, or the sum is not 1.
     """
     way_out = (
         f"A budget can be split between {_names(STAGES)}, by shares of what is left when the model is pruned that add "

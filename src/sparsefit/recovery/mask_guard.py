@@ -1,4 +1,4 @@
-"""Keeping pruned weights at zero while they are trained."""
+"""Keeps pruned weights at zero during training."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from sparsefit.sharded import is_sharded, reshard, shard_of
 
 
 class MaskGuard:
-    """Holds the pruned weights that train at exactly zero, whatever the optimizer does.
+    """Keeps pruned weights of trained parameters at exactly zero, with any optimizer.
 
-    Their gradients are masked as they arise, so that momentum, second moments and the clipped norm see the
-    kept weights only; and they are set to zero after every optimizer step, so that state from before the
-    pruning or weight decay cannot bring one back. Frozen weights are left alone; one that is unfrozen is guarded
-    from the next step on. A guarded weight costs one bit, unpacked on its device when it is needed; of a weight that
-    is split over devices each guards its part.
+    Gradients are masked when they are computed, so momentum, second moments and gradient clipping see only the kept
+    weights. Pruned weights are also set to zero after every optimizer step, so that neither older optimizer state nor
+    weight decay can change them. Frozen parameters are not guarded; a parameter that is unfrozen is guarded from the
+    next step on. The guard needs one bit per weight, unpacked on the weight's device when needed. If a parameter is
+    sharded, each rank guards its shard.
 
     Args:
         masks: The masks of a model.
@@ -35,17 +35,17 @@ class MaskGuard:
         self._frozen: dict[nn.Parameter, str] = {}
         self._pruned: dict[nn.Parameter, Tensor] = {}  # bits, 1 = pruned, in the parameter's layout
         self._optimizers: list[Optimizer] = []
-        self._zeroing: set[int] = set()  # optimizers whose steps are followed by `_zero`
+        self._zeroing: set[int] = set()  # ids of optimizers with a post-step hook that calls `_zero`
         self._handles: list[RemovableHandle] = []
 
     def watch(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> int:
-        """Guard every masked parameter of a model that requires a gradient, now or before a later step of the
-        optimizers. May be called again, as when a model has other parameters.
+        """Guard every masked parameter of a model that requires a gradient now or before a later optimizer step. May
+        be called again, for instance when parameters were replaced.
 
         Returns:
             How many parameters are guarded now.
         """
-        reshard(model)  # what trains are the parts
+        reshard(model)  # the optimizer trains the shards
         named = {canonical_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
         masked = {named[name]: name for name in self.masks.parameters if name in named}
         self._frozen = {parameter: name for parameter, name in masked.items() if parameter not in self._pruned}
@@ -57,7 +57,7 @@ class MaskGuard:
         return len(self._pruned)
 
     def remove(self) -> None:
-        """Take all hooks off again."""
+        """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -70,7 +70,7 @@ class MaskGuard:
         for parameter in [parameter for parameter in self._frozen if parameter.requires_grad]:
             kept = self.masks.for_parameter(self._frozen.pop(parameter), parameter)
             bits = self._pruned[parameter] = pack_bits(~own_part(kept, parameter)).to(parameter.device)
-            if is_sharded(parameter):  # FSDP2 gives it its gradient past autograd, and then calls this kind of hook
+            if is_sharded(parameter):  # FSDP2 sets gradients outside autograd, and calls only this kind of hook
                 hook = parameter.register_post_accumulate_grad_hook(partial(_mask_gradient, bits=bits))
             else:
                 hook = parameter.register_hook(partial(_without, bits=bits))
@@ -97,5 +97,5 @@ def _set_to_zero(values: Tensor, bits: Tensor) -> None:
 
 
 def _without(gradient: Tensor, bits: Tensor) -> Tensor:
-    """A gradient that is zero for the pruned weights."""
+    """A copy of a gradient with zeros for the pruned weights."""
     return gradient.masked_fill(unpack_bits(bits, tuple(gradient.shape), gradient.device), 0)

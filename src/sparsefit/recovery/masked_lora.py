@@ -1,8 +1,8 @@
-"""LoRA that keeps every zero: W + s * M (.) (B A), where M is the mask of W.
+"""LoRA that preserves sparsity: W + s * M (.) (B A), where M is the mask of W.
 
-Zimmer et al. 2023, "PERP: Rethinking the Prune-Retrain Paradigm in the Era of LLMs" (arXiv 2312.15230): MaskLoRA. The
-update lives on the kept weights alone, so that it merges into the sparse base without a loss. The layers are PEFT's
-LoRA layers with the product changed: configuration, names and files of an adapter are PEFT's.
+MaskLoRA of Zimmer et al. 2023, "PERP: Rethinking the Prune-Retrain Paradigm in the Era of LLMs" (arXiv 2312.15230). The
+update changes only kept weights, so it merges into the sparse base without loss. The layers are PEFT's LoRA layers with
+another product; configuration, names and files of an adapter are PEFT's.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from sparsefit.quantized import dequantized, is_quantized
 
 
 def masked_sum(base: Tensor | None, a: Tensor, b: Tensor, scale: float, bits: Tensor) -> Tensor:
-    """M (.) (W + s * B A): what a masked adapter makes of a weight that is zero outside its mask.
+    """M (.) (W + s * B A): the effective weight of a masked adapter on a weight that is zero outside its mask.
 
     Args:
         base: W, (out, in), zero outside the mask; None counts as zeros.
         a: A, (r, in).
         b: B, (out, r).
         scale: s.
-        bits: M as `pack_bits` packs it, (out, in) row by row.
+        bits: M, (out, in), packed by `pack_bits`.
 
     Returns:
-        (out, in) in the dtype of W, rounded once; computed in that of the adapter.
+        (out, in) in the dtype of W, computed in the dtype of the adapter and rounded once.
     """
     changed = torch.mm(b, a).mul_(scale) if base is None else torch.addmm(base.to(a.dtype), b, a, alpha=scale)
     zero_outside_mask(changed, unpack_bits(bits, changed.shape, changed.device))
@@ -40,7 +40,7 @@ def masked_sum(base: Tensor | None, a: Tensor, b: Tensor, scale: float, bits: Te
 
 
 class _MaskedProduct(torch.autograd.Function):
-    """x (M (.) (W + s B A))^T. The sum is computed anew in the backward pass: no (out, in) matrix waits for it."""
+    """x (M (.) (W + s B A))^T. The backward pass recomputes the sum, so no (out, in) matrix is saved for it."""
 
     @staticmethod
     def forward(
@@ -80,20 +80,20 @@ def _sum_of(ctx: FunctionCtx, weight: Tensor | None, a: Tensor, b: Tensor, bits:
 
 
 class MaskedLoraLinear(LoraLinear):
-    """A LoRA layer whose update keeps to the mask of its weight, once that is known; before, PEFT's own.
+    """A LoRA layer whose update is restricted to the mask of its weight; plain LoRA until a mask is set.
 
-    Dropout, where there is any, acts on the inputs of the update while training, as in LoRA.
+    Dropout acts on the inputs of the update during training, as in LoRA.
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **settings: Any) -> None:
         super().__init__(base_layer, adapter_name, **settings)
-        # One configuration serves both kinds of layers, where a model has both.
+        # One configuration serves both kinds of layers if a model has both.
         self.fan_in_fan_out = self.is_target_conv_1d_layer
-        # Not in checkpoints: the masks are saved once, by name.
+        # Not in checkpoints, as the masks are saved separately, by name.
         self.register_buffer("mask_bits", None, persistent=False)
 
     def take_mask(self, mask: Tensor | None) -> None:
-        """Keep updates to an (out, in) bool mask from now on; None lifts it.
+        """Restrict updates to an (out, in) bool mask; None removes the restriction.
 
         Raises:
             MaskError: if the mask has another shape than the weight.
@@ -108,7 +108,7 @@ class MaskedLoraLinear(LoraLinear):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """PEFT's `merge`, but rounded as the forward pass rounds it: once, where PEFT rounds update and sum."""
+        """PEFT's `merge`, but rounded once, as in the forward pass; PEFT rounds both the update and the sum."""
         layer = self.get_base_layer()
         if self.mask_bits is None or is_quantized(layer) or any(self.lora_bias.values()):
             super().merge(safe_merge, adapter_names)
@@ -124,7 +124,7 @@ class MaskedLoraLinear(LoraLinear):
                 self.merged_adapters.append(name)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The update as it is stored in the weight's own layout; PEFT's `unmerge` subtracts it."""
+        """The update in the layout of the weight; PEFT's `unmerge` subtracts it."""
         delta = super().get_delta_weight(adapter)
         if self.mask_bits is not None:
             matrix = as_matrix(delta, self.fan_in_fan_out)
@@ -160,14 +160,14 @@ class MaskedLoraLinear(LoraLinear):
 
 
 class MaskedLoraConv1D(MaskedLoraLinear):
-    """The same for GPT-2's Conv1D, which keeps its matrix as (in, out)."""
+    """`MaskedLoraLinear` for GPT-2's Conv1D, which stores its matrix as (in, out)."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **settings: Any) -> None:
         super().__init__(base_layer, adapter_name, is_target_conv_1d_layer=True, **settings)
 
 
 def _compute_dtype(x: Tensor, layer: nn.Module) -> torch.dtype:
-    """What the product is computed in: autocast's dtype, else that of the inputs."""
+    """The dtype of the product: autocast's, else that of the inputs."""
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype

@@ -1,4 +1,4 @@
-"""Merging what was trained into the sparse base, without bringing a pruned weight back."""
+"""Merges adapters into the sparse base without filling pruned weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sparsefit.sharded import reshard, shard_of
 
 
 def lossy_layers(model: nn.Module, masks: MaskSet) -> list[str]:
-    """The pruned weights that merging a model's adapters would fill again, or cannot be merged into, by name."""
+    """Names of the pruned weights whose zeros merging would fill, or whose adapters cannot be merged."""
     from peft.tuners.hira.layer import HiraLayer
 
     lossy, kinds = [], set()
@@ -34,26 +34,26 @@ def lossy_layers(model: nn.Module, masks: MaskSet) -> list[str]:
             continue
         if type(layer) in kinds or _fills_zeros(layer):
             lossy.append(name)
-            kinds.add(type(layer))  # one of a kind that fills zeros says it for all
+            kinds.add(type(layer))  # one layer of a type decides for all
     return lossy
 
 
 def merge(model: nn.Module, masks: MaskSet, reapply_masks: bool = False) -> nn.Module:
-    """Merge a model's adapters into its weights, for good.
+    """Merge a model's adapters into its weights permanently.
 
     Args:
-        model: A PEFT model, masked adapters bound to their masks; any other model has nothing to merge.
+        model: A PEFT model, masked adapters bound to their masks; other models are returned unchanged.
         masks: The masks, by the names of `model`.
-        reapply_masks: Merge adapters that do not keep to the masks, too, and set what they bring back to zero: another
-            model than the one that was trained.
+        reapply_masks: Also merge adapters that fill pruned weights, and set these to zero again. The result differs
+            from the model that was trained.
 
     Returns:
         The bare model, whose pruned weights are exactly zero.
 
     Raises:
-        MergeError: if merging would bring pruned weights back and the masks shall not be applied again, or the base is
-            quantized; nothing has changed then.
-        MaskError: if the masks do not fit, or do not hold; nothing has changed then.
+        MergeError: if merging would fill pruned weights without `reapply_masks`, or the base is quantized; nothing has
+            changed then.
+        MaskError: if the masks do not fit the model, or a pruned weight is not zero; nothing has changed then.
     """
     masks.verify(model)
     lossy = check_mergeable(model, masks, reapply_masks)
@@ -71,11 +71,11 @@ def merge(model: nn.Module, masks: MaskSet, reapply_masks: bool = False) -> nn.M
 
 @contextmanager
 def merged_in_place(module: nn.Module, masks: MaskSet) -> Iterator[None]:
-    """A model with its adapters merged for a while; to the bit as it was afterwards, adapters apart.
+    """Merge a model's adapters temporarily; afterwards it is bitwise as before, with its adapters separate.
 
     Args:
-        module: A LightningModule or model, its pruned weights as its masks have them. Copies of the adapted weights
-            wait in CPU memory.
+        module: A LightningModule or model whose pruned weights are zero. Copies of the adapted weights are kept in CPU
+            memory.
         masks: The masks, by the names of `module`.
 
     Raises:
@@ -88,7 +88,7 @@ def merged_in_place(module: nn.Module, masks: MaskSet) -> Iterator[None]:
         return
     reshard(module)
     layers = [layer for _, layer in _adapted_layers(module)]
-    # All of a layer's, as IA3 scales biases, too; by name, as PEFT gives torch's attention new ones.
+    # All parameters of a layer, as IA3 also scales biases; by name, as PEFT replaces those of torch's attention.
     before = [
         (base, {name: shard_of(weight).to("cpu", copy=True) for name, weight in base.named_parameters()})
         for base in (layer.get_base_layer() for layer in layers)
@@ -131,8 +131,8 @@ def _form(adapted: nn.Module) -> str:
 
 
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a model whose adapters are merged, under the bare model's names: of modules that PEFT trains a copy
-    of, the copy."""
+    """The state dict of a model with merged adapters, under the bare model's names. Modules of which PEFT trains a copy
+    have the values of the copy."""
     from peft.utils import ModulesToSaveWrapper
 
     state = base_state_dict(model)
@@ -146,24 +146,24 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Layers that an adapter sits on, by the canonical name of their weight."""
+    """Yield the layers with adapters, and the canonical names of their weights."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, layer in model.named_modules():
         if isinstance(layer, BaseTunerLayer):
-            # PEFT adapts stacked experts by their parameter.
+            # For stacked experts, PEFT's layer names the parameter that it adapts.
             yield canonical_name(f"{name}.{getattr(layer, 'parameter_name', 'weight')}"), layer
 
 
 def check_mergeable(model: nn.Module, masks: MaskSet, reapply_masks: bool = False) -> list[str]:
-    """See that `merge` can do its work; changes nothing.
+    """Check that a model can be merged, without changing it.
 
     Returns:
         The weights on which the masks must be applied again.
 
     Raises:
         MergeError: as `merge`.
-        MaskError: if an adapter keeps to other masks than these.
+        MaskError: if an adapter was bound to other masks.
     """
     quantized = [name for name, layer in _adapted_layers(model) if is_quantized(layer.get_base_layer())]
     if quantized:

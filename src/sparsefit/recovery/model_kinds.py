@@ -1,4 +1,4 @@
-"""What kind of model a class of transformers is, and what PEFT calls its task."""
+"""The kind of model of a transformers class, and PEFT's task type for it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Kind:
     """A kind of model.
 
     Attributes:
-        words: What a message calls it.
-        task: PEFT's task type; None where PEFT has none.
-        auto: The class of transformers that makes one, with a new head where the weights have none.
-        mappings: Transformers' tables of its classes.
+        words: Its name in messages.
+        task: PEFT's task type; None if PEFT has none.
+        auto: The auto class of transformers that loads it, with a new head if the weights have none.
+        mappings: The tables of its classes in transformers.
     """
 
     words: str
@@ -47,7 +47,7 @@ KINDS: dict[str, Kind] = {
 
 
 def kind_of(class_name: str) -> str | None:
-    """The kind of a class of transformers: a key of `KINDS`, or None for a kind that is none of these.
+    """The kind of a transformers class: a key of `KINDS`, or None for any other kind.
 
     >>> kind_of("BertForSequenceClassification"), kind_of("BertForMaskedLM")
     ('sequence_classification', None)
@@ -57,7 +57,7 @@ def kind_of(class_name: str) -> str | None:
 
 @cache
 def classes_of(kind: str) -> frozenset[str]:
-    """The names of transformers' classes of a kind."""
+    """The names of the transformers classes of a kind."""
     from transformers.models.auto import modeling_auto
 
     names: set[str] = set()
@@ -68,9 +68,9 @@ def classes_of(kind: str) -> frozenset[str]:
 
 
 def task_type(model: nn.Module) -> str | None:
-    """PEFT's task type of a model; None for a plain module, and for inputs that PEFT's classes for tasks do not take.
+    """PEFT's task type of a model; None for plain modules and for inputs that PEFT's task classes do not accept.
 
-    With the type of a classifier PEFT trains the head and saves it with the adapter.
+    With the task type of a classifier, PEFT trains the head and saves it with the adapter.
     """
     if getattr(model, "main_input_name", None) != "input_ids":  # Whisper's are input_features
         return None
