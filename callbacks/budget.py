@@ -198,7 +198,7 @@ class GPUHourBudget(Callback):
         self._await_device(trainer)
         if self._step_times.batch_ended(self._now, trainer.global_step):
             self._stop_if_spent(trainer, self._step_times.step)
-            self._tell_pace(trainer)
+            self._log_pace(trainer)
         if not trainer.barebones:
             rate = first_rate(trainer.optimizers)
             figures = {"gpu_hours": self.ledger.spent} | ({} if rate is None else {"learning_rate": rate})
@@ -288,7 +288,7 @@ class GPUHourBudget(Callback):
             )
             rank_zero_info(f"GPUHourBudget: stopping: {self.stop_reason}.")
 
-    def _tell_pace(self, trainer: Trainer) -> None:
+    def _log_pace(self, trainer: Trainer) -> None:
         """Log once per fit how many steps the rest of the budget pays for, from the median time of a step."""
         self._steps_seen += 1
         by_steps, by_epochs = self._steps

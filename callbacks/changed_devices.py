@@ -14,7 +14,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from sparsefit.callbacks.lightning_loops import count_anew
+from sparsefit.callbacks.lightning_loops import set_batches_done
 from sparsefit.callbacks.resume_checks import data_name
 
 
@@ -56,7 +56,7 @@ def carry_over(checkpoint: dict[str, Any], saved: dict[str, Any], trainer: Train
                 f"the data cannot be shared out anew, so the rest of this epoch, of which {batches} batches count as "
                 "done, begins at their start: some samples come twice, and others not at all"
             )
-        count_anew(loops, batches)
+        set_batches_done(loops, batches)
         saved["between_epochs"] = batches is None
     for key in ("random", "training"):
         if key in saved:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from sparsefit.callbacks.hooks import PrunedRunCallback
 from sparsefit.errors import DivergenceError
-from sparsefit.recovery.finite_checks import FiniteWatch, check_scaler, gradients_of, nonfinite_weights, told
+from sparsefit.recovery.finite_checks import FiniteWatch, check_scaler, gradients_of, nonfinite_weights, nonfinite_message
 from sparsefit.recovery.schedule import first_rate
 
 _STEPS_BETWEEN_LOOKS = 50
@@ -89,7 +89,7 @@ class DivergenceGuard(PrunedRunCallback):
             self._watch.settle()
             if broken := nonfinite_weights(module, trained_only=True):
                 steps = f"after {trainer.global_step} optimizer steps the model has diverged"
-                raise DivergenceError(f"{steps}: {told(broken)}")
+                raise DivergenceError(f"{steps}: {nonfinite_message(broken)}")
 
     def _check_scaler(self, trainer: Trainer, ended: bool = False) -> None:
         began, scaler = self._began, _scaler_of(trainer)

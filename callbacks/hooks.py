@@ -44,7 +44,7 @@ class PrunedRunCallback(Callback):
 HOOKS = tuple(name for name in vars(PrunedRunCallback) if name.startswith("on_"))
 
 
-def tell(trainer: Trainer, hook: str, *args: Any) -> None:
+def call_hook(trainer: Trainer, hook: str, *args: Any) -> None:
     """Call a hook on every `PrunedRunCallback` of a trainer.
 
     Raises:

@@ -70,7 +70,7 @@ def end_now(trainer: Trainer, limits: Limits | None) -> None:
     trainer.should_stop = True
 
 
-def count_anew(loops: dict[str, Any], batches: int | None) -> None:
+def set_batches_done(loops: dict[str, Any], batches: int | None) -> None:
     """Set the number of batches done in the epoch in a saved loop state.
 
     Args:

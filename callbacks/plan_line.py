@@ -17,7 +17,7 @@ from sparsefit.pruning import PruningConfig
 from sparsefit.pruning.targets import count_weights
 
 
-def tell_opening(trainer: Trainer, module: LightningModule, config: PruningConfig) -> None:
+def log_plan_line(trainer: Trainer, module: LightningModule, config: PruningConfig) -> None:
     """Log the line. Logs nothing if no weights to prune are found: pruning itself then finds them or raises."""
     with suppress(ConfigError):
         rank_zero_info(opening_line(trainer, module, config))

@@ -11,8 +11,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from sparsefit.callbacks.budgeted_progress import paid_progress
 from sparsefit.callbacks.calibration import calibration_forward, checked_batches, predicting
 from sparsefit.callbacks.divergence import DivergenceGuard
-from sparsefit.callbacks.hooks import check_split, tell
-from sparsefit.callbacks.plan_line import tell_opening
+from sparsefit.callbacks.hooks import call_hook, check_split
+from sparsefit.callbacks.plan_line import log_plan_line
 from sparsefit.callbacks.report_entries import log_pruned, plain_config, pruned
 from sparsefit.callbacks.trainer_lookup import ledger_of
 from sparsefit.callbacks.weight_averages import restart_averages
@@ -219,7 +219,7 @@ class WandaPruning(DivergenceGuard):
         if self.masks is None or (trainer.ckpt_path is None and not self._holds(module)):
             self._prune(trainer, module)
         else:
-            tell_opening(trainer, module, self.config)
+            log_plan_line(trainer, module, self.config)
 
     def _prune(self, trainer: Trainer, module: LightningModule) -> None:
         check_split(trainer, module)
@@ -228,12 +228,12 @@ class WandaPruning(DivergenceGuard):
         check_tuners(module, self.config)
         bind_masks(module, None)  # remove the masks of an earlier fit
         self._bound = None
-        tell(trainer, "on_pruning_check", module)
-        tell_opening(trainer, module, self.config)
+        call_hook(trainer, "on_pruning_check", module)
+        log_plan_line(trainer, module, self.config)
         forward = calibration_forward(trainer, module)
         with ledger_of(trainer).stage("calibration and pruning"), predicting(trainer):
             batches, source = self._batches(trainer, forward)
-        tell(trainer, "on_pruning_start", module)
+        call_hook(trainer, "on_pruning_start", module)
         with ledger_of(trainer).stage("calibration and pruning"), predicting(trainer):
             if self.config.needs_inputs:
                 rank_zero_info(f"Calibrating on {source}.")
@@ -259,10 +259,10 @@ class WandaPruning(DivergenceGuard):
         log_pruned(trainer.loggers, self.summary, self.masks, trainer.global_step)
         self._bind(module)
         restart_averages(trainer, module)
-        tell(trainer, "on_pruning_end", module, self.result)
-        tell(trainer, "on_reconstruction", module, self.masks)
+        call_hook(trainer, "on_pruning_end", module, self.result)
+        call_hook(trainer, "on_reconstruction", module, self.masks)
         restart_averages(trainer, module)
-        tell(trainer, "on_base_ready", module, self.masks)
+        call_hook(trainer, "on_base_ready", module, self.masks)
 
     def _batches(self, trainer: Trainer, forward: Callable[[Any], Any]) -> tuple[list[Any] | None, str]:
         """The calibration batches and a description of their source. If the method needs no data, one sample for

@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
-from sparsefit.callbacks.hooks import tell
+from sparsefit.callbacks.hooks import call_hook
 from sparsefit.callbacks.lightning_loops import Limits, end_now, limits_of, limits_reached, reopen
 from sparsefit.callbacks.loggers import LoggerName, logger_names
 from sparsefit.callbacks.report_entries import beginning, named_model, standing
@@ -181,7 +181,7 @@ class RunReport(RunOutputs):
             return
         if trainer.global_step > 0:
             self._fit.limits = limits_of(trainer)
-            tell(trainer, "on_closing", pl_module)
+            call_hook(trainer, "on_closing", pl_module)
             self._fit.closing = True
             self._mark(trainer, CLOSING)
             self._export_trained(trainer, pl_module)

@@ -31,7 +31,7 @@ from sparsefit.modules.streaming import stream_causal_lm
 from sparsefit.pruning import PruningConfig, PruningResult, prune
 from sparsefit.pruning.mapped import MappedWeights
 from sparsefit.recovery.export import exported_masks
-from sparsefit.recovery.finite_checks import nonfinite_count, told
+from sparsefit.recovery.finite_checks import nonfinite_count, nonfinite_message
 from sparsefit.recovery.inspection import BASE_FOLDER, Inspection, inspect_folder
 from sparsefit.recovery.run_files import CLAIMED, FAILED, FINISHED, PRUNED
 from sparsefit.reporting.console import console, stage_progress, summary
@@ -168,7 +168,7 @@ def _check_finite(weights: MappedWeights) -> None:
             broken[name] = count
         weights.let_go([tensor])
     if broken:
-        raise DivergenceError(f"the pruned model is not written: {told(broken)}")
+        raise DivergenceError(f"the pruned model is not written: {nonfinite_message(broken)}")
 
 
 def _account(result: PruningResult, inspection: Inspection) -> dict[str, Any]:

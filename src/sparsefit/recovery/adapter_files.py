@@ -15,7 +15,7 @@ from sparsefit.recovery.adapters import bind_masks, masked_layer_types
 from sparsefit.recovery.export import adapted_part, exported_masks
 from sparsefit.recovery.finite_checks import check_finite_weights
 from sparsefit.recovery.inspection import files_digest
-from sparsefit.recovery.tuners import begun
+from sparsefit.recovery.tuners import saved_as_initialized
 
 NOTES_FILE = "sparsefit.json"
 
@@ -54,7 +54,7 @@ def export_adapter(
     check_finite_weights(model, "the adapter")
     for config in model.peft_config.values():
         config.base_model_name_or_path = str(base.resolve())
-    with begun(model):
+    with saved_as_initialized(model):
         model.save_pretrained(folder)
     digest = exported_masks(module, masks).digest()
     written = files_digest(base) if base.is_dir() else None

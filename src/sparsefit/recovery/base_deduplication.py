@@ -1,4 +1,4 @@
-"""What a checkpoint leaves to the sparse base in a run folder, and how it is filled up from there again."""
+"""Leaves weights that the sparse base holds out of checkpoints, and loads them from the run folder again."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from sparsefit.recovery.export import pretrained_part
 from sparsefit.recovery.inspection import BASE_FOLDER, MASKS_FILE, SavedTensors
 from sparsefit.recovery.quantize import scale_keys
 
-_WORDS = 2**22  # that are summed up at once
+_WORDS = 2**22  # 64-bit words per chunk of `checksum`
 
 
 @dataclass(frozen=True)
 class InBase:
-    """The entries of a module's state that a base has, bit by bit.
+    """The entries of a module's state dict that are bitwise equal to tensors in a base.
 
     Attributes:
         folder: The run folder.
-        files: The size and the time of change of each of its files when they were compared.
+        files: File name -> (size, modification time) at the time of the comparison.
         masks: The masks of the module, which are those of the folder.
-        prefix: What a name in the base lacks of the module's name.
-        entries: Key in the state -> (name in the base, checksum).
+        prefix: Prefix of the module's names that names in the base do not have.
+        entries: State dict key -> (name in the base, checksum).
     """
 
     folder: Path
@@ -41,13 +41,13 @@ class InBase:
     entries: dict[str, tuple[str, int]]
 
     def holds(self, masks: MaskSet) -> bool:
-        """Whether the base is still the one that was compared, and for these masks."""
+        """Whether the files of the base are unchanged since the comparison, and the masks are the same object."""
         return masks is self.masks and _files(self.folder) == self.files
 
 
 def checksum(tensor: Tensor) -> int:
-    """The sum of a tensor's 64-bit words, each times an odd number of its own, modulo 2^64 (as a signed number): the
-    same on every device, at about the speed of reading it."""
+    """The sum of a tensor's 64-bit words, each multiplied by a different odd number, modulo 2^64, as a signed number.
+    It is the same on every device and takes about the time of reading the tensor."""
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     if len(data) % 8 or data.storage_offset() % 8:
         data = torch.cat([data, data.new_zeros(-len(data) % 8)])
@@ -66,14 +66,16 @@ def compare(
     state: Mapping[str, Tensor],
     origins: Mapping[str, int] | None = None,
 ) -> InBase | None:
-    """What the base in a run folder has of a module's state; nothing that trains. None where there is no base of it.
+    """Find the entries of a module's state dict, without trained parameters, that the base in a run folder holds.
+
+    Returns None if the folder has no readable base of this module.
 
     Args:
         folder: The run folder.
         module: The module.
         masks: Its masks.
-        state: Its state, as a checkpoint has it.
-        origins: Key in the state of each quantized weight -> checksum of the floats that it was made of.
+        state: Its state dict, as in a checkpoint.
+        origins: State dict key of each quantized weight -> checksum of its float values.
     """
     files = _files(folder)
     if len(files) < 2 or MASKS_FILE not in files:  # the masks are written last
@@ -81,27 +83,27 @@ def compare(
     try:
         found = pretrained_part(module)
         prefix = f"{found[0]}." if found is not None and found[0] else ""
-        # Under a prompt the base has other names in the file: such a checkpoint is whole.
+        # With prompt tuning the names in the file differ, so nothing is left out of the checkpoint.
         if _under_prefix(MaskSet.load(folder / MASKS_FILE), prefix).digest() != masks.digest():
             return None
         with ExitStack() as stack:
             tensors = SavedTensors((folder / BASE_FOLDER).glob("*.safetensors"), stack)
             entries = dict(_equal(module, state, tensors, prefix, origins or {}))
     except (MaskError, SafetensorError, OSError):
-        return None  # what cannot be read cannot be relied on
+        return None  # an unreadable base cannot be relied on
     return InBase(folder, files, masks, prefix, entries)
 
 
 def leave_out(
     base: InBase, checkpoint: dict[str, Any], pruning: str, origins: Mapping[str, int] | None = None
 ) -> dict[str, Any]:
-    """Take out of a checkpoint what is, at this moment, as the base has it, and the masks.
+    """Remove the masks, and all weights that now equal those of the base, from a checkpoint.
 
     Args:
-        base: What the base has.
-        checkpoint: As Lightning saves it.
+        base: What `compare` returned.
+        checkpoint: The checkpoint as Lightning saves it; changed in place.
         pruning: The key of the state of `WandaPruning`.
-        origins: As for `compare`; the floats in the base give the same quantized weights again.
+        origins: As for `compare`; quantizing the floats in the base gives the same quantized weights again.
 
     Returns:
         What `complete` needs.
@@ -123,19 +125,19 @@ def leave_out(
 
 
 def complete(checkpoint: dict[str, Any], left_out: Mapping[str, Any], path: Path, folders: Iterable[Path]) -> Path:
-    """Put back what `leave_out` took.
+    """Load into a checkpoint what `leave_out` removed, in place.
 
     Args:
-        checkpoint: As it was read.
+        checkpoint: The checkpoint as it was read.
         left_out: What `leave_out` returned.
-        path: Where it was read, for the message.
-        folders: Run folders to look into.
+        path: The path it was read from, for the message.
+        folders: Run folders to search.
 
     Returns:
         The run folder that holds the base.
 
     Raises:
-        RunFolderError: if none holds the very same base; says for each what is wrong.
+        RunFolderError: if none holds the same base; gives the reason for each folder.
     """
     tried: dict[Path, str] = {}
     for folder in dict.fromkeys(place.absolute() for place in folders):
@@ -207,7 +209,7 @@ def _under_prefix(masks: MaskSet, prefix: str) -> MaskSet:
 
 
 def _files(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of change of the files that make up a base and its masks."""
+    """Size and modification time of the files of a base and its masks, by file name."""
     files = [*sorted((folder / BASE_FOLDER).glob("*.safetensors")), folder / MASKS_FILE]
     stats = {file.name: file.stat() for file in files if file.is_file()}
     return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}

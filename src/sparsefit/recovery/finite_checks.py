@@ -56,10 +56,10 @@ def check_finite_weights(model: nn.Module, what: str = "the model") -> None:
         DivergenceError: names the parameters and how many of their weights are not finite.
     """
     if broken := nonfinite_weights(model):
-        raise DivergenceError(f"{what} is not written: {told(broken)}")
+        raise DivergenceError(f"{what} is not written: {nonfinite_message(broken)}")
 
 
-def told(broken: Mapping[str, int]) -> str:
+def nonfinite_message(broken: Mapping[str, int]) -> str:
     """A message for the result of `nonfinite_weights`."""
     listed = ", ".join(f"{name} ({count:,})" for name, count in list(broken.items())[:3])
     more = ", ..." if len(broken) > 3 else ""

@@ -17,7 +17,7 @@ from sparsefit.errors import DivergenceError, MaskError, RunFolderError
 from sparsefit.files import is_plain
 from sparsefit.pruning import MaskSet
 from sparsefit.quantized import stored_matrix
-from sparsefit.recovery.finite_checks import nonfinite_count, told
+from sparsefit.recovery.finite_checks import nonfinite_count, nonfinite_message
 
 MASKS_FILE = "masks.safetensors"
 BASE_FOLDER = "base"
@@ -133,7 +133,7 @@ def check_finite_folder(folder: Path) -> None:
     for file in weight_files(folder):
         with open_tensors(file) as tensors:
             if broken := {name: count for name in sorted(tensors) if (count := nonfinite_count(tensors[name]))}:
-                raise DivergenceError(f"{file} holds a model that diverged: {told(broken)}. Take an earlier one")
+                raise DivergenceError(f"{file} holds a model that diverged: {nonfinite_message(broken)}. Take an earlier one")
 
 
 class SavedTensors(Mapping[str, torch.Tensor]):

@@ -1,6 +1,6 @@
-"""The frozen sparse base in 4 or 8 bits while adapters train, and back in floats for merging.
+"""Quantizes the frozen sparse base to 4 or 8 bits while adapters train, and converts it back to floats for merging.
 
-bitsandbytes is imported when something is quantized, and not before.
+bitsandbytes is imported only when something is quantized.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _QUANTIZABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass
 class QuantizeReport:
-    """What `quantize_base` did.
+    """The result of `quantize_base`.
 
     Attributes:
         kind: "nf4" or "int8".
-        layers: Names of the weights that are quantized now.
-        left: Names of the masked parameters that stay as they were, and why.
-        bytes_before: Of all numbers of the model without its adapters.
-        bytes_after: The same, afterwards; scales included.
+        layers: Names of the quantized weights.
+        left: Masked parameter that was not quantized -> reason.
+        bytes_before: Bytes of the model without its adapters before quantization.
+        bytes_after: Bytes of the model without its adapters afterwards, including scales.
     """
 
     kind: Kind
@@ -45,15 +45,15 @@ class QuantizeReport:
     bytes_after: int = 0
 
     def account(self) -> dict[str, Any]:
-        """As a report holds it."""
+        """The result as a dict for reports."""
         return asdict(self)
 
 
 def check_settings(kind: str, compute_dtype: torch.dtype | None = None, double_quant: bool = False) -> None:
-    """See that a base can be quantized so, here.
+    """Check that settings are valid and bitsandbytes is installed.
 
     Raises:
-        ConfigError: for settings that do not exist or do not go together, or without bitsandbytes.
+        ConfigError: for unknown or incompatible settings, or if bitsandbytes is not installed.
     """
     if kind not in KINDS:
         raise ConfigError(f"a base cannot be held in {kind!r}: the choices are nf4 and int8")
@@ -70,10 +70,10 @@ def check_settings(kind: str, compute_dtype: torch.dtype | None = None, double_q
 
 
 def check_adapters(model: nn.Module) -> None:
-    """See that the adapters of a model do without the numbers of the weights that they adapt.
+    """Check that the adapters of a model do not read the values of the weights that they adapt.
 
     Raises:
-        ConfigError: if one reads its weight itself, as HiRA and DoRA do; names it.
+        ConfigError: if one does, as HiRA and DoRA do; names it.
     """
     for name, module in model.named_modules():
         if not isinstance(getattr(module, "base_layer", None), nn.Linear):
@@ -95,23 +95,23 @@ def quantize_base(
     compute_dtype: torch.dtype | None = None,
     double_quant: bool = False,
 ) -> QuantizeReport:
-    """Hold the masked linear layers of a model in 4 or 8 bits, in place, with every pruned weight exactly zero.
+    """Quantize the masked linear layers of a model in place; every pruned weight stays exactly zero.
 
-    Embeddings, head, norms, adapters and the copies of layers that PEFT trains have no mask and stay as they are. So do
-    matrices that are not held by an `nn.Linear` of their own: stacked experts, GPT-2's Conv1D, shared weights; the
-    report says so. The same weights give the same bits every time.
+    Embeddings, head, norms, adapters and the copies of layers that PEFT trains have no mask and are not quantized.
+    Matrices that are not the weight of their own `nn.Linear` are not quantized either (stacked experts, GPT-2's Conv1D,
+    shared weights); the report lists them. Quantization is deterministic.
 
     Args:
-        model: A LightningModule or model, pruned, with LoRA adapters or none; its base is frozen.
-        kind: "nf4": 4 bits, blocks of 64 weights; "int8": 8 bits, one scale a row.
+        model: A pruned LightningModule or model, with LoRA adapters or none; its base is frozen.
+        kind: "nf4": 4 bits, blocks of 64 weights; "int8": 8 bits, one scale per row.
         masks: Its masks.
-        compute_dtype: Of the products with nf4 weights; None is autocast's, else that of the inputs.
+        compute_dtype: Dtype of the products with nf4 weights; None is autocast's, else that of the inputs.
         double_quant: Quantize the scales of nf4, too.
 
     Raises:
-        ConfigError: before anything is changed, if a masked weight trains, an adapter needs the numbers, the
-            settings cannot work, or bitsandbytes is missing.
-        MaskError: before anything is changed, if the masks do not fit or do not hold.
+        ConfigError: before anything is changed, if a masked weight trains, an adapter reads weight values, the settings
+            are invalid, or bitsandbytes is missing.
+        MaskError: before anything is changed, if the masks do not fit the model, or a pruned weight is not zero.
     """
     check_settings(kind, compute_dtype, double_quant)
     check_adapters(model)
@@ -119,11 +119,11 @@ def quantize_base(
     layers, left = _choose(model, masks)
     report = QuantizeReport(kind, list(layers), left, base_bytes(model))
     if kind == "int8":
-        # It says on every call that inputs which are not float16 are cast.
+        # bitsandbytes warns on every call that inputs other than float16 are cast.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     places = _places(model)
     for name in list(layers):
-        old = layers.pop(name)  # the only reference, once its place is taken: one matrix in floats at a time
+        old = layers.pop(name)  # the last reference after its replacement, so that its memory is freed
         new = _quantized(old, kind, compute_dtype, double_quant)
         mask = masks.mask(name, new.weight.device)
         if bool(dequantized(new).masked_fill_(mask, 0).any()):
@@ -135,17 +135,17 @@ def quantize_base(
 
 
 def dequantize_base(model: nn.Module) -> None:
-    """Put plain linear layers with the weights that were computed with in the place of quantized ones.
+    """Replace quantized layers by plain linear layers with the dequantized weights.
 
-    Zeros stay zeros. The weights have the dtype that they had before they were quantized; where that is not known, that
-    of the model's other weights.
+    Zeros stay zeros. The weights get their dtype from before quantization; if that is unknown, the dtype of the model's
+    other weights.
     """
     _put_floats(model)
 
 
 @contextmanager
 def in_floats(model: nn.Module) -> Iterator[None]:
-    """The same for a while, as for merging adapters to evaluate them; the quantized layers are back afterwards."""
+    """Replace quantized layers by plain ones temporarily, for example to merge adapters for an evaluation."""
     replaced: list[tuple[nn.Module, str, nn.Module]] = []
     try:
         replaced += _put_floats(model)
@@ -157,20 +157,20 @@ def in_floats(model: nn.Module) -> Iterator[None]:
 
 
 def base_bytes(model: nn.Module) -> int:
-    """Bytes of a model's numbers without its adapters; a shared tensor counts once, scales are included."""
+    """Bytes of a model's tensors without its adapters; shared tensors count once, scales are included."""
     tensors = {(t.data_ptr(), t.shape): t.nbytes for t in base_state_dict(model).values() if t.device.type != "meta"}
     return sum(tensors.values())
 
 
 def quantized_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The key in the model's state of each quantized weight, and its layer."""
+    """Yield the state dict key of each quantized weight, and its layer."""
     for name, module in model.named_modules(remove_duplicate=False):
         if is_quantized(module):
             yield (f"{name}.weight" if name else "weight"), module
 
 
 def float_weights(model: nn.Module, masks: MaskSet) -> Iterator[tuple[str, nn.Parameter]]:
-    """The key in the model's state of each masked weight that is held by a plain linear layer, and the weight."""
+    """Yield the state dict key of each masked weight of a plain linear layer, and the weight."""
     for name, module in model.named_modules(remove_duplicate=False):
         key = f"{name}.weight" if name else "weight"
         if type(module) is nn.Linear and canonical_name(key) in masks.parameters:
@@ -178,20 +178,20 @@ def float_weights(model: nn.Module, masks: MaskSet) -> Iterator[tuple[str, nn.Pa
 
 
 def scale_keys(state: Mapping[str, Any], key: str) -> list[str]:
-    """The keys in a state of what belongs to the quantized weight of this key: its scales and their format."""
+    """The keys in a state dict of the scales and the format of the quantized weight with the given key."""
     layer = key.removesuffix("weight")
     return [k for k in state if k.startswith(f"{key}.") or k in (f"{layer}SCB", f"{layer}weight_format")]
 
 
 def to_float_state(model: nn.Module, state: dict[str, Any]) -> dict[str, Tensor]:
-    """Have a model's state hold, in place, the weights of a model that is not quantized, on the CPU.
+    """Replace the quantized weights in a model's state dict by float weights on the CPU, in place.
 
     Args:
         model: The model.
-        state: Its state; quantized weights that are not in it are left out.
+        state: Its state dict; quantized weights that it does not contain are skipped.
 
     Returns:
-        The scales that were taken out of it, for `restore_scales`.
+        The scales that were removed from it, for `restore_scales`.
     """
     scales: dict[str, Tensor] = {}
     for key, layer in quantized_weights(model):
@@ -203,13 +203,12 @@ def to_float_state(model: nn.Module, state: dict[str, Any]) -> dict[str, Tensor]
 
 @torch.no_grad()
 def restore_scales(model: nn.Module, scales: Mapping[str, Tensor]) -> None:
-    """Give weights that were quantized again the very scales that they had.
+    """Restore the exact scales of weights that were dequantized and quantized again.
 
-    What was dequantized and quantized again has the same codes, but scales that were themselves quantized are not
-    always found again.
+    Their codes are the same as before, but scales that are themselves quantized may differ.
 
     Args:
-        model: The model, quantized.
+        model: The quantized model.
         scales: What `to_float_state` returned.
     """
     from bitsandbytes.nn import Params4bit
@@ -225,7 +224,7 @@ def restore_scales(model: nn.Module, scales: Mapping[str, Tensor]) -> None:
 
 
 def _choose(model: nn.Module, masks: MaskSet) -> tuple[dict[str, nn.Linear], dict[str, str]]:
-    """The layers to quantize by the name of their weight, and why the other masked parameters stay."""
+    """The layers to quantize by name of their weight, and for each other masked parameter why it is not quantized."""
     owners: dict[str, tuple[nn.Module, str]] = {}
     holders: dict[int, set[int]] = {}
     for path, module in base_modules(model).items():
@@ -260,7 +259,7 @@ def _choose(model: nn.Module, masks: MaskSet) -> tuple[dict[str, nn.Linear], dic
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Where each module hangs: its parents, and its name there."""
+    """For each module id, its parents and its name in each parent."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         parent, _, name = path.rpartition(".")
@@ -271,7 +270,7 @@ def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
 
 @torch.no_grad()
 def _put_floats(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Put plain layers in the place of quantized ones; returns parents, names there, and what was there."""
+    """Replace quantized layers by plain ones; returns parent, name and quantized layer for each replacement."""
     places, replaced = _places(model), []
     for layer in [module for module in model.modules() if is_quantized(module)]:
         plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
@@ -291,7 +290,7 @@ def _quantized(layer: nn.Linear, kind: Kind, compute_dtype: torch.dtype | None, 
 
 
 def _float_weight(layer: nn.Module, model: nn.Module) -> Tensor:
-    """(out, in) in the dtype that the weight had."""
+    """The dequantized weight, (out, in), in its dtype from before quantization."""
     values = dequantized(layer)
     if values.dtype == torch.float32 and layer.weight.dtype == torch.int8:
         others = (t.dtype for m in base_modules(model).values() for t in m.parameters(recurse=False) if t.ndim > 1)

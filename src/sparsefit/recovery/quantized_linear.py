@@ -1,12 +1,11 @@
-"""Frozen linear layers whose weights bitsandbytes holds in 4 or 8 bits while adapters train around them.
+"""Frozen linear layers with 4-bit or 8-bit weights of bitsandbytes, for training adapters on them.
 
-A state in floats can be loaded into them: they quantize it.
+A state dict in floats can be loaded into them; it is quantized on loading.
 
-They compute with the values that `pruning.quantized.dequantized` reads, whatever the shape, dtype and device. The
-layers of bitsandbytes (0.50) do not: its CPU kernel gives wrong products with 4-bit weights where the width is not a
-multiple of the blocksize; in evaluation mode on a CPU, 4-bit weights are rearranged and 8-bit layers round their
-inputs; the first input decides the dtype of all products; biases are cast in place, and get no gradient from inputs of
-three dimensions.
+They compute with the values that `sparsefit.quantized.dequantized` returns, for any shape, dtype and device. The layers
+of bitsandbytes (0.50) do not: the CPU kernel gives wrong products for 4-bit weights if the width is not a multiple of
+the blocksize; in evaluation mode on a CPU, 4-bit weights are rearranged and 8-bit layers round their inputs; the first
+input decides the dtype of all products; biases are cast in place, and get no gradient from 3-D inputs.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from sparsefit.quantized import dequantized, matrix_shape, write_quantized
 
 OUTLIERS = 6.0
-"""Magnitude from which on LLM.int8() takes a column of the inputs out of the 8-bit product (Dettmers et al. 2022)."""
+"""Input columns with at least this magnitude are left out of the 8-bit product of LLM.int8() (Dettmers et al. 2022)."""
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """x W^T. W is dequantized anew in the backward pass: neither it nor x waits for that."""
+    """x W^T. The backward pass dequantizes W again, so neither W nor x is saved for it."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, layer: nn.Module) -> Tensor:
@@ -42,7 +41,7 @@ class FrozenLinear4bit(bnb.nn.Linear4bit):
     """A linear layer with a frozen NF4 weight (QLoRA, Dettmers et al. 2023, arXiv 2305.14314).
 
     Args:
-        layer: What it takes the place of: (out, in) weights of float32, bfloat16 or float16, and a bias or None.
+        layer: The layer to replace: (out, in) weights of float32, bfloat16 or float16, and a bias or None.
         compute_dtype: The dtype of the products; None is autocast's, else that of the inputs.
         double_quant: Quantize the scales, too.
     """
@@ -76,10 +75,10 @@ class FrozenLinear4bit(bnb.nn.Linear4bit):
 class FrozenLinear8bit(bnb.nn.Linear8bitLt):
     """A linear layer with a frozen int8 weight (LLM.int8(), Dettmers et al. 2022, arXiv 2208.07339).
 
-    On a CPU the inputs stay in floats; elsewhere they are rounded to 8 bits, too, but for outliers.
+    On a CPU inputs stay in floats; on other devices inputs other than outliers are rounded to 8 bits, too.
 
     Args:
-        layer: What it takes the place of: (out, in) float weights, and a bias or None.
+        layer: The layer to replace: (out, in) float weights, and a bias or None.
     """
 
     def __init__(self, layer: nn.Linear) -> None:
@@ -87,7 +86,7 @@ class FrozenLinear8bit(bnb.nn.Linear8bitLt):
             layer.in_features, layer.out_features, False, has_fp16_weights=False, threshold=OUTLIERS, device="meta"
         )
         self.weight_dtype = layer.weight.dtype
-        # What lies on another device already is not quantized by `to`.
+        # `to` quantizes only weights that come from the CPU.
         weight = bnb.nn.Int8Params(layer.weight.data.cpu(), requires_grad=False, has_fp16_weights=False)
         self.weight = weight.to(layer.weight.device)
         self.bias = layer.bias
@@ -109,7 +108,7 @@ class FrozenLinear8bit(bnb.nn.Linear8bitLt):
 
 
 def _take_floats(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Quantize a weight that comes in floats, as in the state of a model that is not quantized."""
+    """Quantize a float weight in a state dict before it is loaded."""
     weight = state_dict.get(f"{prefix}weight")
     if weight is not None and weight.is_floating_point() and tuple(weight.shape) == matrix_shape(layer):
         write_quantized(layer, weight)
@@ -117,7 +116,7 @@ def _take_floats(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *_: 
 
 
 def _given_dtype(x: Tensor) -> torch.dtype:
-    """What nn.Linear would answer in: autocast's dtype, else that of the inputs."""
+    """The output dtype of nn.Linear: autocast's, else that of the inputs."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 

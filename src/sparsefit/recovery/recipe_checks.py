@@ -1,4 +1,4 @@
-"""Whether a module trains what a checkpoint holds, and which of its settings are others."""
+"""Checks whether a module matches a checkpoint, and which of its settings differ."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ _FREE = ("adapter.dropout",)
 
 
 def changed_settings(checkpoint: Mapping[str, Any], module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """The hyperparameters that a checkpoint and a module both know and have others of, by dotted name: (the
-    checkpoint's, the module's)."""
+    """The hyperparameters that a checkpoint and a module both have with different values: dotted name -> (value in the
+    checkpoint, value in the module)."""
     now, saved = getattr(module, "hparams", {}), checkpoint.get("hyper_parameters") or {}
     return _changed(_plain(saved), _plain(now))
 
 
 def check_same_recipe(checkpoint: Mapping[str, Any], module: nn.Module, path: str | Path, training: bool) -> None:
-    """See that a module trains what the checkpoint holds.
+    """Check that a module has the weights and the recipe of a checkpoint.
 
     Args:
-        checkpoint: As it was read, before it is filled up.
+        checkpoint: The checkpoint as it was read, before it is completed.
         module: The module.
-        path: Where it was read, for the message.
-        training: Whether training is to go on; else it may be set up in another way.
+        path: The path it was read from, for the message.
+        training: Whether training resumes; if not, training settings may differ.
 
     Raises:
-        ConfigError: if model, adapters, distillation or kind of optimizer are others; names the settings that differ.
+        ConfigError: if model, adapters, distillation or optimizer class differ; names the settings.
     """
     differing = changed_settings(checkpoint, module)
     held, state = checkpoint["state_dict"], module.state_dict()
@@ -48,7 +48,7 @@ def check_same_recipe(checkpoint: Mapping[str, Any], module: nn.Module, path: st
         for name, parameter in trained.items()
         if name in held and held[name].shape != parameter.shape
     ]
-    # Others, such as the learning rate or dropout, may be changed on the way.
+    # Other settings, such as the learning rate or dropout, may change when a run resumes.
     sections = _DECISIVE_IN_TRAINING if training else _DECISIVE
     decisive = {name: both for name, both in differing.items() if name.split(".")[0] in sections and name not in _FREE}
     if not problems and not decisive:
@@ -75,13 +75,13 @@ def _changed(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "")
 
 
 def _plain(values: Mapping[str, Any], depth: int = 0) -> dict[str, Any]:
-    """Settings in plain values; of a model's path only the last part, as folders are moved."""
+    """Settings as plain values; of a model's path only the last part, as folders may be moved."""
     plain: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
             plain[key] = _plain(value, depth + 1)
         elif key == "model" and not depth:
             plain[key] = Path(str(value)).name
-        elif isinstance(value, tuple | list | str | int | float | None):  # others may not compare
+        elif isinstance(value, tuple | list | str | int | float | None):  # other types may not be comparable
             plain[key] = list(value) if isinstance(value, tuple) else value
     return plain

@@ -1,9 +1,9 @@
-"""Blockwise reconstruction: each pruned block is tuned, masks fixed, until its output is like the dense block's.
+"""Blockwise reconstruction: tunes each pruned block, with fixed masks, to match the output of the dense block.
 
 Guo et al. 2024, "EBFT: Effective and Block-Wise Fine-Tuning for Sparse LLMs" (arXiv 2402.12419). The loss of a block is
-the squared distance between its output, on inputs from the tuned blocks before it, and the output of the dense network
-at the same place. One block is tuned at a time, in float32, so gradients and optimizer state of one block are all that
-is held beside the model and two hidden states for each calibration sample.
+the squared distance between its output, on inputs from the tuned blocks before it, and the output of the same block in
+the dense network. Blocks are tuned one at a time, in float32. In addition to the model, memory is needed for gradients
+and optimizer state of one block, and two hidden states for each calibration sample.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from sparsefit.settings import number
 
 @dataclass
 class ReconstructSettings:
-    """How long and how fast each block is tuned.
+    """Settings for tuning each block.
 
     Args:
-        passes: times that each block sees the calibration samples; 0 leaves the blocks as pruning left them.
-        learning_rate: of Adam at the first step; it falls linearly to zero.
-        batch_size: samples in a step, those of all ranks together.
+        passes: Passes over the calibration samples for each block; 0 turns the reconstruction off.
+        learning_rate: Initial learning rate of Adam; it falls linearly to zero.
+        batch_size: Samples in a step, over all ranks together.
     """
 
     passes: int = 10
@@ -53,14 +53,14 @@ class ReconstructSettings:
 
 @dataclass(frozen=True)
 class BlockError:
-    """What tuning one block did.
+    """The result of tuning one block.
 
     Attributes:
-        block: Its name.
-        before: Squared distance of its outputs from the dense network's, as a share of the squared outputs.
-        after: The same once it was tuned.
+        block: The name of the block.
+        before: Squared distance of its outputs from those of the dense network, divided by the squared dense outputs.
+        after: This relative error after tuning.
         steps: Optimizer steps taken.
-        seconds: Wall time.
+        seconds: Wall seconds.
     """
 
     block: str
@@ -71,7 +71,7 @@ class BlockError:
 
 
 def dense_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Copies in CPU memory of the matrices in a model's blocks, by canonical name; taken before it is pruned."""
+    """Copy the matrices in a model's blocks to CPU memory, by canonical name; call this before the model is pruned."""
     inside = {id(p) for blocks in find_block_lists(model) for block in blocks for p in block.parameters()}
     return {
         canonical_name(name): parameter.detach().to("cpu", copy=True)
@@ -91,23 +91,23 @@ def reconstruct(
     seconds: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[BlockError]:
-    """Tune the kept weights of each block in place; one that tuning does not bring nearer stays as it was.
+    """Tune the kept weights of each block in place. A block whose error does not fall keeps its weights.
 
     Args:
-        model: A pruned model; adapters on it are left out of account.
-        batches: Calibration data, as `prune` takes it.
-        dense: The weights from before, as `dense_weights` gives them.
+        model: A pruned model; its adapters are disabled.
+        batches: Calibration data, as for `prune`.
+        dense: The dense weights, as `dense_weights` returns them.
         masks: The masks of the model.
         settings: Passes, learning rate, batch size.
         forward: How a batch goes through the model, as for `prune`.
-        seconds: Wall time after which no further step is taken; each block gets an equal share of what is left.
-        progress: Called with (blocks done, blocks in all).
+        seconds: Wall seconds after which no further step is taken; each block gets an equal share of what is left.
+        progress: Called with (blocks done, total blocks).
 
     Returns:
-        The error of each block before and after, in the order in which they run.
+        The error of each block before and after tuning, in execution order.
 
     Raises:
-        ConfigError: if the model cannot be run block by block, or its weights are quantized; nothing has changed then.
+        ConfigError: if the model cannot run block by block, or its weights are quantized; nothing has changed then.
         CalibrationError: if there is no calibration data.
     """
     settings = settings or ReconstructSettings()
@@ -126,7 +126,7 @@ def reconstruct(
             )
         tuner.expect([block for found in lists for block in found.blocks])
         for number, found in enumerate(lists):
-            # What comes before a later list is tuned by now: its own targets are those of the dense network.
+            # Blocks before a later list are tuned already, but the targets must come from the dense network.
             before = [block for earlier in lists[:number] for block in earlier.blocks]
             for index, run in run_blocks(found, data, pass_on, tuner.dense_again(before) if before else None):
                 errors.append(tuner.tune(names.get(id(found.blocks[index]), str(index)), found.blocks[index], run))
@@ -136,10 +136,10 @@ def reconstruct(
 
 
 class _Tuner:
-    """Tunes block after block inside a time.
+    """Tunes one block after the other within a time limit.
 
     Attributes:
-        blocks: How many there are in all.
+        blocks: Total number of blocks.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class _Tuner:
 
     @contextmanager
     def model_frozen(self) -> Iterator[None]:
-        """No parameter requires a gradient; as it was afterwards."""
+        """Freeze all parameters; `requires_grad` is restored at the end."""
         trained = [(parameter, parameter.requires_grad) for parameter in self._model.parameters()]
         try:
             self._model.requires_grad_(False)
@@ -166,14 +166,14 @@ class _Tuner:
                 parameter.requires_grad_(requires_grad)
 
     def expect(self, blocks: list[nn.Module]) -> None:
-        """Check that all the blocks can be tuned."""
+        """Set the blocks to tune, after a check that all of them can be tuned."""
         self.blocks = len(blocks)
         for block in blocks:
             self._weights_of(block)
 
     @contextmanager
     def dense_again(self, blocks: list[nn.Module]) -> Iterator[None]:
-        """Blocks with their dense weights, for a while."""
+        """Swap the dense weights into blocks temporarily."""
         weights = {name: weight for block in blocks for name, weight in self._weights_of(block).items()}
         sparse = {name: weight.data for name, weight in weights.items()}
         try:
@@ -185,7 +185,7 @@ class _Tuner:
                 weight.data = sparse[name]
 
     def tune(self, name: str, block: nn.Module, run: BlockRun) -> BlockError:
-        """Tune one block, and take both hidden states through it."""
+        """Tune one block, and replace both hidden states in `run` by the outputs of the block."""
         start = time.monotonic()
         limit = None if self._deadline is None else max(0.0, self._deadline - start) / (self.blocks - self._done)
         self._done += 1
@@ -204,7 +204,7 @@ class _Tuner:
                 after = before
                 for weight, old in zip(tuned, kept, strict=True):
                     weight.data.copy_(old)
-            for weight in tuned:  # rounding on other hardware must not make the ranks' models differ
+            for weight in tuned:  # rank 0 decides, as rounding may differ between the hardware of ranks
                 weight.data.copy_(of_rank(weight.data))
         with torch.no_grad(), errors_on_all_ranks():
             run.sparse = [
@@ -214,7 +214,7 @@ class _Tuner:
 
     @contextmanager
     def _guarded(self, block: nn.Module, tuned: list[nn.Parameter]) -> Iterator[torch.optim.Optimizer]:
-        """An optimizer of some weights of a block, which train while this lasts and keep to their masks."""
+        """Make some weights of a block trainable with their pruned weights guarded; yields their optimizer."""
         block.requires_grad_(False)
         for weight in tuned:
             weight.requires_grad_(True)

@@ -1,4 +1,4 @@
-"""What a run folder says of itself: the state of its run, and which of its files are not what was written."""
+"""Reads the state of the run in a run folder, its checkpoints, and which of its files are damaged."""
 
 from __future__ import annotations
 
@@ -26,33 +26,33 @@ PAGE_FILE = "report.html"
 ADAPTER_FOLDER = "adapter"
 TRAINED_BASE_FOLDER = "trained_base"
 CHECKPOINTS_FOLDER = "checkpoints"
-META_FILE = "meta.pt"  # Lightning's, in a checkpoint that is a folder: written last
+META_FILE = "meta.pt"  # the file that Lightning writes last to a checkpoint folder
 WRITTEN_FOLDERS = (BASE_FOLDER, TRAINED_BASE_FOLDER, ADAPTER_FOLDER, MODEL_FOLDER)
-"""The folders that a run writes whole or not at all, with their sums in them."""
+"""The folders that a run writes atomically, each with checksums of its files."""
 
 CLAIMED = "claimed"
-"""The folder belongs to the run; nothing is pruned yet."""
+"""The run has locked the folder; nothing is pruned yet."""
 PRUNED = "pruned"
 """The sparse base and its masks are written."""
 TRAINING = "training"
 CLOSING = "closing"
-"""Training has ended; export, evaluation and report are under way."""
+"""Training has ended; export, evaluation and report are in progress."""
 FINISHED = "finished"
 FAILED = "failed"
-"""An error or an interrupt ended it: `error` says which."""
+"""An error or an interrupt ended the run; it is in `error`."""
 
 
 @dataclass(frozen=True)
 class RunState:
-    """The state of a run, as its folder has it.
+    """The state of a run, saved in its folder.
 
     Attributes:
         name: One of the names above.
         run: The id of the run.
-        step: Optimizer steps taken when it was written.
-        error: What ended a run that failed.
-        results: The step of which the folder holds all results: of the last time that the run had finished.
-        sums: sha256 of files that the run goes by, by their names.
+        step: Optimizer steps taken when the state was written.
+        error: The error that ended a failed run.
+        results: The step at which the run last finished, for which the folder holds all results; 0 if it never did.
+        sums: File name -> sha256, for files that the run reads on resuming.
     """
 
     name: str
@@ -63,12 +63,12 @@ class RunState:
     sums: Mapping[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        """Write it to a run folder, whole or not at all."""
+        """Write the state to a run folder, atomically."""
         write_text(json.dumps(sealed(asdict(self)), indent=2) + "\n", folder / STATE_FILE)
 
 
 def read_state(folder: Path) -> RunState | None:
-    """The state of the run in a folder; None where there is none, or one that an earlier version left.
+    """The state of the run in a folder; None if there is no run, or one of an earlier version.
 
     Raises:
         RunFolderError: if it is damaged.
@@ -90,16 +90,16 @@ def read_state(folder: Path) -> RunState | None:
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether anything of a run lies in a folder."""
+    """Whether a folder holds files of a run."""
     names = (STATE_FILE, REPORT_FILE, CONFIG_FILE, MASKS_FILE, BASE_FOLDER)
     return any((folder / name).exists() for name in names)
 
 
 def check_ended(folder: Path) -> None:
-    """See that the results in a run folder are of one and the same moment; a folder of anything else passes.
+    """Check that the run in a folder has ended, so that its files belong together; folders without a run pass.
 
     Raises:
-        RunFolderError: if the run in it is under way, or was killed amid its training or its end; says how to go on.
+        RunFolderError: if the run is in progress, or was killed during training or at its end; says how to continue.
     """
     state = read_state(folder)
     if state is not None and state.name in (TRAINING, CLOSING):
@@ -110,9 +110,9 @@ def check_ended(folder: Path) -> None:
 
 
 def damaged_files(folder: Path) -> dict[str, str]:
-    """The files of a run folder that are not what was written, by their names in it, and what is wrong with each.
+    """The damaged or changed files of a run folder by their names in it, with a reason for each.
 
-    Looked at are state, configuration, report, masks, checkpoints, and all in the folders that the run wrote.
+    Checked are state, configuration, report, masks, checkpoints, and all files in `WRITTEN_FOLDERS`.
     """
     damaged: dict[str, str] = {}
     try:
@@ -136,7 +136,7 @@ def damaged_files(folder: Path) -> dict[str, str]:
 
 
 def damaged_results(folder: Path) -> dict[str, str]:
-    """The same of what the end of a run makes, and can make anew: adapter, model and report."""
+    """The damaged or changed files among the results of a run, which it can write again: adapter, model and report."""
     damaged = {}
     for place in (ADAPTER_FOLDER, TRAINED_BASE_FOLDER, MODEL_FOLDER):
         damaged |= _changed_in(folder, place)
@@ -158,8 +158,8 @@ def _changed_in(folder: Path, part: str) -> dict[str, str]:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint in a run folder that has come furthest, and of several the one that was written last; None where
-    there is none. One that cannot be read comes before all others: whoever resumes from it is told, and chooses."""
+    """The checkpoint in a run folder with the most steps, of several the one written last; None if there is none. An
+    unreadable checkpoint comes first, so that resuming from it raises and the user can choose another."""
     return max(_checkpoints(folder), key=_step_of, default=None)
 
 
@@ -168,8 +168,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a checkpoint lies there: a file, or the folder of a run whose weights were split over devices. Without
-    the part that is written last, a folder is none."""
+    """Whether a path is a checkpoint: a file, or a folder with sharded weights that holds the file written last."""
     return path.is_file() or (path / META_FILE).is_file()
 
 
@@ -177,18 +176,18 @@ def _step_of(path: Path) -> tuple[int, int]:
     try:
         file = path / META_FILE if path.is_dir() else path
         step = torch.load(file, weights_only=True, map_location="cpu", mmap=True)["global_step"]
-    except Exception:  # whatever is wrong with it is told when it is resumed from
+    except Exception:  # resuming from it raises the error
         step = sys.maxsize
     return step, path.stat().st_mtime_ns
 
 
 def checkpoint_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, every byte of whose contents has a checksum in it; None if it is whole."""
+    """What is wrong with a checkpoint, found by the checksums in its archives; None if it is undamaged."""
     if not path.is_dir():
         return _archive_damage(path)
     try:
         stored = FileSystemReader(path).read_metadata().storage_data
-    except Exception as error:  # a damaged pickle raises whatever it says
+    except Exception as error:  # a damaged pickle can raise any error
         return f"its .metadata cannot be read ({error})"
     if damage := _archive_damage(path / META_FILE):
         return f"in its {META_FILE}, {damage}"

@@ -1,4 +1,4 @@
-"""The learning rate of a run with a budget: up in a few steps, then linearly to zero as the budget runs out.
+"""The learning rate schedule of a run with a budget: a short warm-up, then linear decay to zero at its end.
 
 Li, Yumer, Ramanan: Budgeted Training, 2020 (https://arxiv.org/abs/1905.04753): of the schedules they compare, a linear
 decay that reaches zero when the budget ends is the best and needs no tuning.
@@ -29,12 +29,12 @@ def budget_factor(step: int, warmup_steps: int, progress: float) -> float:
 
 
 def keep_base_rates(optimizers: Iterable[Optimizer], factor: float | None = None) -> None:
-    """Note the base rate of each parameter group in its "initial_lr", where optimizers save and restore it.
+    """Store the base rate of each parameter group as its "initial_lr", which optimizers save and restore.
 
     Args:
-        optimizers: Groups that have an "initial_lr" already, from a checkpoint for instance, keep it.
-        factor: The factor that the optimizer's other groups stand at. A group that is new keeps the rate it came with
-            for this moment and decays from there. None or 0: the rate it has is its base rate.
+        optimizers: Groups that have an "initial_lr" already, for instance from a checkpoint, keep it.
+        factor: The current factor of the optimizer's other groups. A new group then keeps its current rate for this
+            step and decays from it. None or 0: the current rate is the base rate.
     """
     for group in _groups(optimizers):
         if "initial_lr" not in group:
@@ -52,7 +52,7 @@ def set_rates(optimizers: Iterable[Optimizer], factor: float) -> None:
 
 
 def first_rate(optimizers: Iterable[Optimizer]) -> float | None:
-    """The learning rate of the first parameter group that has one; None where there is none."""
+    """The learning rate of the first parameter group that has one; None if none has."""
     return next((float(group["lr"]) for group in _groups(optimizers)), None)
 
 

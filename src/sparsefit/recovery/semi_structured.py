@@ -1,7 +1,7 @@
-"""Pruned 2:4 layers as torch's semi-structured tensors, which GPUs since Ampere multiply at up to twice the dense rate.
+"""Converts pruned 2:4 layers to torch's semi-structured tensors, which GPUs since Ampere multiply up to twice as fast.
 
-torch.sparse (a prototype, as it says itself) has two backends: cuSPARSELt, and CUTLASS where that is missing. Both hold
-the two kept values of every four and two bits for each: 9/16 of the memory of a weight in half precision.
+torch.sparse (officially a prototype) has two backends: cuSPARSELt, and CUTLASS where that is missing. Both store two
+values of every four and two bits for each: 9/16 of the memory of a dense half-precision weight.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sparsefit.quantized import is_quantized
 
 HALF = (torch.float16, torch.bfloat16)
 MULTIPLES = {"cusparselt": (16, 16), "cutlass": (32, 64)}
-"""What the rows and columns of a half-precision weight must be multiples of, by backend."""
+"""Backend -> (rows, columns) of which the shape of a half-precision weight must be a multiple."""
 
 _AMPERE, _HOPPER = (8, 0), (9, 0)
 _TRIAL = 64  # rows and columns that fit both backends
@@ -27,12 +27,12 @@ _TRIAL = 64  # rows and columns that fit both backends
 
 @dataclass(frozen=True)
 class SemiStructuredReport:
-    """What became of the masked weights.
+    """The result of `to_semi_structured`.
 
     Attributes:
-        backends: What multiplies the converted ones: "cusparselt" or "cutlass", by device.
-        converted: Names of the weights that are semi-structured tensors now.
-        dense: The others, and why they stayed as they were.
+        backends: Device -> backend of the converted weights: "cusparselt" or "cutlass".
+        converted: Names of the converted weights.
+        dense: Masked weight that was not converted -> reason.
     """
 
     backends: dict[str, str] = field(default_factory=dict)
@@ -51,8 +51,8 @@ def to_semi_structured(model: nn.Module, masks: MaskSet) -> SemiStructuredReport
         masks: Its masks.
 
     Returns:
-        Which weights were converted, and for each other masked weight why it was not. A model that nothing can be
-        done for is no error: all of its weights then have a reason.
+        Which weights were converted, and for each other masked weight why it was not. If no weight can be converted,
+        this is not an error: all weights then have a reason.
 
     Raises:
         MaskError: if the masks do not fit or a pruned weight is not zero, before anything is changed.
@@ -99,7 +99,7 @@ def why_dense(name: str, layer: nn.Module | None, masks: MaskSet) -> str:
         return "its mask is not 2:4"
     if layer.weight.dtype not in HALF:
         kind = str(layer.weight.dtype).removeprefix("torch.")
-        # torch would take a float32 weight, and keep one of every two: other weights than the mask's.
+        # torch converts float32 weights, too, but to 1:2, which removes weights that the mask keeps.
         return f"it is {kind}: convert the model to bfloat16 or float16 first"
     if layer.bias is not None and layer.bias.dtype != layer.weight.dtype:
         return "its bias has another dtype"
@@ -114,9 +114,9 @@ def is_two_of_four(mask: Tensor) -> bool:
 
 
 def backend_of(device: torch.device) -> tuple[str | None, str]:
-    """The backend that multiplies semi-structured tensors on a device; None and why, if there is none.
+    """The backend for semi-structured tensors on a device and an empty string; None and the reason if there is none.
 
-    Decided by a trial: which library runs on which GPU depends on how torch was built.
+    Decided by a trial product, as it depends on how torch was built.
     """
     if device.type != "cuda":
         return None, f"it is on the {device.type}: 2:4 tensors need a GPU of compute capability 8.0 or newer"
@@ -141,7 +141,7 @@ def pack(dense: Tensor, backend: str) -> Tensor:
 
 
 def _try(backend: str, device: torch.device) -> str:
-    """What goes wrong in a small product with a known result; the empty string if nothing does."""
+    """Try a small product with a known result; returns the error, or the empty string if the result is right."""
     weight = torch.tensor([0.0, 1.0, 0.0, -2.0], dtype=torch.float16, device=device).tile(_TRIAL, _TRIAL // 4)
     inputs = torch.eye(_TRIAL, dtype=torch.float16, device=device)
     try:

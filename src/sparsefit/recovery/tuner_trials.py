@@ -1,7 +1,7 @@
-"""What a tuner of PEFT does to the layer under it, found out by trying: whether it comes back from its files once that
-layer is pruned, and whether merging it fills zeros.
+"""Tries out PEFT tuners on a layer: whether an adapter can be reloaded from its files after the layer under it was
+pruned, and whether merging it fills zeros.
 
-Each trial is on a copy, with random numbers of its own.
+Each trial runs on a copy, and does not change the global random state.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 _NAME = "probe"
-_PLACES = {  # where adapters go; the trial has one layer
+_PLACES = {  # settings that say where adapters go; the trial model has one layer
     "target_modules": [_NAME],
     "feedforward_modules": [],
     "exclude_modules": None,
@@ -33,45 +33,45 @@ _PLACES = {  # where adapters go; the trial has one layer
     "layer_replication": None,
     "task_type": None,
 }
-BEGUN = {
+INITIALIZED = {
     "init_lora_weights": True,
     "loftq_config": {},
     "eva_config": None,
     "corda_config": None,
     "lora_ga_config": None,
 }
-"""How LoRA begins, in the configuration of an adapter that has begun."""
+"""LoRA's initialization settings in the configuration of an adapter that is initialized already."""
 
 
-def begins_in_its_own_way(config: PeftConfig) -> bool:
-    """Whether the weights of an adapter, or those under it, are made in one of the ways that have names."""
+def has_named_initialization(config: PeftConfig) -> bool:
+    """Whether an adapter uses a named initialization, such as PiSSA, which may also change the weights under it."""
     return isinstance(getattr(config, "init_lora_weights", None), str)
 
 
 def set_values(config: PeftConfig, values: dict[str, Any]) -> None:
-    """Set fields of a configuration, past the checks that it makes of them together."""
+    """Set fields of a configuration without running the checks of its constructor."""
     for key, value in values.items():
         setattr(config, key, value)
 
 
 @contextmanager
-def own_randomness() -> Iterator[None]:
-    """Random numbers that are always the same, and take none away from anybody."""
+def fixed_seed() -> Iterator[None]:
+    """Seed torch's CPU generator with 0, and restore its state at the end."""
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(0)  # the CPU's alone
+        torch.random.default_generator.manual_seed(0)  # only the generator of the CPU
         yield
 
 
 @torch.no_grad()
 def fills_zeros(layer: nn.Module) -> bool:
-    """Whether merging what such an adapter may become writes into zeros of its weights; True if it cannot be merged.
+    """Whether merging a trained adapter of this kind fills zeros of its weights; True if it cannot be merged.
 
     Args:
-        layer: A layer of PEFT on a pruned weight; it stays as it is, and a copy of it is merged.
+        layer: A PEFT layer on a pruned weight; a copy of it is merged, and the layer is not changed.
     """
-    with own_randomness():
+    with fixed_seed():
         trial = copy.deepcopy(layer)
-        _train(trial, frozen=True)  # as an adapter is that was read from a file
+        _train(trial, frozen=True)  # an adapter that was loaded from a file is frozen
         zeros = {name: weight == 0 for name, weight in _base_weights(trial)}
         try:
             trial.merge()
@@ -81,24 +81,24 @@ def fills_zeros(layer: nn.Module) -> bool:
 
 
 def try_reload(config: PeftConfig, base: nn.Module) -> tuple[float, bool]:
-    """Make an adapter on a layer, prune the layer under it, write both and read them: all on a small copy, in memory.
+    """Create an adapter on a copy of a layer, prune the layer, and save and reload both in memory.
 
     Args:
-        config: Of the adapter.
-        base: A layer that it is for.
+        config: The configuration of the adapter.
+        base: A layer that it adapts.
 
     Returns:
-        The largest difference of an output between the adapter in memory and the one read, and whether reading it
+        The largest difference between outputs with the original and with the reloaded adapter, and whether reloading
         changes weights of the layer.
     """
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-    with own_randomness(), warnings.catch_warnings(), torch.no_grad():
+    with fixed_seed(), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         config = copy.deepcopy(config)
         set_values(config, {key: value for key, value in _PLACES.items() if hasattr(config, key)})
-        if begins_in_its_own_way(config):  # and is written as one that has begun
-            set_values(config, {key: value for key, value in BEGUN.items() if hasattr(config, key)})
+        if has_named_initialization(config):  # such adapters are saved as initialized ones
+            set_values(config, {key: value for key, value in INITIALIZED.items() if hasattr(config, key)})
         layer = _small_copy(base)
         inputs = _inputs_of(layer)
         # With autograd: some tuners hook the gradients of what they train.
@@ -127,7 +127,7 @@ def _layer_of(model: nn.Module) -> nn.Module:
 
 
 def _bare_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state of the layer under an adapter, by its own names."""
+    """The state dict of the layer under an adapter, by the layer's own names."""
     own = _layer_of(model)
     inner = {canonical_name(f".{name}").lstrip("."): tensor for name, tensor in own.named_parameters()}
     bare = {
@@ -149,7 +149,7 @@ def _base_weights(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _train(model: nn.Module, frozen: bool = False) -> None:
-    """Give the adapters, or also what is frozen of them, other values, as training does; their bases stay."""
+    """Change the trainable (or, with `frozen`, all) parameters of adapters randomly, as training would; not bases."""
     under = {id(parameter) for module in base_modules(model).values() for parameter in module.parameters(recurse=False)}
     for parameter in model.parameters():
         trains = frozen or parameter.requires_grad
@@ -158,7 +158,7 @@ def _train(model: nn.Module, frozen: bool = False) -> None:
 
 
 def _small_copy(base: nn.Module) -> nn.Module:
-    """A layer like this one on the CPU, in floats."""
+    """A float32 layer of the same kind and shape on the CPU."""
     if isinstance(base, nn.Linear):  # quantized ones, too
         return nn.Linear(base.in_features, base.out_features, base.bias is not None, "cpu", torch.float32)
     return copy.deepcopy(base).cpu().float()

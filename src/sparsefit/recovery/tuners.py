@@ -1,7 +1,7 @@
-"""PEFT's tuners on a base that is pruned under them: which are refused, and how the others are written.
+"""PEFT tuners on a base that is pruned under them: which are refused, and how the configurations of the rest are saved.
 
-What a tuner does is found out by trying it on a layer of its own kind, not by its name, so that tuners to come are
-judged by the same rules: see docs/adapters.md for what that gives on those of today.
+Tuners are judged by a trial on a layer of the same kind, not by name, so new tuners follow the same rules. See
+docs/adapters.md for the results with current tuners.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparsefit.bare_model import base_modules, canonical_name
 from sparsefit.errors import ConfigError
 from sparsefit.recovery.gather_shards import has_shards, whole
-from sparsefit.recovery.tuner_trials import BEGUN, begins_in_its_own_way, own_randomness, set_values, try_reload
+from sparsefit.recovery.tuner_trials import INITIALIZED, has_named_initialization, fixed_seed, set_values, try_reload
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 
 _LEFT = "The model was left as it was."
 _FIRST = "Prune it first, without the adapter, and make the adapter on the pruned model, which stays frozen and sparse"
-_TOLD_AT_EACH_CALL = ("PREFIX_TUNING", "CARTRIDGE", "POLY")  # keys and values; the task
+_TOLD_AT_EACH_CALL = ("PREFIX_TUNING", "CARTRIDGE", "POLY")  # they get keys and values, or the task id, at each call
 
 
 def check_tuners(model: nn.Module, pruning: PruningConfig) -> None:
-    """See that the base under the adapters in a model can be pruned, and that they can be read from files then.
+    """Check that the base under a model's adapters can be pruned, and that the adapters can be reloaded afterwards.
 
     Args:
-        model: A LightningModule or model, dense, with or without adapters. It stays as it is.
-        pruning: How it shall be pruned.
+        model: A dense LightningModule or model, with or without adapters. It is not changed.
+        pruning: The pruning configuration.
 
     Raises:
-        ConfigError: if not; names the tuner and the way out.
+        ConfigError: if not; names the tuner and what to do instead.
     """
     part = next((part for part in model.modules() if hasattr(part, "peft_config")), None)
     if part is not None:
@@ -54,17 +54,17 @@ def check_tuners(model: nn.Module, pruning: PruningConfig) -> None:
 
 
 def forbidden_targets(model: nn.Module, names: Iterable[str]) -> set[str]:
-    """Which names of linear layers PEFT refuses in a model of this type: asked on a layer of that name alone.
+    """The names of linear layers that PEFT refuses to adapt in a model of this type, by a trial for each name.
 
-    AdaLoRA is asked, whatever the adapter: where a model reads a weight past its layer no adapter is seen, and of LoRA
-    PEFT has opinions on names of experts, too.
+    The trial always uses AdaLoRA. The refused layers are those whose weight the model reads without calling the layer,
+    so the kind of adapter does not matter, and for LoRA PEFT also treats some names as experts.
     """
     from peft import AdaLoraConfig, get_peft_model
 
     forbidden = set()
     if not hasattr(model, "config"):
         return forbidden
-    with own_randomness(), warnings.catch_warnings():
+    with fixed_seed(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in names:
             trial = nn.ModuleDict({name: nn.Linear(1, 1)})
@@ -77,17 +77,17 @@ def forbidden_targets(model: nn.Module, names: Iterable[str]) -> set[str]:
 
 
 @contextmanager
-def begun(model: PeftModel) -> Iterator[None]:
-    """The configurations of a model's adapters as they are written: of LoRA that it has begun.
+def saved_as_initialized(model: PeftModel) -> Iterator[None]:
+    """Mark the adapters in a model's configurations as initialized while these are saved.
 
-    PiSSA, OLoRA, CorDA, LoftQ and their like change the base as they are made. The base on disk has been changed, and
-    PEFT, which reads how an adapter began, would change it once more.
+    PiSSA, OLoRA, CorDA, LoftQ and similar initializations change the base when the adapter is created. The saved base
+    includes this change, and PEFT would apply it again if the saved configuration named the initialization.
     """
-    configs = [config for config in model.peft_config.values() if begins_in_its_own_way(config)]
-    before = [{key: getattr(config, key) for key in BEGUN if hasattr(config, key)} for config in configs]
+    configs = [config for config in model.peft_config.values() if has_named_initialization(config)]
+    before = [{key: getattr(config, key) for key in INITIALIZED if hasattr(config, key)} for config in configs]
     try:
         for config, kept in zip(configs, before, strict=True):
-            set_values(config, {key: BEGUN[key] for key in kept})
+            set_values(config, {key: INITIALIZED[key] for key in kept})
         yield
     finally:
         for config, kept in zip(configs, before, strict=True):
@@ -95,12 +95,12 @@ def begun(model: PeftModel) -> Iterator[None]:
 
 
 def _check_names(part: PeftModel) -> None:
-    """A module of PEFT's that is no layer on another one must not hold weights of the base: they have other names there
-    than in the bare model."""
+    """Raise if a PEFT module that does not wrap a layer holds weights of the base: their names would differ from those
+    in the bare model."""
     config = next(iter(part.peft_config.values()))
     base = part.get_base_model()
     strays = [name for name, module in base_modules(base).items() if type(module).__module__.startswith("peft.")]
-    if not config.is_prompt_learning:  # a prompt stands beside the base: `exported_masks` knows the names under it
+    if not config.is_prompt_learning:  # a prompt does not wrap the base; `exported_masks` maps the names
         names = {canonical_name(name) for name, _ in part.named_parameters()}
         strays += [name for name, _ in base.named_parameters() if canonical_name(name) not in names]
     if strays:
@@ -111,7 +111,7 @@ def _check_names(part: PeftModel) -> None:
 
 
 def _check_order(config: PeftConfig, pruning: PruningConfig) -> None:
-    """What the adapter is told at each call of the model it is not told where blocks are run one by one."""
+    """Raise if an adapter needs inputs at each call of the model, which it does not get when blocks run one by one."""
     told = config.peft_type.value in _TOLD_AT_EACH_CALL or getattr(config, "alora_invocation_tokens", None)
     if told and pruning.needs_inputs and pruning.update != "none":
         raise ConfigError(
@@ -122,7 +122,7 @@ def _check_order(config: PeftConfig, pruning: PruningConfig) -> None:
 
 
 def _one_of_each_kind(part: nn.Module, adapter: str) -> list[nn.Module]:
-    """Of each class of layers that hold the adapter one of the smallest; layers without matrices are left out."""
+    """The smallest layer of each class of layers with the adapter; layers without matrices are left out."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     found: dict[tuple[type, type], nn.Module] = {}
@@ -148,7 +148,7 @@ def _check_reload(config: PeftConfig, layer: nn.Module) -> None:
             base = copy.deepcopy(base)
     try:
         difference, changes_base = try_reload(config, base)
-    except Exception as error:  # whatever PEFT does not like about a model of one layer
+    except Exception as error:  # PEFT may reject a model of one layer for any reason
         warnings.warn(
             f"It could not be tried out whether {_title(config)} comes back from its files on a pruned base ({error}): "
             "compare the model with what is read again before you rely on it",
