@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from sparsefit.callbacks.training_length import last_steps, steps_done_here
 from sparsefit.errors import BudgetError, ConfigError
-from sparsefit.planning import pace
+from sparsefit.planning import pace_line
 from sparsefit.recovery.ledger import GPUHourLedger, check_split
 from sparsefit.recovery.schedule import budget_factor, first_rate, keep_base_rates, set_rates
 from sparsefit.recovery.step_times import StepTimes, estimate_validation
@@ -294,7 +294,7 @@ class GPUHourBudget(Callback):
         by_steps, by_epochs = self._steps
         to_come = min(by_steps, by_epochs + self._more_steps) - trainer.global_step
         if self._steps_seen == PACE_AFTER and to_come > 0 and not trainer.should_stop:
-            rank_zero_info(pace(self._step_times.usual_step, self.ledger.left, self.gpu_hours, to_come))
+            rank_zero_info(pace_line(self._step_times.usual_step, self.ledger.left, self.gpu_hours, to_come))
 
     def _refusal(self, trainer: Trainer, what: str, seconds: float = 0.0) -> str | None:
         """Why `what` cannot be paid for and what to change; None if it can. Collective."""

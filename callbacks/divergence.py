@@ -14,7 +14,13 @@ from torch.optim import Optimizer
 
 from sparsefit.callbacks.hooks import PrunedRunCallback
 from sparsefit.errors import DivergenceError
-from sparsefit.recovery.finite_checks import FiniteWatch, check_scaler, gradients_of, nonfinite_weights, nonfinite_message
+from sparsefit.recovery.finite_checks import (
+    FiniteWatch,
+    check_scaler,
+    gradients_of,
+    nonfinite_message,
+    nonfinite_weights,
+)
 from sparsefit.recovery.schedule import first_rate
 
 _STEPS_BETWEEN_LOOKS = 50

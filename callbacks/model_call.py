@@ -58,7 +58,7 @@ class ModelCall:
             only_predicts = name == "predict_step" and len(ways) > 1
             try:
                 if only_predicts:
-                    with _generating_told(self._module):
+                    with _generation_refused(self._module):
                         output = way(batch)
                 else:
                     output = way(batch)
@@ -150,7 +150,7 @@ class _Generates(BaseException):
 
 
 @contextmanager
-def _generating_told(module: LightningModule) -> Iterator[None]:
+def _generation_refused(module: LightningModule) -> Iterator[None]:
     """Raise `_Generates` if `generate` is called, or a submodule with most of the weights is called repeatedly."""
     calls: dict[int, int] = {}
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from sparsefit.callbacks.trainer_lookup import budget_of
 from sparsefit.errors import ConfigError
-from sparsefit.planning import opening
+from sparsefit.planning import plan_line
 from sparsefit.pruning import PruningConfig
 from sparsefit.pruning.targets import count_weights
 
@@ -20,10 +20,10 @@ from sparsefit.pruning.targets import count_weights
 def log_plan_line(trainer: Trainer, module: LightningModule, config: PruningConfig) -> None:
     """Log the line. Logs nothing if no weights to prune are found: pruning itself then finds them or raises."""
     with suppress(ConfigError):
-        rank_zero_info(opening_line(trainer, module, config))
+        rank_zero_info(plan_line_of(trainer, module, config))
 
 
-def opening_line(trainer: Trainer, module: LightningModule, config: PruningConfig) -> str:
+def plan_line_of(trainer: Trainer, module: LightningModule, config: PruningConfig) -> str:
     """The first line of a fit, which `sparsefit plan` prints, too. Nothing is measured for it, and no weight is read.
 
     Args:
@@ -42,7 +42,7 @@ def opening_line(trainer: Trainer, module: LightningModule, config: PruningConfi
     moments = sum(_moments(group, optimizer) for optimizer in trainer.optimizers for group in optimizer.param_groups)
     held = sum(map(local_bytes, parameters.values())) + sum(map(local_bytes, trained)) + moments + pruned / 8
     steps = trainer.max_steps if trainer.max_steps >= 0 else None
-    return opening(counts, held, None if budget is None else budget.gpu_hours, trainer.world_size, steps)
+    return plan_line(counts, held, None if budget is None else budget.gpu_hours, trainer.world_size, steps)
 
 
 def local_bytes(tensor: Tensor) -> int:

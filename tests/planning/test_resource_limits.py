@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from sparsefit.planning import Plan, Room, Work, told, unfit
+from sparsefit.planning import Plan, Room, Work, plan_summary, unfit
 
 GIB = 2**30
 WORK = Work(2, 8, 512, 4, 2, 2048, max_steps=5)
@@ -67,6 +67,6 @@ def test_a_full_disk_names_the_folder():
 
 
 def test_it_is_told_and_so_is_a_budget_without_a_step():
-    said = told(replace(PLAN, ends_by="budget", steps=0), WORK, ["the sky is low"])
+    said = plan_summary(replace(PLAN, ends_by="budget", steps=0), WORK, ["the sky is low"])
     assert "DOES NOT FIT: the sky is low" in said
     assert any("raise budget.gpu_hours" in line for line in said)

@@ -19,7 +19,18 @@ from sparsefit.cli.plan_recipe import FEWEST, Recipe, recipe_of
 from sparsefit.cli.probing import Miniature, measure
 from sparsefit.cli.quiet import quieten
 from sparsefit.errors import ConfigError
-from sparsefit.planning import Measured, Plan, Room, Shape, estimated, gpu_called, opening, predict, told, unfit
+from sparsefit.planning import (
+    Measured,
+    Plan,
+    Room,
+    Shape,
+    estimated,
+    gpu_called,
+    plan_line,
+    plan_summary,
+    predict,
+    unfit,
+)
 from sparsefit.planning.gpus import GPU, REACHED
 from sparsefit.pruning.targets import count_weights
 from sparsefit.reporting.console import console
@@ -49,7 +60,7 @@ def plan(arguments: list[str]) -> int:
         console.print(f"for {given.gpu}, reckoned with {REACHED:.0%} of its peak: nothing is measured", soft_wrap=True)
         made, memory = _by_data_sheet(recipe, settings, gpu), gpu.memory
     room = _room(settings, recipe, memory, None if gpu is not None else host_memory())
-    said = told(made, recipe.work, list(unfit(made, recipe.work, room)))
+    said = plan_summary(made, recipe.work, list(unfit(made, recipe.work, room)))
     console.print(_opening(made, recipe), _table(made), *said, sep="\n", soft_wrap=True)
     return 0
 
@@ -62,7 +73,7 @@ def _opening(made: Plan, recipe: Recipe) -> str:
     """The line that opens the fit, too."""
     work = recipe.work
     steps = work.max_steps if recipe.miniature.train is not None else 0
-    return opening(made.counts, made.least, work.gpu_hours, work.devices, steps)
+    return plan_line(made.counts, made.least, work.gpu_hours, work.devices, steps)
 
 
 def _by_data_sheet(recipe: Recipe, settings: Any, gpu: GPU) -> Plan:

@@ -1,8 +1,7 @@
-"""What several devices share out, by arithmetic alone: no miniature run is on more than one.
+"""Converts measurements on one device to several devices, by arithmetic: miniature runs use only one device.
 
-They deal out the calibration data in micro-batches, and the solving for Gram matrices. Evaluations and a batch of the
-training take each of them as long as one alone. What they tell each other (gradients, weights) is not in any figure of
-seconds.
+Devices divide the micro-batches of calibration data and the solving with Gram matrices. Evaluations and training
+batches take as long as on one device. Communication (gradients, weights) is not included in the seconds.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from sparsefit.planning.plan_data import Work
 
 
 def own_samples(work: Work) -> int:
-    """Calibration samples of the device that has most; with fewer micro-batches than devices, each takes all."""
+    """The largest number of calibration samples on a device; with fewer micro-batches than devices, each has all."""
     batches = math.ceil(work.samples / work.micro_batch)
     if batches < work.devices:
         return work.samples
@@ -22,15 +21,15 @@ def own_samples(work: Work) -> int:
 
 
 def bytes_of_a_device(work: Work, peaks: Mapping[str, float], tensors: Mapping[str, float]) -> dict[str, float]:
-    """Most bytes that each device holds in the stages "pruning" and "training".
+    """Peak bytes of each device in the stages "pruning" and "training".
 
-    Under DDP it holds all that one would, and the gradients a second time, in the buckets in which they are sent. With
-    weights split (FSDP2) it holds its part of weights, gradients and moments, and one block as a whole.
+    Under DDP a device holds the same as a single device, and a second copy of the gradients in communication buckets.
+    With FSDP2 it holds its shards of weights, gradients and moments, and one whole block.
 
     Args:
-        work: What there is to do.
-        peaks: Of a run on one device.
-        tensors: As those of `Measured`, of the whole model.
+        work: The work of the recipe.
+        peaks: Peak bytes of a run on one device.
+        tensors: Bytes as in `Measured`, of the whole model.
     """
     if work.devices == 1:
         return dict(peaks)
@@ -46,14 +45,14 @@ def bytes_of_a_device(work: Work, peaks: Mapping[str, float], tensors: Mapping[s
 
 
 def least_bytes(work: Work, counts: Mapping[str, float], tensors: Mapping[str, float]) -> float:
-    """Bytes of the weights, gradients and moments on each device, and of the masks, which are whole everywhere."""
+    """Bytes of weights, gradients and moments on each device, and of the masks, which are not sharded."""
     held = sum(tensors.get(key, 0.0) for key in ("weights", "gradients", "moments"))
     return held / (work.devices if work.splits else 1) + counts.get("pruned", 0.0) / 8
 
 
 def bytes_of_a_host(work: Work, counts: Mapping[str, float], tensors: Mapping[str, float]) -> float | None:
-    """Most bytes that each process holds on the host of its GPU: the model as it is read, masks of one bit a weight,
-    the removed weights for as long as pruning may be undone, and a teacher's copy until then; None without a GPU."""
+    """Peak bytes of each process on the host of its GPU; None without a GPU. Counts the model while it is read, masks
+    of one bit per weight, and, until pruning is final, the removed weights and a teacher's copy."""
     if work.host is None:
         return None
     weights = tensors.get("weights", 0.0)

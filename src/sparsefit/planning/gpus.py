@@ -1,4 +1,4 @@
-"""What a run takes on a GPU that is not here, from its arithmetic alone."""
+"""Estimates what a run takes on a GPU that is not available, from operation counts and data sheets."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from sparsefit.planning.device_sharing import own_samples
 from sparsefit.planning.plan_data import Measured, Work
 
 REACHED = 0.3
-"""Share of the peak that is reckoned with. One pruning of LLaMA-7B's shapes in block order, two passes of 128 x 2,048
+"""Assumed share of the peak performance. One pruning of LLaMA-7B's shapes in block order, two passes of 128 x 2,048
 tokens with 6.8e15 operations, took 24.0 s on an H100: 0.29 of its peak. Training was not measured."""
 
 
 @dataclass(frozen=True)
 class GPU:
-    """By its maker's data sheet: dense bfloat16 operations a second, and bytes of memory."""
+    """A GPU by its data sheet: dense bfloat16 operations per second, and bytes of memory."""
 
     operations: float
     memory: float
@@ -34,13 +34,13 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a decoder: what its memory follows from.
+    """The properties of a decoder that determine its memory.
 
     Args:
-        hidden: Width of the states between two blocks.
-        vocabulary: Columns of the logits.
-        weight_bytes: Of a weight.
-        checkpointing: Whether activations are computed twice.
+        hidden: Size of the hidden states.
+        vocabulary: Size of the vocabulary.
+        weight_bytes: Bytes per weight.
+        checkpointing: Whether gradient checkpointing is used.
         taught: Whether the dense model is the teacher.
     """
 
@@ -52,10 +52,10 @@ class Shape:
 
 
 def gpu_called(name: str) -> GPU:
-    """The GPU of a name.
+    """The GPU with a name.
 
     Raises:
-        ConfigError: if it is not known; names those that are.
+        ConfigError: if the name is unknown; lists the known ones.
     """
     if name.lower() not in GPUS:
         raise ConfigError(f"there is no data sheet of a GPU called {name!r}: use one of {', '.join(GPUS)}")
@@ -65,15 +65,15 @@ def gpu_called(name: str) -> GPU:
 def estimated(
     work: Work, counts: Mapping[str, float], shape: Shape, gpu: GPU, passes: int, evaluations: int
 ) -> Measured:
-    """What would be measured on a GPU that reaches `REACHED` of its peak; solvers and files are not in it.
+    """Estimate the measurements on a GPU at `REACHED` of its peak performance, without solvers and files.
 
     Args:
-        work: What there is to do.
-        counts: As those of `Measured`, of the whole model.
-        shape: Of the model.
+        work: The work of the recipe.
+        counts: Numbers of weights as in `Measured`, of the whole model.
+        shape: The shape of the model.
         gpu: The GPU.
-        passes: Of blockwise reconstruction.
-        evaluations: Times that the test data are evaluated.
+        passes: Passes of blockwise reconstruction.
+        evaluations: Number of evaluations on the test data.
     """
     forward = 2 * counts["all"] / (gpu.operations * REACHED)  # seconds for a token
     samples = work.samples * work.sample_tokens
@@ -87,7 +87,7 @@ def estimated(
         seconds["reconstruction"] = (3 * passes + 2) * forward * samples
     weights, trained = counts["all"] * shape.weight_bytes, counts["train"] * shape.weight_bytes
     tensors = {"weights": weights, "gradients": trained, "moments": counts["train"] * 8, "block": weights / work.blocks}
-    # Masks are in the host's memory.
+    # Masks are kept in host memory.
     peaks = {
         "pruning": weights + work.samples * work.state_bytes,
         "training": sum(tensors[key] for key in ("weights", "gradients", "moments"))
@@ -97,9 +97,9 @@ def estimated(
 
 
 def beside_weights(counts: Mapping[str, float], shape: Shape, blocks: int, tokens: int) -> float:
-    """Bytes that training holds beside weights, gradients and moments: the teacher's removed weights, logits, and
-    activations: 34 bytes for each token and hidden unit of a block in half precision (Korthikanti et al. 2022,
-    arXiv 2205.05198, equation 2 without the attention matrix); with checkpointing 2, and those of one block."""
+    """Bytes that training needs in addition to weights, gradients and moments: the teacher's removed weights, logits
+    and activations. Activations take 34 bytes per token, hidden unit and block in half precision (Korthikanti et al.
+    2022, arXiv 2205.05198, equation 2 without the attention matrix); with checkpointing 2, plus 34 for one block."""
     removed = counts["pruned"] / 2 * shape.weight_bytes if shape.taught else 0
     states = 34 * blocks if not shape.checkpointing else 2 * blocks + 34
     logits = tokens * shape.vocabulary * (2 + 4 + 4) * (2 if shape.taught else 1)

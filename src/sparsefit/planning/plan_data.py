@@ -1,4 +1,4 @@
-"""What a plan is reckoned from, and what it is: plain values."""
+"""The inputs and the result of a plan: plain dataclasses."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Work:
-    """What a recipe has to do.
+    """The amount of work in a recipe.
 
     Args:
         blocks: Repeated blocks of the model.
         samples: Calibration samples, of `sample_tokens` each.
-        sample_tokens: Tokens (or other positions) of a calibration sample.
+        sample_tokens: Tokens (or other positions) per calibration sample.
         test_batches: Batches of the test data, which are evaluated several times.
-        batches_in_step: Batches of an optimizer step.
-        batch_tokens: Tokens of a training batch.
-        max_steps: Optimizer steps after which the recipe ends; None where only the budget does.
-        limited_by: The setting that says so.
-        gpu_hours: The budget; infinity where there is none.
+        batches_in_step: Batches per optimizer step.
+        batch_tokens: Tokens per training batch.
+        max_steps: Optimizer steps after which the recipe ends; None if only the budget ends it.
+        limited_by: The setting that determines `max_steps`.
+        gpu_hours: The budget; infinity if there is none.
         reserve: Share of the budget that is kept for the end of the run.
-        devices: That the run is on.
-        splits: Whether they split the weights (FSDP2); else each holds all (DDP).
-        state_bytes: Of the hidden states of one calibration sample that are held between two blocks.
-        test_tokens: Tokens of a test batch.
+        devices: Number of devices of the run.
+        splits: Whether weights are sharded over devices (FSDP2); otherwise each device holds all weights (DDP).
+        state_bytes: Bytes of the hidden states of one calibration sample that are kept between two blocks.
+        test_tokens: Tokens per test batch.
         reading: Wall seconds that reading data takes in the stages "setup", "pruning", "evaluation" and "training".
-        held: Bytes that the process of the run holds beside the model: libraries, data.
-        host: The same on the host, where the run is on a GPU; None where it is on the host.
-        removed: Share of the pruned weights' bytes that an undo of the pruning keeps on the host of a GPU.
+        held: Bytes that the process of the run holds in addition to the model: libraries, data.
+        host: These bytes on the host, if the run is on a GPU; None if it is on the CPU.
+        removed: Share of the pruned weights' bytes that is kept on the host of a GPU to undo the pruning.
         taught: Whether the dense model is the teacher.
-        val_batches: Batches of a validation in the midst of the training.
-        val_every: Optimizer steps between two of them; infinity where there is one at the end alone.
-        task_items: Items of the zero-shot tasks that a model is measured by.
-        gram: Whether pruning solves for Gram matrices, which several devices share out.
+        val_batches: Batches of a validation during training.
+        val_every: Optimizer steps between two validations; infinity if there is only one, at the end.
+        task_items: Items of the zero-shot tasks that a model is evaluated on.
+        gram: Whether pruning solves with Gram matrices, which several devices divide among them.
         micro_batch: Calibration samples that go through the model at once.
         control: Whether the dense model is trained by the same recipe afterwards.
     """
@@ -68,21 +68,21 @@ class Work:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a miniature run measured.
+    """The measurements of a miniature run.
 
     Args:
-        blocks: Of its model.
+        blocks: Blocks of its model.
         samples: Calibration samples.
-        evaluations: Times that the test data are evaluated.
-        seconds: Wall seconds: of "pruning" and "reconstruction" in all, of one "evaluation" of a batch, of a batch of
-            a "validation", of a zero-shot "task item", of the forward and backward pass of a training "batch", of the
-            optimizer's "update", and of "export". A stage that the recipe has not is missing.
-        peaks: Most bytes held in the stages "pruning" and "training", beside what was held before there was a model.
-        tensors: Bytes of the tensors that are held in these stages, counted one by one: exact where the process's
-            memory is not; and of some of them alone: "weights", "gradients", "moments", and the weights of one "block".
-        counts: Weights in "all", those that are "pruned", and those that "train".
+        evaluations: Number of evaluations on the test data.
+        seconds: Wall seconds: in total for "pruning", "reconstruction" and "export"; per batch for "evaluation",
+            "validation" and "batch" (forward and backward pass of a training batch); per zero-shot "task item"; per
+            "update" of the optimizer. Stages that the recipe does not have are missing.
+        peaks: Peak bytes in the stages "pruning" and "training", without what was held before the model was loaded.
+        tensors: Bytes of the tensors held in these stages, counted one by one, which is exact, unlike the memory of
+            the process; and of "weights", "gradients", "moments", and the weights of one "block".
+        counts: Number of weights: "all", "pruned", and "train" for those that train.
         disk: Bytes in its run folder.
-        task_stages: Times that the zero-shot tasks are measured.
+        task_stages: Number of evaluations on the zero-shot tasks.
     """
 
     blocks: int
@@ -98,7 +98,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of the run: what it does, in words, and its wall seconds."""
+    """A stage of the run, a description of its work, and its wall seconds."""
 
     name: str
     what: str
@@ -107,22 +107,22 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will take.
+    """The prediction for a run.
 
     Attributes:
-        stages: In their order.
-        step: Wall seconds of an optimizer step.
-        steps: That are taken, by the recipe's limit and by its budget.
-        ends_by: "budget", the setting that limits the steps, or None where nothing ends it.
-        gpu_hours: Of all stages.
-        least: Bytes of weights, gradients, moments and masks: a device holds at least these.
-        peaks: Most bytes that a device holds in the stages "pruning" and "training".
-        host: Most bytes that a process holds on the host of its GPU; None where it has none.
-        counts: Weights in "all", those that are "pruned", and those that "train".
-        disk: Bytes that the run folder will hold.
-        tokens: In "calibration", and in all steps of the "training".
-        operations: Floating-point operations, by the count of 2 for each weight and token in a forward pass and 4 in a
-            backward one.
+        stages: The stages in execution order.
+        step: Wall seconds per optimizer step.
+        steps: Optimizer steps that will be taken.
+        ends_by: "budget", the setting that limits the steps, or None if nothing ends training.
+        gpu_hours: GPU-hours of all stages.
+        least: Bytes of weights, gradients, moments and masks, the minimum that a device holds.
+        peaks: Peak bytes on a device in the stages "pruning" and "training".
+        host: Peak bytes of a process on the host of its GPU; None without a GPU.
+        counts: Number of weights: "all", "pruned", and "train" for those that train.
+        disk: Bytes in the run folder at the end.
+        tokens: Tokens in "calibration", and in all steps of "training".
+        operations: Floating-point operations, counted as 2 per weight and token in a forward pass and 4 in a backward
+            pass.
     """
 
     stages: list[Stage]

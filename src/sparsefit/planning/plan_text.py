@@ -1,4 +1,4 @@
-"""What a plan says: the line that opens every fit, and the figures beside it."""
+"""The text of a plan: the first line of every fit, the line on its pace, and the summary of `sparsefit plan`."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from sparsefit.planning.plan_data import Plan, Work
 from sparsefit.reporting.formats import percent, seconds, size
 
 
-def opening(counts: Mapping[str, float], held: float, gpu_hours: float | None, devices: int, steps: int | None) -> str:
-    """The line that opens a fit and its plan: what is known without running anything.
+def plan_line(
+    counts: Mapping[str, float], held: float, gpu_hours: float | None, devices: int, steps: int | None
+) -> str:
+    """The first line of a fit and of its plan: what is known without running anything.
 
-    >>> opening({"all": 10, "pruned": 8, "train": 2}, 2048, 0.5, 1, None)
+    >>> plan_line({"all": 10, "pruned": 8, "train": 2}, 2048, 0.5, 1, None)
     'Plan: 10 weights, 8 of them (80%) to prune and 2 to train; at least 2.00 KiB of tensors; 0.5 GPU-hours'
 
     Args:
-        counts: Weights in "all", those that are "pruned", and those that "train".
-        held: Bytes of weights, gradients, moments and masks, which are held at least.
-        gpu_hours: The budget; None or infinity where there is none.
-        devices: That the run is on.
-        steps: Optimizer steps after which it ends; None where it has no such limit.
+        counts: Number of weights: "all", "pruned", and "train" for those that train.
+        held: Bytes of weights, gradients, moments and masks, a lower bound of the memory.
+        gpu_hours: The budget; None or infinity if there is none.
+        devices: Number of devices.
+        steps: Optimizer steps after which the run ends; None if there is no such limit.
     """
     limits = [] if gpu_hours in (None, math.inf) else [f"{gpu_hours:g} GPU-hours"]
     limits += [] if steps is None else [f"at most {steps:,} steps"]
@@ -32,26 +34,26 @@ def opening(counts: Mapping[str, float], held: float, gpu_hours: float | None, d
 
 
 def weights(counts: Mapping[str, float]) -> str:
-    """How many weights there are, and what becomes of them."""
+    """The numbers of weights in total, to prune and to train, as text."""
     return (
         f"{counts['all']:,.0f} weights, {counts['pruned']:,.0f} of them "
         f"({percent(counts['pruned'] / max(counts['all'], 1), 0)}) to prune and {counts['train']:,.0f} to train"
     )
 
 
-def pace(step: float, left: float, gpu_hours: float, limit: float = math.inf) -> str:
-    """What the rest of a budget buys, once the pace is known.
+def pace_line(step: float, left: float, gpu_hours: float, limit: float = math.inf) -> str:
+    """How many steps the rest of a budget pays for, once the time per step is known.
 
-    >>> pace(0.5, 60, 0.02)
+    >>> pace_line(0.5, 60, 0.02)
     'Plan: a step takes 0.5 s, so that what is left of 0.02 GPU-hours buys about 120 more steps (1 min 00 s)'
-    >>> pace(0.5, 60, 0.02, limit=10)
+    >>> pace_line(0.5, 60, 0.02, limit=10)
     'Plan: a step takes 0.5 s, so that the 10 steps to come take about 5.0 s; 0.02 GPU-hours would buy about 120'
 
     Args:
-        step: Wall seconds of an optimizer step.
+        step: Wall seconds per optimizer step.
         left: Wall seconds that training may still take.
         gpu_hours: The budget.
-        limit: Optimizer steps after which the fit ends anyway.
+        limit: Remaining optimizer steps of the fit, whatever the budget.
     """
     bought = max(left, 0) / step
     if limit < bought:
@@ -63,8 +65,8 @@ def pace(step: float, left: float, gpu_hours: float, limit: float = math.inf) ->
     return f"Plan: a step takes {seconds(step)}, so that {then}"
 
 
-def told(plan: Plan, work: Work, unfit: Sequence[str]) -> list[str]:
-    """All that a plan says beside its table of stages."""
+def plan_summary(plan: Plan, work: Work, unfit: Sequence[str]) -> list[str]:
+    """The lines of a plan that follow its table of stages."""
     whose = " of each device" if work.devices > 1 else ""
     memory = ", ".join(f"{stage} {size(peak)}" for stage, peak in plan.peaks.items())
     said = [

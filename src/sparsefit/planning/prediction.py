@@ -1,8 +1,8 @@
-"""From runs of a model with a few blocks and with some more to the whole model and all of its data.
+"""Extrapolates from miniature runs, on models with few blocks, to the whole model and all of its data.
 
-Seconds, bytes and counts of weights grow by the same amount with each block of a model, so two miniature runs give the
-line, and its height at the real number of blocks is the prediction. A third one, with twice the calibration samples,
-tells what of the pruning grows with the samples from what is once for a block (the solvers of swaps, of updates).
+Seconds, bytes and numbers of weights grow linearly with the number of blocks, so two miniature runs define a line that
+is evaluated at the real number of blocks. A third run, with twice the calibration samples, separates the pruning time
+that grows with the samples from the fixed time per block (the solvers of swaps and updates).
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from sparsefit.planning.device_sharing import bytes_of_a_device, bytes_of_a_host
 from sparsefit.planning.plan_data import Measured, Plan, Stage, Work
 
 GROWN = 0.1
-"""Share by which the memory of a process on a CPU grows in a long training: small objects, which stay, keep the heap
-from being given back between larger ones. Of the quickstart 0.10 to 0.19 was seen beyond three steps, most of it after
-the first fifty. Memory of a GPU is counted by the tensors in it, and does not grow."""
+"""Share by which the memory of a CPU process grows in a long training, because small long-lived objects fragment the
+heap. In the quickstart, growth of 0.10 to 0.19 was measured after the first three steps, most of it after the first
+fifty. GPU memory is counted by tensors, and does not grow."""
 
 
 def at(blocks: int, one: tuple[int, float], two: tuple[int, float]) -> float:
-    """The height at so many blocks of the line through two points; a line that falls is noise, and taken as level.
+    """The value at `blocks` of the line through two points (blocks, value). A falling line is noise and taken as flat.
 
     >>> at(10, (1, 3.0), (3, 7.0))  # 2 for each block and 1 once
     21.0
@@ -29,13 +29,13 @@ def at(blocks: int, one: tuple[int, float], two: tuple[int, float]) -> float:
 
 
 def predict(work: Work, one: Measured, two: Measured | None = None, more: Measured | None = None) -> Plan:
-    """A plan, from a run with a few blocks, one with some more, and one with as many and more calibration samples.
+    """Predict a run from two miniature runs that differ in blocks, and one with more calibration samples.
 
     Args:
-        work: What there is to do.
-        one: The first run; of the whole model, where that has no blocks to count.
-        two: The second; None takes the first for the whole model.
-        more: The third; None where the others had all of the calibration samples.
+        work: The work of the recipe.
+        one: The run with the fewest blocks; if the model has no blocks, a run of the whole model.
+        two: A run with more blocks; None if `one` is of the whole model.
+        more: A run with the blocks of `two` and more calibration samples; None if the first runs had all samples.
     """
     largest = two or one
 
@@ -50,7 +50,7 @@ def predict(work: Work, one: Measured, two: Measured | None = None, more: Measur
         seconds["pruning"] = _pruning(work, seconds["pruning"], largest, more)
     if "reconstruction" in seconds:
         seconds["reconstruction"] *= own_samples(work) / one.samples
-    # What is measured of a few blocks, and what the tensors of the others add.
+    # The peak measured with few blocks, plus the tensors of the remaining blocks.
     peaks = {
         stage: work.held + peak + tensors.get(stage, 0.0) - largest.tensors.get(stage, 0.0)
         for stage, peak in largest.peaks.items()
@@ -85,8 +85,7 @@ def predict(work: Work, one: Measured, two: Measured | None = None, more: Measur
 
 
 def _pruning(work: Work, seconds: float, run: Measured, more: Measured | None) -> float:
-    """Seconds of pruning, with those for the calibration samples that the miniature runs left out; of the rest, what
-    devices share out is divided."""
+    """Seconds of pruning with all calibration samples; the time of solvers is divided by the number of devices."""
     if more is None or more.samples == run.samples:
         of_one = 0.0
     else:
@@ -97,7 +96,7 @@ def _pruning(work: Work, seconds: float, run: Measured, more: Measured | None) -
 
 
 def _around_training(work: Work, run: Measured, seconds: dict[str, float]) -> list[Stage]:
-    """All stages but the training and what belongs to it, the export last."""
+    """All stages except training and validation; the last one is the export."""
     read = {stage: work.reading.get(stage, 0.0) for stage in ("setup", "pruning", "evaluation")}
     evaluation = run.evaluations * work.test_batches * seconds.get("evaluation", 0.0)
     tasks = run.task_stages * work.task_items * seconds.get("task item", 0.0)
@@ -122,12 +121,12 @@ def _of_training(work: Work, steps: int, step: float, validation: float) -> list
 
 
 def _validations(work: Work, steps: int) -> int:
-    """Lightning validates as it is stopped, too."""
+    """Number of validations, including the one that Lightning runs when training stops."""
     return (math.floor(steps / work.val_every) + 1) * bool(work.val_batches) if steps else 0
 
 
 def _control(work: Work, steps: int, seconds: dict[str, float], validation: float) -> Stage:
-    """As many steps of the dense model, which nobody teaches: without the teacher's pass a batch has three of four."""
+    """The control: the same steps of the dense model without a teacher, whose pass takes a quarter of a batch."""
     batch = seconds.get("batch", 0.0) * (3 / 4 if work.taught else 1)
     training = steps * (work.batches_in_step * batch + seconds.get("update", 0.0))
     closing = work.test_batches * seconds.get("evaluation", 0.0) + _validations(work, steps) * validation
@@ -139,7 +138,7 @@ def _steps(work: Work, around: float, step: float, validation: float) -> tuple[i
     if step == 0 or work.gpu_hours == math.inf:
         return limit, ends_by
     seconds = work.gpu_hours * 3600 / work.devices
-    # The end of the run has its own part: what follows training is in `around`, and at least the reserve is kept.
+    # `around` includes what follows training, for which at least the reserve is kept.
     left = min(seconds - around, seconds * (1 - work.reserve)) - validation - work.reading.get("training", 0.0)
     affordable = max(int(left / (step + validation / work.val_every)), 0)
     return (affordable, "budget") if ends_by is None or affordable < limit else (limit, ends_by)

@@ -1,4 +1,4 @@
-"""What of a plan does not fit, and the setting to change."""
+"""Checks whether a plan fits into memory and disk space, and names the settings to change."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _SPLIT = ", or split the weights: trainer.strategy: lightning.pytorch.strategies
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes that there are; None where nobody knows.
+    """Available bytes; None if unknown.
 
     Args:
         device: Memory of a device.
         host: Memory of the host.
-        disk: Free in `place`, where the run folder will be.
-        place: A folder.
-        processes: Of the run, on one host; they share its memory.
+        disk: Free disk space in `place`.
+        place: The folder that will contain the run folder.
+        processes: Processes of the run on one host, which share its memory.
     """
 
     device: float | None = None
@@ -37,8 +37,8 @@ class Room:
 
 
 def unfit(plan: Plan, work: Work, room: Room) -> Iterator[str]:
-    """A sentence for each thing that does not fit."""
-    sharing = room.processes if plan.host is None else 1  # processes on a CPU are on one and the same
+    """Yield a sentence for each resource that does not suffice."""
+    sharing = room.processes if plan.host is None else 1  # processes on a CPU share its memory
     for stage, peak in plan.peaks.items():
         if room.device is not None and peak * sharing > room.device:
             whose = f" ({sharing} processes of {size(peak)})" if sharing > 1 else ""

@@ -133,7 +133,8 @@ def check_finite_folder(folder: Path) -> None:
     for file in weight_files(folder):
         with open_tensors(file) as tensors:
             if broken := {name: count for name in sorted(tensors) if (count := nonfinite_count(tensors[name]))}:
-                raise DivergenceError(f"{file} holds a model that diverged: {nonfinite_message(broken)}. Take an earlier one")
+                found = nonfinite_message(broken)
+                raise DivergenceError(f"{file} holds a model that diverged: {found}. Take an earlier one")
 
 
 class SavedTensors(Mapping[str, torch.Tensor]):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparsefit.bare_model import base_modules, canonical_name
 from sparsefit.errors import ConfigError
 from sparsefit.recovery.gather_shards import has_shards, whole
-from sparsefit.recovery.tuner_trials import INITIALIZED, has_named_initialization, fixed_seed, set_values, try_reload
+from sparsefit.recovery.tuner_trials import INITIALIZED, fixed_seed, has_named_initialization, set_values, try_reload
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
