@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from sparsefit.recovery.adapters import AdapterSettings, attach_adapter
     from sparsefit.recovery.distill import DistillSettings
 
-# What needs Lightning, transformers or PEFT is imported when it is asked for: the engine needs torch alone.
+# What needs Lightning, transformers or PEFT is imported on first access, as the engine needs only torch.
 _ON_DEMAND = {
     "AdapterSettings": "sparsefit.recovery.adapters",
     "BlockwiseReconstruction": "sparsefit.callbacks",

@@ -1,4 +1,4 @@
-"""The bare model: modules and names without what PEFT and torch.compile wrapped around them."""
+"""The bare model: modules and names without the wrappers of PEFT and torch.compile."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _WRAPPERS = re.compile(
 
 
 def canonical_name(name: str) -> str:
-    """A parameter's or layer's name without the parts that PEFT and torch.compile put into it.
+    """The name of a parameter or layer without the parts that PEFT and torch.compile add to it.
 
     >>> canonical_name("base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight")
     'model.layers.0.self_attn.q_proj.weight'
@@ -21,7 +21,7 @@ def canonical_name(name: str) -> str:
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules of the bare model by canonical name: what adapters added is left out.
+    """All modules of the bare model by canonical name, without modules that adapters added.
 
     >>> base_modules(nn.Sequential(nn.ReLU()))["0"]
     ReLU()
@@ -40,7 +40,7 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def copied_modules(model: nn.Module) -> set[int]:
-    """Ids of the modules of which PEFT trains a copy (modules_to_save), which takes their place in the model.
+    """Ids of the modules that PEFT replaces by a trained copy (modules_to_save).
 
     >>> copied_modules(nn.Linear(3, 5))
     set()

@@ -1,4 +1,4 @@
-"""The errors of sparsefit: each names the cause and the way out."""
+"""The errors of sparsefit. Each message names the cause and what to do."""
 
 
 class SparsefitError(Exception):
@@ -6,7 +6,7 @@ class SparsefitError(Exception):
 
 
 class ConfigError(SparsefitError, ValueError):
-    """A setting that cannot work: found before anything is touched."""
+    """An invalid setting, found before anything is changed."""
 
 
 class CalibrationError(SparsefitError, ValueError):
@@ -14,19 +14,19 @@ class CalibrationError(SparsefitError, ValueError):
 
 
 class MaskError(SparsefitError, ValueError):
-    """Masks that are damaged, do not fit a model, or do not hold."""
+    """Masks that are damaged, do not fit a model, or whose pruned weights are not zero."""
 
 
 class BudgetError(SparsefitError, RuntimeError):
-    """A budget that cannot pay for what must be done."""
+    """A GPU-hour budget that is too small for the next stage."""
 
 
 class DivergenceError(SparsefitError, RuntimeError):
-    """Training that went to NaN or infinity."""
+    """Training that reached NaN or infinity."""
 
 
 class DataError(SparsefitError, ValueError):
-    """Text or images that cannot be read, or of which there are too few."""
+    """Text or images that cannot be read, or too few of them."""
 
 
 class RunFolderError(SparsefitError, OSError):
@@ -34,12 +34,12 @@ class RunFolderError(SparsefitError, OSError):
 
 
 class MergeError(SparsefitError):
-    """Merging would not give the model that was trained."""
+    """Adapters that cannot be merged without changing the trained model."""
 
 
 class HubError(SparsefitError, OSError):
-    """The Hugging Face hub cannot be used: there is no token, no network, or it refuses."""
+    """The Hugging Face hub cannot be used: no token, no network, or the request was refused."""
 
 
 class ExportError(SparsefitError):
-    """An exported file that does not hold, or does not compute, what the model does."""
+    """An exported file whose weights or outputs differ from those of the model."""

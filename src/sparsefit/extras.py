@@ -1,4 +1,4 @@
-"""The libraries that only a part of sparsefit needs, and the extra of the package by which each comes."""
+"""Optional libraries, and the extra of the package that installs each."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ EXTRAS = {
     "openvino": "openvino",
     "bitsandbytes": "quantized",
 }
-"""By the name under which a library is imported."""
+"""Import name of a library -> extra that installs it."""
 _TITLES = {"PIL": "Pillow", "sklearn": "scikit-learn", "lm_eval": "lm-eval"}
 
 
 def has(library: str) -> bool:
-    """Whether a library is installed; it is not imported."""
+    """Whether a library is installed, without importing it."""
     return find_spec(library) is not None
 
 
 def missing(library: str) -> str:
-    """What to say where a library is not there.
+    """The end of an error message about a missing library: its name and how to install it.
 
     >>> missing("sklearn")
     "scikit-learn, which is not installed: pip install 'sparsefit[images]'"
@@ -40,14 +40,14 @@ def missing(library: str) -> str:
 
 
 def need(library: str, purpose: str) -> None:
-    """See that a library is installed.
+    """Check that a library is installed.
 
     Args:
         library: One of `EXTRAS`.
         purpose: What needs it, for the message.
 
     Raises:
-        ConfigError: where it is not; names the extra that brings it.
+        ConfigError: if it is not; names the extra that installs it.
     """
     if not has(library):
         raise ConfigError(f"{purpose} needs {missing(library)}")

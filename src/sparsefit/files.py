@@ -1,7 +1,7 @@
-"""Files and folders that are whole or not there: written beside their place, brought to the disk, then moved there.
+"""Atomic writes of files and folders: written to a temporary neighbour, synced to disk, then moved into place.
 
-And what tells afterwards that they still are what was written: `SHA256SUMS` in a folder (`sha256sum -c` reads it, too),
-a seal in a JSON object; and the lock by which one process alone writes to a folder.
+Also checksums that show whether files are still what was written: `SHA256SUMS` in a folder (which `sha256sum -c` can
+check) and a checksum inside a JSON object (its seal); and a lock that lets only one process write to a folder.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ _CHUNK = 1 << 20
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """Another folder to write to, which takes the place of `folder` once all is written; gone if it never is.
+    """Yield a temporary folder that replaces `folder` at the end; after an error it is deleted.
 
-    `folder` is as it was or as it is to be, and never in between. The files get the rights that the user's umask leaves
-    them, and their sums beside them. If the process is killed just as one folder takes the other's place, both lie
-    beside it, whole.
+    `folder` always has either its old or its new contents, never a mixture. Files get the permissions of the user's
+    umask, and a file of checksums. If the process is killed during the replacement, the old and the new folder are both
+    complete, next to `folder`.
 
     Raises:
-        RunFolderError: if it cannot be written; `folder` is as it was.
+        RunFolderError: if the folder cannot be written; `folder` is unchanged.
     """
     partial, old = (folder.with_name(f"{folder.name}.{what}") for what in ("partial", "old"))
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
         if old.exists() and not folder.exists():
             os.replace(old, folder)
         partial.mkdir(parents=True)
@@ -67,10 +67,10 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
-    """Another file to write, which takes the place of `path` once it is whole; gone if it never is.
+    """Yield a temporary path whose file replaces `path` at the end; after an error it is deleted.
 
     Raises:
-        RunFolderError: if it cannot be written; a file at `path` is as it was.
+        RunFolderError: if the file cannot be written; an existing file at `path` is unchanged.
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_PARTIAL}")
     try:
@@ -90,7 +90,7 @@ def replacing_file(path: Path) -> Iterator[Path]:
 
 
 def is_partial(path: Path) -> bool:
-    """Whether a file is one that `replacing_file` had not finished: of a process that was killed.
+    """Whether a path is a temporary file of `replacing_file`, left by a killed process.
 
     >>> is_partial(Path("a/.report.json.0123.partial")), is_partial(Path("a/report.json"))
     (True, False)
@@ -99,13 +99,13 @@ def is_partial(path: Path) -> bool:
 
 
 def write_text(text: str, path: str | os.PathLike[str]) -> Path:
-    """Write a text file either entirely or not at all.
+    """Write a text file atomically.
 
     Returns:
-        The path written.
+        The path of the file.
 
     Raises:
-        RunFolderError: if it cannot be written. An older file at `path` is then still whole.
+        RunFolderError: if it cannot be written; an existing file at `path` is unchanged.
     """
     path = Path(path)
     with replacing_file(path) as partial, open(partial, "x", encoding="utf-8") as file:
@@ -114,7 +114,7 @@ def write_text(text: str, path: str | os.PathLike[str]) -> Path:
 
 
 def unwritable(path: Path, error: BaseException) -> RunFolderError:
-    """The error for something that cannot be written."""
+    """The error for a path that cannot be written."""
     return RunFolderError(
         f"{path} cannot be written: {error}. What was there is as it was. Free some space, or give a folder that you "
         "may write to"
@@ -122,21 +122,21 @@ def unwritable(path: Path, error: BaseException) -> RunFolderError:
 
 
 def write_sums(folder: Path) -> None:
-    """Write the sums of a folder's files beside them, and bring all to the disk."""
+    """Write the checksums of a folder's files to `SHA256SUMS` in it, and sync all files to disk."""
     names = _names(folder)
     lines = [f"{file_sum(folder / name, sync=True)}  {name}\n" for name in names]
     with open(folder / SUMS_FILE, "w", encoding="utf-8") as file:
         file.write("".join(lines))
         file.flush()
         os.fsync(file.fileno())
-    rights = (folder / SUMS_FILE).stat().st_mode  # what the umask leaves; safetensors gives its files to the user alone
+    rights = (folder / SUMS_FILE).stat().st_mode  # as the umask says; safetensors gives access only to the user
     for name in names:
         (folder / name).chmod(rights)
     sync_folder(folder)
 
 
 def changed_files(folder: Path) -> list[str]:
-    """The files of a folder that are not what their sums say, and that are gone; none where the folder has no sums."""
+    """The files of a folder that do not match their checksums or are missing; empty if the folder has no checksums."""
     if not (folder / SUMS_FILE).is_file():
         return []
     changed = []
@@ -154,10 +154,10 @@ def changed_files(folder: Path) -> list[str]:
 
 
 def check_sums(folder: Path) -> None:
-    """See that a folder's files are what was written.
+    """Check that a folder's files match their checksums.
 
     Raises:
-        RunFolderError: names those that are not.
+        RunFolderError: names the files that do not.
     """
     if changed := changed_files(folder):
         listed = ", ".join(str(folder / name) for name in changed[:3])
@@ -168,7 +168,7 @@ def check_sums(folder: Path) -> None:
 
 
 def is_plain(name: str) -> bool:
-    """Whether a name that a file gives is that of a file inside a folder, and leads nowhere else.
+    """Whether a file name, read from another file, is a relative path that stays inside its folder.
 
     >>> is_plain("model-00001.safetensors"), is_plain("../../x"), is_plain("/etc/passwd"), is_plain("")
     (True, False, False, False)
@@ -178,7 +178,7 @@ def is_plain(name: str) -> bool:
 
 
 def file_sum(path: Path, sync: bool = False) -> str:
-    """sha256 of a file; which is brought to the disk where asked for."""
+    """sha256 of a file, in hex; `sync` also syncs the file to disk."""
     found = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
@@ -189,7 +189,7 @@ def file_sum(path: Path, sync: bool = False) -> str:
 
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object with the sum of all else in it.
+    """A JSON object with a checksum of its other entries added.
 
     >>> is_sealed(sealed({"a": 1})), is_sealed(sealed({"a": 1}) | {"a": 2}), is_sealed({"a": 1})
     (True, False, True)
@@ -199,23 +199,23 @@ def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_sealed(values: Mapping[str, Any]) -> bool:
-    """Whether an object is as it was sealed; one that never was is taken as it is."""
+    """Whether a JSON object matches its checksum; True if it has none."""
     return _SEAL not in values or sealed(values)[_SEAL] == values[_SEAL]
 
 
 def lock_folder(folder: Path, what: str, wait: float = 0.0) -> BaseFileLock | None:
-    """Have a folder for this process alone, until the lock is released or the process ends in any way.
+    """Lock a folder for this process until the lock is released or the process ends.
 
     Args:
         folder: The folder.
-        what: What is at work in it, for the message: "run", "study".
+        what: What uses the folder, for the message: "run", "study".
         wait: Seconds to wait for another process to end.
 
     Returns:
-        The lock; None where the file system knows no locks, with a warning.
+        The lock; None, with a warning, if the file system does not support locks.
 
     Raises:
-        RunFolderError: if another process has it.
+        RunFolderError: if another process holds the lock.
         OSError: if the folder cannot be written to.
     """
     lock = FileLock(folder / LOCK_FILE)
@@ -235,7 +235,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring a folder's list of names to the disk, where the system can."""
+    """Sync a directory to disk, if the system supports it, so that new names in it survive a crash."""
     if hasattr(os, "O_DIRECTORY"):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:

@@ -1,4 +1,4 @@
-"""`push_to_hub`: a finished run's model on the Hugging Face hub, with the model card of its report."""
+"""`push_to_hub`: uploads the model of a finished run to the Hugging Face hub, with a model card from its report."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ _OTHERS = {
 
 
 def push_to_hub(run: str | Path, repo_id: str, private: bool = False, what: Part = "model") -> str:
-    """Put what a finished run has made on the hub, in a repository that is made if it is not there.
+    """Upload a part of a finished run to the hub; the repository is created if it does not exist.
 
-    Beside the files of the model go its masks and a model card, written from the report: files of the same names in the
-    repository are replaced.
+    The masks and a model card written from the report are uploaded with the files of the model. Files of the same names
+    in the repository are replaced.
 
     Args:
         run: The run folder.
         repo_id: The repository, OWNER/NAME.
-        private: Whether a repository that is made is private; one that is there stays as it is.
-        what: "model", the recovered model; "base", the pruned one before the recovery; "adapter", what goes on it.
+        private: Whether a new repository is private; an existing one is not changed.
+        what: "model", the recovered model; "base", the pruned model before recovery; "adapter", the adapter alone.
 
     Returns:
-        The address of the repository.
+        The URL of the repository.
 
     Raises:
         RunFolderError: if the run is not finished, has no such part, or a file is damaged or was changed.
         MaskError: if pruned weights are not zero.
-        DivergenceError: if a number is NaN or infinite.
-        HubError: if there is no token, the hub cannot be reached, or it refuses.
+        DivergenceError: if a weight is NaN or infinite.
+        HubError: if there is no token, the hub cannot be reached, or it refuses the upload.
     """
     run = Path(run)
     if what not in ("model", "base", "adapter"):
@@ -62,7 +62,7 @@ def push_to_hub(run: str | Path, repo_id: str, private: bool = False, what: Part
             url = api.create_repo(repo_id, private=private, exist_ok=True)
             message = f"The {what} of the sparsefit run {run.name}"
             api.upload_folder(repo_id=repo_id, folder_path=staged, commit_message=message)
-        except Exception as error:  # the client's library, and so its errors' classes, differ between its versions
+        except Exception as error:  # the error classes of the hub client differ between its versions
             told = " ".join(str(error).split()) or type(error).__name__
             raise HubError(
                 f"{run} was not pushed to {repo_id!r}: {told}. See that the name is OWNER/NAME and that the token may "
@@ -83,7 +83,7 @@ def _check_finished(run: Path) -> None:
 
 
 def _part(run: Path, what: Part) -> Path:
-    """The folder of what is pushed."""
+    """The folder of the part to push."""
     names = {"model": MODEL_FOLDER, "base": BASE_FOLDER, "adapter": ADAPTER_FOLDER}
     folder = run / names[what]
     if what == "base" and (run / TRAINED_BASE_FOLDER).is_dir():
@@ -94,7 +94,7 @@ def _part(run: Path, what: Part) -> Path:
 
 
 def _check_weights(run: Path, part: Path) -> None:
-    """See that nothing of the run is damaged, and that the masks hold in what is pushed."""
+    """Check that no file of the run is damaged, and that pruned weights are zero in the part to push."""
     inspection = inspect_whole(run)
     if part.name in (BASE_FOLDER, TRAINED_BASE_FOLDER):
         inspection = inspect_folder(part)
@@ -107,7 +107,7 @@ def _check_weights(run: Path, part: Path) -> None:
 
 
 def _client() -> HfApi:
-    """The client of the hub, seen to have a token and a network."""
+    """The hub client, after a check for a token and a network."""
     from huggingface_hub import HfApi, get_token
 
     if get_token() is None:
@@ -118,7 +118,7 @@ def _client() -> HfApi:
 
 
 def _stage(run: Path, part: Path, what: Part, folder: Path) -> None:
-    """Lay out in a folder what is uploaded, by links."""
+    """Collect the files to upload in a folder, as links."""
     files = [path for path in part.rglob("*") if path.is_file() and path.name not in (SUMS_FILE, "README.md")]
     for file in files:
         place = folder / file.relative_to(part)
@@ -129,7 +129,7 @@ def _stage(run: Path, part: Path, what: Part, folder: Path) -> None:
     library = "peft" if what == "adapter" else "transformers" if (part / "config.json").is_file() else None
     (folder / "README.md").write_text(model_card(read_json(run / REPORT_FILE), what, library), encoding="utf-8")
     config = folder / _ADAPTER_CONFIG
-    if config.exists():  # it names the base by its path on this machine
+    if config.exists():  # it holds the local path of the base, which is removed
         settings = json.loads(config.read_text(encoding="utf-8"))
         config.unlink()
         config.write_text(json.dumps(settings | {"base_model_name_or_path": None}, indent=2), encoding="utf-8")

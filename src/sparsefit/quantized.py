@@ -1,12 +1,12 @@
-"""Weights that bitsandbytes holds in 4 or 8 bits: read as an (out, in) matrix, pruned, written, put back.
+"""Weights in 4-bit or 8-bit formats of bitsandbytes: read as (out, in) matrices, pruned, written and restored.
 
-A zero of such a weight is a code, not a small number: NF4, FP4 and int8 have a code for 0. To prune is to write that
-code (`zero_outside`): scales and the codes of kept weights stay as they are, to the bit. Only weights that a
-reconstruction changed have to be quantized again (`write_quantized`), and for that alone bitsandbytes is imported:
-its CPU kernel (0.50, AVX-512) reads wrong values where the width is a multiple of 32 but not of the blocksize.
+NF4, FP4 and int8 have a code for exactly 0. Pruning writes this code (`zero_outside`); scales and the codes of kept
+weights stay bitwise the same. Only weights that a reconstruction changed are quantized again (`write_quantized`).
+bitsandbytes is imported only for that, as its CPU kernel (0.50, AVX-512) reads wrong values if the width is a multiple
+of 32 but not of the blocksize.
 
-All functions take the layer, not its parameter: the scales of an 8-bit layer move from the parameter to
-`layer.state` in the first forward pass, and what is cached there must change together with the weights.
+All functions take the layer, not its parameter: the scales of an 8-bit layer move from the parameter to `layer.state`
+in the first forward pass, and the values cached there must change together with the weights.
 Formats: QLoRA (Dettmers et al. 2023, arXiv 2305.14314), LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339).
 """
 
@@ -25,24 +25,24 @@ from torch import Tensor, nn
 from sparsefit.errors import MaskError
 
 _BITS = {"Linear4bit": 4, "Linear8bitLt": 8}
-_INT8_MAX = 127  # a row's scale (SCB) is its largest magnitude, and that is code 127
-_CPU_LAYOUT = "support_avx512bf16_for_cpu"  # whether a Linear4bit may change to its layout for a CPU
-_CPU_ROWS = 32  # rows that this interleaves
+_INT8_MAX = 127  # a row's scale (SCB) is its largest magnitude, which has the code 127
+_CPU_LAYOUT = "support_avx512bf16_for_cpu"  # attribute: whether a Linear4bit may change to its CPU layout
+_CPU_ROWS = 32  # rows that the CPU layout interleaves
 
 
 def bits_of(layer: nn.Module) -> int:
-    """4 or 8 if a layer is bitsandbytes' own, whatever it holds at the moment; else 0.
+    """4 or 8 for a layer of bitsandbytes, quantized yet or not; else 0.
 
     >>> bits_of(nn.Linear(3, 5))
     0
     """
-    # The layers of PEFT have the same names: they wrap these, and are not meant.
+    # PEFT has layers of the same names that wrap these; they do not count.
     own = (c.__name__ for c in type(layer).__mro__ if c.__module__.startswith("bitsandbytes"))
     return next((_BITS[name] for name in own if name in _BITS), 0)
 
 
 def is_quantized(layer: nn.Module) -> bool:
-    """Whether a layer is bitsandbytes' own and its weight is quantized already.
+    """Whether a layer is of bitsandbytes and its weight is quantized already.
 
     >>> is_quantized(nn.Linear(3, 5))
     False
@@ -54,8 +54,8 @@ def is_quantized(layer: nn.Module) -> bool:
 
 
 def awaits_quantization(layer: nn.Module) -> bool:
-    """Whether a bitsandbytes layer still holds floats that it quantizes later: when it is moved to a device
-    (`model.to("cpu")` does it, too) or, with 8 bits, in its first forward pass.
+    """Whether a bitsandbytes layer still holds floats that it will quantize when it is moved to a device (including
+    `model.to("cpu")`) or, with 8 bits, in its first forward pass.
 
     >>> awaits_quantization(nn.Linear(3, 5))
     False
@@ -65,7 +65,7 @@ def awaits_quantization(layer: nn.Module) -> bool:
 
 
 def matrix_shape(layer: nn.Module) -> tuple[int, int]:
-    """(out, in) of a quantized layer's weight, however it is stored.
+    """The shape (out, in) of a quantized layer's weight, independent of its storage layout.
 
     >>> matrix_shape(nn.Linear(3, 5))
     (5, 3)
@@ -75,8 +75,8 @@ def matrix_shape(layer: nn.Module) -> tuple[int, int]:
 
 
 def dequantized(layer: nn.Module) -> Tensor:
-    """The weights of a quantized layer as a fresh (out, in) tensor on its device: with 4 bits in the dtype that they
-    had before, with 8 bits in float32, in which the scales are held and the products are scaled.
+    """The dequantized weights of a layer as a new (out, in) tensor on its device: with 4 bits in the dtype from before
+    quantization, with 8 bits in float32, the dtype of the scales.
 
     >>> layer = nn.Linear(2, 1).requires_grad_(False)  # with what a Linear8bitLt holds
     >>> layer.weight.data, layer.weight.SCB = torch.tensor([[127, -64]], dtype=torch.int8), torch.tensor([2.0])
@@ -89,7 +89,7 @@ def dequantized(layer: nn.Module) -> Tensor:
 
 
 def zero_outside(layer: nn.Module, mask: Tensor) -> None:
-    """Set the weights outside an (out, in) bool mask to exactly zero; the others keep their value to the bit. A
+    """Set the weights outside an (out, in) bool mask to exactly zero; kept weights stay bitwise the same. Raises a
     MaskError if the mask has another shape than the weights.
 
     >>> layer = nn.Linear(2, 1)  # with what a Linear8bitLt holds
@@ -106,8 +106,8 @@ def zero_outside(layer: nn.Module, mask: Tensor) -> None:
 
 
 def write_quantized(layer: nn.Module, matrix: Tensor) -> None:
-    """Quantize an (out, in) float matrix with the layer's own settings, as its new weights. Its zeros are exact zeros
-    afterwards; the other weights get the rounding error of the format.
+    """Quantize an (out, in) float matrix with the layer's own settings, as its new weights. Zeros stay exact zeros;
+    other weights get the rounding error of the format.
 
     >>> write_quantized(nn.Linear(3, 5), torch.zeros(3, 5))  # doctest: +ELLIPSIS
     Traceback (most recent call last):
@@ -119,7 +119,7 @@ def write_quantized(layer: nn.Module, matrix: Tensor) -> None:
     weight, kept = layer.weight, (matrix != 0).to(layer.weight.device)
     if bits_of(layer) == 8:
         codes, scales, _ = functional.int8_vectorwise_quant(matrix.to(weight.device, torch.float16).contiguous())
-        # The scale of a row without weights is 0, and what a kernel makes of 0 / 0 is its own affair.
+        # The scale of an all-zero row is 0, and kernels differ in how they round 0 / 0.
         _put_int8(layer, codes.masked_fill(~kept, 0), scales)
         return
     state = _state(layer)
@@ -130,17 +130,17 @@ def write_quantized(layer: nn.Module, matrix: Tensor) -> None:
         quant_type=state.quant_type,
         quant_storage=getattr(state, "original_storage_type", weight.dtype),
     )
-    # A block without weights has the scale 0; quantized in its turn, that scale can come back as another number,
-    # and not every kernel gives the code of 0 to a weight of such a block.
+    # An all-zero block has the scale 0. If scales are quantized, too, it may be restored as another number, and not
+    # every kernel gives the weights of such a block the code of 0.
     packed = _with_zeros(packed, new, kept)
-    # The fields change, not the object: the parameter and every layer that shares it hold the same one. One
-    # assignment, so that an interrupt finds the old fields or the new ones.
+    # Replace the fields of the state, not the object, which the parameter and all layers that share it refer to. One
+    # assignment, so that an interrupt leaves either the old or the new fields.
     state.__dict__ = vars(new)
     _write_codes(layer, packed)
 
 
 def snapshot(layer: nn.Module) -> Callable[[], None]:
-    """Remember codes and scales; what is returned puts them back, to the bit, however often it is called.
+    """Copy codes and scales; returns a function that restores them bitwise and may be called repeatedly.
 
     >>> layer = nn.Linear(2, 1).requires_grad_(False)  # with what a Linear8bitLt holds
     >>> layer.weight.data, layer.weight.SCB = torch.tensor([[127, -64]], dtype=torch.int8), torch.tensor([2.0])
@@ -163,11 +163,11 @@ def snapshot(layer: nn.Module) -> Callable[[], None]:
 
 @contextmanager
 def plain_layout(model: nn.Module) -> Iterator[None]:
-    """Keep the 4-bit layers of a model in the layout in which they are stored, from now on, unless an error comes.
+    """Keep the 4-bit layers of a model in the plain layout from now on; undone only if the body raises.
 
-    On a CPU with AVX-512 BF16, a Linear4bit in evaluation mode rearranges its weights in its first forward pass. That
-    rounds the scales, fails for some shapes, and (bitsandbytes 0.50) is saved with the scales in the wrong order and
-    does not survive `model.to(device)`.
+    On a CPU with AVX-512 BF16, a Linear4bit in evaluation mode rearranges its weights in its first forward pass. This
+    rounds the scales and fails for some shapes. In bitsandbytes 0.50, such layers are also saved with the scales in the
+    wrong order and break in `model.to(device)`.
 
     >>> with plain_layout(nn.Linear(3, 5)) as held: print(held)
     None
@@ -184,8 +184,8 @@ def plain_layout(model: nn.Module) -> Iterator[None]:
 
 
 def stored_matrix(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """The weight of a name out of all tensors of a state dict or a file, (out, in); dequantized if it was saved in 4 or
-    8 bits. Its scales are found by their names.
+    """The weight called `name` in the tensors of a state dict or a file, (out, in); dequantized if it was saved in 4 or
+    8 bits. Its scales are found by name.
 
     >>> stored_matrix({"weight": torch.tensor([[127, -64]], dtype=torch.int8), "SCB": torch.tensor([2.0])}, "weight")
     tensor([[ 2.0000, -1.0079]])
@@ -201,7 +201,7 @@ def stored_matrix(tensors: Mapping[str, Tensor], name: str) -> Tensor:
 
 
 def _state(layer: nn.Module) -> Any:
-    # The layer keeps a second reference: sharding strategies lose the attributes of a parameter.
+    # The layer keeps a second reference, as sharding strategies lose the attributes of a parameter.
     state = getattr(layer.weight, "quant_state", None)
     return state if state is not None else getattr(layer, "quant_state", None)
 
@@ -213,14 +213,14 @@ def _row_scales(layer: nn.Module) -> Tensor | None:
 
 
 def _put_int8(layer: nn.Module, codes: Tensor, scales: Tensor) -> None:
-    """Make a Linear8bitLt what it is right after quantization: its next forward pass takes codes and scales over."""
+    """Put a Linear8bitLt in the state right after quantization; its next forward pass caches codes and scales."""
     layer.weight.data = codes
     layer.weight.CB, layer.weight.SCB = codes, scales
     layer.state.reset_grads()
 
 
 def _write_codes(layer: nn.Module, packed: Tensor) -> None:
-    """New codes for a Linear4bit, in the plain layout, and its scales in that layout, too."""
+    """Set the codes of a Linear4bit, in the plain layout, and convert its scales to that layout."""
     state = _state(layer)
     state.absmax, state.dtype = _flat_absmax(state), _dtype(state)
     state.packing_format_for_cpu = False
@@ -229,7 +229,7 @@ def _write_codes(layer: nn.Module, packed: Tensor) -> None:
 
 
 def _with_zeros(data: Tensor, state: Any, mask: Tensor) -> Tensor:
-    """The packed codes with the code of 0 wherever an (out, in) mask is False; a column, as they are stored."""
+    """The packed codes with the code of 0 wherever an (out, in) mask is False; shaped (n, 1), as they are stored."""
     codes = _codes(data, state)
     zero = int((state.code == 0).nonzero()[0])
     codes[: mask.numel()].masked_fill_(~mask.flatten(), zero)
@@ -238,7 +238,7 @@ def _with_zeros(data: Tensor, state: Any, mask: Tensor) -> Tensor:
 
 
 def _values(data: Tensor, state: Any) -> Tensor:
-    """Code times block scale, in float32 and rounded once, as the kernels do it."""
+    """Dequantize 4-bit codes: code value times block scale, in float32 and rounded once, as the kernels do."""
     count, scales = torch.Size(state.shape).numel(), _block_scales(state)
     codes = nn.functional.pad(_codes(data, state)[:count], (0, len(scales) * state.blocksize - count))
     values = state.code.float()[codes.int()].view(len(scales), state.blocksize) * scales.unsqueeze(1)
@@ -246,13 +246,13 @@ def _values(data: Tensor, state: Any) -> Tensor:
 
 
 def _codes(data: Tensor, state: Any) -> Tensor:
-    """One 4-bit code a byte, row after row, as a fresh tensor; a last one over if the weights are odd in number."""
+    """The 4-bit codes, one per byte, row by row, as a new tensor; one extra code if the number of weights is odd."""
     stored = data.contiguous().view(torch.uint8)
     if data.ndim == 1 or 1 in data.shape:  # the plain layout: pairs, the first of each in the high half
         stored = stored.flatten()
         return torch.stack((stored >> 4, stored & 15), dim=1).flatten()
-    # The CPU layout, (out, in / 2): in each pair of columns of 32 rows, rows 0-15 are the low halves and rows 16-31 the
-    # high ones.
+    # The CPU layout, (out, in / 2): in each pair of columns of 32 rows, rows 0-15 are the low half-bytes and rows 16-31
+    # the high ones.
     rows, columns = state.shape
     stored = stored.view(rows // _CPU_ROWS, columns // 2, _CPU_ROWS)
     pairs = torch.cat((stored & 15, stored >> 4), dim=2).view(rows // _CPU_ROWS, columns // 2, _CPU_ROWS, 2)
@@ -260,7 +260,7 @@ def _codes(data: Tensor, state: Any) -> Tensor:
 
 
 def _block_scales(state: Any) -> Tensor:
-    """The scale of each block, float32; where the scales are themselves quantized, these are dequantized."""
+    """The scale of each block in float32; dequantized if the scales are quantized themselves."""
     if not state.nested:
         return _flat_absmax(state).float()
     codes, outer = state.absmax, state.state2
@@ -269,7 +269,7 @@ def _block_scales(state: Any) -> Tensor:
 
 
 def _flat_absmax(state: Any) -> Tensor:
-    # The CPU layout has them (blocks of a row, rows) in bfloat16.
+    # In the CPU layout, scales are (blocks per row, rows) in bfloat16.
     return state.absmax.t().flatten().float() if state.absmax.ndim == 2 else state.absmax
 
 
@@ -278,7 +278,7 @@ def _dtype(state: Any) -> torch.dtype:
 
 
 def _state_of_parts(parts: Mapping[str, Tensor]) -> Any:
-    """The fields of a QuantState out of its saved tensors; what is no tensor is JSON in one of them."""
+    """The fields of a QuantState from its saved tensors; one of them holds all other fields as JSON."""
     packed = next(value for key, value in parts.items() if key.startswith("quant_state."))
     fields = SimpleNamespace(**json.loads(bytes(packed.cpu().tolist())))
     fields.dtype, fields.absmax, fields.code = getattr(torch, fields.dtype), parts["absmax"], parts["quant_map"]

@@ -1,4 +1,4 @@
-"""What the ranks of a distributed run tell each other while they prune; nothing in a single process."""
+"""Communication between the ranks of a distributed run; no-ops in a single process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def from_all(value: Any) -> list[Any]:
-    """The value of every rank, in their order.
+    """All-gather a picklable value: the values of all ranks, in rank order.
 
     >>> from_all(3)
     [3]
@@ -25,9 +25,10 @@ def from_all(value: Any) -> list[Any]:
 
 @contextmanager
 def errors_on_all_ranks() -> Iterator[None]:
-    """An error of one rank becomes everybody's, as those that went on would wait for it for ever.
+    """Raise an error of one rank on all ranks, as the remaining ranks would otherwise wait for it forever.
 
-    Errors of sparsefit keep their class; of another error the others raise a `RuntimeError` that quotes it.
+    Errors of sparsefit keep their class on all ranks; other errors become a `RuntimeError` with the message on the
+    ranks that did not fail.
 
     >>> from sparsefit.errors import CalibrationError
     >>> with errors_on_all_ranks(): raise CalibrationError("no data")
@@ -47,7 +48,7 @@ def errors_on_all_ranks() -> Iterator[None]:
 
 
 def add_up(values: Tensor, largest: bool = False) -> None:
-    """The sum (or the largest) over all ranks, in place.
+    """All-reduce a tensor in place: the sum, or with `largest` the maximum, over ranks.
 
     >>> import torch
     >>> add_up(values := torch.ones(2)); values
@@ -58,7 +59,8 @@ def add_up(values: Tensor, largest: bool = False) -> None:
 
 
 def of_rank(values: Tensor, rank: int = 0) -> Tensor:
-    """The tensor of one rank; the others give one of the same shape, type and device for it to be written to.
+    """Broadcast the tensor of one rank. On other ranks, `values` has the same shape, dtype and device and may be
+    overwritten.
 
     >>> import torch
     >>> of_rank(torch.tensor([1, 0]))
@@ -72,7 +74,7 @@ def of_rank(values: Tensor, rank: int = 0) -> Tensor:
 
 
 def own_rank() -> int:
-    """The number of this process among all, from 0.
+    """The rank of this process, from 0.
 
     >>> own_rank()
     0
@@ -81,7 +83,7 @@ def own_rank() -> int:
 
 
 def number_of_ranks() -> int:
-    """How many processes there are in all.
+    """The world size.
 
     >>> number_of_ranks()
     1
@@ -90,12 +92,15 @@ def number_of_ranks() -> int:
 
 
 def shared_out(costs: Sequence[float], ranks: int | None = None) -> list[int]:
-    """Which rank does each of several pieces of work, so that all are done soon: the dearest first, each by the rank
-    with the least to do. All ranks find the same.
+    """Assign tasks to ranks with balanced load: the most expensive task first, each to the rank with the least load.
+    Deterministic, so all ranks compute the same assignment.
 
     Args:
-        costs: What each takes.
-        ranks: How many there are; by default those of this run.
+        costs: The cost of each task.
+        ranks: Number of ranks; by default the world size.
+
+    Returns:
+        The rank for each task.
 
     >>> shared_out([3.0, 1.0, 1.0], ranks=2)
     [0, 1, 1]
@@ -108,7 +113,7 @@ def shared_out(costs: Sequence[float], ranks: int | None = None) -> list[int]:
 
 
 def is_distributed() -> bool:
-    """Whether there is a group of processes, if only of one.
+    """Whether torch.distributed is initialized, also with a single process.
 
     >>> is_distributed()
     False

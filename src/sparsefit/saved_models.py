@@ -1,4 +1,4 @@
-"""What is seen of a saved model before anything is told of it, or made from it."""
+"""Checks a saved model for damage before it is inspected, converted or pushed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from sparsefit.recovery.run_files import check_ended, damaged_files, holds_run
 
 
 def inspect_whole(folder: Path) -> Inspection:
-    """`inspect_folder`, of files that are what was written.
+    """Inspect a saved model as `inspect_folder` does, after a check that its files are what was written.
 
     Args:
-        folder: A run folder, or one with a model.
+        folder: A run folder, or a folder with a model.
 
     Raises:
-        RunFolderError: if there is no model, its run is under way, or a file is damaged or was changed.
+        RunFolderError: if there is no model, its run is in progress, or a file is damaged or was changed.
         MaskError: if the mask file is damaged, or its masks do not fit the model.
     """
     check_ended(folder)

@@ -1,4 +1,4 @@
-"""What all settings of sparsefit have in common: numbers of any kind, and a clear error for a name that is none."""
+"""Validation of settings: numbers of any kind, and clear errors for unknown names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _Class = TypeVar("_Class", bound=type)
 
 
 def named_settings(cls: _Class) -> _Class:
-    """Class decorator: arguments that do not fit are a `ConfigError`, which names the nearest of an unknown name.
+    """Class decorator: wrong arguments raise a `ConfigError`, which suggests the nearest name for an unknown one.
 
     >>> @named_settings
     ... class Settings:
@@ -49,7 +49,7 @@ def named_settings(cls: _Class) -> _Class:
 
 
 def as_text(name: Any) -> Any:
-    """A path as text, in lists too; what is none as it is.
+    """Convert paths to text, also inside lists and tuples; other values are returned unchanged.
 
     >>> from pathlib import PurePosixPath
     >>> as_text(PurePosixPath("models/llama")), as_text(["a", PurePosixPath("b")]), as_text(3)
@@ -61,9 +61,9 @@ def as_text(name: Any) -> Any:
 
 
 def as_number(value: object) -> float | int | None:
-    """A finite number of any kind (Python's, NumPy's, a tensor of one element) as Python's; None for anything else.
+    """Convert a finite number (of Python or NumPy, or a 0-D tensor) to a Python number; None for anything else.
 
-    A float becomes the decimal that it is written as: numpy.float32(0.57) is 0.57.
+    A NumPy or tensor float becomes the decimal that it is printed as: numpy.float32(0.57) becomes 0.57.
 
     >>> as_number(3), as_number(0.57), as_number(True), as_number("0.5"), as_number(float("nan"))
     (3, 0.57, None, None, None)
@@ -89,7 +89,7 @@ def number(
     below: float | None = None,
     whole: bool = False,
 ) -> Any:
-    """A setting that must be a number, as Python's; NaN and infinity are none.
+    """Check a numeric setting and return it as a Python number; NaN and infinity are refused.
 
     >>> number("learning_rate", 1e-4, above=0), number("r", 8, least=1, whole=True)
     (0.0001, 8)
@@ -98,16 +98,16 @@ def number(
     sparsefit.errors.ConfigError: dropout is 1.5: it must be a number of at least 0 and below 1
 
     Args:
-        name: What the error calls it.
-        value: As it was given.
-        above: It must be larger.
-        least: It must not be smaller.
-        most: It must not be larger.
-        below: It must be smaller.
-        whole: It must be a whole number.
+        name: The name of the setting in the error message.
+        value: The value as it was given.
+        above: Exclusive lower bound.
+        least: Inclusive lower bound.
+        most: Inclusive upper bound.
+        below: Exclusive upper bound.
+        whole: Whether it must be an integer.
 
     Raises:
-        ConfigError: It is something else.
+        ConfigError: if the value is not such a number.
     """
     found = as_number(value)
     limits = {"above": above, "of at least": least, "at most": most, "below": below}

@@ -1,7 +1,7 @@
-"""Models that FSDP2 (`torch.distributed.fsdp.fully_shard`) has split over the ranks of a run.
+"""Helpers for models that FSDP2 (`torch.distributed.fsdp.fully_shard`) has sharded over ranks.
 
-Each rank holds a shard of every parameter. While a unit (a module that `fully_shard` was called with) computes, plain
-whole parameters stand in their place; all ranks gather them together, as the unit is called.
+Each rank holds a shard of every parameter. When a unit (a module that `fully_shard` was called with) is called, all
+ranks gather its parameters together, and plain whole parameters replace the shards while it computes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def is_sharded(parameter: object) -> bool:
 
 
 def shard_of(parameter: Tensor) -> Tensor:
-    """What this rank holds of a parameter, where it is held: all of one that is not sharded.
+    """This rank's shard of a parameter, without a copy; the whole parameter if it is not sharded.
 
     >>> shard_of(nn.Parameter(Tensor([1.0, 2.0])))
     tensor([1., 2.])
@@ -44,7 +44,7 @@ def shard_of(parameter: Tensor) -> Tensor:
 
 
 def units_of(model: nn.Module) -> list[nn.Module]:
-    """The units of a model, in its order; none of a model that is not sharded.
+    """The units of a model, in module order; empty if it is not sharded.
 
     >>> units_of(nn.Linear(3, 5))
     []
@@ -57,8 +57,8 @@ def units_of(model: nn.Module) -> list[nn.Module]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Have each rank hold its shards alone. FSDP2 leaves the outermost unit gathered after a pass without gradients;
-    what is then written to its shards is seen by none, and what is written to the whole parameters is lost.
+    """Free gathered parameters, so that each rank holds only its shards. FSDP2 leaves the outermost unit gathered after
+    a pass without gradients. Writes to its shards then have no effect, and writes to its whole parameters are lost.
 
     >>> reshard(nn.Linear(3, 5))
     """
@@ -67,7 +67,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def over_shards(counts: Mapping[str, int], sharded: Collection[str]) -> dict[str, int]:
-    """Counts by name, those of the sharded added up over all ranks, of which each has counted in its shards.
+    """Counts by name; those of sharded parameters, which each rank counts in its shard, are summed over ranks.
 
     >>> over_shards({"a": 3}, sharded=[])
     {'a': 3}
@@ -79,10 +79,10 @@ def over_shards(counts: Mapping[str, int], sharded: Collection[str]) -> dict[str
 
 
 def check_layout(model: nn.Module) -> None:
-    """See that the shards of a model are of the kind that can be pruned in place.
+    """Check that a model is sharded in a layout that can be pruned in place.
 
     Raises:
-        ConfigError: naming the first parameter that is laid out otherwise, and how.
+        ConfigError: names the first parameter with another layout, and the layout.
 
     >>> check_layout(nn.Linear(3, 5))
     """
@@ -111,11 +111,11 @@ def check_layout(model: nn.Module) -> None:
 
 
 def passes(model: nn.Module | None, run: Callable[[int], object], count: int, part: nn.Module | None = None) -> None:
-    """Call run(0) to run(count - 1), each of which runs a model once, or a part of it by itself.
+    """Call run(0) to run(count - 1), each of which runs a model, or one part of it, once.
 
-    In each pass through a sharded model all ranks gather its units. So a rank that has fewer passes than another, or in
-    which one fails, gathers with the others until all are through; then comes its error. Afterwards each rank holds its
-    shards alone.
+    In each pass through a sharded model all ranks gather its units. A rank with fewer passes, or with an error,
+    therefore keeps gathering until all ranks are done, and raises its error then. Afterwards each rank holds only its
+    shards.
 
     >>> passes(nn.Linear(3, 5), print, count=2)
     0
@@ -155,7 +155,7 @@ def passes(model: nn.Module | None, run: Callable[[int], object], count: int, pa
 
 @contextmanager
 def _noting(units: list[nn.Module], entered: list[nn.Module]) -> Iterator[None]:
-    """Add each unit to a list as it is called."""
+    """Append each unit to `entered` when it is called."""
     handles = [unit.register_forward_pre_hook(lambda unit, _: entered.append(unit)) for unit in units]
     try:
         yield
@@ -165,7 +165,8 @@ def _noting(units: list[nn.Module], entered: list[nn.Module]) -> Iterator[None]:
 
 
 def _gather(units: list[nn.Module]) -> None:
-    """Gather units in turn, as a pass does; the last stays. (A unit of several modules is gathered with the first.)"""
+    """Gather units one after the other, as a pass does; the last stays gathered. (A unit of several modules is gathered
+    with its first module.)"""
     for unit, before in zip(units, [None, *units], strict=False):
         unit.unshard()
         if before is not None and before is not unit:
@@ -173,7 +174,7 @@ def _gather(units: list[nn.Module]) -> None:
 
 
 def _holder(model: nn.Module, part: nn.Module) -> list[nn.Module]:
-    """The unit around a part of a model that parameters of the part belong to, if there is one."""
+    """The unit around a part of a model that manages some of the part's parameters, in a list; empty if none does."""
     own = {id(parameter) for unit in units_of(part) for parameter in unit.parameters()}
     if all(id(parameter) in own for parameter in part.parameters() if is_sharded(parameter)):
         return []
@@ -182,7 +183,7 @@ def _holder(model: nn.Module, part: nn.Module) -> list[nn.Module]:
 
 
 def _reset(model: nn.Module) -> None:
-    """Have FSDP2 forget a pass that was broken off."""
+    """Reset FSDP2's state after an interrupted pass."""
     for unit in units_of(model):
-        with suppress(RuntimeError, AttributeError):  # it is asked of the root; earlier releases of torch cannot
+        with suppress(RuntimeError, AttributeError):  # works only on the root; earlier releases of torch lack it
             unit.reset_iter_state()

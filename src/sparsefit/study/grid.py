@@ -18,14 +18,14 @@ class Point:
     """One pruning of a study.
 
     Attributes:
-        config: What is pruned and how.
+        config: The pruning configuration.
     """
 
     config: PruningConfig
 
     @property
     def key(self) -> dict[str, Any]:
-        """What tells the point from the others of its grid: a value for each of `AXES`."""
+        """The values that identify the point in its grid, one for each of `AXES`."""
         config, patterned = self.config, self.config.pattern is not None
         return {
             "score": config.score,
@@ -43,14 +43,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Grid:
-    """Every combination of the lists is a point; a pattern takes the place of granularity and sparsity.
+    """A grid with a point for every combination of the lists; a pattern replaces granularity and sparsity.
 
     Args:
         scores: Names of scores: "magnitude", "wanda", "ria", ...
-        granularities: Which weights compete: "output", "layer", "input", ...; "own" is what each score's authors use.
+        granularities: Which weights compete: "output", "layer", "input", ...; "own" is the default of each score.
         sparsities: Shares of the weights to remove.
-        patterns: N:M patterns beside them, such as "2:4".
-        updates: Orders: "none" (statistics of the dense network, taken once for all of the grid), "block".
+        patterns: N:M patterns, such as "2:4", in addition to the sparsities.
+        updates: Orders: "none" (statistics of the dense network, collected once for the whole grid), "block".
         settings: Other fields of `PruningConfig`, the same for all points.
     """
 
@@ -62,10 +62,10 @@ class Grid:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def points(self) -> list[Point]:
-        """All points, in order; what comes to the same pruning (a magnitude in another order) stands once.
+        """All points in order, without duplicates such as magnitude pruning in another block order.
 
         Raises:
-            ConfigError: If a setting cannot work, or there is no point.
+            ConfigError: If a setting is invalid, or the grid is empty.
         """
         fixed = sorted({*self.settings} & {*AXES})
         if fixed:

@@ -1,4 +1,4 @@
-"""The results of a study: a tidy table in a CSV file that is whole at any moment."""
+"""The results of a study: a tidy table in a CSV file that is written atomically."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ Row = dict[str, Any]
 
 
 class Results:
-    """The rows of a study, kept in a file: each a point at one stage ("dense", "pruned" or "finetuned"), measured once.
+    """The rows of a study, saved in a file: each is a point at one stage ("dense", "pruned" or "finetuned").
 
-    The seeds of a row are empty where none had a part in it, and in tables of before there were several.
+    The seeds of a row are empty if it does not depend on them, and in tables of earlier versions without seeds.
 
     Args:
-        file: The CSV; what is in it is taken up. It is written anew, as a whole, after each row.
-        metrics: Names of the columns of what is measured.
+        file: The CSV file; existing rows are read. The whole file is rewritten after each new row.
+        metrics: Names of the metric columns.
 
     Raises:
         ConfigError: If a metric has the name of another column.
-        RunFolderError: If the file is there and is no such table.
+        RunFolderError: If the file exists and is not such a table.
     """
 
     def __init__(self, file: Path, metrics: Iterable[str]) -> None:
@@ -44,11 +44,11 @@ class Results:
         self.rows: list[Row] = self._read() if file.exists() else []
 
     def find(self, **key: Any) -> Row | None:
-        """The row with these values, if there is one that did not fail."""
+        """The first row with these values that did not fail, or None."""
         return next((row for row in self.rows if not row["error"] and self._has(row, key)), None)
 
     def add(self, row: Mapping[str, Any]) -> Row:
-        """Add a row, in the place of an earlier one of the same key, and write the file; returns it, made whole."""
+        """Add a row, or replace the one with the same key, and write the file; returns it with all columns filled."""
         full = dict.fromkeys(self.columns) | dict.fromkeys(_TEXTS, "") | {"sparsity": 0.0, "epochs": 0} | dict(row)
         key = {name: full[name] for name in KEY}
         places = [place for place, other in enumerate(self.rows) if self._has(other, key)]
@@ -59,13 +59,13 @@ class Results:
         return full
 
     def adopt(self, keys: Iterable[Mapping[str, Any]]) -> None:
-        """Give rows of an older table, which has no seeds, those of their keys."""
+        """Fill in the seeds of rows from an older table without seeds."""
         for key in keys:
             if self.find(**key) is None and (row := self.find(**{**key, **dict.fromkeys(SEEDS, "")})):
                 row.update({name: key[name] for name in SEEDS})
 
     def forget(self, model: str, keys: Iterable[Mapping[str, Any]]) -> None:
-        """Drop the rows of a model that failed and are not among these keys: they are no longer asked for."""
+        """Drop failed rows of a model that are not among these keys, as they are no longer part of the study."""
         asked = list(keys)
         rows = [
             row
@@ -113,7 +113,7 @@ class Results:
 
 
 def _text(value: Any) -> Any:
-    """As it is read back: numbers to the last bit, and nothing for what is not there."""
+    """A value as CSV text: floats are read back exactly, and None is empty."""
     if isinstance(value, float):
         return repr(value) if math.isfinite(value) else str(value)
     return "" if value is None else value

@@ -1,4 +1,4 @@
-"""Running a study: a dense calibration for each seed, then for each point a selection, an evaluation, fine-tuning."""
+"""Runs a study: calibrates the dense model for each seed, then prunes, evaluates and fine-tunes it for each point."""
 
 from __future__ import annotations
 
@@ -33,35 +33,35 @@ from sparsefit.study.results import Results
 
 
 class Data(Protocol):
-    """What a study reads: batches that the module takes as they are, the same each time."""
+    """The data of a study: batches that can be passed to the module directly, the same in each iteration."""
 
     def calibration_dataloader(self, seed: int) -> Iterable[Any]:
-        """Calibration batches, other samples for another seed."""
+        """Calibration batches, with different samples for each seed."""
 
     def test_dataloader(self) -> Iterable[Any]:
-        """What models are evaluated on."""
+        """Batches for evaluation."""
 
 
 @dataclass
 class Subject:
-    """A dense model under study. It is dense again after each point.
+    """A dense model under study. Its dense weights are restored after each point.
 
     Args:
-        name: What the study calls it.
-        module: Has `evaluate(batches)`, which gives figures by name.
-        forward: How a calibration batch goes through it.
-        finetune: Trains a pruned module with its masks fixed; called with both and with a seed.
-        finetunes: Which points are fine-tuned.
-        epochs: Of the fine-tuning, for the results.
+        name: The name of the model in the study.
+        module: A module with `evaluate(batches)`, which returns metrics by name.
+        forward: Runs the module on a calibration batch.
+        finetune: Trains a pruned module with fixed masks; called with module, masks and seed.
+        finetunes: Whether a point is fine-tuned.
+        epochs: Epochs of fine-tuning, for the results.
         seed: The first seed of calibrations and of fine-tunings.
-        calibration_seeds: How many seeds the calibration samples are drawn with: `seed` and the numbers after it.
-        training_seeds: How many seeds the points are fine-tuned with, from the pruning of the first calibration seed.
+        calibration_seeds: Number of seeds for drawing calibration samples: `seed` and the integers after it.
+        training_seeds: Number of seeds for fine-tuning, starting from the pruning with the first calibration seed.
 
     Attributes:
-        notes: What did not go as asked, and why.
+        notes: What differs from the request, and why.
         left_dense: Matrices that are not pruned, and why.
-        calibration: The account of the calibrations: samples of one, seconds of all.
-        prunable: Weights that are pruned from; 0 as long as nothing was pruned.
+        calibration: Samples of one calibration and seconds of all of them; None before the first.
+        prunable: Number of weights in the pruned matrices; 0 before the first pruning.
     """
 
     name: str
@@ -79,9 +79,9 @@ class Subject:
     prunable: int = 0
 
     def keys(self, point: Point, seed: int) -> list[dict[str, Any]]:
-        """What tells the rows of a point from others: pruned with a calibration seed, and fine-tuned with each seed.
+        """The keys of a point's rows: pruned with a calibration seed, and fine-tuned with each training seed.
 
-        A pruning that reads no data is the same for all calibration seeds: its row names none.
+        A pruning without calibration data is the same for all calibration seeds, so its key has none.
         """
         calibrated = seed if point.config.needs_inputs else ""
         whole = {"model": self.name, **point.key, "calibration_seed": calibrated}
@@ -92,7 +92,7 @@ class Subject:
         return keys
 
     def runs(self, points: Iterable[Point]) -> Iterator[tuple[int, list[Point]]]:
-        """Each calibration seed and the points that are pruned with it."""
+        """Yield each calibration seed and the points that are pruned with it."""
         for seed in range(self.seed, self.seed + self.calibration_seeds):
             yield seed, [point for point in points if seed == self.seed or point.config.needs_inputs]
 
@@ -104,17 +104,17 @@ def study(
     results: Results,
     done: Callable[[Mapping[str, Any]], None] = lambda row: None,
 ) -> None:
-    """Measure every point of a model that the results do not hold yet.
+    """Measure every point of a model that is missing in the results.
 
-    For each calibration seed, the dense network is calibrated on once, for all points of update "none"; other orders
-    need passes of their own. A point that fails is recorded with the reason, and the rest goes on; a study that goes on
-    tries it again.
+    For each calibration seed, statistics of the dense network are collected once for all points with update "none";
+    other points need passes of their own. If a point fails, the error is recorded and the study continues; a resumed
+    study tries the point again.
 
     Args:
         subject: The model.
         data: Calibration and test data.
         points: The grid.
-        results: Where rows go as soon as they are there.
+        results: The table to which each row is added as soon as it is measured.
         done: Called with each new row.
 
     Raises:
@@ -150,7 +150,7 @@ def study(
 def _measured(
     subject: Subject, data: Data, point: Point, seed: int, statistics: DenseStatistics | None, results: Results
 ) -> Iterator[dict[str, Any]]:
-    """The rows of a point that are missing: pruned, and then fine-tuned with each seed."""
+    """Yield the missing rows of a point: pruned, then fine-tuned with each seed."""
     key, *tuned = subject.keys(point, seed)
     try:
         result, row = _pruned(subject, data, point, seed, statistics)
@@ -167,7 +167,7 @@ def _measured(
                 row |= {"counted": _zeros(subject.module, result.masks), "selection_seconds": None}
                 figures, seconds = _evaluated(subject.module, data, results.metrics)
                 yield {**key, **row, **figures, "evaluation_seconds": seconds}
-    except Exception as error:  # whatever it is, the other points go on
+    except Exception as error:  # after any error, the study continues with the next point
         told = f"{type(error).__name__}: {error}"
         yield {**key, "error": " ".join(told.split())}
 
@@ -175,7 +175,7 @@ def _measured(
 def _pruned(
     subject: Subject, data: Data, point: Point, seed: int, statistics: DenseStatistics | None
 ) -> tuple[PruningResult, dict[str, Any]]:
-    """Prune the model, and what its row says of that."""
+    """Prune the model; returns the result and the entries of its row."""
     config, module = point.config, subject.module
     if config.update == "none" and statistics is not None:
         result = prune_from_statistics(module, statistics, config)
@@ -191,10 +191,10 @@ def _pruned(
 
 
 def _calibration(subject: Subject, data: Data, points: Iterable[Point], seed: int) -> list[Any]:
-    """The calibration batches, if points need any; one sample has gone through the model.
+    """The calibration batches, if points need any. One sample is run through the model to find errors early.
 
     Raises:
-        CalibrationError: before anything is evaluated, if there are none, or the sample does not go through.
+        CalibrationError: if there are no batches.
     """
     if not any(point.config.needs_inputs for point in points):
         return []
@@ -208,7 +208,7 @@ def _calibration(subject: Subject, data: Data, points: Iterable[Point], seed: in
 
 
 def _check_drawn(drawn: dict[int, list[Tensor]], seed: int, batches: Sequence[Any]) -> None:
-    """See that a seed's calibration begins with other samples than those of the seeds in `drawn`, and note it there."""
+    """Check that the first batch of a seed differs from those in `drawn`, and add it there."""
     if not batches:
         return
     first = list(tensors_in(batches[0]))
@@ -223,9 +223,9 @@ def _check_drawn(drawn: dict[int, list[Tensor]], seed: int, batches: Sequence[An
 
 
 def _calibrated(subject: Subject, batches: list[Any], points: Iterable[Point]) -> DenseStatistics | None:
-    """The statistics of the dense network that some points need; None where none does."""
+    """The statistics of the dense network for the points that need them; None if none does."""
     configs = [point.config for point in points if point.config.update == "none" and point.config.needs_inputs]
-    # What does not fit the model fails as a point of its own.
+    # A point that does not fit the model fails later, with its own error.
     configs = [config for config in configs if _fits(subject.module, config)]
     if not configs:
         return None
@@ -245,10 +245,10 @@ def _fits(module: nn.Module, config: PruningConfig) -> bool:
 
 
 def _evaluated(module: nn.Module, data: Data, metrics: Sequence[str]) -> tuple[dict[str, float], float]:
-    """The figures and the seconds that they took.
+    """Evaluate the module; returns the metrics and the wall seconds.
 
     Raises:
-        SparsefitError: If a figure is missing or NaN.
+        SparsefitError: If a metric is missing or NaN.
     """
     start = time.perf_counter()
     figures = module.evaluate(data.test_dataloader())
@@ -263,14 +263,14 @@ def _evaluated(module: nn.Module, data: Data, metrics: Sequence[str]) -> tuple[d
 
 
 def _zeros(module: nn.Module, masks: MaskSet) -> float:
-    """The share of zeros among the prunable weights, counted in the model."""
+    """The share of zeros in the pruned matrices, counted in the model."""
     matrices = [matrix for _, matrix in masks.matrices_in(module)]
     weights = sum(matrix.numel() for matrix in matrices)
     return 1 - sum(int(torch.count_nonzero(matrix)) for matrix in matrices) / max(1, weights)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, those too that a state dict leaves out."""
+    """Parameters and buffers, including non-persistent buffers."""
     return dict(itertools.chain(module.named_parameters(), module.named_buffers()))
 
 
@@ -280,7 +280,8 @@ def _copy(module: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def _restored(module: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
-    """The module as it was, to the bit, whatever happens: weights, buffers, modes and what requires a gradient."""
+    """Restore a module bitwise at the end: weights and buffers from `state`, device, training modes and
+    `requires_grad`."""
     modes = {name: part.training for name, part in module.named_modules()}
     trains = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
     device = device_of(module)
