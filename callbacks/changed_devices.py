@@ -45,7 +45,7 @@ def carry_over(checkpoint: dict[str, Any], saved: dict[str, Any], trainer: Train
             state = checkpoint[name] = trainer.datamodule.share_anew(checkpoint[name], then)
             batches = state["counted"] if state["before"] else None
             place = (
-                f"the data go on behind what all {then} devices have trained on in this epoch, and nothing comes twice"
+                f"the data continue after what all {then} devices have trained on in this epoch, without repetition"
                 if batches is not None
                 else "what is left of this epoch is less than an optimizer step, and is left out"
             )
@@ -53,8 +53,8 @@ def carry_over(checkpoint: dict[str, Any], saved: dict[str, Any], trainer: Train
             step = trainer.accumulate_grad_batches
             batches = done * then // (now * step) * step
             place = (
-                f"the data cannot be shared out anew, so the rest of this epoch, of which {batches} batches count as "
-                "done, begins at their start: some samples come twice, and others not at all"
+                f"the data cannot be redistributed, so the rest of this epoch, of which {batches} batches count as "
+                "done, begins at the start of the data: some samples are seen twice, and some not at all"
             )
         set_batches_done(loops, batches)
         saved["between_epochs"] = batches is None
@@ -64,7 +64,7 @@ def carry_over(checkpoint: dict[str, Any], saved: dict[str, Any], trainer: Train
     saved["world_size"] = now
     rank_zero_warn(
         f"The checkpoint {path} is from a run on {then} devices, and this one has {now}. Model, masks, optimizer, "
-        f"learning rate and budget go on as they are, but training will not be what it would have been on {then}: "
+        f"learning rate and budget are restored, but training will differ from a run on {then}: "
         f"{_steps(saved, then, trainer)}; {place}; random numbers (dropout, augmentation) are drawn by other devices."
     )
     return True
@@ -80,5 +80,5 @@ def _steps(saved: Mapping[str, Any], then: int, trainer: Trainer) -> str:
         return f"an optimizer step averages {now} batches as before"
     return (
         f"an optimizer step averages {now} batches ({trainer.world_size} devices x {each}) where it averaged "
-        f"{then * was} ({then} x {was}), which trainer.accumulate_grad_batches can make alike"
+        f"{then * was} ({then} x {was}); set trainer.accumulate_grad_batches to make them equal"
     )

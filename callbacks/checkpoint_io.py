@@ -78,8 +78,8 @@ class CompletingCheckpointIO(CheckpointIO):
             checkpoint = self.inner.load_checkpoint(path, *args, **kwargs)
         except pickle.UnpicklingError as error:
             raise RunFolderError(
-                f"the checkpoint {path} holds objects, and not tensors and plain values alone: reading it could run "
-                f"whatever they say ({str(error).splitlines()[0]}). If it is your own, read it all the same: "
+                f"the checkpoint {path} holds objects other than tensors and plain values, and reading these could run "
+                f"any code ({str(error).splitlines()[0]}). If the checkpoint is your own, you can allow this: "
                 "trainer.fit(..., weights_only=False), or --weights_only=false"
             ) from error
         self.completed(checkpoint, path)
@@ -104,6 +104,6 @@ def check_whole(path: str | Path) -> None:
         return  # Lightning reads it, or raises that it is missing
     if reason := checkpoint_damage(Path(path)):
         raise RunFolderError(
-            f"the checkpoint {path} is damaged: {reason}. Resume from an earlier one beside it (--ckpt_path), or start "
+            f"the checkpoint {path} is damaged: {reason}. Resume from an earlier one (--ckpt_path), or start "
             "again in another run folder"
         )

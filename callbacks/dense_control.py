@@ -134,13 +134,13 @@ class DenseControl(Callback):
     def _check(self, trainer: Trainer, module: LightningModule) -> None:
         if not self.training_record.steps:
             raise ConfigError(
-                "there is no training to be a control of: fit with this RunReport first, in this process, for a step "
-                "at least"
+                "there is no training to be a control of: fit with this RunReport first, in this process, for at least "
+                "one step"
             )
         if not self.training_record.whole:
             raise ConfigError(
-                "the run was resumed from a checkpoint of an earlier version, which does not tell its learning rates, "
-                "so a control cannot take the same. Start the run anew, or leave the control out"
+                "the run was resumed from a checkpoint of an earlier version, which does not hold its learning rates, "
+                "so a control cannot use the same ones. Start the run again, or leave the control out"
             )
         if masks_of(trainer) is not None or any(hasattr(callback, "masks") for callback in trainer.callbacks):
             raise ConfigError("a control is not pruned: leave WandaPruning out of the callbacks of its trainer")

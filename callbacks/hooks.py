@@ -69,7 +69,7 @@ def check_split(trainer: Trainer, module: LightningModule) -> None:
     if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
         raise ConfigError(
             f"{type(trainer.strategy).__name__} flattens the weights that it splits over devices, so that they are "
-            "no matrices any more: split the model by ModelParallelStrategy (FSDP2: `fully_shard` in the module's "
+            "no longer matrices: split the model by ModelParallelStrategy (FSDP2: `fully_shard` in the module's "
             "configure_model), which is pruned in place; or prune first (`sparsefit prune`, or fit with "
             "max_steps=0 on one device) and train the pruned model"
         )

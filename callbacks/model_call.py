@@ -19,7 +19,7 @@ _CALLS = 3
 
 _HOW = (
     "Give the module a forward or a predict_step that takes such a batch, or a calibration_step(self, batch), which "
-    "comes before all others: it calls the model with the inputs in the batch"
+    "is tried before all other methods: it calls the model with the inputs in the batch"
 )
 
 

@@ -211,8 +211,8 @@ class WandaPruning(DivergenceGuard):
         others = [f"{name}={value!r}" for name, value in now.items() if name in saved and saved[name] != value]
         if others:
             rank_zero_warn(
-                f"The model stays pruned as the checkpoint has it ({saved}); the settings given now that are others "
-                f"change nothing: {', '.join(others)}"
+                f"The model stays pruned as in the checkpoint ({saved}); these settings of the current run differ and "
+                f"have no effect: {', '.join(others)}"
             )
 
     def _prune_if_dense(self, trainer: Trainer, module: LightningModule) -> None:
@@ -246,7 +246,7 @@ class WandaPruning(DivergenceGuard):
         if self.config.needs_inputs and asked and self.result.samples not in (asked, asked * trainer.world_size):
             self.result.note(
                 f"{self.result.samples} calibration samples were used where {asked} were asked for: "
-                "a batch whose samples cannot be told apart counts as a whole, and samples of padding alone do not"
+                "a batch whose samples cannot be separated counts as a whole, and samples of only padding do not count"
             )
         self.masks = self.result.masks
         self.summary = pruned(self.result, source)

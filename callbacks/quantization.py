@@ -127,8 +127,8 @@ class QuantizedBase(Callback):
     def _check(self, trainer: Trainer, module: LightningModule) -> None:
         if isinstance(trainer.strategy, SPLITTING):
             raise ConfigError(
-                f"{type(trainer.strategy).__name__} splits weights over devices, and a quantized base lies on each of "
-                "them as a whole: take strategy ddp, or leave the base in floats"
+                f"{type(trainer.strategy).__name__} splits weights over devices, and a quantized base must be whole on "
+                "each device: use strategy ddp, or leave the base in floats"
             )
         if not any(hasattr(callback, "masks") for callback in trainer.callbacks):
             raise ConfigError("QuantizedBase holds the base of a pruned model: add WandaPruning to the callbacks")

@@ -61,9 +61,9 @@ class BlockwiseReconstruction(PrunedRunCallback):
         """Check that the strategy does not shard weights."""
         if stage == "fit" and self.settings.passes and isinstance(trainer.strategy, SPLITTING):
             raise ConfigError(
-                f"{type(trainer.strategy).__name__} splits weights over devices, and a block is tuned where it lies "
-                "whole: prune and reconstruct first (fit with max_steps=0 on one device or with strategy ddp, and "
-                "train what it writes), or leave BlockwiseReconstruction out"
+                f"{type(trainer.strategy).__name__} splits weights over devices, and a block is tuned as a whole on "
+                "each device: prune and reconstruct first (fit with max_steps=0 on one device or with strategy ddp, "
+                "and train the model that it writes), or leave BlockwiseReconstruction out"
             )
 
     def on_pruning_check(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -93,7 +93,7 @@ class ChangedRates:
         weight decay is replaced in groups that had the old value."""
         for name, (was, is_) in self._changed.items():
             if name != "weight_decay" and (trainer.lr_scheduler_configs or not was):
-                rank_zero_warn(f"{name} was {was} and is {is_}: the run goes on as the checkpoint's scheduler says")
+                rank_zero_warn(f"{name} was {was} and is {is_}: the scheduler in the checkpoint sets the rate")
                 continue
             for group in (group for optimizer in trainer.optimizers for group in optimizer.param_groups):
                 if name == "weight_decay":

@@ -128,7 +128,7 @@ class RunReport(RunOutputs):
             self._claim(trainer, pl_module)
         if self._fit.left is not None:
             rank_zero_info(
-                f"The run in {self.folder.path} had taken all of its steps, and its end is to be made up for "
+                f"The run in {self.folder.path} had taken all of its steps, but its results are incomplete "
                 f"({self._fit.left}): it is exported, evaluated and reported now."
             )
             self._fit.lifted = reopen(trainer)

@@ -116,7 +116,7 @@ def write_text(text: str, path: str | os.PathLike[str]) -> Path:
 def unwritable(path: Path, error: BaseException) -> RunFolderError:
     """The error for a path that cannot be written."""
     return RunFolderError(
-        f"{path} cannot be written: {error}. What was there is as it was. Free some space, or give a folder that you "
+        f"{path} cannot be written: {error}. Existing files are unchanged. Free some space, or give a folder that you "
         "may write to"
     )
 
@@ -163,7 +163,7 @@ def check_sums(folder: Path) -> None:
         listed = ", ".join(str(folder / name) for name in changed[:3])
         raise RunFolderError(
             f"{listed}: not what {SUMS_FILE} says, but damaged, deleted or changed since. "
-            f"Copy {folder} again from where it is whole; if you changed it on purpose, delete {folder / SUMS_FILE}"
+            f"Copy {folder} again from an undamaged copy; if you changed it on purpose, delete {folder / SUMS_FILE}"
         )
 
 

@@ -26,6 +26,6 @@ def inspect_whole(folder: Path) -> Inspection:
     if damaged := damaged_files(folder) if holds_run(folder) else {}:
         listed = "; ".join(f"{folder / name}: {reason}" for name, reason in damaged.items())
         raise RunFolderError(
-            f"damaged, or changed since the run wrote it: {listed}. Copy it again from where it is whole"
+            f"damaged, or changed since the run wrote it: {listed}. Copy it again from an undamaged copy"
         )
     return inspection

@@ -105,7 +105,7 @@ def check_layout(model: nn.Module) -> None:
         elif id(parameter) not in gathered:
             wrong = f"has the placements {placements}, but is in no module that `fully_shard` was called with"
         elif parameter.device.type not in ("meta", mesh.device_type):
-            wrong = f"is kept on {parameter.device.type} beside a mesh of {mesh.device_type}"
+            wrong = f"is kept on {parameter.device.type}, but its mesh is of {mesh.device_type}"
         if wrong:
             raise ConfigError(f"{name} {wrong}. {_WAY_OUT}")
 

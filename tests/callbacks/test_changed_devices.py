@@ -149,5 +149,5 @@ def test_data_that_know_no_position_begin_at_their_start(tmp_path, checkpoint):
     assert course.numbers == [*range(4, ROWS), *range(ROWS)]
     assert course.validated == [8, 18]
     (warning,) = (text for text in told if "from a run on 2 devices, and this one has 1" in text)
-    assert "the data cannot be shared out anew" in warning
+    assert "the data cannot be redistributed" in warning
     assert "of which 4 batches count as done" in warning

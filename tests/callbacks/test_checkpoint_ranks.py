@@ -157,7 +157,7 @@ def test_one_warning_says_what_is_other(alone):
     (warning,) = (message for message in told if "devices" in message and "checkpoint" in message)
     assert "from a run on 2 devices, and this one has 1" in warning
     assert "averages 1 batches (1 devices x 1) where it averaged 2 (2 x 1)" in warning
-    assert "behind what all 2 devices have trained on in this epoch" in warning
+    assert "after what all 2 devices have trained on in this epoch" in warning
 
 
 def test_two_ranks_take_what_one_after_two_has_left(alone, epoch):

@@ -126,7 +126,7 @@ def test_whatever_ends_a_run_its_end_is_made_up_for(straight, tmp_path, end, kil
     assert read_state(run).name == "closing"
     found, _ = go_on(run, *more, **settings)
     assert_same(found, straight)
-    assert "its end is to be made up for" in caplog.text
+    assert "its results are incomplete" in caplog.text
     assert read_state(run).name == report_of(run)["status"] == "finished"
     assert report_of(run)["training"]["steps"] == STEPS
     assert (run / "adapter/adapter_model.safetensors").exists()

@@ -191,7 +191,7 @@ def test_one_rank_goes_on_from_two(two, one, form):
 def test_one_warning_says_what_is_other(one):
     warnings = [text for text in one["told"] if "from a run on 2 devices, and this one has 1" in text]
     assert len(warnings) == len(FORMS)
-    assert "behind what all 2 devices have trained on in this epoch" in warnings[0]
+    assert "after what all 2 devices have trained on in this epoch" in warnings[0]
 
 
 def test_another_model_and_damage_are_refused_by_all_ranks(two):

@@ -191,7 +191,7 @@ def test_adapters_of_another_dtype_than_the_trained_norms_are_split_apart_from_t
 @pytest.mark.parametrize(
     ("what", "reason"),
     [
-        ("reconstruction", "a block is tuned where it lies whole"),
+        ("reconstruction", "a block is tuned as a whole"),
         ("quantized", "take strategy ddp, or leave the base in floats"),
         ("tensor parallel", "data_parallel_size=2, tensor_parallel_size=1"),
         ("biases", "trains its bias in torch.bfloat16"),

@@ -49,7 +49,7 @@ def test_a_plan_tells_what_the_run_then_takes(sparsefit, deep, tmp_path):
     blocks = sum(p.numel() for layer in model.model.layers for p in layer.parameters() if p.ndim == 2)
     assert number(r"weights, ([\d,]+) of them", told) == blocks
     assert number(r"training: ([\d,]+) steps", told) == 4
-    assert "which max_steps ends" in told
+    assert "limited by max_steps" in told
     for stage in ("evaluation", "calibration and pruning", "reconstruction", "training", "export"):
         assert re.search(rf"{stage}.*? s +[<\d.]+ +\d+%", told), stage
     assert "DOES NOT FIT" not in told
@@ -126,7 +126,7 @@ def test_several_devices_are_reckoned_from_one(sparsefit, deep):
     assert "on each of 4 devices" in told
     assert "memory of each device" in told
     assert "on the host" in told
-    assert "4 devices, each with all weights: reckoned from one" in told
+    assert "4 devices, each with all weights: computed from one" in told
     recipe["trainer"]["strategy"] = {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}
     recipe["trainer"]["num_nodes"] = 2
     split = sparsefit("plan", "--gpu", "h100", recipe=recipe)[1]
@@ -159,7 +159,7 @@ def test_a_model_without_blocks_to_count_is_measured_whole(sparsefit, recipe):
     status, told, errors = sparsefit("plan", recipe=recipe)
     assert status == 0, errors
     assert "training 8 steps of 300 samples" in told  # 10 batches of an epoch are 4 steps
-    assert "which max_epochs ends" in told
+    assert "limited by max_epochs" in told
     assert re.search(r"validation 3 x \d+ batches", told)
     assert "calibration and pruning 32 samples" in told
     assert "tokens" not in told

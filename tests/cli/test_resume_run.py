@@ -83,7 +83,7 @@ def test_a_run_goes_on_from_every_state(sparsefit, recipe, tmp_path, broken, mon
     assert not damaged_files(run)
     assert (run / "model/model.safetensors").exists()
     if state == "closing":
-        assert "its end is to be made up for" in caplog.text
+        assert "its results are incomplete" in caplog.text
     shutil.move(run, tmp_path / "resumed")
     recipe["run"]["folder"] = str(run)
     straight = finished(sparsefit, recipe, tmp_path)

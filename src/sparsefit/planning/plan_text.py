@@ -75,7 +75,7 @@ def plan_summary(plan: Plan, work: Work, unfit: Sequence[str]) -> list[str]:
         + f"; files: {size(plan.disk)}",
     ]
     if plan.step:
-        ends = "without an end" if plan.ends_by is None else f"which {plan.ends_by} ends"
+        ends = "without a limit" if plan.ends_by is None else f"limited by {plan.ends_by}"
         ends = f"as many as {work.gpu_hours:g} GPU-hours buy" if plan.ends_by == "budget" else ends
         said.append(f"training: {plan.steps:,} steps of {seconds(plan.step)}, {ends}")
     if work.sample_tokens > 1:
@@ -84,7 +84,7 @@ def plan_summary(plan: Plan, work: Work, unfit: Sequence[str]) -> list[str]:
         said.append(f"arithmetic: {plan.operations:.2g} floating-point operations in calibration and training")
     if work.devices > 1:
         how = "each with its part of the weights and one block as a whole" if work.splits else "each with all weights"
-        said.append(f"{work.devices} devices, {how}: reckoned from one, without the time that they take to talk")
+        said.append(f"{work.devices} devices, {how}: computed from one device, without communication time")
     said += [f"DOES NOT FIT: {sentence}" for sentence in unfit]
     if plan.ends_by == "budget" and plan.steps == 0:
         said.append("NOTHING IS TRAINED: the budget is spent before the first step: raise budget.gpu_hours")

@@ -297,4 +297,4 @@ def _check_modules(names: Iterable[str], model: nn.Module) -> None:
         if not any(_is_target(path, [name]) for path in paths):
             near = difflib.get_close_matches(name, {path.rpartition(".")[2] for path in paths}, n=3, cutoff=0.5)
             hint = f": did you mean {' or '.join(near)}?" if near else ""
-            raise ConfigError(f"modules_to_save names {name!r}, which is no module of the model{hint}")
+            raise ConfigError(f"modules_to_save names {name!r}, which is not a module of the model{hint}")

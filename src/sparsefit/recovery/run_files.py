@@ -84,8 +84,8 @@ def read_state(folder: Path) -> RunState | None:
         return RunState(**values)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise RunFolderError(
-            f"{file} is damaged ({error}), so it is not known how far the run came. Copy it again from where it is "
-            "whole; or delete it, and the run goes on from its newest checkpoint"
+            f"{file} is damaged ({error}), so it is not known how far the run came. Copy it again from an undamaged "
+            "copy; or delete it, and the run resumes from its newest checkpoint"
         ) from error
 
 

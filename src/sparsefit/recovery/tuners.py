@@ -115,8 +115,8 @@ def _check_order(config: PeftConfig, pruning: PruningConfig) -> None:
     told = config.peft_type.value in _TOLD_AT_EACH_CALL or getattr(config, "alora_invocation_tokens", None)
     if told and pruning.needs_inputs and pruning.update != "none":
         raise ConfigError(
-            f"{_title(config)} gives its layers something of its own at each call of the model, which they would lack "
-            f"where blocks are run one by one. {_LEFT} Prune in one pass, with update='none', or prune first, without "
+            f"{_title(config)} passes inputs of its own to its layers at each call of the model, which are missing "
+            f"when blocks run one by one. {_LEFT} Prune in one pass, with update='none', or prune first, without "
             "the adapter"
         )
 
@@ -150,8 +150,8 @@ def _check_reload(config: PeftConfig, layer: nn.Module) -> None:
         difference, changes_base = try_reload(config, base)
     except Exception as error:  # PEFT may reject a model of one layer for any reason
         warnings.warn(
-            f"It could not be tried out whether {_title(config)} comes back from its files on a pruned base ({error}): "
-            "compare the model with what is read again before you rely on it",
+            f"It could not be tried out whether {_title(config)} can be reloaded on a pruned base ({error}): "
+            "compare the model with the reloaded one before you rely on it",
             stacklevel=2,
         )
         return
