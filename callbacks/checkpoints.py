@@ -95,7 +95,7 @@ class SparseCheckpoints(PrunedRunCallback):
         if stage == "fit":
             self._position = self._random = self._optimizers = self._changed = None
             self._steps, self._updating, self._resumed = math.inf, False, False
-        if _leaves_alone(trainer):
+        if _cannot_handle(trainer):
             return
         io = trainer.strategy.checkpoint_io
         inner = io.inner if isinstance(io, CompletingCheckpointIO) else io
@@ -107,7 +107,7 @@ class SparseCheckpoints(PrunedRunCallback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore the position of the run."""
-        if trainer.state.fn != TrainerFn.FITTING or _leaves_alone(trainer):
+        if trainer.state.fn != TrainerFn.FITTING or _cannot_handle(trainer):
             return
         saved, name = checkpoint.get(KEY), data_name(trainer, checkpoint)
         late = trainer.strategy.restore_checkpoint_after_setup  # then this hook runs after `on_fit_start`
@@ -200,7 +200,7 @@ class SparseCheckpoints(PrunedRunCallback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write the last recorded position into the checkpoint, and leave out what the base holds."""
-        if _leaves_alone(trainer):
+        if _cannot_handle(trainer):
             return
         if at_batch_end(trainer):  # if another callback saves, this hook may not have been called for this batch yet
             self.on_train_batch_end(trainer, pl_module)
@@ -223,7 +223,7 @@ class SparseCheckpoints(PrunedRunCallback):
             checkpoint[KEY]["base"] = self._leave_out(trainer, pl_module, checkpoint)
 
     def _save_start(self, trainer: Trainer) -> None:
-        if trainer.global_step == 0 and not self._resumed and not _leaves_alone(trainer):
+        if trainer.global_step == 0 and not self._resumed and not _cannot_handle(trainer):
             self._position = Position.at_start(trainer, self._position.random, self._random)
             self._save(trainer)
 
@@ -231,7 +231,7 @@ class SparseCheckpoints(PrunedRunCallback):
         path = self.folder / CHECKPOINTS_FOLDER / STAGE_FILE
         if splits_weights(trainer):
             save_aside(trainer, path)
-        elif not _leaves_alone(trainer):
+        elif not _cannot_handle(trainer):
             trainer.save_checkpoint(path)
 
     def _before_data(self, trainer: Trainer) -> None:
@@ -286,5 +286,6 @@ class SparseCheckpoints(PrunedRunCallback):
             )
 
 
-def _leaves_alone(trainer: Trainer) -> bool:
+def _cannot_handle(trainer: Trainer) -> bool:
+    """Whether the strategy shards weights in a way whose checkpoints are left unchanged (FSDP1, DeepSpeed)."""
     return isinstance(trainer.strategy, SPLITTING) and not splits_weights(trainer)

@@ -23,7 +23,7 @@ from sparsefit.recovery.finite_checks import (
 )
 from sparsefit.recovery.schedule import first_rate
 
-_STEPS_BETWEEN_LOOKS = 50
+_STEPS_BETWEEN_CHECKS = 50
 """Optimizer steps between two checks of the gradient scaler, each of which waits for the GPU."""
 
 
@@ -54,7 +54,7 @@ class DivergenceGuard(PrunedRunCallback):
             self._watch.check(trainer.global_step + 1, gradients_of(optimizer) if scaler is None else [])
         if scaler is not None and self._began is None:
             self._began = trainer.global_step, scaler.get_scale()
-        elif trainer.global_step % _STEPS_BETWEEN_LOOKS == 0:
+        elif trainer.global_step % _STEPS_BETWEEN_CHECKS == 0:
             self._check_scaler(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:

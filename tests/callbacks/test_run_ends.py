@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback
 from resumed_runs import assert_same, data, fit, module, weights
 
-from sparsefit.callbacks import RunReport, SparseCheckpoints, WandaPruning, run_products
+from sparsefit.callbacks import RunReport, SparseCheckpoints, WandaPruning, run_outputs
 from sparsefit.errors import ConfigError, RunFolderError
 from sparsefit.recovery.run_files import damaged_files, read_state
 
@@ -121,7 +121,7 @@ def test_whatever_ends_a_run_its_end_is_made_up_for(straight, tmp_path, end, kil
         raise Killed
 
     with killed() as patch:
-        patch.setattr(run_products, "merged_in_place", kill)
+        patch.setattr(run_outputs, "merged_in_place", kill)
         fit(module(), data(tmp_path), *callbacks(run), *more, **settings)
     assert read_state(run).name == "closing"
     found, _ = go_on(run, *more, **settings)

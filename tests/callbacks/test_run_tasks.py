@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from small_runs import LanguageModel, fit, text
 
-from sparsefit.callbacks import GPUHourBudget, RunReport, WandaPruning, task_figures
+from sparsefit.callbacks import GPUHourBudget, RunReport, WandaPruning, zero_shot_tasks
 from sparsefit.errors import ConfigError
 from sparsefit.evaluation.zero_shot import load_tasks, zero_shot
 from sparsefit.modules import CausalLMModule
@@ -47,8 +47,8 @@ def scripted(monkeypatch):
         acc = 0.9 - 0.1 * len(calls)
         return {"rte": {"acc": acc, "acc_stderr": 0.05, "items": 4, "version": 1.0, "truncated": 0}}
 
-    monkeypatch.setattr(task_figures, "load_tasks", lambda names, folder: dict.fromkeys(names))
-    monkeypatch.setattr(task_figures, "zero_shot", measure)
+    monkeypatch.setattr(zero_shot_tasks, "load_tasks", lambda names, folder: dict.fromkeys(names))
+    monkeypatch.setattr(zero_shot_tasks, "zero_shot", measure)
     return calls
 
 
@@ -103,11 +103,11 @@ def test_the_budget_keeps_their_time(tmp_path, scripted, monkeypatch):
     kept = []
     monkeypatch.setattr(GPUHourBudget, "keep", lambda self, seconds, stage: kept.append(seconds))
     report = RunReport(str(tmp_path / "run"), tasks=["rte"])
-    without = report._seconds | {task_figures.LEDGER_STAGE: 0.0}
+    without = report._seconds | {zero_shot_tasks.LEDGER_STAGE: 0.0}
     measure = report.tasks.measure
 
     def slow(*args, **kwargs):
-        report._seconds |= {task_figures.LEDGER_STAGE: 1000.0}
+        report._seconds |= {zero_shot_tasks.LEDGER_STAGE: 1000.0}
         return measure(*args, **kwargs)
 
     report.tasks.measure = slow

@@ -13,7 +13,7 @@ from small_runs import Classifier
 from torch.utils.data import DataLoader, TensorDataset
 
 from sparsefit.callbacks import GPUHourBudget, SparseCheckpoints
-from sparsefit.callbacks.hooks import tell
+from sparsefit.callbacks.hooks import call_hook
 from sparsefit.callbacks.trainer_lookup import budget_of
 from sparsefit.cli.resuming import check_checkpoint
 from sparsefit.data.image_loading import EpochSampler
@@ -73,7 +73,7 @@ class Record(Callback):
         self.rows.append(int(batch[0][0, 0]))
 
     def on_train_end(self, trainer, pl_module):
-        tell(trainer, "on_closing", pl_module)
+        call_hook(trainer, "on_closing", pl_module)
 
 
 def train(folder, *more, checkpoint=None, told=None, cls=Module, **settings):

@@ -97,9 +97,9 @@ def write_model(
     if _has_stacks(masks) or not exported.parameters.keys() <= _saved_names(folder):
         model.save_pretrained(folder, state_dict=state, save_original_format=False)
     for name in ("tokenizer", "image_processor", "feature_extractor"):
-        beside = getattr(module, name, None)
-        if callable(getattr(beside, "save_pretrained", None)):
-            beside.save_pretrained(folder)
+        processor = getattr(module, name, None)
+        if callable(getattr(processor, "save_pretrained", None)):
+            processor.save_pretrained(folder)
     return exported
 
 
