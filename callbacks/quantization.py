@@ -128,7 +128,7 @@ class QuantizedBase(Callback):
         if isinstance(trainer.strategy, SPLITTING):
             raise ConfigError(
                 f"{type(trainer.strategy).__name__} splits weights over devices, and a quantized base must be whole on "
-                "each device: use strategy ddp, or leave the base in floats"
+                "each device: take strategy ddp, or leave the base in floats"
             )
         if not any(hasattr(callback, "masks") for callback in trainer.callbacks):
             raise ConfigError("QuantizedBase holds the base of a pruned model: add WandaPruning to the callbacks")
