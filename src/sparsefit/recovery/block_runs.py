@@ -1,4 +1,4 @@
-"""Runs a model's blocks one by one, in the sparse and in the dense network, while they are tuned."""
+"""Running a model's blocks one by one while each is tuned, in the sparse and in the dense network."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from sparsefit.ranks import errors_on_all_ranks
 
 @dataclass
 class BlockRun:
-    """The arguments and hidden states of a block in the sparse and in the dense network, for each micro-batch.
+    """The calls of one block and its hidden states, in the sparse and in the dense network.
 
-    The hidden states are those before the block; whoever runs the block replaces them by those after it.
+    The hidden states are the block's inputs; whoever tunes the block replaces them with its outputs.
 
     Attributes:
-        calls: The arguments other than the hidden state.
-        dense_calls: These arguments in the dense network; a decoder's include the outputs of the dense encoder.
-        sparse: Hidden states in the sparse network.
-        dense: Hidden states in the dense network.
+        calls: For each micro-batch, the arguments of the block other than the hidden state.
+        dense_calls: As `calls`, in the dense network: those of a decoder hold the dense encoder's outputs.
+        sparse: For each micro-batch, the hidden state in the sparse network.
+        dense: For each micro-batch, the hidden state in the dense network.
     """
 
     calls: list[BlockCall]
@@ -37,21 +37,21 @@ class BlockRun:
 
 @dataclass(frozen=True)
 class BlockList:
-    """Blocks in which each gets the hidden state of the one before; `simple` if they return only the hidden state."""
+    """Blocks that pass their hidden state straight to the next; `simple` if they return nothing but it."""
 
     blocks: list[nn.Module]
     simple: bool
 
 
 def runnable_lists(lists: list[list[nn.Module]], forward: Callable[[], Any]) -> list[BlockList]:
-    """The block lists that can be run one by one; stages that change the shape are replaced by the lists inside them.
+    """The lists whose blocks can be run one by one. Stages that change the shape are replaced by the lists in them.
 
     Args:
-        lists: Block lists, as `find_block_lists` returns them; lists that the model never calls are left out.
+        lists: Lists of blocks from `find_block_lists`; those that the model never calls are left out.
         forward: Runs the model on one sample.
 
     Raises:
-        ConfigError: if blocks do not pass their hidden state to the next block, and hold no block lists.
+        ConfigError: if blocks do not pass their hidden state straight on and contain no lists of blocks.
     """
     found = []
     for blocks in lists:
@@ -75,18 +75,18 @@ def run_blocks(
     forward: Callable[[Any], Any],
     dense_before: AbstractContextManager[None] | None,
 ) -> Iterator[tuple[int, BlockRun]]:
-    """Yield the index and the inputs of each block of a list, in calling order.
+    """Yield the index of each block of a list, in calling order, and its `BlockRun`.
 
-    The caller runs the block and replaces the hidden states in the `BlockRun` by the block's outputs.
+    The caller must replace the hidden states with the outputs of the block before it takes the next one.
 
     Args:
-        found: The block list.
+        found: The list.
         data: Calibration data.
         forward: Runs the model on a batch.
-        dense_before: Context in which the blocks before the list have their dense weights; None if they are unchanged.
+        dense_before: A context in which everything before the list has its dense weights; None if it is still dense.
 
     Raises:
-        ConfigError: if batches run through the blocks in different orders.
+        ConfigError: if the batches do not all call the blocks in the same order.
     """
     order, calls, hidden = _captured(found, data, forward, nullcontext())
     run = BlockRun([], [], hidden, hidden)
@@ -102,7 +102,7 @@ def run_blocks(
 def _captured(
     found: BlockList, data: list[MicroBatch], forward: Callable[[Any], Any], weights: AbstractContextManager[None]
 ) -> tuple[list[int], list[list[BlockCall]], list[Tensor]]:
-    """The order of the blocks, and for each micro-batch their calls and the hidden state before the first block."""
+    """The calling order of the blocks and, for each micro-batch, their calls and the hidden state before the first."""
     with errors_on_all_ranks(), weights, torch.no_grad():
         shown = [capture_calls(found.blocks, lambda b=b: forward(b.data), simple=found.simple) for b in data]
     calls = [capture.calls for capture in shown]
@@ -118,7 +118,7 @@ def _refused(reason: NotSweepable) -> ConfigError:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Disable the adapters of a model, if it has any."""
+    """Disable the model's adapters, if it has any, inside the context."""
     adapted = next((part for part in model.modules() if callable(getattr(part, "disable_adapter", None))), None)
     if adapted is None:
         yield
@@ -129,7 +129,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def in_float32(block: nn.Module) -> Iterator[None]:
-    """Convert a half-precision block to float32, as small updates would be lost, and back at the end."""
+    """Convert a half-precision block to float32, so that small steps are not lost, and back afterwards."""
     halves = [t for t in (*block.parameters(), *block.buffers()) if t.dtype in (torch.float16, torch.bfloat16)]
     dtypes = [tensor.dtype for tensor in halves]
     try:
