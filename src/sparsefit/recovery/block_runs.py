@@ -1,4 +1,4 @@
-"""The calls of a model's blocks while they are tuned one by one: in the sparse network, and in the dense one."""
+"""Running a model's blocks one by one while each is tuned, in the sparse and in the dense network."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from torch import Tensor, nn
 
 from sparsefit.calibration.batches import MicroBatch
 from sparsefit.errors import ConfigError
-from sparsefit.pruning.blocks import BlockCall, NotSweepable, capture_calls, find_block_lists, order_of
+from sparsefit.pruning.blocks import BlockCall, BlocksNotSequential, capture_calls, find_block_lists, order_of
 from sparsefit.ranks import errors_on_all_ranks
 
 
 @dataclass
 class BlockRun:
-    """A block's calls, and the hidden states before it, in the sparse and in the dense network; then those after it.
+    """The calls of one block and its hidden states, in the sparse and in the dense network.
+
+    The hidden states are the block's inputs; whoever tunes the block replaces them with its outputs.
 
     Attributes:
-        calls: The arguments beside the hidden state, for each micro-batch.
-        dense_calls: The same in the dense network: a decoder's hold what the dense encoder has made.
-        sparse: Hidden states, for each micro-batch.
-        dense: Hidden states in the dense network.
+        calls: For each micro-batch, the arguments of the block other than the hidden state.
+        dense_calls: As `calls`, in the dense network: those of a decoder hold the dense encoder's outputs.
+        sparse: For each micro-batch, the hidden state in the sparse network.
+        dense: For each micro-batch, the hidden state in the dense network.
     """
 
     calls: list[BlockCall]
@@ -35,54 +37,56 @@ class BlockRun:
 
 @dataclass(frozen=True)
 class BlockList:
-    """Blocks that pass their hidden state straight on; `simple` if they return it alone."""
+    """Blocks that pass their hidden state straight to the next; `simple` if they return nothing but it."""
 
     blocks: list[nn.Module]
     simple: bool
 
 
-def sweepable_lists(lists: list[list[nn.Module]], forward: Callable[[], Any]) -> list[BlockList]:
-    """The lists whose blocks can be run one by one; of stages that change the shape, the lists of blocks in them.
+def runnable_lists(lists: list[list[nn.Module]], forward: Callable[[], Any]) -> list[BlockList]:
+    """The lists whose blocks can be run one by one. Stages that change the shape are replaced by the lists in them.
 
     Args:
-        lists: Of blocks, as `find_block_lists` gives them; one that the model never calls is left out.
+        lists: Lists of blocks from `find_block_lists`; those that the model never calls are left out.
         forward: Runs the model on one sample.
 
     Raises:
-        ConfigError: if blocks do not pass their hidden state straight on, and hold no lists of blocks.
+        ConfigError: if blocks do not pass their hidden state straight on and contain no lists of blocks.
     """
     found = []
     for blocks in lists:
         try:
             with torch.no_grad():
                 _, calls, simple = capture_calls(blocks, forward, to_the_end=True)
-        except NotSweepable as reason:
+        except BlocksNotSequential as reason:
             inner = [own for block in blocks for own in find_block_lists(block)]
             if not inner:
                 raise _refused(reason) from reason
-            found += sweepable_lists(inner, forward)
+            found += runnable_lists(inner, forward)
             continue
         if calls:
             found.append(BlockList(blocks, simple))
     return found
 
 
-def sweep(
+def run_blocks(
     found: BlockList,
     data: list[MicroBatch],
     forward: Callable[[Any], Any],
     dense_before: AbstractContextManager[None] | None,
 ) -> Iterator[tuple[int, BlockRun]]:
-    """Each block of a list in calling order, with what goes into it: whoever takes it puts what comes out in place.
+    """Yield the index of each block of a list, in calling order, and its `BlockRun`.
+
+    The caller must replace the hidden states with the outputs of the block before it takes the next one.
 
     Args:
         found: The list.
         data: Calibration data.
         forward: Runs the model on a batch.
-        dense_before: Gives what comes before the list its dense weights; None if that is as dense as it was.
+        dense_before: A context in which everything before the list has its dense weights; None if it is still dense.
 
     Raises:
-        ConfigError: if the batches take different ways through the blocks.
+        ConfigError: if the batches do not all call the blocks in the same order.
     """
     order, calls, hidden = _captured(found, data, forward, nullcontext())
     run = BlockRun([], [], hidden, hidden)
@@ -98,23 +102,23 @@ def sweep(
 def _captured(
     found: BlockList, data: list[MicroBatch], forward: Callable[[Any], Any], weights: AbstractContextManager[None]
 ) -> tuple[list[int], list[list[BlockCall]], list[Tensor]]:
-    """The order of the blocks; for each micro-batch their calls and the hidden state before the first."""
+    """The calling order of the blocks and, for each micro-batch, their calls and the hidden state before the first."""
     with errors_on_all_ranks(), weights, torch.no_grad():
         shown = [capture_calls(found.blocks, lambda b=b: forward(b.data), simple=found.simple) for b in data]
     calls = [capture.calls for capture in shown]
     try:
         return order_of(calls), calls, [capture.hidden for capture in shown]
-    except NotSweepable as reason:
+    except BlocksNotSequential as reason:
         raise _refused(reason) from reason
 
 
-def _refused(reason: NotSweepable) -> ConfigError:
+def _refused(reason: BlocksNotSequential) -> ConfigError:
     return ConfigError(f"the model cannot be reconstructed block by block: {reason}. Leave out the reconstruction")
 
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """A model without the adapters in it, where there are any."""
+    """Disable the model's adapters, if it has any, inside the context."""
     adapted = next((part for part in model.modules() if callable(getattr(part, "disable_adapter", None))), None)
     if adapted is None:
         yield
@@ -125,7 +129,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def in_float32(block: nn.Module) -> Iterator[None]:
-    """A block of half precision in float32, as small steps would be lost; in its own dtypes afterwards."""
+    """Convert a half-precision block to float32, so that small steps are not lost, and back afterwards."""
     halves = [t for t in (*block.parameters(), *block.buffers()) if t.dtype in (torch.float16, torch.bfloat16)]
     dtypes = [tensor.dtype for tensor in halves]
     try:

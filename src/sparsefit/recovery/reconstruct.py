@@ -26,7 +26,7 @@ from sparsefit.pruning.blocks import find_block_lists, hidden_of
 from sparsefit.pruning.watch import evaluating
 from sparsefit.ranks import errors_on_all_ranks, from_all, number_of_ranks, of_rank
 from sparsefit.recovery.block_descent import descend
-from sparsefit.recovery.block_runs import BlockRun, adapters_off, in_float32, sweep, sweepable_lists
+from sparsefit.recovery.block_runs import BlockRun, adapters_off, in_float32, run_blocks, runnable_lists
 from sparsefit.recovery.guard import MaskGuard
 from sparsefit.settings import number
 
@@ -119,7 +119,7 @@ def reconstruct(
     tuner = _Tuner(model, dense, masks, settings, seconds)
     errors: list[BlockError] = []
     with evaluating(model), tuner.model_frozen(), adapters_off(model):
-        lists = sweepable_lists(find_block_lists(model), lambda: pass_on(data[0].first_sample()))
+        lists = runnable_lists(find_block_lists(model), lambda: pass_on(data[0].first_sample()))
         if not lists:
             raise ConfigError(
                 "the model has no repeated blocks to reconstruct one by one; leave out the reconstruction"
@@ -128,7 +128,7 @@ def reconstruct(
         for number, found in enumerate(lists):
             # What comes before a later list is tuned by now: its own targets are those of the dense network.
             before = [block for earlier in lists[:number] for block in earlier.blocks]
-            for index, run in sweep(found, data, pass_on, tuner.dense_again(before) if before else None):
+            for index, run in run_blocks(found, data, pass_on, tuner.dense_again(before) if before else None):
                 errors.append(tuner.tune(names.get(id(found.blocks[index]), str(index)), found.blocks[index], run))
                 if progress is not None:
                     progress(len(errors), tuner.blocks)
