@@ -10,9 +10,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from sparsefit.data.counts import check_counts
-from sparsefit.data.position import Settings, text_digest, vocabulary_digest
-from sparsefit.data.resumable import ResumableDataModule
+from sparsefit.data.count_settings import check_counts
+from sparsefit.data.data_position import Settings, text_digest, vocabulary_digest
+from sparsefit.data.resumable_data import ResumableDataModule
 from sparsefit.data.text import Shard, documents, shards_of
 from sparsefit.data.windows import (
     Calibration,

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from sparsefit.data.data_position import Dealt, samples_dealt
 from sparsefit.data.image_processing import ImageProcessing, decode
 from sparsefit.data.images import Images, Row, labels_of
 from sparsefit.data.packing import deal, shuffled
-from sparsefit.data.position import Dealt, samples_dealt
 from sparsefit.data.windows import generator_of
 from sparsefit.errors import CalibrationError, DataError
 

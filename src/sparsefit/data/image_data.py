@@ -12,13 +12,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from sparsefit.data.data_position import Settings
 from sparsefit.data.image_batches import ImageStream, ImageTable, NeverEmpty, Part, too_few
 from sparsefit.data.image_loading import Batch, EpochSampler, Finish, ImageLoader
 from sparsefit.data.image_processing import ImageProcessing, make_image_processor
 from sparsefit.data.image_settings import check_settings
 from sparsefit.data.images import Images, labels_of, open_images, overlap
-from sparsefit.data.position import Settings
-from sparsefit.data.resumable import ResumableDataModule
+from sparsefit.data.resumable_data import ResumableDataModule
 from sparsefit.data.windows import generator_of
 from sparsefit.errors import ConfigError, DataError
 from sparsefit.extras import need

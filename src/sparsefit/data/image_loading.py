@@ -12,8 +12,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
+from sparsefit.data.data_position import Place, samples_dealt
 from sparsefit.data.image_batches import Part
-from sparsefit.data.position import Place, samples_dealt
 from sparsefit.data.windows import generator_of
 from sparsefit.errors import DataError
 

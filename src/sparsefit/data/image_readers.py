@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from sparsefit.errors import DataError, SparsefitError
 from sparsefit.extras import need
-from sparsefit.modules.places import hub_problem, nearest_path
+from sparsefit.modules.lookup_hints import hub_problem, nearest_path
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

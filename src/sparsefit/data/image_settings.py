@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparsefit.data.counts import check_counts
+from sparsefit.data.count_settings import check_counts
 from sparsefit.errors import ConfigError
 from sparsefit.settings import number
 

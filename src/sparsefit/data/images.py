@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparsefit.data.image_readers import digits, from_folder, from_parquet, from_split
-from sparsefit.data.slices import split_slice
+from sparsefit.data.source_slices import split_slice
 from sparsefit.errors import ConfigError, DataError
-from sparsefit.modules.places import nearest_path
+from sparsefit.modules.lookup_hints import nearest_path
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsefit.data.image_readers import from_split
-from sparsefit.data.slices import split_slice
+from sparsefit.data.source_slices import split_slice
 from sparsefit.errors import ConfigError, DataError
-from sparsefit.modules.places import nearest_path
+from sparsefit.modules.lookup_hints import nearest_path
 
 if TYPE_CHECKING:
     from datasets import Dataset

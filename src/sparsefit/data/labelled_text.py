@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from sparsefit.data.counts import check_counts
+from sparsefit.data.count_settings import check_counts
+from sparsefit.data.data_position import Settings, vocabulary_digest
 from sparsefit.data.image_loading import EpochSampler
 from sparsefit.data.labelled_batches import Columns, Row, Task, encode, encode_for_calibration
 from sparsefit.data.labelled_rows import names_of_classes, open_rows
-from sparsefit.data.position import Settings, vocabulary_digest
-from sparsefit.data.resumable import ResumableDataModule
+from sparsefit.data.resumable_data import ResumableDataModule
 from sparsefit.data.windows import generator_of
 from sparsefit.errors import CalibrationError, ConfigError
 from sparsefit.modules.loading import load_tokenizer

@@ -18,13 +18,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sparsefit.data.causal_lm_data import TextDataModule
-from sparsefit.data.counts import check_writing
-from sparsefit.data.first_tokens import from_prompts, start_of
-from sparsefit.data.position import Settings, text_digest, vocabulary_digest
+from sparsefit.data.count_settings import check_writing
+from sparsefit.data.data_position import Settings, text_digest, vocabulary_digest
+from sparsefit.data.prompts import from_prompts, start_of
 from sparsefit.data.windows import Calibration, generator_of, loader
 from sparsefit.data.written_text import Progress, WrittenText, WrittenWindows, as_window
 from sparsefit.errors import ConfigError
-from sparsefit.modules.writing import check_length, likely_tokens, sample_windows, weights_digest, writer_in, writing
+from sparsefit.modules.text_generation import (
+    check_length,
+    likely_tokens,
+    sample_windows,
+    weights_digest,
+    writer_in,
+    writing,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -29,9 +29,9 @@ from typing import NamedTuple
 import fsspec
 
 from sparsefit.data import python_docs
-from sparsefit.data.slices import split_slice
+from sparsefit.data.source_slices import split_slice
 from sparsefit.errors import ConfigError, DataError, SparsefitError
-from sparsefit.modules.places import hub_problem, nearest_path
+from sparsefit.modules.lookup_hints import hub_problem, nearest_path
 
 _JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 _TEXT_SUFFIXES = (".txt", ".md", ".rst")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from sparsefit.data.data_position import Place, samples_dealt
 from sparsefit.data.packing import deal, draw_crops, pack, shuffled
-from sparsefit.data.position import Place, samples_dealt
 from sparsefit.data.text import Document, Shard, documents, wikitext_as_one
 from sparsefit.errors import CalibrationError, ConfigError
 

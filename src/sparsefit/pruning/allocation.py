@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsefit.errors import ConfigError
 from sparsefit.pruning.config import PruningConfig, layer_name, matches
-from sparsefit.pruning.groups import Part
+from sparsefit.pruning.input_groups import Part
 from sparsefit.pruning.layers.base import PrunableWeight
 from sparsefit.pruning.scores import wanda_score
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from sparsefit.calibration.samples import map_tensors, tensors_in
+from sparsefit.pruning.input_watch import version_of
 from sparsefit.pruning.layers import matrices_of
-from sparsefit.pruning.watch import version_of
 
 _LISTS = (nn.ModuleList, nn.Sequential)
 

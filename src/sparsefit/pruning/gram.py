@@ -26,7 +26,7 @@ def precise_dtype(device: torch.device) -> torch.dtype:
 
 
 def unit_gram(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale G to a mean diagonal of one, with ones on the diagonal for dead inputs (those that are zero in every token).
+    """Scale G to a mean diagonal of one, with ones on the diagonal for dead inputs (zero in every token).
 
     Returns G in `precise_dtype`, the scale it was divided by, (), and which inputs are dead, (in,) bool. Raises a
     CalibrationError if the matrix is not finite.

@@ -13,14 +13,14 @@ from sparsefit.calibration.batches import Forward
 from sparsefit.calibration.padding import watching_padding
 from sparsefit.pruning.block_runner import BlockRunner
 from sparsefit.pruning.config import PruningConfig
-from sparsefit.pruning.groups import InputGroup, Parts, input_groups
+from sparsefit.pruning.input_groups import InputGroup, Parts, input_groups
+from sparsefit.pruning.input_watch import evaluating
 from sparsefit.pruning.layers.base import PrunableWeight
-from sparsefit.pruning.mapped import MappedWeights
+from sparsefit.pruning.mapped_weights import MappedWeights
 from sparsefit.pruning.results import DenseStatistics, PruningResult, checksums
 from sparsefit.pruning.run import PruningRun
-from sparsefit.pruning.sharing import solutions
 from sparsefit.pruning.steps import ByWeight, Solution, Steps
-from sparsefit.pruning.watch import evaluating
+from sparsefit.pruning.work_sharing import solutions
 
 Progress = Callable[[int, int], None]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsefit.errors import ConfigError
 from sparsefit.pruning.config import PruningConfig
-from sparsefit.pruning.groups import Parts
+from sparsefit.pruning.input_groups import Parts
 from sparsefit.pruning.layers.base import INTEGERS, PrunableWeight
 from sparsefit.pruning.layers.sharded import counted
 from sparsefit.pruning.masks import MaskSet

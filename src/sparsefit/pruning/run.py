@@ -19,13 +19,13 @@ from sparsefit.pruning.allocation import allocate
 from sparsefit.pruning.block_runner import BlockRunner
 from sparsefit.pruning.blocks import BlocksNotSequential, find_block_lists
 from sparsefit.pruning.config import PruningConfig
-from sparsefit.pruning.groups import InputGroup, Parts
-from sparsefit.pruning.inputs import collect
+from sparsefit.pruning.input_groups import InputGroup, Parts
 from sparsefit.pruning.layers.base import PrunableWeight, is_dense
 from sparsefit.pruning.layers.sharded import counted
-from sparsefit.pruning.mapped import MappedWeights
+from sparsefit.pruning.mapped_weights import MappedWeights
 from sparsefit.pruning.results import PruningResult
 from sparsefit.pruning.scores import SCORES
+from sparsefit.pruning.statistics_collector import collect
 from sparsefit.pruning.steps import Solution
 from sparsefit.pruning.targets import CHECKS, find_candidates, find_weights
 from sparsefit.pruning.tracing import Trace, trace

@@ -123,7 +123,7 @@ def _of(scores: Scores, matrix: Tensor) -> Scores:
 
 
 def _select_in_groups(scores: Scores, granularity: Granularity, share: Fraction, total: int | None = None) -> Tensor:
-    """Each group loses its share, rounded down; if a total is given, the first groups lose one more each to reach it."""
+    """Each group loses its share, rounded down; to reach a total, if given, the first groups lose one more each."""
     dim = 1 if granularity.axis == "input" else 0
     scores = computed(scores) if dim == 1 else scores
     matrix = _matrix(scores)

@@ -103,9 +103,9 @@ def _sample_kernel(values, factor, sample, number, step, factors, width, BLOCK: 
 
 @jit
 def _split_kernel(values, factor, kept, sample, first, last, keys, room, found, factors, width, BLOCK: tl.constexpr):
-    """The mask of a long row that keeps every score from the lower of two scores of the sorted sample on. Scores between
-    the two are listed in `keys`, as far as there is room, with their position in the low bits: so no two keys are
-    equal, and equal scores sort by position. `found` gets the number of scores below the bracket and in it."""
+    """The mask of a long row that keeps every score from the lower of two scores of the sorted sample on. Scores
+    between the two are listed in `keys`, as far as there is room, with their position in the low bits: so no two keys
+    are equal, and equal scores sort by position. `found` gets the number of scores below the bracket and in it."""
     low, high = tl.load(sample + first), tl.load(sample + last)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = place < width

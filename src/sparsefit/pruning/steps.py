@@ -13,7 +13,7 @@ from sparsefit.errors import CalibrationError, ConfigError
 from sparsefit.pruning import reconstruction
 from sparsefit.pruning.config import PruningConfig
 from sparsefit.pruning.gram import reconstruction_error
-from sparsefit.pruning.groups import InputGroup, Rows
+from sparsefit.pruning.input_groups import InputGroup, Rows
 from sparsefit.pruning.layers.convolution import channels_side_by_side
 from sparsefit.pruning.least_squares import least_squares
 from sparsefit.pruning.refinement import swap

@@ -19,8 +19,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from sparsefit.bare_model import base_modules
 from sparsefit.calibration.batches import MicroBatch
 from sparsefit.calibration.samples import numbers_in, tensors_in
+from sparsefit.pruning.input_watch import Key, Seen, watching
 from sparsefit.pruning.layers import PRODUCTS, matrices_of
-from sparsefit.pruning.watch import Key, Seen, watching
 from sparsefit.ranks import errors_on_all_ranks, from_all
 from sparsefit.sharded import is_sharded, passes
 
@@ -131,7 +131,7 @@ class _Tracer(TorchFunctionMode):
         self._last: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # the last parameters on the way to a tensor
 
     def watch(self, model: nn.Module) -> None:
-        """Register the memory of a model's parameters, to recognise their views, and its buffers, which are not data."""
+        """Register the memory of a model's parameters, to recognise views of them, and its buffers (not data)."""
         plain = (p for p in model.parameters() if id(p) in self.names and type(p) is nn.Parameter and p.numel())
         self._storages = {p.untyped_storage().data_ptr(): self.names[id(p)] for p in plain if p.device.type != "meta"}
         self._buffers = {id(buffer) for buffer in model.buffers()}

@@ -64,7 +64,7 @@ class PrunableWeight:
 
     @property
     def positions(self) -> int:
-        """How many columns of the matrix belong to each input channel: the kernel positions of a convolution, else 1."""
+        """How many columns of the matrix belong to one input channel: the kernel positions of a convolution, else 1."""
         return math.prod(self.view.shape[2:])
 
     def matrix(self) -> Tensor:
@@ -141,8 +141,8 @@ def as_matrix(tensor: Tensor, transposed: bool = False, index: int | None = None
 
 
 def is_dense(parameter: object) -> bool:
-    """Whether this is a parameter of plain floats (8-bit floats have scales). A tensor that a parametrization recomputes
-    in each pass is not a parameter: zeros written to it would be lost.
+    """Whether this is a parameter of plain floats (8-bit floats have scales). A tensor that a parametrization computes
+    anew in each pass is not a parameter: zeros written to it would be lost.
 
     >>> is_dense(nn.Parameter(torch.zeros(2))), is_dense(torch.zeros(2))
     (True, False)

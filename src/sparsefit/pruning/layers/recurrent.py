@@ -49,7 +49,7 @@ class _Call:
 
     def __init__(self, function: Callable[..., Any], given: Mapping[str, Any]) -> None:
         self.function, self.has_biases, self.layers = function, given["has_biases"], given["num_layers"]
-        self.batch_sizes = given.get("batch_sizes")  # of packed inputs, on the CPU: the number of sequences at each step
+        self.batch_sizes = given.get("batch_sizes")  # of packed inputs, on the CPU: the number of sequences per step
         self.directions = 2 if given["bidirectional"] else 1
         # h, and c of an LSTM, before the first step: (layers * directions, batch, hidden) each
         self.states = (given["hx"],) if isinstance(given["hx"], Tensor) else tuple(given["hx"])

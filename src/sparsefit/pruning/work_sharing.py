@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from sparsefit.pruning.groups import InputGroup
+from sparsefit.pruning.input_groups import InputGroup
 from sparsefit.pruning.layers.base import is_dense
 from sparsefit.pruning.masks import pack_bits, unpack_bits
 from sparsefit.pruning.steps import ByWeight, Solution

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
-from sparsefit.data.position import Place, Settings, check_same_data
+from sparsefit.data.data_position import Place, Settings, check_same_data
 
 
 class ResumableDataModule(LightningDataModule):

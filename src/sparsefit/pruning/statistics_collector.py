@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from sparsefit.calibration.batches import MicroBatch
 from sparsefit.calibration.samples import numbers_in
 from sparsefit.errors import CalibrationError
-from sparsefit.pruning.groups import Part, Parts
+from sparsefit.pruning.input_groups import Part, Parts
+from sparsefit.pruning.input_watch import Key, Rows, Seen, real_rows, version_of, watching
 from sparsefit.pruning.layers.base import PrunableWeight
 from sparsefit.pruning.statistics import InputStatistics, all_finite
-from sparsefit.pruning.watch import Key, Rows, Seen, real_rows, version_of, watching
 from sparsefit.ranks import errors_on_all_ranks, from_all
 from sparsefit.sharded import passes
 
