@@ -10,7 +10,7 @@ from sparsefit.settings import number
 
 
 def check_settings(settings: dict[str, Any]) -> None:
-    """Refuses settings of `ImageDataModule` that cannot work.
+    """Check the settings of `ImageDataModule`.
 
     Raises:
         ConfigError: naming the setting.
