@@ -26,7 +26,7 @@ BAD_CONFIGS = [
         for name in ("wonda", "", None, ["wanda"])
     ),
     *(({"update": name}, "unknown update .*; the choices are block, none") for name in ("layers", None, "")),
-    ({"update": "layer"}, "'layer' is no longer there.* take update 'block', or 'none'"),
+    ({"update": "layer"}, "'layer' was removed.* use update 'block', or 'none'"),
     *(
         ({"granularity": form}, f"unknown granularity .*; the choices are {GRANULARITIES}")
         for form in (

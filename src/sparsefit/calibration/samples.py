@@ -156,9 +156,9 @@ def _listed(batch: Any) -> int | None:
     mappings are batches of several loaders.)"""
     for found in _lists(batch):
         if found and all(isinstance(each, Mapping) for each in found):
-            beside = [value for value in _lists(batch) if value is not found and value is not batch]
-            beside += [tensor for tensor in _tensors_outside(batch, found) if tensor.ndim]
-            if any(len(value) == len(found) for value in beside) or not _agree(list(tensors_in(found))):
+            rest = [value for value in _lists(batch) if value is not found and value is not batch]
+            rest += [tensor for tensor in _tensors_outside(batch, found) if tensor.ndim]
+            if any(len(value) == len(found) for value in rest) or not _agree(list(tensors_in(found))):
                 return len(found)
     return None
 

@@ -109,8 +109,8 @@ class ImageProcessing:
             if image.shape != self._first[1]:
                 raise DataError(
                     f"{self._first[0]} comes out of the image processor in the shape {self._first[1]} and {name} in "
-                    f"{image.shape}, which fit no common batch: have the processor crop (do_center_crop and crop_size) "
-                    'or resize to a fixed height and width (size: {"height": ..., "width": ...})'
+                    f"{image.shape}, which cannot be batched: let the processor crop (do_center_crop and crop_size) or "
+                    'resize to a fixed height and width (size: {"height": ..., "width": ...})'
                 )
         return torch.from_numpy(np.stack(images))
 

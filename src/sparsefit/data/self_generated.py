@@ -265,8 +265,8 @@ class SelfGeneratedDataModule(TextDataModule):
         if weights_digest(module) != self._texts["training"].decided_by["model"]:
             raise ConfigError(
                 "the checkpoint was saved before the model was pruned, and has other weights (or another precision) "
-                "than the model that is named: its text would pass for that model's. Start a new run with the model as "
-                "it was trained (model=FOLDER), or name real text"
+                "than the named model: its text would be taken for that model's. Start a new run with the model as it "
+                "was trained (model=FOLDER), or name real text"
             )
 
     def _folder(self) -> Path:
@@ -295,8 +295,8 @@ class SelfGeneratedDataModule(TextDataModule):
             )
         raise ConfigError(
             f"the {kind} text that the dense model wrote is not in {self._texts[kind].path}, and the model can be "
-            "pruned by now: bring the file back, or name its folder (folder=...). A new run, in another run folder, "
-            "writes it anew"
+            "pruned by now: restore the file, or name its folder (folder=...). A new run, in another run folder, "
+            "generates it again"
         )
 
     def _begun(self, model: PreTrainedModel, text: WrittenText) -> Tensor:

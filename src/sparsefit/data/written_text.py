@@ -189,4 +189,4 @@ def as_window(row: numpy.ndarray) -> Tensor:
     return torch.from_numpy(row.astype(numpy.int64))
 
 
-_WAY_OUT = "Remove it, and the next run that needs it writes it anew; a run that is resumed needs it as it was"
+_WAY_OUT = "Remove it, and the next run that needs it generates it again; a resumed run needs the original file"

@@ -250,5 +250,5 @@ def _lettered_row(line: Mapping[str, Any]) -> Row:
         raise DataError("'choices' is no object with text and label")
     texts, labels, answer = _texts(choices, "text"), _texts(choices, "label"), _text(line, "answerKey").lstrip()
     if len(texts) != len(labels) or answer not in labels:
-        raise DataError("'choices' has not as many labels as texts, or the answerKey is none of them")
+        raise DataError("'choices' does not have as many labels as texts, or the answerKey is not one of them")
     return {"choices": {"text": texts, "label": labels}, "answerKey": answer}

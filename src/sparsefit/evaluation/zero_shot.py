@@ -113,10 +113,10 @@ def zero_shot(
     """
     check_counts(limit, batch_size)
     if not hasattr(model, "config"):
-        raise ConfigError(f"zero-shot tasks need a language model of transformers, and {type(model).__name__} is none")
+        raise ConfigError(f"zero-shot tasks need a transformers language model, which {type(model).__name__} is not")
     if tokenizer is None:
         raise ConfigError(
-            f"zero-shot tasks need the tokenizer of {type(model).__name__}, and there is none: save it beside the "
+            f"zero-shot tasks need the tokenizer of {type(model).__name__}, and there is none: save it with the "
             "model (tokenizer.save_pretrained), or set the module's `tokenizer`"
         )
     from lm_eval.evaluator import evaluate

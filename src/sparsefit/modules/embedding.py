@@ -110,7 +110,8 @@ class EmbeddingModule(MeasuredModule):
     def _cosines(self, embedded: Tensor) -> Tensor:
         if embedded.ndim != 3 or embedded.shape[1] != 2:
             raise DataError(
-                f"a batch gives embeddings {tuple(embedded.shape)}, and pairs of texts give (batch, 2, width): make "
-                "input_ids and attention_mask (batch, 2, length), as LabelledTextDataModule does with the task pairs"
+                f"the embeddings of a batch are {tuple(embedded.shape)}, but those of pairs of texts are (batch, 2, "
+                "width): give input_ids and attention_mask (batch, 2, length), as LabelledTextDataModule does with the "
+                "task pairs"
             )
         return F.cosine_similarity(embedded[:, 0], embedded[:, 1], dim=-1)

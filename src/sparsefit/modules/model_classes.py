@@ -64,9 +64,9 @@ def whole_model(
         )
     if (unused := _short(_of_parts_it_has_not(model, info["unexpected_keys"]))) and not allow_unused:
         raise ConfigError(
-            f"{path} holds weights of parts that {type(model).__name__}, the class in its config.json, has not: "
-            f"{unused}. They would be dropped. Correct `architectures` in config.json; or load the model in Python, "
-            "where load_model(..., allow_unused=True) lets them go"
+            f"{path} holds weights of parts that {type(model).__name__}, the class in its config.json, does not have: "
+            f"{unused}. They would be dropped. Correct `architectures` in config.json; or load the model in Python "
+            "with load_model(..., allow_unused=True), which drops them"
         )
     return as_plain(model)
 
@@ -202,7 +202,8 @@ def named_class(
         return getattr(transformers, KINDS[kind].auto)  # that weights are missing still shows
     found = getattr(transformers, name, None) if name is not None else None
     if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
-        what = f"names {name}, which transformers {transformers.__version__} has not" if name else "names no class"
+        release = transformers.__version__
+        what = f"names {name}, which transformers {release} does not have" if name else "names no class"
         raise ConfigError(
             f"the config.json of {path} {what} (`architectures`): correct it, install the release of transformers that "
             "it was made with, or load the model in Python and give it to the module in place of its name"

@@ -75,8 +75,8 @@ def _of_other_dtype(unit: nn.Module) -> list[nn.Module]:
     for part, name in others.items():
         if part is unit or id(part) in adapters or any(True for _ in part.children()):
             raise ConfigError(
-                f"a {type(part).__name__} of the model trains its {name} in {getattr(part, name).dtype}, and others "
-                f"beside it train in {usual}, which FSDP2 cannot split together: train in one dtype (dtype: float32), "
-                "or leave this out of what is trained (train_biases, modules_to_save)"
+                f"a {type(part).__name__} of the model trains its {name} in {getattr(part, name).dtype}, and other "
+                f"parameters of its block in {usual}, which FSDP2 cannot shard together: train in one dtype (dtype: "
+                "float32), or leave this out of what is trained (train_biases, modules_to_save)"
             )
     return list(others)

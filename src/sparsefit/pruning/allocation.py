@@ -68,10 +68,10 @@ def by_mapping(sizes: Mapping[str, int], sparsity: Fraction, given: Mapping[str,
     """
     shares: dict[str, Fraction] = {}
     for pattern in sorted(given, key=len):
-        fitting = [name for name in sizes if matches(layer_name(name), [pattern])]
-        if not fitting:
-            raise ConfigError(f"allocation names '{pattern}', and no layer that is pruned is called that")
-        shares |= {name: Fraction(str(given[pattern])) for name in fitting}
+        matching = [name for name in sizes if matches(layer_name(name), [pattern])]
+        if not matching:
+            raise ConfigError(f"allocation names '{pattern}', but no pruned layer has that name")
+        shares |= {name: Fraction(str(given[pattern])) for name in matching}
     fixed = {name: sizes[name] * share for name, share in shares.items()}
     counts = _rounded(fixed, sizes, floor(sum(fixed.values())))
     rest = {name: size for name, size in sizes.items() if name not in shares}

@@ -129,7 +129,7 @@ class PruningConfig:
     def __post_init__(self) -> None:
         if self.update == "layer":
             raise ConfigError(
-                "update 'layer' is no longer there, as it won nothing over 'block' in any measurement: take update "
+                "update 'layer' was removed, as it was not better than 'block' in any measurement: use update "
                 "'block', or 'none', which takes one pass of the data as 'layer' did"
             )
         for name, choices in CHOICES.items():
@@ -161,18 +161,18 @@ class PruningConfig:
         varied = granularity.axis == "variant" and self.pattern is None
         if varied and (self.allocation is not None or self.reconstruction == "iterative"):
             raise ConfigError(
-                "granularity 'variant' chooses how many weights each row loses: it goes with no allocation and not "
-                "with reconstruction 'iterative'; take granularity 'output'"
+                "granularity 'variant' chooses how many weights each row loses: it cannot be combined with an "
+                "allocation or with reconstruction 'iterative'; use granularity 'output'"
             )
         if self.existing_zeros == "adopt" and (self.swaps or self.allocation is not None or self.reconstruction):
             raise ConfigError(
-                "existing_zeros 'adopt' takes masks and weights as they are: it goes with no swaps, allocation or "
-                "reconstruction; take existing_zeros 'keep'"
+                "existing_zeros 'adopt' takes masks and weights as they are: it cannot be combined with swaps, "
+                "allocation or reconstruction; use existing_zeros 'keep'"
             )
         if self.reconstruction == "iterative" and self.swaps:
             raise ConfigError(
-                "swaps refine a mask before the weights change, and reconstruction 'iterative' changes them while it "
-                "chooses: take swaps=0, or reconstruction 'sequential' or 'least_squares'"
+                "swaps refine a mask before the weights change, but reconstruction 'iterative' changes them while it "
+                "chooses masks: use swaps=0, or reconstruction 'sequential' or 'least_squares'"
             )
 
     @property
@@ -214,7 +214,7 @@ def _check_device(device: object) -> None:
     except (RuntimeError, TypeError):
         is_device = False
     if not is_device:
-        raise ConfigError(f"device {device!r} is no device to compute on; it must be such as 'cuda' or 'cuda:1'")
+        raise ConfigError(f"device {device!r} is not a device to compute on; name one, such as 'cuda' or 'cuda:1'")
 
 
 def _checked_allocation(allocation: object) -> str | dict[str, float] | None:

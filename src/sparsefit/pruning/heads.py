@@ -90,15 +90,15 @@ def routers(model: nn.Module, weights: Iterable[PrunableWeight], blocks: Iterabl
     {'choice.weight'}
     """
     modules, found = base_modules(model), set()
-    beside = [(_parent(name), name, len(members)) for name, members in expert_lists(model, blocks).items()]
+    places = [(_parent(name), name, len(members)) for name, members in expert_lists(model, blocks).items()]
     for name, module in modules.items():
         for _, stack, _ in find_stacks(module):
             alone = not any(matrices_of(child) for child in module.modules() if child is not module)
-            beside.append((_parent(name), name, len(stack)) if alone else (name, name, len(stack)))
+            places.append((_parent(name), name, len(stack)) if alone else (name, name, len(stack)))
         if name.rpartition(".")[2] == "experts":
-            beside.append((_parent(name), name, 0))
+            places.append((_parent(name), name, 0))
     for weight in weights:
-        for holder, experts, count in beside:
+        for holder, experts, count in places:
             prefix = f"{holder}." if holder else ""
             own = weight.index is not None or (experts != holder and weight.name.startswith(f"{experts}."))
             if own or not weight.name.startswith(prefix):

@@ -76,8 +76,8 @@ class PruningResult:
             told.append(f"{sum(sizes.values()) / in_all:.1%} {reason} ({max(sizes, key=sizes.get)}{more})")
         self.note(
             f"only {self.coverage:.1%} of the weights in the model's matrices were pruned, so that "
-            f"{self.overall_sparsity:.1%} of them are zero. Dense stayed: {'; '.join(told)}. Name in `targets` what "
-            "shall be pruned of it; calibration data must reach it"
+            f"{self.overall_sparsity:.1%} of them are zero. Left dense: {'; '.join(told)}. To prune more, name layers "
+            "in `targets`; the calibration data must reach them"
         )
 
     def note(self, note: str) -> None:
@@ -102,21 +102,21 @@ class DenseStatistics:
         """Raise a `ConfigError`, with the way out, if the statistics cannot be used for a configuration."""
         if config.needs_inputs and config.update != "none":
             raise ConfigError(
-                f"statistics of the dense model do for update 'none' alone, and not for '{config.update}': give the "
-                "configuration update='none', or `prune` with `batches`"
+                f"statistics of the dense model can only be used with update 'none', not with '{config.update}': set "
+                "update='none' in the configuration, or call `prune` with `batches`"
             )
         others = [name for name, own in checksums(weights).items() if self.checksums.get(name, own) != own]
         if others:
             raise ConfigError(
                 f"the statistics are of another model, or this one has changed since: {others[0]} has other weights. "
-                "Take them again with `collect_statistics`, from the model that is to be pruned, while it is dense"
+                "Collect them again with `collect_statistics`, from the model that you prune, while it is dense"
             )
         lacking = sorted(config.statistics - self.kinds)
         unknown = [weight.name for weight in weights if weight.name not in self.parts]
         if lacking or (unknown and config.needs_inputs):
-            what = f"{', '.join(lacking)} was not taken" if lacking else f"nothing is known of {unknown[0]}"
+            what = f"{', '.join(lacking)} was not collected" if lacking else f"they lack {unknown[0]}"
             raise ConfigError(
-                f"the statistics do not fit the configuration: {what}. Name it when you `collect_statistics`"
+                f"the statistics do not fit the configuration: {what}. Pass this configuration to `collect_statistics`"
             )
 
 

@@ -110,7 +110,7 @@ def find_weights(
     _refuse(
         [name for name, shards in broken.items() if shards],
         "{}: these weights are NaN or infinite, and such weights cannot be compared. The model was left as it was; "
-        "load sound ones, or exclude the layers",
+        "load valid ones, or exclude the layers",
     )
     return _account(model, weights, candidates, reasons)
 
