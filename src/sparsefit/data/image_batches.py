@@ -218,7 +218,7 @@ def read(rows: list[Row], processing: ImageProcessing, skip_corrupt: bool) -> tu
     for number, row in enumerate(rows):
         try:
             images[number] = decode(row.content, processing.channels)
-        except Exception as error:  # a damaged image raises whatever its decoder raises
+        except Exception as error:  # the errors for damaged images depend on the decoder
             cause = str(error).strip().splitlines() or [type(error).__name__]
             if not skip_corrupt:
                 raise DataError(

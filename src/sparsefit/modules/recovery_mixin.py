@@ -74,7 +74,7 @@ class RecoveryMixin(_Base):
             self.dense_teacher = DenseTeacher(self)
 
     def on_train_start(self) -> None:
-        """Separate the teacher from the pruned module: from now on it differs where the module has changed."""
+        """Reduce the teacher's copy to the dense values that the module no longer has, now that it is pruned."""
         super().on_train_start()
         if self.dense_teacher is not None:
             self.dense_teacher.settle(self)

@@ -120,7 +120,7 @@ class Capture(NamedTuple):
 
     hidden: Tensor | None  # before the first block
     calls: list[BlockCall]  # in calling order
-    simple: bool  # whether the first block was computed and returned a tensor alone
+    simple: bool  # whether the first block was computed and returned a single tensor
 
 
 class _LastBlockReached(Exception):
