@@ -70,7 +70,7 @@ def test_a_body_without_a_head_is_no_language_model(tmp_path):
         (["pipeline"], "names pipeline, which transformers .* does not have"),
         (None, "names no class"),
         (["BertForMaskedLM"], r"no weights for cls\.predictions.*would be random"),
-        (["BertModel"], r"has not: classifier\.bias, classifier\.weight\. They would be dropped"),
+        (["BertModel"], r"does not have: classifier\.bias, classifier\.weight\. They would be dropped"),
     ],
 )
 def test_a_configuration_that_does_not_fit_its_weights(tmp_path, architectures, message):
