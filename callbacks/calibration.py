@@ -22,7 +22,7 @@ from sparsefit.callbacks.budgeted_progress import paid_progress
 from sparsefit.callbacks.model_call import ModelCall
 from sparsefit.callbacks.trainer_lookup import ledger_of
 from sparsefit.errors import CalibrationError
-from sparsefit.pruning.watch import evaluating
+from sparsefit.pruning.input_watch import evaluating
 from sparsefit.ranks import errors_on_all_ranks
 from sparsefit.sharded import passes
 

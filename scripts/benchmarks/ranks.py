@@ -4,7 +4,7 @@
 
 Each rank is a process of one thread with gloo, the samples are dealt out, and the ranks share the input groups of the
 methods that need Gram matrices. Prints for each method the median seconds of each number of ranks, the ratio to one,
-and whether the masks are the same.
+and how many bits of the masks are others than those of one rank.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from setting import add_size_options, make_model, make_samples  # beside this file
 
-from sparsefit import PruningConfig, prune
+from sparsefit import MaskSet, PruningConfig, prune
 from sparsefit.recovery.reconstruct import ReconstructSettings, dense_weights, reconstruct
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -36,8 +36,8 @@ TUNED = "reconstruction, 1 pass"
 def _rank(rank: int, ranks: int, args: argparse.Namespace, folder: str) -> None:
     torch.set_num_threads(args.threads)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
-    data = make_samples(args.samples, args.length)[rank::ranks]
-    found: dict[str, tuple[list[float], str]] = {}
+    data = make_samples(args.samples, args.length)  # dealt out among the ranks
+    found: dict[str, tuple[list[float], MaskSet | None]] = {}
     for _ in range(args.repeats):
         for name, settings in METHODS.items():
             model = make_model(args.hidden, args.layers, args.dtype)
@@ -45,22 +45,22 @@ def _rank(rank: int, ranks: int, args: argparse.Namespace, folder: str) -> None:
             dist.barrier()
             start = time.perf_counter()
             result = prune(model, data, PruningConfig(sparsity=args.sparsity, pattern=args.pattern, **settings))
-            found.setdefault(name, ([], result.masks.digest()))[0].append(time.perf_counter() - start)
+            found.setdefault(name, ([], result.masks))[0].append(time.perf_counter() - start)
         dist.barrier()
         start = time.perf_counter()  # of the last model
-        reconstruct(model, data, dense, result.masks, ReconstructSettings(passes=1, batch_size=8 // ranks))
-        found.setdefault(TUNED, ([], ""))[0].append(time.perf_counter() - start)
+        reconstruct(model, data, dense, result.masks, ReconstructSettings(passes=1, batch_size=8))
+        found.setdefault(TUNED, ([], None))[0].append(time.perf_counter() - start)
     if rank == 0:
         torch.save(found, f"{folder}/found.pt")
     dist.destroy_process_group()
 
 
-def measure(ranks: int, args: argparse.Namespace) -> dict[str, tuple[float, str]]:
-    """The median seconds and the masks' digest of each method, on so many ranks."""
+def measure(ranks: int, args: argparse.Namespace) -> dict[str, tuple[float, MaskSet | None]]:
+    """The median seconds and the masks of each method, on so many ranks."""
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(_rank, (ranks, args, folder), nprocs=ranks, start_method="spawn")
-        found = torch.load(Path(folder) / "found.pt")
-    return {name: (statistics.median(seconds), digest) for name, (seconds, digest) in found.items()}
+        found = torch.load(Path(folder) / "found.pt", weights_only=False)
+    return {name: (statistics.median(seconds), masks) for name, (seconds, masks) in found.items()}
 
 
 def main() -> None:
@@ -73,13 +73,18 @@ def main() -> None:
     args = parser.parse_args()
     found = {ranks: measure(ranks, args) for ranks in args.ranks}
     first = found[args.ranks[0]]
-    print(f"{'method':24}" + "".join(f"{ranks:>9} ranks" for ranks in found) + "   ratio to the first   same masks")
-    for name, (seconds, digest) in first.items():
+    print(f"{'method':24}" + "".join(f"{ranks:>9} ranks" for ranks in found) + "   ratio to the first   other bits")
+    for name, (seconds, masks) in first.items():
         others = [own[name] for own in found.values()]
         row = "".join(f"{own:13.2f} s" for own, _ in others)
         ratios = " ".join(f"{own / seconds:.2f}" for own, _ in others[1:])
-        same = all(other == digest for _, other in others) if digest else "-"
-        print(f"{name:24}{row}   {ratios:18}   {same}")
+        bits = " ".join(_other_bits(masks, other) for _, other in others[1:]) if masks else "-"
+        print(f"{name:24}{row}   {ratios:18}   {bits}")
+
+
+def _other_bits(masks: MaskSet, others: MaskSet) -> str:
+    differing = sum(int((mask != others[name]).sum()) for name, mask in masks.items())
+    return f"{differing:,} of {sum(mask.numel() for mask in masks.values()):,}"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from sparsefit.errors import ConfigError, DivergenceError, HubError, MaskError, RunFolderError
 from sparsefit.files import SUMS_FILE
-from sparsefit.modules.places import hub_problem
+from sparsefit.modules.lookup_hints import hub_problem
 from sparsefit.recovery.inspection import BASE_FOLDER, MASKS_FILE, MODEL_FOLDER, inspect_folder
 from sparsefit.recovery.run_files import ADAPTER_FOLDER, REPORT_FILE, TRAINED_BASE_FOLDER, read_state
 from sparsefit.reporting.card import Part, model_card

@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from sparsefit.bare_model import canonical_name
 from sparsefit.callbacks import GPUHourBudget, PrunedRunCallback, RunReport, WandaPruning
 from sparsefit.modules import CausalLMModule, RecoveryMixin, shard
-from sparsefit.modules.writing import writing
+from sparsefit.modules.text_generation import writing
 from sparsefit.recovery.adapters import AdapterSettings
 from sparsefit.recovery.distill import DistillSettings
 from sparsefit.sharded import shard_of

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset as Samples
 
 from sparsefit.callbacks import GPUHourBudget, SparseCheckpoints, WandaPruning
 from sparsefit.data.image_loading import EpochSampler
-from sparsefit.data.resumable import ResumableDataModule
+from sparsefit.data.resumable_data import ResumableDataModule
 
 ROWS = 10
 RATE = 0.05

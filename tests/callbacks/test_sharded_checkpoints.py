@@ -17,7 +17,7 @@ from sparsefit.callbacks.hooks import call_hook
 from sparsefit.callbacks.trainer_lookup import budget_of
 from sparsefit.cli.resuming import check_checkpoint
 from sparsefit.data.image_loading import EpochSampler
-from sparsefit.data.resumable import ResumableDataModule
+from sparsefit.data.resumable_data import ResumableDataModule
 from sparsefit.errors import ConfigError, SparsefitError
 from sparsefit.recovery.run_files import checkpoint_damage, damaged_files, newest_checkpoint
 

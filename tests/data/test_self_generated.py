@@ -12,9 +12,9 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from sparsefit.data import SelfGeneratedDataModule
-from sparsefit.data.position import Place
+from sparsefit.data.data_position import Place
 from sparsefit.errors import CalibrationError, ConfigError, DataError
-from sparsefit.modules.writing import sample_windows, weights_digest, writing
+from sparsefit.modules.text_generation import sample_windows, weights_digest, writing
 from sparsefit.recovery.adapters import AdapterSettings, attach_adapter
 
 SETTINGS = {"sequence_length": 12, "train_tokens": 100, "calibration_samples": 5, "writing_batch_size": 3}

@@ -266,5 +266,5 @@ def test_wrong_numbers(model, tokenizer, settings):
 def test_a_model_without_tokenizer_or_configuration(model, tokenizer):
     with pytest.raises(ConfigError, match="need the tokenizer of LlamaForCausalLM"):
         zero_shot(model, None, {})
-    with pytest.raises(ConfigError, match="Linear is none"):
+    with pytest.raises(ConfigError, match="which Linear is not"):
         zero_shot(torch.nn.Linear(2, 2), tokenizer, {})

@@ -66,11 +66,11 @@ def test_a_body_without_a_head_is_no_language_model(tmp_path):
 @pytest.mark.parametrize(
     ("architectures", "message"),
     [
-        (["BertForNothing"], "names BertForNothing, which transformers .* has not"),
-        (["pipeline"], "names pipeline, which transformers .* has not"),
+        (["BertForNothing"], "names BertForNothing, which transformers .* does not have"),
+        (["pipeline"], "names pipeline, which transformers .* does not have"),
         (None, "names no class"),
         (["BertForMaskedLM"], r"no weights for cls\.predictions.*would be random"),
-        (["BertModel"], r"has not: classifier\.bias, classifier\.weight\. They would be dropped"),
+        (["BertModel"], r"does not have: classifier\.bias, classifier\.weight\. They would be dropped"),
     ],
 )
 def test_a_configuration_that_does_not_fit_its_weights(tmp_path, architectures, message):

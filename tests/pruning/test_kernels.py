@@ -192,7 +192,7 @@ def factor_on_device(factor: reconstruction.Factor) -> reconstruction.Factor:
 
 @runs_kernels
 @pytest.mark.parametrize(("outputs", "inputs", "block_size"), [(20, 50, 16), (3, 40, 1), (17, 72, 128)])
-def test_the_sweep_is_the_loop_over_columns(monkeypatch, outputs, inputs, block_size):
+def test_the_update_is_the_loop_over_columns(monkeypatch, outputs, inputs, block_size):
     weight, mask, gram = layer(outputs, inputs)
     factor = inverse_factor(gram)
     expected = update_sequentially(weight, mask, factor, block_size)
@@ -204,7 +204,7 @@ def test_the_sweep_is_the_loop_over_columns(monkeypatch, outputs, inputs, block_
 
 @runs_kernels
 @pytest.mark.parametrize(("n", "m", "block_size"), [(2, 4, 16), (4, 8, 32), (2, 5, 10), (1, 2, 2)])
-def test_the_sweep_chooses_groups_as_they_come(monkeypatch, n, m, block_size):
+def test_the_update_chooses_groups_as_they_come(monkeypatch, n, m, block_size):
     weight, _, gram = layer(19, 40)
     factor = inverse_factor(gram)
 

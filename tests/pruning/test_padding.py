@@ -10,8 +10,8 @@ from torch import nn
 
 from sparsefit import PruningConfig, collect_statistics, prune
 from sparsefit.calibration.padding_masks import PaddingMask, masks_given
+from sparsefit.pruning.input_watch import Seen, real_rows
 from sparsefit.pruning.layers import matrices_of
-from sparsefit.pruning.watch import Seen, real_rows
 
 LENGTHS = [5, 16, 9, 7, 12, 3, 16, 11]
 

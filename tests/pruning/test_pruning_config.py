@@ -26,7 +26,7 @@ BAD_CONFIGS = [
         for name in ("wonda", "", None, ["wanda"])
     ),
     *(({"update": name}, "unknown update .*; the choices are block, none") for name in ("layers", None, "")),
-    ({"update": "layer"}, "'layer' is no longer there.* take update 'block', or 'none'"),
+    ({"update": "layer"}, "'layer' was removed.* use update 'block', or 'none'"),
     *(
         ({"granularity": form}, f"unknown granularity .*; the choices are {GRANULARITIES}")
         for form in (
@@ -70,7 +70,7 @@ BAD_CONFIGS = [
         ({"damping": value}, "damping .*of at least 0")
         for value in (-0.01, float("nan"), float("inf"), None, "0.01", True)
     ),
-    *(({"device": value}, "device .*no device") for value in ("gpu", "", "cuda:x", 1.5, ["cpu"], "meta")),
+    *(({"device": value}, "device .*not a device to") for value in ("gpu", "", "cuda:x", 1.5, ["cpu"], "meta")),
     ({"targets": ()}, "targets is empty"),
     ({"targets": [1]}, "targets"),
     ({"targets": ("",)}, "targets"),

@@ -68,8 +68,8 @@ def test_a_pass_runs_the_model_once_a_micro_batch_and_pruning_not_at_all():
     ("config", "words"),
     [
         ({"update": "block"}, "update='none'"),
-        ({"update": "none", "swaps": 1}, "gram was not taken"),
-        ({"update": "none", "targets": ["classifier"]}, "nothing is known of classifier.weight"),
+        ({"update": "none", "swaps": 1}, "gram was not collected"),
+        ({"update": "none", "targets": ["classifier"]}, "they lack classifier.weight"),
     ],
 )
 def test_statistics_that_do_not_fit_change_nothing(config, words):

@@ -17,7 +17,7 @@ from sparsefit import PruningConfig, prune
 from sparsefit.errors import ConfigError, RunFolderError
 from sparsefit.modules.loading import load_causal_lm
 from sparsefit.modules.streaming import stream_causal_lm
-from sparsefit.pruning.mapped import MappedWeights
+from sparsefit.pruning.mapped_weights import MappedWeights
 
 METHODS = {
     "wanda": {},

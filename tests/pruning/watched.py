@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sparsefit.pruning.input_watch import Seen, watching
 from sparsefit.pruning.layers import matrices_of
 from sparsefit.pruning.layers.base import PrunableWeight
-from sparsefit.pruning.watch import Seen, watching
 
 
 class Record(NamedTuple):

@@ -1,1 +1,1 @@
-"""Calibration data: the samples of any batch, in micro-batches, and what in them is padding."""
+"""Calibration data: splitting any batch into samples, regrouping them in micro-batches, and finding their padding."""

@@ -1,4 +1,4 @@
-"""Calibration data: samples without padding, regrouped to micro-batches of one size; calling a model with them."""
+"""Calibration data: samples without padding, regrouped in micro-batches of one size; calling a model with them."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ Forward = Callable[[Any], Any]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What goes through the model at once.
+    """Samples that go through the model together.
 
     Attributes:
-        data: In the form of the batches it comes from.
+        data: The samples, in the form of the batches they come from.
         origin: For each sample the index of its batch.
-        mask: What is known of the padding in it before the model runs.
-        watch: Sees what the model says of that.
-        scopes: What it has said, by id of a module.
+        mask: The padding mask, as far as it is known before the model runs.
+        watch: Observes the padding masks that the model uses.
+        scopes: The masks that `watch` found to hold in each module, by the module's id.
     """
 
     data: Any
@@ -42,16 +42,16 @@ class MicroBatch:
     scopes: dict[int, Scope] = field(default_factory=dict, compare=False, repr=False)
 
     def first_sample(self) -> Any:
-        """A batch of its first sample alone, or all of it if it cannot be taken apart."""
+        """A batch of its first sample alone, or all of it if it cannot be split."""
         return cut_batch(self.data, 1)
 
     def begin(self) -> None:
-        """It is what runs next."""
+        """Tell the watch that this micro-batch runs next."""
         if self.watch is not None:
             self.watch.begin(self.mask, self.scopes)
 
     def mask_of(self, inputs: Tensor) -> PaddingMask | None:
-        """The mask of the sequences that a weight's inputs are of, as this runs; None where nothing is padding."""
+        """While this micro-batch runs, the mask of the sequences of a weight's inputs; None if nothing is padding."""
         return (Scope(self.mask) if self.watch is None else self.watch.scope).mask_of(inputs)
 
 
@@ -62,18 +62,18 @@ def regroup(
     look: Look | None = None,
     watch: PaddingWatch | None = None,
 ) -> Iterator[MicroBatch]:
-    """The samples of all batches in micro-batches of one size, however the batches were cut.
+    """Regroup the samples of all batches in micro-batches of one size.
 
-    Samples lose their padding; consecutive ones of equal shape go together. So the same samples go through
-    the model in the same company, and give the same masks to the bit, whatever the loader's batch size.
-    A batch whose structure does not show its samples goes through whole.
+    Samples lose their padding, and consecutive samples of equal shape are joined. So the micro-batches, and with them
+    the masks bit for bit, do not depend on the loader's batch size. A batch whose structure does not show its samples
+    becomes one micro-batch.
 
     Args:
         batches: The batches.
         size: Samples in a micro-batch.
-        encoder_decoder: Whether the model is one.
-        look: Shows what masks the model makes of a batch that does not name one.
-        watch: For the micro-batches.
+        encoder_decoder: Whether the model is an encoder-decoder.
+        look: Finds the masks that the model makes for a batch without an attention mask.
+        watch: The `watch` of the micro-batches.
 
     >>> [batch.origin for batch in regroup([torch.zeros(2, 5), torch.zeros(3, 5)], size=4)]
     [(0, 0, 1, 1), (1,)]
@@ -88,8 +88,8 @@ def regroup(
 def _samples(
     batches: Iterable[Any], encoder_decoder: bool, look: Look | None
 ) -> Iterator[tuple[list[torch.Size] | None, Any, PaddingMask | None, tuple[int, ...]]]:
-    """The shapes of each sample, the sample without padding, the mask of what is left of that, and the index of its
-    batch; shapes None for a batch that goes through whole. Samples of padding alone are left out."""
+    """For each sample its shapes, the sample without padding, the mask of any padding left in it, and the index of its
+    batch; shapes are None for a batch that cannot be split. Samples of nothing but padding are left out."""
     for index, batch in enumerate(batches):
         samples = split_samples(batch)
         if samples is None:
@@ -115,7 +115,7 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     """Call a model with a mapping (as keyword arguments), a tuple or list (as arguments) or one tensor.
 
     Raises:
-        CalibrationError: if the model cannot take such a batch. What the model itself raises is passed on.
+        CalibrationError: if the model cannot take such a batch. Errors that the model itself raises are passed on.
 
     >>> call_model(nn.Flatten(), {"input": torch.zeros(2, 3, 4)}).shape
     torch.Size([2, 12])
@@ -139,7 +139,7 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 
 
 def with_names(model: nn.Module, batch: Any) -> Any:
-    """A batch of positional arguments as a mapping if an attention mask is among them, so that padding is seen.
+    """Turn a batch of positional arguments into a mapping if it has an attention mask, so that padding is found.
 
     >>> with_names(nn.Flatten(), (1,))
     (1,)
@@ -163,19 +163,19 @@ def calibration_data(
 ) -> list[MicroBatch]:
     """The calibration samples of a model in micro-batches.
 
-    Where all ranks of a distributed run are given the same samples, each takes its share of the micro-batches; where
-    they are given samples of their own, or there are fewer micro-batches than ranks, each takes all it has.
+    If all ranks of a distributed run have the same samples, each takes its share of the micro-batches. If they have
+    different samples, or there are fewer micro-batches than ranks, each takes all of its own.
 
     Args:
         model: The model.
         batches: As `prune` takes them.
         size: Samples in a micro-batch.
-        forward: How a batch goes through the model, if not as its arguments.
-        needed_by: What needs them, for the error.
-        watch: Sees the model's masks.
+        forward: Runs the model on a batch, if not by calling it.
+        needed_by: What needs the data, for the error message.
+        watch: Observes the model's masks.
 
     Raises:
-        CalibrationError: on every rank, if there are none on one.
+        CalibrationError: on every rank, if a rank has no samples.
 
     >>> calibration_data(nn.Flatten(), [torch.zeros(3, 5)], size=2, forward=None, needed_by="wanda")[1].data.shape
     torch.Size([1, 5])
@@ -192,7 +192,7 @@ def calibration_data(
             batches = (with_names(model, batch) for batch in batches)
         configs = (getattr(module, "config", None) for module in model.modules())
         encoder_decoder = any(getattr(config, "is_encoder_decoder", False) is True for config in configs)
-        looks = watch is not None and watch.follows and not units_of(model)  # ranks would have to look together
+        looks = watch is not None and watch.follows and not units_of(model)  # which need all ranks
         look = Looking(watch, forward_of(model, forward)) if looks else None
         data = list(regroup(batches, size, encoder_decoder, look, watch))
         if not data:
@@ -212,7 +212,7 @@ def _own_share(data: list[MicroBatch]) -> list[MicroBatch]:
 
 
 def _digest(data: Iterable[MicroBatch]) -> str:
-    """Tells data of other values or shapes apart."""
+    """A digest of the values, shapes and dtypes of data."""
     sha = hashlib.sha256()
     for batch in data:
         for tensor in tensors_in(batch.data):
@@ -222,7 +222,7 @@ def _digest(data: Iterable[MicroBatch]) -> str:
 
 
 def passing(data: Iterable[MicroBatch], watch: PaddingWatch, forward: Forward) -> Forward:
-    """The same way through a model, told to what watches its padding.
+    """Wrap `forward` so that the padding watch is told which micro-batch runs.
 
     >>> passing([], PaddingWatch(follows=False), print)("batch")
     batch
@@ -240,7 +240,7 @@ def passing(data: Iterable[MicroBatch], watch: PaddingWatch, forward: Forward) -
 
 
 def forward_of(model: nn.Module, forward: Forward | None) -> Forward:
-    """How a batch goes through a model: as it is said, or as its arguments, on its device.
+    """The given `forward`, or by default a function that calls the model with a batch on its device.
 
     >>> forward_of(nn.Flatten(), None)(torch.zeros(2, 3, 4)).shape
     torch.Size([2, 12])

@@ -1,4 +1,4 @@
-"""Seeing which tokens are padding: by the masks with which a model, and the modules in it, are called."""
+"""Finding out which tokens are padding, from the masks with which a model and its modules are called."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Scope:
     """The masks that hold while a module runs.
 
     Attributes:
-        main: Of the sequences that it works on; None where nothing in them is padding, or they carry no mask.
-        memory: Of those that it attends to.
-        ahead: Of those of the decoder in it.
-        decoder: Whether it is one, or is in one.
-        states: What a decoder attends to, by storage.
+        main: The mask of the sequences that the module works on; None if nothing is padding or there is no mask.
+        memory: The mask of the sequences that it attends to (encoder states in a decoder).
+        ahead: The mask of the sequences of a decoder inside the module.
+        decoder: Whether the module is a decoder, or in one.
+        states: The states that a decoder attends to, by storage.
         own: The first two dimensions of a decoder's own states.
-        foreign: The shapes of what the model was given beside the sequences (images).
+        foreign: The shapes of inputs of the model other than the sequences, such as images.
     """
 
     main: PaddingMask | None = None
@@ -48,16 +48,16 @@ class Scope:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is padding."""
+        """Whether there is no mask."""
         return self.main is None and self.memory is None and self.ahead is None
 
     def entered(self, given: Mapping[str, Tensor], found: Given) -> Scope:
-        """The scope in a module that is called with these tensors, and these masks among them."""
+        """The scope inside a module that is called with these tensors and the masks found among them."""
         if self.is_empty and not found.any():
             return self
         states = memory_of(given)
         main, memory, ahead = (_with_padding(own, self) for own in (found.main, found.memory, found.ahead))
-        if states and found.main is not None and "query" in given:  # a cross-attention's mask is about its keys
+        if states and found.main is not None and "query" in given:  # the mask of a cross-attention is that of its keys
             main, memory, decoder = self.main, main, True
         elif states or found.memory is not None:
             decoder = True
@@ -78,19 +78,19 @@ class Scope:
         return Scope(main, memory, ahead, decoder, attended, _own(given, states) if states else self.own, foreign)
 
     def _goes_on(self, given: Mapping[str, Tensor]) -> bool:
-        """Whether a module that is given no mask works on the same sequences, or on some of their tokens: one that sees
-        images does not."""
+        """Whether a module that is called without a mask works on the same sequences, or on some of their tokens; a
+        module that processes images does not."""
         if not any(tensor.ndim > 1 for tensor in given.values()):
             return True
         own = [tensor for tensor in given.values() if tensor.shape not in self.foreign]
         return any(in_sequence(tensor, self.main) or _are_some_tokens(tensor, self.main) for tensor in own)
 
     def mask_of(self, inputs: Tensor) -> PaddingMask | None:
-        """The mask of the sequences that a weight's inputs are of; None where nothing in them is padding."""
+        """The mask of the sequences of a weight's inputs; None if nothing in them is padding."""
         return self.memory if self._is_memory(inputs) else self.main
 
     def _is_memory(self, inputs: Tensor) -> bool:
-        """Whether a weight sees what a decoder attends to: this itself, or with something (positions) added."""
+        """Whether a weight's inputs are the states that a decoder attends to, possibly with positions added."""
         if storage_of(inputs) in self.states:
             return True
         if not self.decoder or self.memory is None or inputs.ndim != 3:
@@ -100,7 +100,7 @@ class Scope:
 
 
 def _own(given: Mapping[str, Tensor], states: list[Tensor]) -> torch.Size | None:
-    """The first two dimensions of the first tensor in a decoder's call that is none of what it attends to."""
+    """The first two dimensions of the first tensor in a decoder's call that is not one it attends to."""
     known = {storage_of(state) for state in states}
     others = (t for name, t in given.items() if not may_be_mask(name) and storage_of(t) not in known)
     return next((tensor.shape[:2] for tensor in others), None)
@@ -117,12 +117,12 @@ def _leads(tensor: Tensor, mask: PaddingMask) -> bool:
 def _with_padding(mask: PaddingMask | None, outer: Scope) -> PaddingMask | None:
     for known in (outer.main, outer.memory, outer.ahead):
         if mask is not None and known is not None and known.source is mask.source:
-            return known  # asked before
+            return known  # already checked for padding
     return mask if mask is not None and mask.has_padding else None
 
 
 class MaskSeen(BaseException):
-    """Ends a pass in which only the masks were of interest. (No `Exception`: a model may catch these.)"""
+    """Stops a pass that is only run to see the masks. (Not an `Exception`, which a model might catch.)"""
 
     def __init__(self, given: Mapping[str, Tensor], found: Given) -> None:
         super().__init__()
@@ -133,11 +133,11 @@ class MaskSeen(BaseException):
 class PaddingWatch:
     """Follows the masks through the modules of a model, for each micro-batch.
 
-    Blocks are run without their model, too: there hold the masks that held when the model called them.
+    When a block runs without its model, the masks from the time when the model called it hold.
 
     Attributes:
-        follows: Whether a module of the model takes a mask at all.
-        stops: Whether a pass ends at the first call with a mask, by `MaskSeen`.
+        follows: Whether any module of the model takes a mask.
+        stops: Whether to end a pass with `MaskSeen` at the first call with a mask.
     """
 
     follows: bool
@@ -147,33 +147,33 @@ class PaddingWatch:
     _known: dict[int, Scope] = field(default_factory=dict)  # by id of a module
 
     def begin(self, mask: PaddingMask | None, known: dict[int, Scope]) -> None:
-        """A pass of a micro-batch, or of one block with it, begins.
+        """Called before a pass of the model, or of one block, with a micro-batch.
 
         Args:
-            mask: What is known of its padding.
-            known: What holds in each module; filled here.
+            mask: The padding mask, as far as it is known.
+            known: The scope of each module by its id; filled during the pass.
         """
         self._scopes, self._known = [], known
         self._base = Scope() if mask is None else Scope(mask)
 
     @property
     def scope(self) -> Scope:
-        """What holds now."""
+        """The current scope."""
         return self._scopes[-1] if self._scopes else self._base
 
     def enter(self, module: nn.Module, names: list[str], seq_first: bool, args: Any, kwargs: Any) -> None:
-        """A module is called.
+        """Called before the forward of a module.
 
         Args:
             module: The module.
-            names: Of its parameters, in the order of their positions.
+            names: The names of its forward's parameters, in the order of their positions.
             seq_first: Whether its hidden states are (sequence, batch, width).
             args: The positional arguments.
-            kwargs: The others.
+            kwargs: The keyword arguments.
 
         Raises:
-            MaskSeen: if the pass is to stop at the first mask, and one is among them, or is left out where a model
-                of transformers takes it.
+            MaskSeen: if `stops` is set, and the arguments have a mask, or a transformers model is called without its
+                mask.
         """
         if self._scopes:
             outer = self._known[id(module)] = self._scopes[-1]
@@ -187,14 +187,14 @@ class PaddingWatch:
         self._scopes.append(outer.entered(given, found))
 
     def leave(self, *_: Any) -> None:
-        """A module is left."""
+        """Called after the forward of a module."""
         if self._scopes:
             self._scopes.pop()
 
 
 @contextmanager
 def watching_padding(model: nn.Module) -> Iterator[PaddingWatch]:
-    """Follow the masks of a model while this lasts.
+    """Follow the masks of a model inside the context.
 
     >>> with watching_padding(nn.TransformerEncoderLayer(4, 1)) as watch: print(watch.follows)
     True
@@ -219,12 +219,12 @@ def watching_padding(model: nn.Module) -> Iterator[PaddingWatch]:
 
 
 def _goes_without(given: Mapping[str, Tensor], names: list[str]) -> bool:
-    """Whether a model of transformers gets sequences and no mask: then nothing in them is padding."""
+    """Whether a transformers model is called with sequences and no mask: then nothing in them is padding."""
     return "attention_mask" in names and "attention_mask" not in given and any(name in given for name in _SEQUENCES)
 
 
 def _parameters(forward: Callable[..., Any]) -> list[str]:
-    """The names of parameters that can be given by position, and after them of the others."""
+    """The parameter names of a forward: positional ones first, then keyword-only ones."""
     try:
         parameters = inspect.signature(forward).parameters.values()
     except (TypeError, ValueError):  # compiled code

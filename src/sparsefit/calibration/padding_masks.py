@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 _MEMORY = ("encoder_hidden_states", "memory")
-"""What decoders call the states that they attend to."""
+"""The names of a decoder's parameters for the states that it attends to."""
 
 
 @dataclass(frozen=True, eq=False)
 class PaddingMask:
-    """What is no padding in some sequences.
+    """Which tokens of some sequences are not padding.
 
     Attributes:
         real: (batch, sequence) bool, True = a real token.
-        source: The tensor that a module was given.
-        seq_first: Whether the hidden states are (sequence, batch, width) where these sizes are the same.
-        of_signal: Whether it is about samples of sound, of which several make one state.
+        source: The mask tensor that a module was called with.
+        seq_first: Whether hidden states are (sequence, batch, width), if both sizes are equal.
+        of_signal: Whether the mask is over audio samples, several of which make one hidden state.
     """
 
     real: Tensor
@@ -30,7 +30,7 @@ class PaddingMask:
 
     @property
     def has_padding(self) -> bool:
-        """Whether there is any."""
+        """Whether any token is padding."""
         return not bool(self.real.all())
 
 
@@ -39,9 +39,9 @@ class Given:
     """The masks among the arguments of one call.
 
     Attributes:
-        main: Of the sequences that the module works on.
-        memory: Of those that a decoder attends to.
-        ahead: Of those of the decoder that an encoder-decoder model contains.
+        main: The mask of the sequences that the module works on.
+        memory: The mask of the sequences that a decoder attends to.
+        ahead: The mask of the sequences of the decoder inside an encoder-decoder model.
     """
 
     main: PaddingMask | None = None
@@ -49,16 +49,15 @@ class Given:
     ahead: PaddingMask | None = None
 
     def any(self) -> bool:
-        """Whether there is one."""
+        """Whether there is any mask."""
         return self.main is not None or self.memory is not None or self.ahead is not None
 
 
 def masks_given(given: Mapping[str, Tensor], names: frozenset[str], seq_first: bool = False) -> Given:
     """The padding masks among the tensors that a module is called with.
 
-    By torch's convention True is padding in masks named like `key_padding_mask`, by that of transformers 1 is real in
-    an `attention_mask`. One that fits no other tensor (tokens by tokens, or of a cache) is none; nor is one of other
-    dimensions.
+    In masks named like torch's `key_padding_mask` True is padding; in transformers' `attention_mask` 1 is a real token.
+    A mask that fits no other tensor (tokens by tokens, or for a cache), or does not have two dimensions, is ignored.
 
     Args:
         given: The tensors, by the names of the module's parameters.
@@ -97,7 +96,7 @@ def until_last(found: Tensor) -> Tensor:
 
 
 def memory_of(given: Mapping[str, Tensor]) -> list[Tensor]:
-    """The states that a decoder or a cross-attention, called with these tensors, attends to.
+    """The states that a decoder or cross-attention attends to when it is called with these tensors.
 
     >>> memory_of({"tgt": torch.ones(1), "memory": torch.zeros(1)})
     [tensor([0.])]
@@ -110,7 +109,7 @@ def memory_of(given: Mapping[str, Tensor]) -> list[Tensor]:
 
 
 def storage_of(tensor: Tensor) -> int:
-    """What views of one tensor have in common.
+    """A number that is the same for all views of one tensor.
 
     >>> tensor = torch.zeros(2, 3)
     >>> storage_of(tensor.t()) == storage_of(tensor)
@@ -120,7 +119,7 @@ def storage_of(tensor: Tensor) -> int:
 
 
 def in_sequence(tensor: Tensor, mask: PaddingMask) -> bool:
-    """Whether a tensor can be hidden states, or a part of them, of the sequences that a mask is about.
+    """Whether a tensor can be hidden states, or a part of them, of the sequences of a mask.
 
     >>> mask = PaddingMask(torch.ones(2, 5) > 0, torch.ones(2, 5))
     >>> [in_sequence(torch.ones(*shape), mask) for shape in ((2, 5, 8), (5, 2, 8), (10, 8), (2, 3, 16, 16))]
@@ -146,7 +145,7 @@ def may_be_mask(name: str) -> bool:
 
 
 def _rank(name: str) -> tuple[int, str]:
-    """Those of a single modality last."""
+    """A sort key that puts masks of a single modality last."""
     order = ("attention_mask", "src_key_padding_mask", "tgt_key_padding_mask", "key_padding_mask", "padding_mask")
     return (order.index(name) if name in order else len(order)), name
 
@@ -159,14 +158,14 @@ def _real(name: str, mask: Tensor) -> Tensor | None:
     if mask.is_floating_point():
         if bool(((mask == 0) | (mask == 1)).all()) and "key_padding" not in name:
             return mask == 1
-        # Added to the scores of attention: minus infinity is padding.
+        # A mask that is added to attention scores: minus infinity is padding.
         return mask == 0 if "pad" in name else None
-    # A `padding_mask` of integers is an attention mask by another name (EnCodec's).
+    # A `padding_mask` of integers is an attention mask under another name (EnCodec).
     return ~mask if "pad" in name and mask.dtype is torch.bool else mask != 0
 
 
 def _fits_call(real: Tensor, name: str, given: Mapping[str, Tensor]) -> str | None:
-    """What else in a call a mask fits: "tokens", a "signal", or nothing."""
+    """What kind of other tensor in a call a mask fits: "tokens", a "signal", or None."""
     batch, length = real.shape
     others = [tensor for other, tensor in given.items() if not may_be_mask(other)]
     sound = [t for t in others if t.is_floating_point() and (t.shape == real.shape or t.shape[::2] == real.shape)]

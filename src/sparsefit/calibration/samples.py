@@ -1,4 +1,4 @@
-"""The samples of a batch, however its tensors, mappings and lists are nested: counting, cutting, joining them."""
+"""The samples of a batch of nested tensors, mappings and lists: counting, splitting and joining them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def tensors_in(batch: Any) -> Iterator[Tensor]:
 
 
 def numbers_in(batch: Any) -> int:
-    """How many numbers all tensors of a batch hold.
+    """The number of elements in all tensors of a batch.
 
     >>> numbers_in({"ids": torch.zeros(2, 3), "text": "hello"})
     6
@@ -34,7 +34,7 @@ def numbers_in(batch: Any) -> int:
 
 
 def map_tensors(function: Callable[..., Tensor], *batches: Any) -> Any:
-    """Apply a function to the corresponding tensors of batches of one structure; the rest is taken from the first.
+    """Apply a function to the corresponding tensors of batches with one structure; other values are those of the first.
 
     >>> map_tensors(torch.add, {"ids": torch.tensor(1), "text": "a"}, {"ids": torch.tensor(2), "text": "b"})
     {'ids': tensor(3), 'text': 'a'}
@@ -52,8 +52,8 @@ def map_tensors(function: Callable[..., Tensor], *batches: Any) -> Any:
 def count_samples(batch: Any) -> int:
     """How many samples a batch holds.
 
-    A list of one mapping for each sample says so itself. Tensors do by their first dimension; where they differ in it,
-    as patches of images and texts do, `input_ids`, masks and labels do, and else what most of them say.
+    That is the length of a list with one mapping per sample, or else the first dimension of the tensors. If tensors
+    differ in it, as image patches and texts do, `input_ids`, masks and labels decide, or else the majority.
 
     >>> count_samples({"pixel_values": torch.zeros(40, 12), "input_ids": torch.ones(2, 9, dtype=torch.long)})
     2
@@ -74,8 +74,8 @@ def count_samples(batch: Any) -> int:
 
 
 def split_samples(batch: Any) -> list[Any] | None:
-    """A batch as a list of batches of one sample; None if its structure does not show what belongs to which sample:
-    its tensors differ in their first dimension, one has none, or a list of numbers could be of each sample or of all.
+    """Split a batch into batches of one sample. None if its structure is ambiguous: its tensors differ in their first
+    dimension, one is a scalar, or a list of numbers might belong to each sample or to the whole batch.
 
     >>> split_samples({"x": torch.tensor([[1], [2]]), "text": ["a", "b"]})
     [{'x': tensor([[1]]), 'text': ['a']}, {'x': tensor([[2]]), 'text': ['b']}]
@@ -89,7 +89,7 @@ def split_samples(batch: Any) -> list[Any] | None:
 
 
 def cut_batch(batch: Any, size: int) -> Any:
-    """The first samples of a batch; all of them where it cannot be cut.
+    """The first `size` samples of a batch; all of them if it cannot be split.
 
     >>> cut_batch([torch.zeros(4, 2), torch.zeros(4)], 3)[0].shape
     torch.Size([3, 2])
@@ -99,7 +99,7 @@ def cut_batch(batch: Any, size: int) -> Any:
 
 
 def join_samples(samples: list[Any]) -> Any:
-    """Batches of one sample, as `split_samples` gives them, and alike, as one batch.
+    """Join batches of one sample, from `split_samples` and of one structure, into one batch.
 
     >>> join_samples([{"x": torch.tensor([1]), "text": ["a"]}, {"x": torch.tensor([2]), "text": ["b"]}])
     {'x': tensor([1, 2]), 'text': ['a', 'b']}
@@ -142,8 +142,8 @@ def _can_be_split(batch: Any, size: int, listed: bool) -> bool:
 
 
 def _one_each(value: Any, size: int, listed: bool) -> bool:
-    """Whether this is a list that holds one thing for each of `size` samples: mappings or tensors where the batch is
-    `listed`, or texts. Other lists of tensors are parts of the batch."""
+    """Whether this is a list with one item for each of `size` samples: texts or, if the batch is `listed`, mappings or
+    tensors. Other lists of tensors are parts of the batch."""
     if not isinstance(value, list | tuple) or len(value) != size or hasattr(value, "_fields"):
         return False
     kinds = (Mapping, Tensor) if listed else ()
@@ -151,13 +151,14 @@ def _one_each(value: Any, size: int, listed: bool) -> bool:
 
 
 def _listed(batch: Any) -> int | None:
-    """The number of samples, where a list holds one mapping for each: there is a tensor or a list of so many beside it,
-    or the tensors in the mappings are no batches of one size (then the mappings are those of several loaders)."""
+    """The number of samples if a list holds one mapping for each, else None. It does if another tensor or list has the
+    same length, or if the tensors in the mappings differ in their first dimension. (If neither is the case, the
+    mappings are batches of several loaders.)"""
     for found in _lists(batch):
         if found and all(isinstance(each, Mapping) for each in found):
-            beside = [value for value in _lists(batch) if value is not found and value is not batch]
-            beside += [tensor for tensor in _tensors_outside(batch, found) if tensor.ndim]
-            if any(len(value) == len(found) for value in beside) or not _agree(list(tensors_in(found))):
+            rest = [value for value in _lists(batch) if value is not found and value is not batch]
+            rest += [tensor for tensor in _tensors_outside(batch, found) if tensor.ndim]
+            if any(len(value) == len(found) for value in rest) or not _agree(list(tensors_in(found))):
                 return len(found)
     return None
 

@@ -1,4 +1,4 @@
-"""Taking the padding off the ends of samples, before they reach the model."""
+"""Removing the padding at the ends of samples before they reach the model."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from sparsefit.calibration.samples import map_tensors, tensors_in
 Look = Callable[[Any], MaskSeen | None]
 
 _TRIES = 2
-"""Samples that a model gets without any mask before it is taken to give itself none."""
+"""After this many samples without any mask, the model is assumed to make none."""
 
 
 class Looking:
-    """What masks a model is called with for a batch, whatever names or makes them: it runs up to the first.
+    """Finds the masks that a model makes for a batch, by running it up to the first call with a mask.
 
     Args:
-        watch: Sees them.
+        watch: Observes the masks.
         forward: Runs the model on a batch.
     """
 
@@ -31,7 +31,7 @@ class Looking:
         self._tries = _TRIES
 
     def __call__(self, batch: Any) -> MaskSeen | None:
-        """The first masks, and what else is in that call; None if there are none, or the batch does not go through."""
+        """The first call with masks; None if there is none, or the model raises an error for the batch."""
         if not self._tries:
             return None
         self._watch.begin(None, {})
@@ -41,7 +41,7 @@ class Looking:
         except MaskSeen as seen:
             self._tries = _TRIES
             return seen
-        except Exception:  # it comes again in the pass that needs this batch, and is told there
+        except Exception:  # it is raised again in the pass that needs this batch
             self._tries = 0
             return None
         finally:
@@ -51,7 +51,7 @@ class Looking:
 
 
 def mask_named(batch: Any) -> PaddingMask | None:
-    """The padding in a mapping that names an `attention_mask`, if there is any.
+    """The padding mask from a mapping's `attention_mask`; None without one, or if nothing is padding.
 
     >>> mask_named({"attention_mask": torch.tensor([[1, 0]])}).real
     tensor([[ True, False]])
@@ -63,7 +63,7 @@ def mask_named(batch: Any) -> PaddingMask | None:
 
 
 def join_masks(masks: Iterable[PaddingMask | None]) -> PaddingMask | None:
-    """The mask of samples of one length that go together, some without padding.
+    """Join the masks of samples of one length; None stands for a sample without padding.
 
     >>> join_masks([PaddingMask(torch.tensor([[True, False]]), torch.ones(1, 2)), None]).real.tolist()
     [[True, False], [True, True]]
@@ -78,13 +78,14 @@ def join_masks(masks: Iterable[PaddingMask | None]) -> PaddingMask | None:
 
 
 def without_padding(sample: Any, encoder_decoder: bool, look: Look | None) -> tuple[Any, PaddingMask | None] | None:
-    """A sample of one sequence without the padding at its ends, and the mask of what padding is left in it; other
-    samples as they are. None for a sample of padding alone.
+    """Remove the padding at the ends of a sample of one sequence; other samples are left unchanged.
+
+    Returns the sample and the mask of any padding left in it; None for a sample of nothing but padding.
 
     Args:
         sample: A batch of one sample.
-        encoder_decoder: Whether the model is one.
-        look: Shows what masks the model makes of a batch that does not name one.
+        encoder_decoder: Whether the model is an encoder-decoder.
+        look: Finds the masks that the model makes for a batch without an attention mask.
 
     >>> sample = {"input_ids": torch.tensor([[7, 8, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])}
     >>> without_padding(sample, False, None)[0]["input_ids"]
@@ -112,7 +113,7 @@ def without_padding(sample: Any, encoder_decoder: bool, look: Look | None) -> tu
 
 
 def _may_be_sequence(sample: Any) -> bool:
-    """Whether a sample holds something like tokens: not images alone, and not things of one sample each in lists."""
+    """Whether a sample has a tensor that can be a sequence of tokens or features, not only images or lists."""
     return any(
         t.ndim >= 2 and t.shape[1] > 1 and (t.ndim == 2 or (t.ndim == 3 and t.is_floating_point()))
         for t in tensors_in(sample)
@@ -120,7 +121,7 @@ def _may_be_sequence(sample: Any) -> bool:
 
 
 def _trimmed_by_names(sample: Mapping[str, Any], encoder_decoder: bool) -> Mapping[str, Any]:
-    """The labels of an encoder-decoder model are the decoder's, and padded with -100."""
+    """Trim a mapping by its masks. Labels of an encoder-decoder model are the decoder's, and are padded with -100."""
     trimmed = dict(sample)
     labels = sample.get("labels")
     if encoder_decoder and isinstance(labels, Tensor) and labels.ndim == 2 and "decoder_attention_mask" not in sample:
@@ -140,7 +141,7 @@ def _trimmed_by_names(sample: Mapping[str, Any], encoder_decoder: bool) -> Mappi
 
 
 def _is_sound(sample: Mapping[str, Any], mask: Tensor) -> bool:
-    """Whether a mask is about frames of sound, (batch, channels, frames), which models take at one length only."""
+    """Whether a mask is for audio frames, (batch, channels, frames), which models only take at a fixed length."""
     others = [value for value in sample.values() if isinstance(value, Tensor) and value is not mask]
     if any(other.shape[:2] == mask.shape for other in others):
         return False
@@ -153,8 +154,8 @@ def _ends(mask: Tensor) -> tuple[int, int]:
 
 
 def _trimmed_as_seen(sample: Any, seen: MaskSeen) -> Any | None:
-    """A sample without what the masks that a model was called with leave out at its ends; None where it is not clear
-    which of its tensors are sequences."""
+    """Trim the ends of a sample that the masks in a model's call exclude; None if it is unclear which of its tensors
+    are sequences."""
     main, ahead = seen.found.main, seen.found.ahead
     spans = {id(mask): _ends(mask.real) for mask in (main, ahead) if mask is not None}
     sides: dict[int, PaddingMask | None] = {}
@@ -184,7 +185,7 @@ def _is_mask(tensor: Tensor, side: PaddingMask | None) -> bool:
 
 
 def _is_doubtful(tensor: Tensor, mask: PaddingMask, is_given: bool) -> bool:
-    """Whether a tensor that is as long as a mask may be something else: features, or relations of tokens to tokens."""
+    """Whether a tensor as long as a mask may be something else: features, or a token-by-token matrix."""
     if tensor.ndim > 2:
         return mask.real.shape[1] in tensor.shape[2:]
     return tensor.is_floating_point() and not is_given
@@ -195,7 +196,7 @@ def _same(given: Tensor, tensor: Tensor) -> bool:
 
 
 def _still_seen(trimmed: Any, before: MaskSeen, look: Look) -> PaddingMask | bool | None:
-    """The mask that a model makes of a trimmed sample, None if none; False if it is another than before."""
+    """The mask that a model makes for a trimmed sample, None if none; False if it differs from that before trimming."""
     again = look(trimmed)
     if again is None:
         return None if _spared(before) else False
@@ -213,6 +214,6 @@ def _still_seen(trimmed: Any, before: MaskSeen, look: Look) -> PaddingMask | boo
 
 
 def _spared(before: MaskSeen) -> bool:
-    """Whether nothing but the ends was padding, so that a model may well go without a mask."""
+    """Whether only the ends were padding, so that the model may need no mask for the trimmed sample."""
     sides = [mask for mask in (before.found.main, before.found.ahead) if mask is not None]
     return all(bool(mask.real[:, slice(*_ends(mask.real))].all()) for mask in sides)

@@ -29,7 +29,7 @@ from sparsefit.modules import CausalLMModule
 from sparsefit.modules.loading import find_tokenizer
 from sparsefit.modules.streaming import stream_causal_lm
 from sparsefit.pruning import PruningConfig, PruningResult, prune
-from sparsefit.pruning.mapped import MappedWeights
+from sparsefit.pruning.mapped_weights import MappedWeights
 from sparsefit.recovery.export import exported_masks
 from sparsefit.recovery.finite_checks import nonfinite_count, nonfinite_message
 from sparsefit.recovery.inspection import BASE_FOLDER, Inspection, inspect_folder

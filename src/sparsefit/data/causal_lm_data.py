@@ -10,9 +10,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from sparsefit.data.counts import check_counts
-from sparsefit.data.position import Settings, text_digest, vocabulary_digest
-from sparsefit.data.resumable import ResumableDataModule
+from sparsefit.data.count_settings import check_counts
+from sparsefit.data.data_position import Settings, text_digest, vocabulary_digest
+from sparsefit.data.resumable_data import ResumableDataModule
 from sparsefit.data.text import Shard, documents, shards_of
 from sparsefit.data.windows import (
     Calibration,
@@ -30,7 +30,7 @@ from sparsefit.settings import as_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_DECIDING = ("sequence_length", "batch_size", "shuffle_buffer", "seed")  # of the windows and their order, beside text
+_DECIDING = ("sequence_length", "batch_size", "shuffle_buffer", "seed")  # with the text, these decide the windows
 
 
 class TextDataModule(ResumableDataModule):
@@ -56,15 +56,15 @@ class TextDataModule(ResumableDataModule):
         calibration_batch_size: windows in a calibration batch.
         calibration_samples: calibration windows.
         calibration: "crop" draws long documents and crops them, as the papers do; "pack" joins documents.
-        val_windows: validation uses no more windows than these.
-        test_windows: testing uses no more windows than these; None uses all.
+        val_windows: the maximum number of validation windows.
+        test_windows: the maximum number of test windows; None uses all.
         shuffle_buffer: documents, and windows, that the shuffling of the training text keeps in memory.
-        seed: of every draw; equal seeds, equal windows.
+        seed: the seed of all random draws; the same seed gives the same windows.
         num_workers: processes that read and tokenise the training text.
     """
 
     text_kind: str = "file"
-    """What a plain text file is: "file" (one document) or "wikitext"."""
+    """How a plain text file is read: as a "file" (one document) or as "wikitext"."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class TextDataModule(ResumableDataModule):
         return load_tokenizer(self.hparams.tokenizer)
 
     def setup(self, stage: str | None = None) -> None:
-        """Finds what the stage needs, so that missing files are named before a model is touched."""
+        """Finds the sources that the stage needs, so that missing files raise before a model is changed."""
         end_of(self.tokenizer)
         if stage in ("fit", None) and self.hparams.train_source is not None:
             train = self._shards("train_source")
@@ -114,7 +114,7 @@ class TextDataModule(ResumableDataModule):
             self._shards("test_source")
 
     def train_dataloader(self) -> DataLoader:
-        """An epoch of shuffled windows, read as a stream; the next epoch has another order."""
+        """One epoch of shuffled windows, read as a stream; each epoch has another order."""
         rank, world_size = self.rank_and_world_size()
         shards, excluded = self._shards("train_source"), self._calibration_documents()
         if self.trainer is None or 0 not in (self.trainer.max_steps, self.trainer.max_epochs):
@@ -135,12 +135,12 @@ class TextDataModule(ResumableDataModule):
         """Exactly `calibration_samples` windows: the same for the same seed, and on every rank.
 
         Raises:
-            CalibrationError: where the text is too short for them.
+            CalibrationError: if the text is too short.
         """
         return loader(Windows(self._calibration.windows), self.hparams.calibration_batch_size, num_workers=0)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        """The first `val_windows` windows of the validation text; nothing where there is no such text."""
+        """The first `val_windows` windows of the validation text; an empty list without a validation text."""
         if self.hparams.val_source is None:
             return []
         return self._evaluation_loader("val_source", self.hparams.val_windows)
@@ -151,8 +151,8 @@ class TextDataModule(ResumableDataModule):
 
     @cached_property
     def deciding(self) -> Settings:
-        """The settings that decide which windows a position stands for."""
-        if self.hparams.train_source is None:  # of a subclass with other training data
+        """The settings that decide which windows a position in the training data refers to."""
+        if self.hparams.train_source is None:  # a subclass with other training data
             return {}
         given, train = self.hparams, self._shards("train_source")
         settings: dict[str, tuple[Any, Any]] = {name: (given[name], given[name]) for name in _DECIDING}
@@ -169,7 +169,7 @@ class TextDataModule(ResumableDataModule):
 
     @property
     def _calibration(self) -> Calibration:
-        """What the seed of now draws: a study draws with several."""
+        """The calibration windows of the current seed; a study uses several seeds."""
         settings = self.hparams
         if settings.seed not in self._drawn:
             self._drawn[settings.seed] = calibration_windows(
@@ -206,7 +206,7 @@ class TextDataModule(ResumableDataModule):
         return list(islice(evaluation_windows(shards, self.tokenizer, length), limit))
 
     def _check_text(self, name: str, shards: list[Shard], excluded: frozenset[tuple[str, int]] = frozenset()) -> None:
-        """See that there is text in a source, beside the documents that are left out."""
+        """Check that a source has text other than the excluded documents."""
         if any(document.text.strip() for document in documents(shards) if document.name not in excluded):
             return
         raise DataError(

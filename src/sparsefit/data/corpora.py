@@ -1,4 +1,4 @@
-"""The corpora: what each reads by default. All else is `TextDataModule`'s."""
+"""Data modules of single corpora: `TextDataModule` with other defaults."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class C4DataModule(TextDataModule):
             calibration_source: text to calibrate on; None takes `c4:calibration` if `train_source` is `c4:train`,
                 else the training text.
             test_source: text to test on.
-            test_windows: testing uses no more windows than these; None uses all, but 256 of `c4:validation`, which
-                has tens of thousands.
+            test_windows: the maximum number of test windows; None uses all, except for `c4:validation`, which has tens
+                of thousands, of which it uses 256.
             settings: see `TextDataModule`.
         """
         if calibration_source is None and train_source == "c4:train":

@@ -24,14 +24,14 @@ class DigitsDataModule(ImageDataModule):
         """Takes what `ImageDataModule` takes.
 
         Args:
-            processor: folder or hub name of the model, whose preprocessor_config.json says how images are resized and
-                normalised; None takes `image_size`, `mean` and `std`.
+            processor: folder or hub name of the model whose preprocessor_config.json defines how images are resized and
+                normalised; None uses `image_size`, `mean` and `std`.
             train_source: images to train on.
             test_source: images to test on.
             calibration_samples: images to calibrate on, drawn without replacement.
             image_size: height and width without a processor, in pixels.
-            mean: of each channel without a processor; None takes that of the digits, grey.
-            std: of each channel without a processor; None takes that of the digits, grey.
+            mean: mean of each channel without a processor; None is that of the grey digits.
+            std: standard deviation of each channel without a processor; None is that of the grey digits.
             settings: see `ImageDataModule`.
         """
         if processor is None:

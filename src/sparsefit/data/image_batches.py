@@ -1,4 +1,4 @@
-"""Batches of images: from tables kept in memory where they are small, and from streams."""
+"""Batches of images: from tables, which stay in memory if they are small, and from streams."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from sparsefit.data.data_position import Dealt, samples_dealt
 from sparsefit.data.image_processing import ImageProcessing, decode
 from sparsefit.data.images import Images, Row, labels_of
 from sparsefit.data.packing import deal, shuffled
-from sparsefit.data.position import Dealt, samples_dealt
 from sparsefit.data.windows import generator_of
 from sparsefit.errors import CalibrationError, DataError
 
@@ -26,7 +26,7 @@ _KEPT_BYTES = 2**30
 
 
 class Part(NamedTuple):
-    """Images, uint8 (images, channels, height, width), their labels (images,), and what is wrong with others."""
+    """Images, uint8 (images, channels, height, width), their labels (images,), and the names of corrupt images."""
 
     pixels: Tensor
     labels: Tensor
@@ -34,12 +34,12 @@ class Part(NamedTuple):
 
 
 class ImageTable(Dataset[Part]):
-    """Images by their places. Where all of them, resized, take no more than 1 GiB, they stay in memory once decoded.
+    """Images by index. If all of them, resized, take no more than 1 GiB, they stay in memory once decoded.
 
     Args:
         images: a source that is not streamed.
         processing: resizes and crops.
-        skip_corrupt: leave out images that cannot be read; else they are errors.
+        skip_corrupt: leave out images that cannot be read; otherwise they raise an error.
     """
 
     def __init__(self, images: Images, processing: ImageProcessing, skip_corrupt: bool = False) -> None:
@@ -60,7 +60,7 @@ class ImageTable(Dataset[Part]):
         return self.__getitems__([place])
 
     def __getitems__(self, places: list[int]) -> Part:
-        """The images at these places; a loader asks for a batch at once."""
+        """The images at these indices; a loader requests a whole batch."""
         if not self.fits:
             good, pixels, corrupt = self._read(places)
             return Part(pixels, self.labels[good], list(corrupt.values()))
@@ -76,7 +76,7 @@ class ImageTable(Dataset[Part]):
         )
 
     def readable(self, order: Iterator[int], count: int) -> list[int]:
-        """The first `count` places of `order` whose images can be read; all of them where there are fewer."""
+        """The first `count` indices of `order` whose images can be read; all of these if there are fewer."""
         if not self.skip_corrupt:
             return list(islice(order, count))
         return list(islice((place for place in order if not self[place].corrupt), count))
@@ -93,9 +93,9 @@ class ImageTable(Dataset[Part]):
 
 
 class NeverEmpty(Dataset[Part]):
-    """A table whose batches always hold an image: ranks of a training must not have different numbers of batches.
+    """A table whose batches always hold an image, as all ranks of a training need the same number of batches.
 
-    Where no image of a batch can be read, the next one in the table that can stands in for them.
+    If no image of a batch can be read, the next readable image of the table replaces them.
     """
 
     def __init__(self, table: ImageTable) -> None:
@@ -108,7 +108,7 @@ class NeverEmpty(Dataset[Part]):
         return self.__getitems__([place])
 
     def __getitems__(self, places: list[int]) -> Part:
-        """As of the table."""
+        """The images at these indices, at least one."""
         part = self.table.__getitems__(places)
         place = places[-1]
         while not len(part.labels):  # ends, because the table knows that one of its images can be read
@@ -118,20 +118,20 @@ class NeverEmpty(Dataset[Part]):
 
 
 class ImageStream(IterableDataset[Part]):
-    """Batches of a streamed source; each worker of a loader reads its own files of it.
+    """Batches of a streamed source; each worker of a loader reads its own files.
 
-    Ranks read the same images and share them out among themselves before they are decoded.
+    All ranks read the same encoded images and decode only their own share.
 
     Args:
         images: a source that is streamed.
         processing: resizes and crops.
-        skip_corrupt: leave out images that cannot be read; else they are errors.
+        skip_corrupt: leave out images that cannot be read; otherwise they raise an error.
         batch_size: images in a batch.
-        seed: of the order; None keeps that of the source.
+        seed: the seed of the order; None keeps that of the source.
         shuffle_buffer: images kept in memory to draw from.
-        limit: images to read at most.
-        count: images to give exactly, for calibration; replaces those that cannot be read.
-        share: (rank, number of ranks); the remainder that does not come out even is dropped.
+        limit: the maximum number of images to read.
+        count: the exact number of images to yield, for calibration; replaces those that cannot be read.
+        share: (rank, number of ranks); a remainder that does not divide evenly is dropped.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class ImageStream(IterableDataset[Part]):
         self.count = count
         self.share = share
         self.epoch = 0
-        self.before: Dealt = ()  # what other numbers of ranks have taken of the epoch
+        self.before: Dealt = ()  # what was read of the epoch with other numbers of ranks
 
     def __iter__(self) -> Iterator[Part]:
         if self.count is not None:
@@ -194,7 +194,7 @@ class ImageStream(IterableDataset[Part]):
         rows = (self.images.row(place if numbered else None, record) for place, record in enumerate(table))
         if self.seed is None:
             return rows
-        # not by the library, whose shuffling forgets the places that errors name
+        # not by the library, whose shuffling loses the row numbers for error messages
         return shuffled(rows, self.shuffle_buffer, generator_of(self.seed, self.epoch, worker.id if worker else 0))
 
     def _part(self, rows: list[Row]) -> Part:
@@ -207,18 +207,18 @@ def read(rows: list[Row], processing: ImageProcessing, skip_corrupt: bool) -> tu
     """Decodes, resizes and crops images.
 
     Returns:
-        The numbers of the rows that could be read, their images (uint8, as `ImageProcessing.pixels` gives them), and
-        what is wrong with the others by their numbers.
+        The numbers of the rows that could be read, their images (uint8, from `ImageProcessing.pixels`), and the names
+        of the corrupt ones by their numbers.
 
     Raises:
-        DataError: for an image that cannot be read, unless these are skipped.
+        DataError: for an image that cannot be read, unless `skip_corrupt`.
     """
     images: dict[int, np.ndarray] = {}
     corrupt: dict[int, str] = {}
     for number, row in enumerate(rows):
         try:
             images[number] = decode(row.content, processing.channels)
-        except Exception as error:  # a damaged image raises whatever its decoder raises
+        except Exception as error:  # the errors for damaged images depend on the decoder
             cause = str(error).strip().splitlines() or [type(error).__name__]
             if not skip_corrupt:
                 raise DataError(
@@ -230,13 +230,13 @@ def read(rows: list[Row], processing: ImageProcessing, skip_corrupt: bool) -> tu
 
 
 def _files_shuffled(table: HubStream, seed: int) -> HubStream:
-    # newer versions of the library would read several files at once, and wait 5 seconds for that to end
+    # newer versions of the library would read several files at once, and wait 5 seconds when they stop
     one = "max_buffer_input_shards" in signature(table.shuffle).parameters
     return table.shuffle(seed=seed, buffer_size=1, **({"max_buffer_input_shards": 1} if one else {}))
 
 
 def too_few(source: str, found: str, count: int) -> CalibrationError:
-    """The error for a source that has fewer images than calibration is to draw; `found` says how many it has."""
+    """The error for a source with fewer images than calibration needs; `found` tells how many it has."""
     return CalibrationError(
         f"calibration draws {count} images without replacement, as the data's calibration_samples says, but {source} "
         f"has {found}: set data.init_args.calibration_samples to no more, or add images. Pruning's own "

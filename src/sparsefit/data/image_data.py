@@ -12,13 +12,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from sparsefit.data.data_position import Settings
 from sparsefit.data.image_batches import ImageStream, ImageTable, NeverEmpty, Part, too_few
 from sparsefit.data.image_loading import Batch, EpochSampler, Finish, ImageLoader
 from sparsefit.data.image_processing import ImageProcessing, make_image_processor
 from sparsefit.data.image_settings import check_settings
 from sparsefit.data.images import Images, labels_of, open_images, overlap
-from sparsefit.data.position import Settings
-from sparsefit.data.resumable import ResumableDataModule
+from sparsefit.data.resumable_data import ResumableDataModule
 from sparsefit.data.windows import generator_of
 from sparsefit.errors import ConfigError, DataError
 from sparsefit.extras import need
@@ -31,19 +31,19 @@ _EVALUATED = ("train_source", "val_source", "test_source")
 
 
 class ImageDataModule(ResumableDataModule):
-    """Labelled images; a batch is {"pixel_values": float32 (batch, channels, height, width), "labels": int64 (batch,)}.
+    """Labelled images in batches {"pixel_values": float32 (batch, channels, height, width), "labels": int64 (batch,)}.
 
     A source is a parquet file or a pattern of them, a folder with one folder for each class, `cifar10:train`,
     `imagenet-1k:validation` (streamed), `NAME:SPLIT` of the hub or of a folder, `digits:train`; `stream:` before a file
-    or a split reads it as it is needed. `SOURCE[start:stop]` takes a part of its images. See `sparsefit.data.images`.
+    or a split streams it. `SOURCE[start:stop]` takes a part of its images. See `sparsefit.data.images`.
 
-    With `augmentation`, the training loader gives the resized and cropped images as uint8, and
-    `on_after_batch_transfer`, which the Trainer calls, augments and normalises them on the device. All other batches
-    are complete as they come out of their loaders.
+    With `augmentation`, the training loader yields resized and cropped images as uint8, and `on_after_batch_transfer`,
+    which the Trainer calls, augments and normalises them on the device. All other batches are already complete when
+    the loader yields them.
 
     Args:
-        processor: folder or hub name of the model, whose preprocessor_config.json says how images are resized, cropped
-            and normalised; None takes `image_size`, `mean` and `std`.
+        processor: folder or hub name of the model whose preprocessor_config.json defines how images are resized,
+            cropped and normalised; None uses `image_size`, `mean` and `std`.
         train_source: images to train on.
         calibration_source: images to calibrate on; None takes the training images.
         val_source: images to validate on; None validates on nothing.
@@ -52,22 +52,22 @@ class ImageDataModule(ResumableDataModule):
         evaluation_batch_size: images in a validation or test batch; None takes `batch_size`.
         calibration_samples: images to calibrate on, drawn without replacement.
         calibration_batch_size: images in a calibration batch.
-        augmentation: modules that training images (batch, channels, height, width) in [0, 1] pass in turn, such as
-            kornia.augmentation.RandomHorizontalFlip; they draw from torch's global random numbers.
-        calibration_augmented: augment the images of calibration, too.
+        augmentation: modules that are applied in order to training images (batch, channels, height, width) in [0, 1],
+            such as kornia.augmentation.RandomHorizontalFlip; they use torch's global random number generator.
+        calibration_augmented: also augment the calibration images.
         channels: "RGB", "L" (grey), or "auto" for as many as the processor has means; images are converted.
-        skip_corrupt: leave out images that are damaged or missing, with a warning; else they are errors.
-        val_images: validation draws no more images than these from all of the source; of a stream, which may be in the
-            order of its classes, it takes the first. None uses all. Those that `skip_corrupt` leaves out count.
-        test_images: the same for testing.
+        skip_corrupt: leave out images that are damaged or missing, with a warning; otherwise they raise an error.
+        val_images: the maximum number of validation images, drawn at random from the source; of a stream, which may be
+            sorted by class, the first ones. None uses all. Images that `skip_corrupt` leaves out count.
+        test_images: as `val_images`, for testing.
         image_size: height and width without a processor, in pixels.
-        mean: of each channel without a processor, of values in [0, 1].
-        std: of each channel without a processor, of values in [0, 1].
-        image_column: column of the images, where a source has several.
-        label_column: column of the labels, where a source has several.
+        mean: mean of each channel without a processor, of values in [0, 1].
+        std: standard deviation of each channel without a processor, of values in [0, 1].
+        image_column: column of the images, if a source has several.
+        label_column: column of the labels, if a source has several.
         shuffle_buffer: images that the shuffling of a stream keeps in memory.
-        seed: of every draw; equal seeds, equal images in equal order.
-        num_workers: processes that decode images; none are needed for sources that take, resized, at most 1 GiB: these
+        seed: the seed of all random draws; the same seed gives the same images in the same order.
+        num_workers: processes that decode images; not needed for sources that take at most 1 GiB when resized: these
             are decoded once and stay in memory.
     """
 
@@ -101,7 +101,7 @@ class ImageDataModule(ResumableDataModule):
         need("PIL", "an image data module")
         settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         check_settings(settings)
-        # as text: checkpoints hold no modules, which could not be loaded without trusting them
+        # as text: modules in a checkpoint would require unpickling
         self.save_hyperparameters(settings | {"augmentation": [str(module) for module in augmentation or []]})
         self.augmentation = nn.Sequential(*augmentation or [])
         self._opened: dict[str, Images] = {}
@@ -109,7 +109,7 @@ class ImageDataModule(ResumableDataModule):
 
     @cached_property
     def image_processor(self) -> BaseImageProcessor:
-        """The processor of transformers; a run saves it beside a model that has none of its own."""
+        """The transformers image processor; a run saves it with a model that has none of its own."""
         settings = self.hparams
         if settings.processor is not None:
             try:
@@ -120,22 +120,22 @@ class ImageDataModule(ResumableDataModule):
 
     @property
     def class_names(self) -> list[str] | None:
-        """Of the labels 0, 1, ...; None where the source has none."""
+        """The names of the labels 0, 1, ...; None if the source has none."""
         return self._images(self._first_source()).class_names
 
     @property
     def num_classes(self) -> int | None:
-        """Of the source; None for a stream that does not name them."""
+        """The number of classes of the source; None for a stream that does not name them."""
         images = self._images(self._first_source())
         if images.class_names is not None:
             return len(images.class_names)
         return None if images.streamed else int(labels_of(images).max()) + 1
 
     def setup(self, stage: str | None = None) -> None:
-        """Opens what the stage needs, so that missing images are named before a model is touched.
+        """Opens the sources that the stage needs, so that missing images raise before a model is changed.
 
         Raises:
-            DataError: for what cannot be read, and for sources whose classes differ.
+            DataError: for sources that cannot be read, or whose classes differ.
         """
         settings = self.hparams
         _ = self._processing
@@ -153,7 +153,7 @@ class ImageDataModule(ResumableDataModule):
 
     @property
     def deciding(self) -> Settings:
-        """The settings that decide which images a position stands for."""
+        """The settings that decide which images a position in the training data refers to."""
         given = self.hparams
         if given.train_source is None:
             return {}
@@ -164,12 +164,12 @@ class ImageDataModule(ResumableDataModule):
         return {"train_source": source} | {name: (given[name], given[name]) for name in names}
 
     def batches_in_epoch(self, ranks: int) -> float:
-        """Of each of so many ranks; infinity where images are streamed."""
+        """The number of batches per rank in an epoch; infinite if images are streamed."""
         images = self._images("train_source")
         return math.inf if images.streamed else math.ceil(len(images.table) // ranks / self.hparams.batch_size)
 
     def train_dataloader(self) -> DataLoader:
-        """An epoch of shuffled images; the next epoch has another order. The last batch may be smaller."""
+        """One epoch of shuffled images; each epoch has another order. The last batch may be smaller."""
         settings, images, share = self.hparams, self._images("train_source"), self.rank_and_world_size()
         finish = None if len(self.augmentation) else self._processing.values
         if images.streamed:
@@ -195,7 +195,7 @@ class ImageDataModule(ResumableDataModule):
         """Exactly `calibration_samples` images: the same for the same seed, and on every rank.
 
         Raises:
-            CalibrationError: where the source has fewer; before any is read, unless some are left out or streamed.
+            CalibrationError: if the source has fewer; before any is read, unless images are skipped or streamed.
         """
         settings, images = self.hparams, self._images(self._calibration_source())
         count, size = settings.calibration_samples, settings.calibration_batch_size
@@ -216,7 +216,7 @@ class ImageDataModule(ResumableDataModule):
         return self._loader(Subset(table, places), images, finish, then=then, batch_size=size)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        """The images of `val_source`; nothing where there is none."""
+        """The images of `val_source`; an empty list without one."""
         if self.hparams.val_source is None:
             return []
         return self._evaluation_loader("val_source", self.hparams.val_images)
@@ -226,12 +226,12 @@ class ImageDataModule(ResumableDataModule):
         return self._evaluation_loader("test_source", self.hparams.test_images)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Augments and normalises training images, which come from their loader as uint8 where they are augmented."""
+        """Augments and normalises training images that the loader yielded as uint8."""
         pixels = batch["pixel_values"] if isinstance(batch, dict) and "pixel_values" in batch else None
         if pixels is None or pixels.dtype != torch.uint8:
             return batch
         batch = batch | {"pixel_values": self._augmented(pixels)}
-        # the Trainer has done this before the transfer, when the images were no floating-point numbers yet
+        # the Trainer did this before the transfer, when the images were not yet floats
         return batch if self.trainer is None else self.trainer.precision_plugin.convert_input(batch)
 
     @cached_property
@@ -243,7 +243,7 @@ class ImageDataModule(ResumableDataModule):
             return self._processing.normalise(self.augmentation.to(pixels.device)(pixels.float() / 255))
 
     def _augmented_again(self, pixels: Tensor, number: int) -> Tensor:
-        """The same for the same number of a batch, whatever was drawn before; leaves the global random numbers."""
+        """Augment a batch with a seed that depends only on its number; leaves the global random state unchanged."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator_of(self.hparams.seed, number).initial_seed())
             return self._augmented(pixels)

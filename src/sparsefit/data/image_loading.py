@@ -1,4 +1,4 @@
-"""Loaders of images: their order, the position that a resumed run starts at, and the report of what was skipped."""
+"""Loaders of images: their order, the position where a resumed run starts, and the warning of skipped images."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
+from sparsefit.data.data_position import Place, samples_dealt
 from sparsefit.data.image_batches import Part
-from sparsefit.data.position import Place, samples_dealt
 from sparsefit.data.windows import generator_of
 from sparsefit.errors import DataError
 
@@ -25,15 +25,15 @@ _SHOWN = 3
 
 
 class EpochSampler(DistributedSampler[int]):
-    """A rank's share of the images, in an order of (seed, epoch); can start behind the batches that are done.
+    """A rank's share of the images, in an order given by seed and epoch; can start after the batches already done.
 
-    All ranks have equally many images, so up to `world_size - 1` of them are left out of an epoch. It is of torch's
-    class for distributed samplers so that the Trainer takes it as it is.
+    All ranks have the same number of images, so up to `world_size - 1` images are left out of an epoch. It is a
+    DistributedSampler so that the Trainer does not replace it.
 
     Args:
-        size: of the whole data set.
+        size: the size of the whole data set.
         batch_size: images in a batch of a rank.
-        seed: of the orders.
+        seed: the seed of the orders.
         share: (rank, number of ranks).
     """
 
@@ -45,11 +45,11 @@ class EpochSampler(DistributedSampler[int]):
         self.place = Place(0, 0)
 
     def start(self, place: Place) -> None:
-        """Sets the epoch, and what of it is left out, for the next iteration."""
+        """Sets the epoch and the position in it for the next iteration."""
         self.place = place
 
     def set_epoch(self, epoch: int) -> None:
-        """Does nothing: a Trainer that was resumed counts epochs otherwise; see `start`."""
+        """Does nothing: a resumed Trainer counts epochs differently; see `start`."""
 
     def __iter__(self) -> Iterator[int]:
         order = torch.randperm(self.size, generator=generator_of(self.seed, self.place.epoch))
@@ -59,15 +59,15 @@ class EpochSampler(DistributedSampler[int]):
 
 
 class ImageLoader(DataLoader):
-    """Batches {"pixel_values", "labels"}; says at the end of a pass which images were skipped.
+    """Batches {"pixel_values", "labels"}; warns at the end of a pass which images were skipped.
 
     Args:
-        dataset: gives `Part`s.
-        finish: makes float32 (batch, channels, height, width) of a part's uint8 images; None leaves them.
-        source: what the images are called in messages.
-        position: gives the place where training goes on.
-        then: turns the images of a batch, given its number, into others, in this process.
-        settings: as `torch.utils.data.DataLoader` takes them.
+        dataset: yields `Part`s.
+        finish: converts a part's uint8 images to float32 (batch, channels, height, width); None keeps them.
+        source: the name of the images in messages.
+        position: returns the position where training continues.
+        then: called in this process with the images of a batch and its number; returns the images to use.
+        settings: for `torch.utils.data.DataLoader`.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class ImageLoader(DataLoader):
 
 
 def collate(part: Part, finish: Finish | None) -> tuple[Batch, list[str]]:
-    """A batch of a part, and what its corrupt images are called."""
+    """The batch of a part, and the names of its corrupt images."""
     pixels = part.pixels if finish is None or not len(part.labels) else finish(part.pixels)
     return {"pixel_values": pixels, "labels": part.labels}, part.corrupt
 

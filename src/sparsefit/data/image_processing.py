@@ -1,4 +1,4 @@
-"""From encoded images to what a model takes: decoding by Pillow, the rest by the model's own image processor."""
+"""From encoded images to model inputs: decoding by Pillow, the rest by the model's own image processor."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Channels = Literal["auto", "RGB", "L"]
 
 _DECODED: dict[str, Any] = {"input_data_format": "channels_first", "do_convert_rgb": False}
-_AFFINE = 1e-4  # of rounding in float32, as a share of the range of the values
+_AFFINE = 1e-4  # tolerance for rounding in float32, as a share of the range of the values
 
 
 def make_image_processor(image_size: int, mean: Sequence[float], std: Sequence[float]) -> BaseImageProcessor:
@@ -32,13 +32,13 @@ def make_image_processor(image_size: int, mean: Sequence[float], std: Sequence[f
 
 
 def decode(content: bytes | str | None, channels: Literal["RGB", "L"]) -> np.ndarray:
-    """An image: uint8 (channels, height, width), turned as its EXIF data say.
+    """Decode an image: uint8 (channels, height, width), rotated as its EXIF data say.
 
-    Grey images become RGB by repetition, transparent ones are laid on white (as transformers does), 16-bit ones keep
+    Grey images become RGB by repetition, transparent ones get a white background (as in transformers), 16-bit ones keep
     their upper 8 bits.
 
     Raises:
-        Exception: whatever the decoder raises for an image that is damaged or missing.
+        Exception: depending on the decoder, for an image that is damaged or missing.
     """
     from PIL import ExifTags, ImageOps, UnidentifiedImageError
     from PIL import Image as Pillow
@@ -48,7 +48,7 @@ def decode(content: bytes | str | None, channels: Literal["RGB", "L"]) -> np.nda
         raise FileNotFoundError("the image is missing")
     try:
         opened = Pillow.open(io.BytesIO(content) if isinstance(content, bytes) else content)
-    except UnidentifiedImageError as error:  # whose message names an object in memory
+    except UnidentifiedImageError as error:  # its message only names an object in memory
         raise ValueError("it is empty, or no image of a kind that Pillow knows") from error
     with opened as file:
         image = _of_8_bits(file)
@@ -64,17 +64,17 @@ def decode(content: bytes | str | None, channels: Literal["RGB", "L"]) -> np.nda
 
 
 class ImageProcessing:
-    """An image processor in two steps: the resizing and cropping of images, and the scaling of their values.
+    """An image processor in two steps: resizing and cropping images, and scaling their values.
 
-    Between them an image is uint8, a quarter of the memory; augmentation comes there. Both steps are the processor's
-    own, whatever it does: the second is a table of its results for all 256 values.
+    Between the steps images are uint8, which takes a quarter of the memory, and can be augmented. Both steps are
+    computed by the processor itself: the second is a lookup table of its results for all 256 values.
 
     Args:
-        processor: of transformers.
+        processor: an image processor of transformers.
         channels: "RGB", "L" (grey), or "auto" for as many as the processor has means.
 
     Raises:
-        ConfigError: for a processor that cannot be taken apart in this way.
+        ConfigError: for a processor that cannot be split in this way.
     """
 
     def __init__(self, processor: BaseImageProcessor, channels: Channels = "auto") -> None:
@@ -88,17 +88,17 @@ class ImageProcessing:
         self._first: tuple[str, tuple[int, ...]] | None = None
 
     def pixels(self, images: list[np.ndarray], names: list[str]) -> Tensor:
-        """Resized and cropped images.
+        """Resize and crop images.
 
         Args:
-            images: uint8 (channels, height, width), each of its own height and width.
-            names: of the images, for errors.
+            images: uint8 (channels, height, width) each; heights and widths may differ.
+            names: the names of the images, for errors.
 
         Returns:
             uint8 (images, channels, height, width).
 
         Raises:
-            DataError: where they come out in several sizes, or in another one than those before.
+            DataError: if the results differ in size from each other or from earlier ones.
         """
         if not images:
             return torch.empty((0, len(self.table), 1, 1), dtype=torch.uint8)
@@ -109,8 +109,8 @@ class ImageProcessing:
             if image.shape != self._first[1]:
                 raise DataError(
                     f"{self._first[0]} comes out of the image processor in the shape {self._first[1]} and {name} in "
-                    f"{image.shape}, which fit no common batch: have the processor crop (do_center_crop and crop_size) "
-                    'or resize to a fixed height and width (size: {"height": ..., "width": ...})'
+                    f"{image.shape}, which cannot be batched: let the processor crop (do_center_crop and crop_size) or "
+                    'resize to a fixed height and width (size: {"height": ..., "width": ...})'
                 )
         return torch.from_numpy(np.stack(images))
 
@@ -118,15 +118,15 @@ class ImageProcessing:
         """Scaled and normalised images: float32 of the shape of `pixels`, uint8 (images, channels, height, width)."""
         values = np.empty(pixels.shape, np.float32)
         for channel, table in enumerate(self.table.numpy()):
-            # five times faster than indexing in torch; no value needs clipping
+            # five times faster than indexing in torch; "clip" never changes a value
             values[:, channel] = np.take(table, pixels[:, channel].numpy(), mode="clip")
         return torch.from_numpy(values)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """What `values` does, for images (images, channels, height, width) whose values are in [0, 1].
+        """As `values`, for float images (images, channels, height, width) with values in [0, 1].
 
         Raises:
-            ConfigError: where the processor does not scale values linearly.
+            ConfigError: if the processor does not scale values linearly.
         """
         low, high = self.table[:, 0], self.table[:, -1]
         line = low[:, None] + torch.linspace(0, 1, 256) * (high - low)[:, None]
@@ -146,7 +146,7 @@ class ImageProcessing:
         return shaped
 
     def _leaves(self, shape: tuple[int, ...]) -> bool:
-        """Whether the processor leaves images of this shape as they are: resampling is linear, so noise tells."""
+        """Whether the processor leaves images of this shape unchanged, tested with a noise image."""
         if shape not in self._unchanged:
             noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
             self._unchanged[shape] = np.array_equal(self._shaped([noise])[0], noise)

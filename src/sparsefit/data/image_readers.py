@@ -1,4 +1,4 @@
-"""Readers of images: each gives a table of the library `datasets`, its columns as they are stored."""
+"""Readers of images: each returns a table of the library `datasets`, with its columns as they are stored."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from sparsefit.errors import DataError, SparsefitError
 from sparsefit.extras import need
-from sparsefit.modules.places import hub_problem, nearest_path
+from sparsefit.modules.lookup_hints import hub_problem, nearest_path
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -35,10 +35,10 @@ def from_parquet(files: list[str], streaming: bool) -> Dataset | IterableDataset
 
 
 def from_split(name: str, split: str, streaming: bool, configuration: str | None = None) -> Dataset | IterableDataset:
-    """A split of a data set on the hub, of one of its configurations, or in a folder laid out as on the hub.
+    """A split of a data set (or of one of its configurations) on the hub, or in a folder with the hub's layout.
 
     Raises:
-        DataError: where it cannot be found, fetched or read; says what to do without a network.
+        DataError: if it cannot be found, fetched or read; says what to do without a network.
     """
     from datasets import load_dataset
     from huggingface_hub.constants import is_offline_mode
@@ -50,7 +50,7 @@ def from_split(name: str, split: str, streaming: bool, configuration: str | None
     near = nearest_path(Path(name).expanduser())
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise DataError(f"there is no folder {name} to read from.{near}")
-    # offline, the library takes what it has in its cache; it would try for long to reach a hub that does not answer
+    # offline, the library uses its cache; with a hub that does not answer it would retry for a long time
     if not is_offline_mode() and (problem := hub_problem()):
         raise DataError(
             f"cannot fetch the split {split} of the data set {name!r}: there is no such folder, and {problem}.{near} "
@@ -64,13 +64,13 @@ def from_split(name: str, split: str, streaming: bool, configuration: str | None
 
 
 def from_folder(folder: Path, skip_corrupt: bool) -> Dataset:
-    """The images of class folders: `folder/CLASS/IMAGE`, the classes in the order of their names.
+    """The images of class folders: `folder/CLASS/IMAGE`, with the classes in the order of their names.
 
-    Not by the library's own reader of such folders, which would take a class called "test" for a split, and would leave
-    out empty classes and files that are no images without a word.
+    The library's own reader of such folders is not used: it would mistake a class called "test" for a split, and
+    silently leave out empty classes and files that are not images.
 
     Raises:
-        DataError: for a class without images, and for files that are no images or lie elsewhere.
+        DataError: for a class without images, and for files that are not images or not in a class folder.
     """
     from datasets import ClassLabel, Dataset, Features, Image, Value
 
@@ -91,9 +91,9 @@ def from_folder(folder: Path, skip_corrupt: bool) -> Dataset:
 
 
 def digits(split: str) -> Dataset:
-    """The digits of scikit-learn (Alpaydin and Kaynak 1998), 8 x 8, as PNG: a fixed split, stratified by digit.
+    """The digits of scikit-learn (Alpaydin and Kaynak 1998), 8 x 8, as PNG, in a fixed split stratified by digit.
 
-    Their 17 levels 0, 1, ..., 16 become 0 ... 255, rounded: at most 0.002 off level / 16.
+    Their 17 levels 0, 1, ..., 16 are scaled to 0 ... 255 and rounded: an error of at most 0.002 of level / 16.
     """
     need("sklearn", "the source digits")
     import numpy as np
@@ -143,12 +143,12 @@ def _listed(files: list[Path]) -> str:
 
 @contextmanager
 def _reading(what: str, way_out: str) -> Iterator[None]:
-    """Turns what the library raises into a DataError that names the source."""
+    """Turns errors of the library into a DataError that names the source."""
     try:
         yield
     except SparsefitError:
         raise
-    except Exception as error:  # files, formats, the hub and the network share no narrower base
+    except Exception as error:  # errors of files, formats, the hub and the network have no common base class
         cause = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise DataError(f"{what} cannot be read: {cause[0].rstrip('.')}. {way_out}") from error
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparsefit.data.counts import check_counts
+from sparsefit.data.count_settings import check_counts
 from sparsefit.errors import ConfigError
 from sparsefit.settings import number
 
 
 def check_settings(settings: dict[str, Any]) -> None:
-    """Refuses settings of `ImageDataModule` that cannot work.
+    """Check the settings of `ImageDataModule`.
 
     Raises:
         ConfigError: naming the setting.
@@ -26,7 +26,7 @@ def check_settings(settings: dict[str, Any]) -> None:
     if settings["processor"] is None and len(explicit) < 3:
         raise ConfigError("set processor (the model's folder or hub name), or all of image_size, mean and std")
     if settings["processor"] is not None and explicit:
-        raise ConfigError(f"processor and {explicit[0]} are both set: the processor of the model says it all, drop one")
+        raise ConfigError(f"processor and {explicit[0]} are both set: the processor already defines it, remove one")
     if settings["processor"] is None and (
         len(settings["mean"]) != len(settings["std"]) or len(settings["mean"]) not in (1, 3) or 0 in settings["std"]
     ):

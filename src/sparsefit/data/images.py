@@ -1,20 +1,20 @@
-"""Where images come from: one string names a source, and each source gives encoded images and their labels.
+"""Sources of images: a string names a source, which gives encoded images and their labels.
 
 | source | images |
 |---|---|
 | `cifar10:SPLIT` | CIFAR-10 on the hub (`uoft-cs/cifar10`): `train` or `test` |
 | `imagenet-1k:SPLIT` | ImageNet on the hub, streamed: short for `stream:ILSVRC/imagenet-1k:SPLIT` |
-| `NAME:SPLIT` | a split of a data set on the hub, fetched whole |
-| `FOLDER:SPLIT` | a split of a data set in a folder laid out as on the hub (`data/train-00000-of-00001.parquet`) |
+| `NAME:SPLIT` | a split of a data set on the hub, downloaded |
+| `FOLDER:SPLIT` | a split of a data set in a folder with the hub's layout (`data/train-00000-of-00001.parquet`) |
 | a `.parquet` file or a pattern (`cifar10/train-*.parquet`) | its rows: images as bytes, with labels |
-| any other folder | its subfolders are the classes, named by their folders in the order of these names |
-| `digits:train`, `digits:test` | the 8 x 8 grey digits that scikit-learn has: 1,347 and 450 |
-| `stream:` before a parquet file or a split | the same, read as it is needed, never fetched whole |
+| any other folder | its subfolders are the classes, sorted by name |
+| `digits:train`, `digits:test` | the 8 x 8 grey digits of scikit-learn: 1,347 and 450 |
+| `stream:` before a parquet file or a split | the same, streamed instead of downloaded |
 
 `SOURCE[start:stop]` takes a part of the images: `train.parquet[:45000]` to train on, `train.parquet[45000:]` to
-validate on. Files keep their images in an order; check that it is not the order of the classes.
+validate on. The images are taken in the order of the files; check that they are not sorted by class.
 
-The column of the images is the one of that type; the labels' is the one of type ClassLabel, or the one called `label`,
+The image column is the one of type Image; the label column is the one of type ClassLabel, or the one called `label`,
 `labels` or `fine_label`.
 """
 
@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparsefit.data.image_readers import digits, from_folder, from_parquet, from_split
-from sparsefit.data.slices import split_slice
+from sparsefit.data.source_slices import split_slice
 from sparsefit.errors import ConfigError, DataError
-from sparsefit.modules.places import nearest_path
+from sparsefit.modules.lookup_hints import nearest_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,7 +42,7 @@ _SHOWN = 3
 
 
 class Row(NamedTuple):
-    """An image as it is stored: the name that errors call it by, its bytes or its file, its label."""
+    """An image as it is stored: its name in error messages, its bytes or its file, its label."""
 
     name: str
     content: bytes | str | None
@@ -51,14 +51,14 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Images:
-    """A source, opened.
+    """An opened source.
 
     Args:
-        source: as it was named.
-        table: with the columns `image` ({"bytes", "path"}, still encoded) and `label` (int).
-        class_names: of the labels 0, 1, ...; None where the source has none.
-        start: number of its first row in what the source is a part of.
-        stop: number of the first row there that is no longer in it; None takes all.
+        source: the string that names it.
+        table: a table with the columns `image` ({"bytes", "path"}, still encoded) and `label` (int).
+        class_names: the names of the labels 0, 1, ...; None if the source has none.
+        start: the number of its first row, if the source is a slice.
+        stop: the number after its last row; None for no end.
     """
 
     source: str
@@ -69,17 +69,17 @@ class Images:
 
     @property
     def streamed(self) -> bool:
-        """Whether the images can only be read in their order."""
+        """Whether the images can only be read in order."""
         return not hasattr(self.table, "__len__")
 
     def rows(self, places: list[int]) -> list[Row]:
-        """The rows at these places; not for streams."""
+        """The rows at these indices; not for streams."""
         table = self.table[places]
         records = zip(places, table["image"], table["label"], strict=True)
         return [self._row(place, image, label) for place, image, label in records]
 
     def row(self, place: int | None, record: Mapping[str, Any]) -> Row:
-        """A record of a stream."""
+        """The row of a record of a stream; checks its label."""
         row = self._row(place, record["image"], record["label"])
         _check_label(row.name, row.label)
         return row
@@ -96,17 +96,17 @@ class Images:
 def open_images(
     source: str, image_column: str | None = None, label_column: str | None = None, skip_corrupt: bool = False
 ) -> Images:
-    """Opens what a source names; see the module's table.
+    """Opens a source.
 
     Args:
         source: see the module's table.
         image_column: column of the images; None finds it.
         label_column: column of the labels; None finds it.
-        skip_corrupt: leave out files of class folders that are no images, with a warning.
+        skip_corrupt: leave out files of class folders that are not images, with a warning.
 
     Raises:
-        DataError: for what is missing, cannot be read or has labels that are missing or negative; names it.
-        ConfigError: for a source that cannot be understood, or columns that cannot be told apart.
+        DataError: for data that are missing, cannot be read, or have missing or negative labels; names them.
+        ConfigError: for an invalid source, or ambiguous columns.
     """
     name, start, stop = split_slice(source, "image")
     table = _columns(_table(name, skip_corrupt), source, image_column, label_column)
@@ -126,7 +126,7 @@ def open_images(
 
 
 def overlap(some: Images, others: Images) -> bool:
-    """Whether some image is in both, by the names of their sources."""
+    """Whether two sources share images, judged by their names and slices."""
     if split_slice(some.source, "image")[0] != split_slice(others.source, "image")[0]:
         return False
     return (some.stop is None or others.start < some.stop) and (others.stop is None or some.start < others.stop)
@@ -232,7 +232,7 @@ def _names(feature: Any) -> set[str]:
 def _check_labels(images: Images) -> None:
     column = images.table.select_columns(["label"]).with_format("arrow")[:].column("label")
     missing = column.is_null().to_numpy()
-    # Nulls are filled with a number that unsigned labels can hold, too.
+    # Nulls are filled with a number that unsigned labels can also hold.
     labels = column.fill_null(0).to_numpy()
     if (wrong := (missing | (labels < 0)).nonzero()[0]).size:
         names = ", ".join(row.name for row in images.rows(wrong[:_SHOWN].tolist()))

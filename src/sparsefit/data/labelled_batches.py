@@ -1,4 +1,4 @@
-"""Batches of labelled text: what a tokenizer makes of rows, and their labels."""
+"""Batches of labelled text: tokenized rows and their labels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns hold what, and how they become numbers; see `LabelledTextDataModule`."""
+    """The columns of texts and labels, and how they are encoded; see `LabelledTextDataModule`."""
 
     tokenizer: PreTrainedTokenizerBase
     task: Task
@@ -36,10 +36,10 @@ class Columns:
 
 
 def encode(rows: list[Row], columns: Columns) -> dict[str, Tensor]:
-    """A batch of rows: what the tokenizer gives, and `labels`.
+    """Encode rows as a batch: the tokenizer's outputs, and `labels`.
 
     Raises:
-        DataError: for a row without a text or a label, or with a label that is none.
+        DataError: for a row without a text or a label, or with an invalid label.
     """
     if columns.task == "token_classification":
         return _classes_of_words(rows, columns)
@@ -59,7 +59,8 @@ def encode(rows: list[Row], columns: Columns) -> dict[str, Tensor]:
 
 
 def encode_for_calibration(chosen: list[tuple[Row, str]], columns: Columns) -> dict[str, Tensor]:
-    """A batch of texts, each in its column of a row; of pairs one by one. Labels are there for a decoder only."""
+    """Encode texts, each given by a row and its column, as a batch; texts of pairs are separate samples. Labels are
+    included only for a decoder."""
     rows = [row for row, _ in chosen]
     if columns.task == "pairs":
         return _tokens([columns.prefix + _text(row, column) for row, column in chosen], columns)
@@ -80,7 +81,7 @@ def _texts_to_write(rows: list[Row], columns: Columns) -> Tensor:
 
 
 def _classes_of_words(rows: list[Row], columns: Columns) -> dict[str, Tensor]:
-    """The class of a word stands at its first token."""
+    """Encode rows of words; the class of a word is the label of its first token."""
     if not columns.tokenizer.is_fast:
         raise ConfigError(
             f"{type(columns.tokenizer).__name__} does not tell which word a token is of: token classification needs a "
@@ -107,7 +108,7 @@ def _classes_of_words(rows: list[Row], columns: Columns) -> dict[str, Tensor]:
 
 
 def _score(row: Row, columns: Columns) -> float:
-    """The score of a pair, with the highest at 1 and the lowest at 0, or at -1 where it is below 0."""
+    """The score of a pair, scaled from score_range to [0, 1], or to [-1, 1] if the lowest score is below 0."""
     (low, high), score = columns.score_range, row[columns.label]
     if not isinstance(score, int | float) or not low <= score <= high:
         raise DataError(

@@ -1,4 +1,4 @@
-"""Rows of labelled text, from files or the hub, and the numbers of their classes."""
+"""Reading rows of labelled text from files or the hub, and numbering their classes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsefit.data.image_readers import from_split
-from sparsefit.data.slices import split_slice
+from sparsefit.data.source_slices import split_slice
 from sparsefit.errors import ConfigError, DataError
-from sparsefit.modules.places import nearest_path
+from sparsefit.modules.lookup_hints import nearest_path
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,17 +20,17 @@ _SHOWN = 5
 
 
 def open_rows(source: str, columns: Iterable[str]) -> Dataset:
-    """The rows that a source names.
+    """Read the rows of a source.
 
     Args:
-        source: a file of JSON lines, CSV, TSV or parquet, or a pattern of such; or NAME:SPLIT, a split of a data set on
-            the hub (NAME:CONFIGURATION:SPLIT where it has several) or in a folder laid out as on the hub.
+        source: a file of JSON lines, CSV, TSV or parquet, or a pattern of such files; or NAME:SPLIT, a split of a data
+            set on the hub (NAME:CONFIGURATION:SPLIT if it has several) or in a folder with the hub's layout.
             `SOURCE[start:stop]` takes a part of the rows.
-        columns: that the rows must have.
+        columns: columns that the rows must have.
 
     Raises:
-        DataError: for what is missing, cannot be read, or has no row.
-        ConfigError: for a source that cannot be understood, or without a column.
+        DataError: for a source that is missing, cannot be read, or has no rows.
+        ConfigError: for an invalid source, or a missing column.
     """
     name, start, stop = split_slice(source, "row")
     table = _open(name)
@@ -69,14 +69,14 @@ def _open(name: str) -> Dataset:
 
 
 def names_of_classes(rows: Dataset, column: str) -> list[str] | None:
-    """The names of the classes 0, 1, ... in a column of labels, or of lists of labels; None where they are numbers.
+    """The names of the classes 0, 1, ... in a column of labels, or of lists of labels; None if labels are numbers.
 
-    Names that are only text are numbered in their alphabetical order.
+    Labels that are plain text are numbered alphabetically.
     """
     from datasets import ClassLabel
 
     feature = rows.features[column]
-    feature = getattr(feature, "feature", feature)  # of a list
+    feature = getattr(feature, "feature", feature)  # the element of a list
     if isinstance(feature, ClassLabel):
         return list(feature.names)
     found = {name for value in rows[column] for name in (value if isinstance(value, list) else [value])}
@@ -87,7 +87,7 @@ def number_of(label: Any, names: list[str] | None, what: str) -> int:
     """The number of a class.
 
     Raises:
-        DataError: for a label that is none of the names, or no number where there are no names.
+        DataError: for a label that is not one of the names or, without names, not a number.
     """
     if isinstance(label, str):
         if names is None or label not in names:

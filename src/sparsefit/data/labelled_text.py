@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from sparsefit.data.counts import check_counts
+from sparsefit.data.count_settings import check_counts
+from sparsefit.data.data_position import Settings, vocabulary_digest
 from sparsefit.data.image_loading import EpochSampler
 from sparsefit.data.labelled_batches import Columns, Row, Task, encode, encode_for_calibration
 from sparsefit.data.labelled_rows import names_of_classes, open_rows
-from sparsefit.data.position import Settings, vocabulary_digest
-from sparsefit.data.resumable import ResumableDataModule
+from sparsefit.data.resumable_data import ResumableDataModule
 from sparsefit.data.windows import generator_of
 from sparsefit.errors import CalibrationError, ConfigError
 from sparsefit.modules.loading import load_tokenizer
@@ -31,13 +31,13 @@ _SOURCES = ("train_source", "val_source", "test_source", "calibration_source")
 
 
 class LabelledTextDataModule(ResumableDataModule):
-    """Batches of labelled text, padded to the longest: what the tokenizer gives, and `labels`.
+    """Batches of labelled text, padded to the longest: the tokenizer's outputs, and `labels`.
 
     | task | text column | label column | labels |
     |---|---|---|---|
     | "sequence_classification" | a text (and one in `text_pair`) | its class | (batch,) |
-    | "token_classification" | a list of words | a list of their classes | (batch, length), -100 but at a word's start |
-    | "seq2seq" | a text | the text to write | (batch, length), -100 for padding |
+    | "token_classification" | a list of words | their classes | (batch, length), -100 except at a word's start |
+    | "seq2seq" | a text | the target text | (batch, length), -100 for padding |
     | "pairs" | a text, and one in `text_pair` | how similar they are | (batch,); inputs are (batch, 2, length) |
 
     A source is a file (JSON lines, CSV, TSV, parquet), a pattern, or NAME:SPLIT or NAME:CONFIGURATION:SPLIT, a split of
@@ -51,17 +51,18 @@ class LabelledTextDataModule(ResumableDataModule):
         val_source: rows to validate on; None validates on nothing.
         test_source: rows to test on.
         text: column of the text.
-        text_pair: column of the second text; None where there is none.
+        text_pair: column of the second text; None without one.
         label: column of the label.
-        class_names: of the classes 0, 1, ...; None takes those of the column, or numbers names alphabetically.
-        score_range: the lowest and the highest score of "pairs"; they become -1 or 0, and 1.
-        prefix: put before each text, as T5 wants it ("translate English to German: ").
-        max_length: tokens of a text; more are cut off.
-        max_label_length: tokens of a text to write; None takes `max_length`.
+        class_names: the names of the classes 0, 1, ...; None takes those of the column, or sorts them alphabetically.
+        score_range: the lowest and the highest score of "pairs", which are scaled to [0, 1], or to [-1, 1] if the
+            lowest is negative.
+        prefix: prepended to each text, as T5 expects ("translate English to German: ").
+        max_length: the maximum number of tokens of a text; longer texts are truncated.
+        max_label_length: the maximum number of tokens of a target text; None takes `max_length`.
         batch_size: rows in a training batch.
         evaluation_batch_size: rows in any other batch; None takes `batch_size`.
         calibration_samples: texts to calibrate on.
-        seed: of every draw.
+        seed: the seed of all random draws.
         num_workers: processes that read and tokenise.
     """
 
@@ -103,13 +104,13 @@ class LabelledTextDataModule(ResumableDataModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, loaded when it is first needed."""
         tokenizer = load_tokenizer(self.hparams.tokenizer)
-        if tokenizer.pad_token is None:  # as of many decoders; what pads is masked
+        if tokenizer.pad_token is None:  # as with many decoders; padding is masked
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
     @cached_property
     def class_names(self) -> list[str] | None:
-        """Of the classes 0, 1, ...; None where they are only numbers, or the task has none."""
+        """The names of the classes 0, 1, ...; None if they are only numbers, or the task has none."""
         if not self.hparams.task.endswith("classification"):
             return None
         if self.hparams.class_names is not None:
@@ -118,11 +119,11 @@ class LabelledTextDataModule(ResumableDataModule):
 
     @property
     def num_classes(self) -> int | None:
-        """How many classes there are; None where they are only numbers, or the task has none."""
+        """The number of classes; None if they are only numbers, or the task has none."""
         return None if self.class_names is None else len(self.class_names)
 
     def setup(self, stage: str | None = None) -> None:
-        """Opens what the stage needs, so that missing files and columns are named before a model is touched."""
+        """Opens the sources that the stage needs, so that missing files and columns raise before a model is changed."""
         wanted = _SOURCES if stage in ("fit", None) else (f"{stage.removesuffix('idate')}_source",)
         for name in wanted:
             if name in _SOURCES and self.hparams[name] is not None:
@@ -130,7 +131,7 @@ class LabelledTextDataModule(ResumableDataModule):
         _ = self.class_names
 
     def train_dataloader(self) -> DataLoader:
-        """An epoch of shuffled rows; the next epoch has another order. The last batch may be smaller."""
+        """One epoch of shuffled rows; each epoch has another order. The last batch may be smaller."""
         rows, size = self._rows("train_source"), self.hparams.batch_size
         sampler = EpochSampler(len(rows), size, self.hparams.seed, self.rank_and_world_size())
         return _TrainingLoader(self.position, rows, size, sampler=sampler, **self._settings())
@@ -139,7 +140,7 @@ class LabelledTextDataModule(ResumableDataModule):
         """Exactly `calibration_samples` texts: the same for the same seed, and on every rank.
 
         Raises:
-            CalibrationError: where there are fewer.
+            CalibrationError: if there are fewer.
         """
         name = "train_source" if self.hparams.calibration_source is None else "calibration_source"
         rows, count = self._rows(name), self.hparams.calibration_samples
@@ -155,7 +156,7 @@ class LabelledTextDataModule(ResumableDataModule):
         return DataLoader(chosen, self._evaluation_size, collate_fn=collate)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        """The rows of `val_source`; nothing where there is none."""
+        """The rows of `val_source`; an empty list without one."""
         return [] if self.hparams.val_source is None else self._evaluation_loader("val_source")
 
     def test_dataloader(self) -> DataLoader:
@@ -164,7 +165,7 @@ class LabelledTextDataModule(ResumableDataModule):
 
     @property
     def deciding(self) -> Settings:
-        """The settings that decide which batches a position stands for."""
+        """The settings that decide which batches a position in the training data refers to."""
         given = self.hparams
         if given.train_source is None:
             return {}
@@ -177,7 +178,7 @@ class LabelledTextDataModule(ResumableDataModule):
         }
 
     def batches_in_epoch(self, ranks: int) -> float:
-        """Of each of so many ranks."""
+        """The number of batches per rank in an epoch."""
         return math.ceil(len(self._rows("train_source")) // ranks / self.hparams.batch_size)
 
     @cached_property
@@ -224,7 +225,7 @@ class LabelledTextDataModule(ResumableDataModule):
 
 
 class _TrainingLoader(DataLoader[Row]):
-    """Goes on where the position says."""
+    """A loader that starts at the position of a resumed run."""
 
     def __init__(self, position: Any, *args: Any, **settings: Any) -> None:
         self.position = position

@@ -1,6 +1,6 @@
-"""From documents to windows: packing, random crops, shuffling and dealing, all of them streaming.
+"""From documents to windows, as streams: packing, random crops, shuffling, and dividing items among ranks.
 
-A document is a list of token ids; a window is an int64 tensor of exactly `length` tokens. Nothing here pads.
+A document is a list of token ids; a window is an int64 tensor of exactly `length` tokens. Nothing is padded.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ def pack(documents: Iterable[Sequence[int]], length: int, end: int | None) -> It
     Args:
         documents: token ids of each document.
         length: tokens in a window.
-        end: the token that closes a document, added where it is not the last one already; None adds none.
+        end: the token that closes a document, added unless it is already the last one; None adds none.
 
     Yields:
-        Windows, int64 (length,). Together they are the stream in its order, without gaps or overlaps.
+        Windows, int64 (length,), consecutive and without gaps or overlaps.
     """
     buffer: list[int] = []
     for tokens in documents:
@@ -50,16 +50,16 @@ def draw_crops(
     """Calibration samples as in Wanda and SparseGPT: keep documents of more than `length` tokens, crop each at random.
 
     Args:
-        documents: (name, token ids) of each document, in an order already drawn at random.
-        count: windows to draw, each of another document.
+        documents: (name, token ids) of each document, already in random order.
+        count: windows to draw, each from another document.
         length: tokens in a window.
-        generator: draws the crops' places.
+        generator: draws the positions of the crops.
 
     Returns:
-        (name of the document, its window of (length,) tokens), `count` of them.
+        `count` pairs (name of the document, its window of (length,) tokens).
 
     Raises:
-        CalibrationError: where the documents end before `count` of them were long enough.
+        CalibrationError: if fewer than `count` documents are long enough.
     """
     drawn: list[tuple[_Item, Tensor]] = []
     if count == 0:
@@ -79,7 +79,7 @@ def draw_crops(
 
 
 def shuffled(items: Iterable[_Item], buffer_size: int, generator: torch.Generator) -> Iterator[_Item]:
-    """The items in random order, `buffer_size` of them in memory: a full shuffle where there are no more than that."""
+    """The items in random order, with `buffer_size` of them in memory: a full shuffle if there are no more items."""
     buffer: list[_Item] = []
     for item in items:
         if len(buffer) < buffer_size:
@@ -93,9 +93,9 @@ def shuffled(items: Iterable[_Item], buffer_size: int, generator: torch.Generato
 
 
 def deal(items: Iterable[_Item], rank: int, world_size: int) -> Iterator[_Item]:
-    """Every `world_size`-th item, from the `rank`-th on; an incomplete last round is dropped.
+    """Every `world_size`-th item, starting with number `rank`; an incomplete last round is dropped.
 
-    All ranks get equally many, so that none waits for another at the end of an epoch.
+    All ranks get the same number of items, so that none waits for another at the end of an epoch.
     """
     hand: _Item | None = None
     for number, item in enumerate(items):

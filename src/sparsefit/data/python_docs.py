@@ -1,10 +1,10 @@
 """Python's own documentation as a corpus: a real text that every machine with Python has.
 
 One document for each module of the running Python's standard library (its signatures and docstrings, read
-with `ast` where there is source, by import where the module is compiled) and one for each `pydoc` topic.
+with `ast` if there is source, by import if the module is compiled) and one for each `pydoc` topic.
 
-Modules are dealt to the parts of the corpus by name, so that a module stays in its part in every Python
-version. A docstring that occurs in more than one part is kept in the first of `PARTS` only.
+Modules are assigned to the parts of the corpus by name, so that a module stays in its part in every Python
+version. A docstring that occurs in several parts is kept only in the first of `PARTS`.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _corpus() -> dict[str, tuple[str, ...]]:
             seen.update(docstring for _, docstring in entries)
             if entries:
                 texts.append("\n\n".join(f"{heading}\n\n{docstring}" for heading, docstring in entries))
-        # The topics quote one another at length, so they stay together.
+        # The topics quote one another at length, so they stay in one part.
         corpus[part] = tuple(texts + _topics()) if part == "train" else tuple(texts)
     return corpus
 
@@ -139,7 +139,7 @@ def _entries_of_module(module: ModuleType) -> Iterator[Entry]:
     if docstring := inspect.getdoc(module):
         yield f"module {module.__name__}", docstring
     for name, member in sorted(vars(module).items()):
-        if name.endswith("hook"):  # one that a library has replaced is still there as `sys.__excepthook__`
+        if name.endswith("hook"):  # a library may have replaced it; the original is `sys.__excepthook__`
             member = vars(module).get(f"__{name}__", member)
         yield from _entries_of_member(f"{module.__name__}.{name}", member)
         if inspect.isclass(member):

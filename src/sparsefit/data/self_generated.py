@@ -1,4 +1,4 @@
-"""A LightningDataModule of text that the dense model writes itself: no data set is needed to calibrate and to train."""
+"""A LightningDataModule of text that the dense model generates itself, for calibration and training without data."""
 
 from __future__ import annotations
 
@@ -18,19 +18,26 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sparsefit.data.causal_lm_data import TextDataModule
-from sparsefit.data.counts import check_writing
-from sparsefit.data.first_tokens import from_prompts, start_of
-from sparsefit.data.position import Settings, text_digest, vocabulary_digest
+from sparsefit.data.count_settings import check_writing
+from sparsefit.data.data_position import Settings, text_digest, vocabulary_digest
+from sparsefit.data.prompts import from_prompts, start_of
 from sparsefit.data.windows import Calibration, generator_of, loader
 from sparsefit.data.written_text import Progress, WrittenText, WrittenWindows, as_window
 from sparsefit.errors import ConfigError
-from sparsefit.modules.writing import check_length, likely_tokens, sample_windows, weights_digest, writer_in, writing
+from sparsefit.modules.text_generation import (
+    check_length,
+    likely_tokens,
+    sample_windows,
+    weights_digest,
+    writer_in,
+    writing,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FOLDER = "written_text"
-"""In the folder of a run."""
+"""The default folder of the generated text, in the run folder."""
 
 _KINDS = ("calibration", "training")
 
@@ -39,29 +46,30 @@ class SelfGeneratedDataModule(TextDataModule):
     """Windows of text that the dense model samples from its own distribution, before anything is pruned.
 
     They calibrate the pruning, and the pruned model trains on them: best with the dense model as its teacher
-    (`distill`), which is then asked about text of its own kind, as much of it as is wanted. Validation and test are on
-    real text, where it is given; without any, nothing is evaluated. `train_source` or `calibration_source` may name
-    real text in place of one of the two.
+    (`distill`), as there is no limit to text from the teacher's own distribution. Validation and testing use real text,
+    if given; without it nothing is evaluated. `train_source` or `calibration_source` may name real text instead of one
+    of the two.
 
-    The text is written when `WandaPruning` asks for calibration data, on the model's device; a fit without it writes
-    as training asks for data. It is kept in a file whose name stands for the weights of the model and all settings: a
-    run that finds its file reads it. What a run that was broken off has written of it is not written again.
+    The text is written when `WandaPruning` requests calibration data, on the model's device; in a fit without it, when
+    training requests data. It is stored in a file whose name is a digest of the model's weights and all settings: a run
+    that finds its file reads it. An interrupted run keeps the batches that it has already written.
 
     Args:
         tokenizer: "tiny-llama", a folder or a hub name; in Python also a tokenizer.
         train_tokens: tokens to write for training, rounded up to whole windows.
         calibration_samples: windows to write for calibration.
         sequence_length: tokens in a training window, and in a calibration window unless `calibration_length` says so.
-        writing_batch_size: windows that are written at once.
-        temperature: logits are divided by it as tokens are drawn; 1 is the model's own distribution.
-        top_p: only the likeliest tokens that together have this probability are drawn; 1 draws from all.
-        first_tokens: begin windows with each of the so many likeliest first tokens in turn; 0 draws the first, too.
-        prompts: real text whose documents' first tokens begin the windows; None begins them with the start token.
-        prompt_tokens: how many of its first tokens.
-        folder: where the files lie, for runs to share; None is `written_text` in the run folder (the Trainer's
+        writing_batch_size: windows that are generated at once.
+        temperature: logits are divided by it in sampling; 1 is the model's own distribution.
+        top_p: sample only from the most likely tokens whose probabilities add up to this; 1 samples from all.
+        first_tokens: begin the windows with this many most likely first tokens, in rotation; 0 also samples the first.
+        prompts: real text; the windows begin with the first tokens of its documents. None begins them with the start
+            token.
+        prompt_tokens: how many first tokens of a document.
+        folder: a folder for the files, which runs can share; None is `written_text` in the run folder (the Trainer's
             `default_root_dir`).
-        train_source: real text to train on in place of the model's own.
-        calibration_source: real text to calibrate on in place of the model's own.
+        train_source: real text to train on instead of the model's own.
+        calibration_source: real text to calibrate on instead of the model's own.
         test_source: real text to test on; None tests on nothing.
         settings: see `TextDataModule`.
 
@@ -102,14 +110,14 @@ class SelfGeneratedDataModule(TextDataModule):
         check_writing(self.hparams)
         self._texts: dict[str, WrittenText] = {}
         self._writer: weakref.ref[PreTrainedModel] | None = None
-        self._kept: Path | None = None  # where the run that is resumed had its training text
-        self._trained_on: Path | None = None
+        self._kept: Path | None = None  # the folder of the training text of the run that is resumed
+        self._trained_on: Path | None = None  # the file of the training text
 
     def setup(self, stage: str | None = None) -> None:
-        """Looks at the model while it is dense, in a run that is resumed, too, and at the sources of real text.
+        """Computes the digest of the model while it is dense, also in a resumed run, and finds sources of real text.
 
         Raises:
-            ConfigError: where the model cannot write.
+            ConfigError: if the model cannot generate text.
         """
         super().setup(stage)
         if stage not in ("fit", None):
@@ -121,17 +129,18 @@ class SelfGeneratedDataModule(TextDataModule):
             self._look_at(self.trainer.lightning_module)
 
     def write_with(self, module: nn.Module, progress: Progress | None = None) -> None:
-        """Has a dense model write what is not in its file yet; all ranks must call it.
+        """Generates the text that is not in its file yet, with a dense model; all ranks must call this.
 
-        `WandaPruning` calls it. Without a Trainer, call it before the loaders are asked for.
+        `WandaPruning` calls it. Without a Trainer, call it before requesting the loaders.
 
         Args:
             module: The dense model, or a module that holds it.
-            progress: Told how many batches of this rank are done, and how many there are; by all ranks at the end.
+            progress: Called with the number of batches of this rank that are done, and the number of all; all ranks
+                call it at the end.
 
         Raises:
-            ConfigError: where the model cannot write, or is another than the one that the fit was set up with.
-            DataError: where the folder cannot be written to.
+            ConfigError: if the model cannot generate text, or is not the one that the fit was set up with.
+            DataError: if the folder cannot be written to.
         """
         self._look_at(module)
         rank, world_size = self.rank_and_world_size()
@@ -145,7 +154,7 @@ class SelfGeneratedDataModule(TextDataModule):
         def advance() -> None:
             nonlocal done
             done += 1
-            # The last time is told below: ranks agree on it, and one that has less to do is not to wait for it alone.
+            # The last call is below, by all ranks together: a rank with less to do must not wait in it alone.
             if progress is not None and done < total:
                 progress(done, total)
 
@@ -159,10 +168,10 @@ class SelfGeneratedDataModule(TextDataModule):
             progress(total, total)
 
     def train_dataloader(self) -> DataLoader:
-        """An epoch of the model's own text, shuffled; the next epoch has another order.
+        """One epoch of the model's own text, shuffled; each epoch has another order.
 
         Raises:
-            ConfigError: where the text is not there, and the model is no longer as it was.
+            ConfigError: if the text is missing, and the model may already be pruned.
         """
         if self.hparams.train_source is not None:
             return super().train_dataloader()
@@ -170,7 +179,7 @@ class SelfGeneratedDataModule(TextDataModule):
         if trainer is not None and self._found("training") is None and _trains(trainer) and _as_it_began(trainer):
             rank_zero_info("The model writes its training text.")
             self.write_with(trainer.lightning_module)
-        # Lightning asks for the data of a fit that takes no step, too.
+        # Lightning requests the data even for a fit that takes no step.
         idle = trainer is not None and not _trains(trainer)
         if idle:
             tokens = numpy.empty((0, 1), dtype=numpy.int32)
@@ -181,12 +190,12 @@ class SelfGeneratedDataModule(TextDataModule):
         return loader(windows, self.hparams.batch_size, self.hparams.num_workers, self.position)
 
     def test_dataloader(self) -> DataLoader | None:  # type: ignore[override]
-        """The test text in non-overlapping windows; None where there is no such text."""
+        """The test text in non-overlapping windows; None without a test text."""
         return super().test_dataloader() if self.hparams.test_source is not None else None
 
     @property
     def deciding(self) -> Settings:  # type: ignore[override]
-        """The settings that decide which windows a position stands for."""
+        """The settings that decide which windows a position in the training data refers to."""
         if self.hparams.train_source is not None:
             return super().deciding
         given, text = self.hparams, self._texts.get("training")
@@ -200,14 +209,14 @@ class SelfGeneratedDataModule(TextDataModule):
         return settings | decided | {"writing_batch_size": (given.writing_batch_size, given.writing_batch_size)}
 
     def state_dict(self) -> dict[str, Any]:
-        """As `ResumableDataModule`; and where the text lies that the run trains on."""
+        """As in `ResumableDataModule`, with the path of the text that the run trains on."""
         return super().state_dict() | {"written": str(self._trained_on) if self._trained_on is not None else None}
 
     def check_resumable(self, state_dict: Mapping[str, Any]) -> None:
-        """As `ResumableDataModule`; and see that the text is there: the model that would write it again is pruned.
+        """As in `ResumableDataModule`; also checks that the text exists, as a pruned model cannot generate it again.
 
         Raises:
-            ConfigError: where it is not.
+            ConfigError: as in `ResumableDataModule`, or if the text is missing.
         """
         super().check_resumable(state_dict)
         if state_dict.get("written") and self.hparams.train_source is None:
@@ -224,14 +233,14 @@ class SelfGeneratedDataModule(TextDataModule):
         return super()._calibration_documents() if self.hparams.calibration_source is not None else frozenset()
 
     def _wanted(self) -> Iterator[str]:
-        """The kinds of text that the model is to write."""
+        """The kinds of text that the model must generate."""
         if self.hparams.calibration_source is None:
             yield "calibration"
         if self.hparams.train_source is None and (self.trainer is None or _trains(self.trainer)):
             yield "training"
 
     def _look_at(self, module: nn.Module) -> None:
-        """Name the files of a model's text; those of the model as it was first seen stay, however it is changed."""
+        """Set the files of a model's text by its digest; once set they stay, however the model is changed."""
         writer, settings = writer_in(module), self.hparams
         if self._writer is not None and self._writer() is writer:
             return
@@ -249,15 +258,15 @@ class SelfGeneratedDataModule(TextDataModule):
             kind: WrittenText(folder, kind, counts[kind], lengths[kind], batch_size, decided_by) for kind in _KINDS
         }
         self._writer = weakref.ref(writer)
-        self.__dict__.pop("_calibration", None)  # of another model
+        self.__dict__.pop("_calibration", None)  # cached from another model
 
     def _check_unchanged(self, module: nn.Module) -> None:
-        """See that a checkpoint from before any pruning brought the weights that the files are named by."""
+        """Check that a checkpoint from before any pruning has the weights after which the files are named."""
         if weights_digest(module) != self._texts["training"].decided_by["model"]:
             raise ConfigError(
                 "the checkpoint was saved before the model was pruned, and has other weights (or another precision) "
-                "than the model that is named: its text would pass for that model's. Start a new run with the model as "
-                "it was trained (model=FOLDER), or name real text"
+                "than the named model: its text would be taken for that model's. Start a new run with the model as it "
+                "was trained (model=FOLDER), or name real text"
             )
 
     def _folder(self) -> Path:
@@ -266,7 +275,7 @@ class SelfGeneratedDataModule(TextDataModule):
         return Path(self.trainer.default_root_dir if self.trainer is not None else ".") / FOLDER
 
     def _found(self, kind: str) -> WrittenText | None:
-        """A text whose file is there, where this run or the one that it resumes has it; else None."""
+        """The text if its file exists, in this run's folder or in that of the resumed run; else None."""
         text = self._texts.get(kind)
         if text is None:
             return None
@@ -286,12 +295,12 @@ class SelfGeneratedDataModule(TextDataModule):
             )
         raise ConfigError(
             f"the {kind} text that the dense model wrote is not in {self._texts[kind].path}, and the model can be "
-            "pruned by now: bring the file back, or name its folder (folder=...). A new run, in another run folder, "
-            "writes it anew"
+            "pruned by now: restore the file, or name its folder (folder=...). A new run, in another run folder, "
+            "generates it again"
         )
 
     def _begun(self, model: PreTrainedModel, text: WrittenText) -> Tensor:
-        """The first tokens of each window: int64 (windows, first tokens)."""
+        """The first tokens of each window, int64 (windows, first tokens)."""
         settings = self.hparams
         if settings.prompts is not None:
             generator = generator_of(settings.seed, _KINDS.index(text.kind))
@@ -314,6 +323,6 @@ def _trains(trainer: Trainer) -> bool:
 
 
 def _as_it_began(trainer: Trainer) -> bool:
-    """Whether neither a checkpoint nor masks have changed the model."""
+    """Whether the model has not been changed by a checkpoint or masks."""
     pruned = any(getattr(callback, "masks", None) is not None for callback in trainer.callbacks)
     return trainer.ckpt_path is None and not pruned

@@ -1,4 +1,4 @@
-"""Where text comes from: one string names a source, and each source is read as a stream of documents.
+"""Sources of text: a string names a source, which is read as a stream of documents.
 
 | source | documents |
 |---|---|
@@ -29,9 +29,9 @@ from typing import NamedTuple
 import fsspec
 
 from sparsefit.data import python_docs
-from sparsefit.data.slices import split_slice
+from sparsefit.data.source_slices import split_slice
 from sparsefit.errors import ConfigError, DataError, SparsefitError
-from sparsefit.modules.places import hub_problem, nearest_path
+from sparsefit.modules.lookup_hints import hub_problem, nearest_path
 
 _JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 _TEXT_SUFFIXES = (".txt", ".md", ".rst")
@@ -48,7 +48,7 @@ _ARTICLE = re.compile(r" = (?!= )[^\n]+ = \n?")  # ' = Title = '; sections have 
 
 
 class Document(NamedTuple):
-    """A text and the name it is known by: (location of its shard, its number there)."""
+    """A text and its name: (location of its shard, its number there)."""
 
     name: tuple[str, int]
     text: str
@@ -60,9 +60,9 @@ class Shard:
 
     Args:
         kind: how it is read: "json", "file", "wikitext" or "python-docs".
-        location: a path, an `hf://` address, or a part of Python's documentation.
-        start: its first document that counts.
-        stop: the first one that no longer does; None takes all.
+        location: a path, an `hf://` URL, or a part of Python's documentation.
+        start: the number of its first document.
+        stop: the number after its last document; None takes all.
     """
 
     kind: str
@@ -71,22 +71,22 @@ class Shard:
     stop: int | None = None
 
     def overlaps(self, other: Shard) -> bool:
-        """Whether some document is in both."""
+        """Whether the two shards share documents."""
         if (self.kind, self.location) != (other.kind, other.location):
             return False
         return (self.stop is None or other.start < self.stop) and (other.stop is None or self.start < other.stop)
 
 
 def shards_of(source: str | Iterable[str], text_kind: str = "file") -> list[Shard]:
-    """The shards that a source (or several) names; files are checked to exist, the hub is not asked.
+    """The shards of a source, or of several. Checks that files exist, but does not contact the hub.
 
     Args:
         source: one source or several; see the module's table.
-        text_kind: what a plain text file is: "file" or "wikitext".
+        text_kind: how a plain text file is read: "file" or "wikitext".
 
     Raises:
         DataError: for files that are missing or empty.
-        ConfigError: for a source that cannot be understood.
+        ConfigError: for an invalid source.
     """
     sources = [source] if isinstance(source, str) else list(source)
     shards = [shard for one in sources for shard in _shards_of_one(str(one), text_kind)]
@@ -96,10 +96,10 @@ def shards_of(source: str | Iterable[str], text_kind: str = "file") -> list[Shar
 
 
 def documents(shards: Iterable[Shard]) -> Iterator[Document]:
-    """All documents of the shards, in their order, read as they are needed.
+    """All documents of the shards, in order, read lazily.
 
     Raises:
-        DataError: for what cannot be read; names the file, and the line where there is one.
+        DataError: if a file cannot be read; names the file and, if possible, the line.
     """
     for shard in shards:
         texts = islice(_READERS[shard.kind](shard.location), shard.start, shard.stop)
@@ -167,9 +167,9 @@ def _files_of(name: str) -> list[str]:
 
 
 def _json_lines(location: str) -> Iterator[str]:
-    # Not through `datasets`: inside a loader's worker its streams deal their files out once more, so that all workers
-    # but the first would read nothing of a single file; it infers a schema from the first 10 MB, and cannot name the
-    # number of a bad line.
+    # Not with `datasets`: inside a loader's worker its streams divide their files among the workers once more, so that
+    # all but the first would read nothing of a single file; it infers a schema from the first 10 MB, and cannot name
+    # the number of a bad line.
     with (
         _reading(location),
         fsspec.open(_address(location), "rt", encoding="utf-8", compression="infer", newline="\n") as file,
@@ -200,7 +200,7 @@ def _whole_file(location: str) -> Iterator[str]:
 
 def _read_file(location: str) -> str:
     try:
-        # newline="" keeps a lone "\r": WikiText's rows are told apart by "\n" alone
+        # newline="" keeps a lone "\r": only "\n" separates WikiText's rows
         with open(location, encoding="utf-8", newline="") as file:
             return file.read()
     except UnicodeDecodeError as error:
@@ -210,7 +210,7 @@ def _read_file(location: str) -> str:
 
 
 def _wikitext_rows(location: str) -> list[str]:
-    """Rows as the hub has them: a line with its newline, or the empty string for a blank line."""
+    """Rows as on the hub: a line with its newline, or the empty string for a blank line."""
     if not location.endswith(".parquet"):
         lines = _read_file(location).split("\n")
         rows = [line + "\n" for line in lines[:-1]] + lines[-1:] * bool(lines[-1])
@@ -238,17 +238,17 @@ def _wikitext_articles(location: str) -> Iterator[str]:
 
 @contextmanager
 def _reading(location: str) -> Iterator[None]:
-    """Turns what a reader raises into a DataError that names the file."""
+    """Turns errors of a reader into a DataError that names the file."""
     try:
         yield
     except SparsefitError:
         raise
-    except Exception as error:  # compression, Parquet, the file system and the network share no narrower base
+    except Exception as error:  # errors of compression, Parquet, files and the network have no common base class
         raise DataError(f"{location} cannot be read: {error or type(error).__name__}. {_way_out(location)}") from error
 
 
 def _address(location: str) -> str:
-    """Where to read a location from: a hub file may lie in the local cache; else the hub must answer."""
+    """The path or URL to read a location from: the local cache of a hub file, else the hub, which must be reachable."""
     if not location.startswith(_HUB):
         return location
     from huggingface_hub import try_to_load_from_cache

@@ -1,4 +1,4 @@
-"""Data sets of token windows: the endlessly long one that training reads, and the small ones kept in memory."""
+"""Data sets of token windows: the streamed one for training, and small ones in memory for calibration and tests."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from sparsefit.data.data_position import Place, samples_dealt
 from sparsefit.data.packing import deal, draw_crops, pack, shuffled
-from sparsefit.data.position import Place, samples_dealt
 from sparsefit.data.text import Document, Shard, documents, wikitext_as_one
 from sparsefit.errors import CalibrationError, ConfigError
 
@@ -47,19 +47,20 @@ class Windows(Dataset[Tensor]):
 
 
 class PackedText(IterableDataset[Tensor]):
-    """One epoch of packed training windows, shuffled, read as it is needed.
+    """One epoch of packed training windows, shuffled, read lazily.
 
-    Each worker of a loader reads its own documents. Ranks read the same ones and share the windows out among
-    themselves, so that all get equally many, and different ones. Epoch, seed and number of workers set the order.
+    Each worker of a loader reads its own documents. All ranks read the same documents and divide the windows among
+    themselves, so that each gets the same number of different windows. The order depends on the epoch, the seed and the
+    number of workers.
 
     Args:
         shards: the training text.
-        tokenizer: with an end-of-text token, which closes each document.
+        tokenizer: a tokenizer with an end-of-text token, which closes each document.
         length: tokens in a window.
-        seed: of the order.
+        seed: the seed of the order.
         excluded: names of documents that are left out.
-        rank: of this process.
-        world_size: number of processes.
+        rank: the rank of this process.
+        world_size: the number of processes.
         shuffle_buffer: documents, and windows, kept in memory to draw from.
     """
 
@@ -83,7 +84,7 @@ class PackedText(IterableDataset[Tensor]):
         self.world_size = world_size
         self.shuffle_buffer = shuffle_buffer
         self.epoch = 0
-        self.taken: tuple[int, ...] = ()  # windows of each worker's that are done: by other numbers of ranks
+        self.taken: tuple[int, ...] = ()  # windows of each worker that were taken with other numbers of ranks
 
     def __iter__(self) -> Iterator[Tensor]:
         info = get_worker_info()
@@ -99,12 +100,12 @@ class PackedText(IterableDataset[Tensor]):
 
 
 class TrainLoader(DataLoader):
-    """A loader of `PackedText` that asks for the epoch, and for the batches to skip, whenever it is iterated.
+    """A loader of `PackedText` that starts at the current position in the training data whenever it is iterated.
 
     Args:
         dataset: the training windows.
-        position: gives the place where training goes on.
-        settings: as `torch.utils.data.DataLoader` takes them.
+        position: returns the position where training continues.
+        settings: for `torch.utils.data.DataLoader`.
     """
 
     def __init__(self, dataset: PackedText, position: Callable[[], Place], **settings: Any) -> None:
@@ -121,7 +122,7 @@ class TrainLoader(DataLoader):
 def loader(
     dataset: Dataset[Tensor], batch_size: int, num_workers: int, position: Callable[[], Place] | None = None
 ) -> DataLoader:
-    """Batches {"input_ids": int64 (batch, length)} of a data set; with `position`, a `TrainLoader`."""
+    """A loader of batches {"input_ids": int64 (batch, length)}; with `position`, a `TrainLoader`."""
     settings: dict[str, Any] = {
         "batch_size": batch_size,
         "num_workers": num_workers,
@@ -141,16 +142,16 @@ def tokenised(texts: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> 
     """(name, token ids) of each document, with the special tokens of the tokenizer; a few are tokenised at a time."""
     texts = iter(texts)
     while group := list(islice(texts, _TOKENISED_AT_ONCE)):
-        # verbose=False: documents longer than the model's context are meant to be cut, not warned of
+        # verbose=False: no warning for documents longer than the model's context, which are cut later
         encoded = tokenizer([text for _, text in group], verbose=False)["input_ids"]
         yield from ((name, ids) for (name, _), ids in zip(group, encoded, strict=True))
 
 
 def evaluation_windows(shards: list[Shard], tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[Tensor]:
-    """Non-overlapping windows of a text, in its order, as perplexities are published.
+    """Non-overlapping windows of a text, in order, as for published perplexities.
 
-    WikiText's rows are joined by two newlines and tokenised once, special tokens included; the documents of other
-    texts are each closed by the end token.
+    WikiText's rows are joined by two newlines and tokenised once, including special tokens; in other texts each
+    document is closed by the end token.
     """
     for shard in (shard for shard in shards if shard.kind == "wikitext"):
         ids = tokenizer(wikitext_as_one(shard), verbose=False)["input_ids"]
@@ -167,16 +168,16 @@ def calibration_windows(
     """`count` windows of text drawn at random, for calibration.
 
     Args:
-        shards: the text; documents are drawn from 10,000 of them at a time, without replacement.
-        tokenizer: of the model.
-        count: windows.
+        shards: the text; documents are drawn without replacement, from a buffer of 10,000.
+        tokenizer: the model's tokenizer.
+        count: the number of windows.
         length: tokens in a window.
         method: "crop" takes a random crop of each document that has more than `length` tokens, as the papers of
             SparseGPT and Wanda do; "pack" joins documents, each closed by the end token.
-        seed: of the draw.
+        seed: the seed of the draw.
 
     Raises:
-        CalibrationError: where the text is too short; says what there is and what is needed.
+        CalibrationError: if the text is too short; says what there is and what is needed.
     """
     generator = generator_of(seed)
     texts = shuffled(documents(shards), _CALIBRATION_BUFFER, generator)
@@ -197,7 +198,7 @@ def end_of(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id of the tokenizer's end-of-text token.
 
     Raises:
-        ConfigError: where it has none.
+        ConfigError: if it has none.
     """
     if tokenizer.eos_token_id is None:
         raise ConfigError(
@@ -207,7 +208,7 @@ def end_of(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def generator_of(*seeds: int) -> torch.Generator:
-    """A generator seeded by several numbers: equal numbers, equal draws."""
+    """A random number generator seeded by several numbers."""
     seed = 0
     for number in seeds:
         seed = (seed * 1_000_003 + number + 1) % 2**63
@@ -215,7 +216,7 @@ def generator_of(*seeds: int) -> torch.Generator:
 
 
 def _part(shards: list[Shard], worker: int, workers: int) -> Iterator[Document]:
-    """The documents of one worker: whole shards where there are enough of them, else every `workers`-th document."""
+    """The documents of one worker: whole shards if there are enough of them, else every `workers`-th document."""
     if len(shards) >= workers:
         yield from documents(shards[worker::workers])
     else:
@@ -229,5 +230,5 @@ def _recorded(pairs: Iterable[tuple[Name, list[int]]], names: list[Name]) -> Ite
 
 
 def _init_worker(_: int) -> None:
-    # a forked worker must not use the threads of the tokenizer, which complains at length when it finds out
+    # a forked worker must not use the tokenizer's threads, which would print a long warning
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -1,4 +1,4 @@
-"""Windows of text that a model wrote: written once, batch by batch, and kept in a file that many runs can read."""
+"""Windows of text that a model generated: written once, batch by batch, to a file that many runs can read."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from sparsefit.data.windows import generator_of
 from sparsefit.errors import DataError
 
 Progress = Callable[[int, int], None]
-"""Told (batches done, all batches) of a rank."""
+"""Called with (batches done, all batches) of a rank."""
 
 _FORMAT = 1
 
 
 @dataclass(frozen=True)
 class WrittenText:
-    """A file of windows, named by a digest of all that decides what stands in it.
+    """A file of windows, named by a digest of everything that determines its content.
 
     Args:
-        folder: where it lies.
+        folder: the folder of the file.
         kind: "calibration" or "training".
-        windows: how many.
-        length: tokens in each.
-        batch_size: windows that are written at once; a batch has a seed of its own, and can be written alone.
-        decided_by: whatever else decides the text: the model's digest, the settings of sampling, the seed.
+        windows: the number of windows.
+        length: tokens in a window.
+        batch_size: windows that are generated at once; each batch has its own seed and is independent of the others.
+        decided_by: everything else that determines the text: the model's digest, the sampling settings, the seed.
     """
 
     folder: Path
@@ -48,23 +48,23 @@ class WrittenText:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that decides the text."""
+        """Everything that determines the text."""
         sizes = {"windows": self.windows, "length": self.length, "batch_size": self.batch_size}
         return {"format": _FORMAT, "kind": self.kind} | sizes | dict(self.decided_by)
 
     @property
     def digest(self) -> str:
-        """A digest of all that decides the text."""
+        """A digest of `settings`."""
         return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def path(self) -> Path:
-        """The file."""
+        """The path of the file."""
         return self.folder / f"{self.kind}-{self.digest}.npy"
 
     @property
     def batches(self) -> int:
-        """Into how many batches the windows are cut."""
+        """The number of batches."""
         return -(-self.windows // self.batch_size)
 
     def lying_in(self, folder: Path) -> WrittenText:
@@ -72,10 +72,10 @@ class WrittenText:
         return replace(self, folder=folder)
 
     def read(self) -> numpy.ndarray:
-        """The windows, int32 (windows, length), read from the disk as they are needed.
+        """The windows, int32 (windows, length), memory-mapped.
 
         Raises:
-            DataError: where the file is damaged.
+            DataError: if the file is damaged.
         """
         try:
             found = numpy.load(self.path, mmap_mode="r", allow_pickle=False)
@@ -93,20 +93,20 @@ class WrittenText:
         world_size: int = 1,
         barrier: Callable[[], None] = lambda: None,
     ) -> None:
-        """Write the file: each rank its batches, in a part of its own, and the first rank the whole.
+        """Write the file: each rank writes its batches to a part file, and the first rank joins the parts.
 
-        What a process that was killed has written of its part is kept, and is not written again. The file itself is
-        there only once it is whole.
+        Batches that a killed process has written to its part are kept, and not generated again. The file itself exists
+        only once it is complete.
 
         Args:
-            write_batch: gives the windows from one number up to another, (windows, length) int64 on the CPU.
+            write_batch: called with a start and a stop; generates these windows, (windows, length) int64 on the CPU.
             progress: called after each batch of this rank.
-            rank: of this process.
-            world_size: number of processes, which must all see the folder.
-            barrier: waits for all of them.
+            rank: the rank of this process.
+            world_size: the number of processes, which must all see the folder.
+            barrier: waits for all processes.
 
         Raises:
-            DataError: where the folder cannot be written to, or the ranks do not share it.
+            DataError: if the folder cannot be written to, or the ranks do not share it.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ class WrittenText:
             for batch in range(rank, self.batches, world_size):
                 start, stop = batch * self.batch_size, min((batch + 1) * self.batch_size, self.windows)
                 if not part[start:stop].all():
-                    part[start:stop] = write_batch(start, stop).numpy() + 1  # 0 is what is not written yet
+                    part[start:stop] = write_batch(start, stop).numpy() + 1  # 0 marks tokens that are not written yet
                 progress()
             part.flush()
             barrier()
@@ -129,13 +129,13 @@ class WrittenText:
             )
 
     def _part(self, rank: int, world_size: int) -> numpy.memmap:
-        """The part of a rank, as far as it has been written; a sparse file of the shape of the whole."""
+        """The part file of a rank, with what it has written so far; a sparse file of the shape of the whole."""
         path, shape = self._part_path(rank, world_size), (self.windows, self.length)
         try:
             part = open_memmap(path, mode="r+")
             if part.shape == shape and part.dtype == numpy.int32:
                 return part
-        except (OSError, ValueError, EOFError):  # there is none, or it broke off within its first line
+        except (OSError, ValueError, EOFError):  # it does not exist, or its header is incomplete
             pass
         return open_memmap(path, mode="w+", dtype=numpy.int32, shape=shape)
 
@@ -151,7 +151,7 @@ class WrittenText:
         self.path.with_suffix(".json").write_text(told, encoding="utf-8")
         os.replace(partial, self.path)
         del parts, whole
-        for left in self.folder.glob(f"{self.path.name}.part*-of-*"):  # of an earlier number of ranks, too
+        for left in self.folder.glob(f"{self.path.name}.part*-of-*"):  # also those of other numbers of ranks
             left.unlink(missing_ok=True)
 
     def _part_path(self, rank: int, world_size: int) -> Path:
@@ -159,13 +159,13 @@ class WrittenText:
 
 
 class WrittenWindows(IterableDataset[Tensor]):
-    """One epoch of windows that a model wrote, shuffled; ranks and workers share them out among themselves.
+    """One epoch of windows that a model generated, shuffled and divided among ranks and workers.
 
     Args:
         text: the windows, int32 (windows, length).
-        seed: of the order, beside the epoch.
-        rank: of this process.
-        world_size: number of processes.
+        seed: the seed of the order, which also depends on the epoch.
+        rank: the rank of this process.
+        world_size: the number of processes.
     """
 
     def __init__(self, text: numpy.ndarray, seed: int, rank: int = 0, world_size: int = 1) -> None:
@@ -174,7 +174,7 @@ class WrittenWindows(IterableDataset[Tensor]):
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
-        self.taken: tuple[int, ...] = ()  # windows of each worker's that are done: by other numbers of ranks
+        self.taken: tuple[int, ...] = ()  # windows of each worker that were taken with other numbers of ranks
 
     def __iter__(self) -> Iterator[Tensor]:
         info = get_worker_info()
@@ -189,4 +189,4 @@ def as_window(row: numpy.ndarray) -> Tensor:
     return torch.from_numpy(row.astype(numpy.int64))
 
 
-_WAY_OUT = "Remove it, and the next run that needs it writes it anew; a run that is resumed needs it as it was"
+_WAY_OUT = "Remove it, and the next run that needs it generates it again; a resumed run needs the original file"

@@ -1,4 +1,4 @@
-"""What a model is worth: perplexity and zero-shot tasks of language models, accuracy of image classifiers."""
+"""Evaluation: perplexity and zero-shot tasks of language models, accuracy of image classifiers."""
 
 from sparsefit.evaluation.accuracy import accuracy
 from sparsefit.evaluation.perplexity import perplexity

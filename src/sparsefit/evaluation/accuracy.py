@@ -25,10 +25,10 @@ _ONE_SIZE = ("deit", "vit")  # their position embeddings are for one number of p
 def accuracy(
     model: nn.Module, batches: Iterable[ImageBatch], progress: Callable[[int], None] | None = None
 ) -> dict[str, float]:
-    """Share of the images whose label has the highest logit, or is among the five highest.
+    """The share of images whose label has the highest logit, or one of the five highest.
 
-    The model is in evaluation mode meanwhile; afterwards each of its modules is in the mode it was in. A head of fewer
-    than five classes gives a top-5 accuracy of 1.
+    The model is evaluated in evaluation mode; afterwards each module is back in its previous mode. A head of fewer than
+    five classes has a top-5 accuracy of 1.
 
     Args:
         model: an image classifier of transformers, or a module that maps images to logits; batches move to its device.
@@ -40,8 +40,8 @@ def accuracy(
         {"accuracy": ..., "top5_accuracy": ...}, each in [0, 1].
 
     Raises:
-        DataError: where there is no image, or labels or images do not fit the model.
-        SparsefitError: where logits are not finite.
+        DataError: if there is no image, or labels or images do not fit the model.
+        SparsefitError: if logits are not finite.
     """
     device = next(model.parameters()).device
     metrics: MetricCollection | None = None
@@ -86,26 +86,25 @@ def images_of(batch: ImageBatch | Tensor) -> Tensor:
 
 
 def images_and_labels(batch: ImageBatch) -> tuple[Tensor, Tensor]:
-    """The two parts of a labelled batch.
+    """The images and the labels of a batch.
 
     Raises:
-        DataError: where it lacks one of them.
+        DataError: if it lacks one of them.
     """
     return images_of(batch), _part(batch, LABEL_KEYS, 1, "labels")
 
 
 def image_logits(model: nn.Module, images: Tensor) -> Tensor:
-    """What a model says of images: (batch, classes).
+    """A model's logits for images: (batch, classes).
 
     Args:
-        model: an image classifier of transformers, or a module that maps images to logits; weights of a half precision
-            get images of that precision.
+        model: an image classifier of transformers, or a module that maps images to logits; images are converted to the
+            dtype of its weights.
         images: (batch, channels, height, width), floating point.
 
     Raises:
-        DataError: where the model cannot take such images, as its configuration tells, or as it fails on images of
-            another size than that.
-        ConfigError: where it gives something else than logits.
+        DataError: if the model cannot take such images by its configuration, or fails on images of another size.
+        ConfigError: if it returns anything but logits.
     """
     check_images(images, getattr(model, "config", None))
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), images.dtype)
@@ -122,11 +121,11 @@ def image_logits(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def check_images(images: Tensor, config: Any = None) -> None:
-    """See that a model of this configuration of transformers can take the images.
+    """Check that a model with this transformers configuration can take the images.
 
     Raises:
-        DataError: for images that are no batch of floats, have another number of channels, or another size where the
-            model is for one size.
+        DataError: for images that are not a batch of floats, have another number of channels, or another size although
+            the model only takes one size.
     """
     if images.ndim != 4 or not images.is_floating_point():
         raise DataError(
@@ -153,7 +152,7 @@ def check_images(images: Tensor, config: Any = None) -> None:
 
 @contextmanager
 def _fitting(model: nn.Module, images: Tensor) -> Iterator[None]:
-    """Turns what a model raises for images of another size than its own into a DataError that names both."""
+    """Turns a model's error for images of another size than its own into a DataError that names both sizes."""
     side = getattr(getattr(model, "config", None), "image_size", None)
     try:
         yield
@@ -171,14 +170,14 @@ def _fitting(model: nn.Module, images: Tensor) -> Iterator[None]:
 
 
 def checked_labels(labels: Tensor, logits: Tensor) -> Tensor:
-    """The labels as int64, once they are known to name classes of the head.
+    """The labels as int64, after checking that they are classes of the head.
 
     Args:
         labels: (batch,), of an integer type.
         logits: (batch, classes).
 
     Raises:
-        DataError: where they do not; names a wrong label, the number of classes and the way out.
+        DataError: if they are not; names a wrong label, the number of classes and the way out.
     """
     count, classes = logits.shape
     if labels.shape != (count,) or labels.is_floating_point():
@@ -202,10 +201,10 @@ def checked_labels(labels: Tensor, logits: Tensor) -> Tensor:
 
 
 def check_finite(logits: Tensor, what: str) -> None:
-    """See that logits are numbers.
+    """Check that logits are finite.
 
     Raises:
-        SparsefitError: where one is not; `what` names the batch.
+        SparsefitError: if one is not; `what` names the batch.
     """
     if not bool(torch.isfinite(logits).all()):
         bad = int((~torch.isfinite(logits)).any(dim=1).sum())

@@ -13,27 +13,27 @@ from torch.nn import functional as F
 from sparsefit.errors import DataError, SparsefitError
 
 IGNORED = -100
-"""The label of a token that does not count, as in transformers."""
+"""The label of a token that is ignored in the loss, as in transformers."""
 
 
 @torch.no_grad()
 def perplexity(
     model: nn.Module, batches: Iterable[Mapping[str, Tensor]], progress: Callable[[int], None] | None = None
 ) -> float:
-    """exp of the mean next-token loss over all batches; losses are float32 whatever the model's dtype.
+    """exp of the mean next-token loss over all batches; losses are computed in float32 whatever the model's dtype.
 
-    Each token but the first of its window counts once, as in the papers of SparseGPT and Wanda. The model is in
-    evaluation mode meanwhile; afterwards each of its modules is in the mode it was in.
+    Each token except the first of its window counts once, as in the papers of SparseGPT and Wanda. The model is
+    evaluated in evaluation mode; afterwards each module is back in its previous mode.
 
     Args:
         model: a causal language model of transformers, PEFT-wrapped or not; batches move to its device.
         batches: mappings with input_ids (batch, length), and optionally attention_mask and labels of that shape;
-            labels of -100 and masked positions do not count.
+            labels of -100 and masked positions are ignored.
         progress: called with the number of batches done, after each of them.
 
     Raises:
-        DataError: where there is no token to predict.
-        SparsefitError: where a loss is not finite.
+        DataError: if there is no token to predict.
+        SparsefitError: if a loss is not finite.
     """
     device = next(model.parameters()).device
     total, count = 0.0, 0
@@ -57,11 +57,11 @@ def perplexity(
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the next-token losses, and how many tokens it is over.
+    """The sum of the next-token losses, and the number of tokens in it.
 
     Args:
         logits: (batch, length, vocabulary), of any floating dtype.
-        labels: (batch, length), the tokens at the same places; -100 does not count.
+        labels: (batch, length), the tokens at the same positions; -100 is ignored.
 
     Returns:
         The sum in float32 and the count in int64, both of shape ().
@@ -72,12 +72,12 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a model is called with when no loss is asked of it: input_ids, and attention_mask where there is one."""
+    """The model's inputs without a loss: input_ids, and attention_mask if there is one."""
     return {key: batch[key] for key in ("input_ids", "attention_mask") if key in batch}
 
 
 def labels_of(batch: Mapping[str, Tensor]) -> Tensor:
-    """The batch's labels, or else its tokens with the masked positions ignored: (batch, length)."""
+    """The batch's labels, or else its tokens with masked positions set to -100: (batch, length)."""
     if "labels" in batch:
         return batch["labels"]
     if "attention_mask" in batch:
@@ -87,7 +87,7 @@ def labels_of(batch: Mapping[str, Tensor]) -> Tensor:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; at the end each module is back in the mode it was in."""
+    """Evaluation mode inside the context; afterwards each module is back in its previous mode."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:

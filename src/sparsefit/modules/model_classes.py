@@ -1,6 +1,6 @@
-"""Models by the class that their config.json names, all of their weights found; or with a head that is meant to be new.
+"""Loading models with the class that their config.json names, with all weights present; or with a new head on purpose.
 
-transformers fills what it does not find with random numbers and only warns; here that is an error.
+transformers initializes missing weights at random and only warns; here that is an error.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ def whole_model(
 
     Args:
         path: Folder or hub name.
-        kind: A key of `KINDS` that the class must be of; None takes any.
-        allow_unused: Let the weights of parts go that the class has not.
-        local_files_only: Ask no hub.
-        weights: By name, in the place of those at `path`; the parameters of the model share their memory.
-        settings: For `from_pretrained`; with `gguf_file`, a file in `path`, in the place of a config.json.
+        kind: The required kind of the class, a key of `KINDS`; None accepts any.
+        allow_unused: Drop weights of parts that the class does not have.
+        local_files_only: Do not contact the hub.
+        weights: Weights by name to use instead of those at `path`; the parameters of the model share their memory.
+        settings: For `from_pretrained`; `gguf_file` names a file in `path` that replaces config.json.
 
     Raises:
-        ConfigError: where the class is unknown or of another kind, or weights are missing or would be dropped.
+        ConfigError: if the class is unknown or of another kind, or weights are missing or would be dropped.
     """
     model_class = named_class(path, kind, local_files_only, settings.get("gguf_file"))
     source: str | None = path
@@ -64,9 +64,9 @@ def whole_model(
         )
     if (unused := _short(_of_parts_it_has_not(model, info["unexpected_keys"]))) and not allow_unused:
         raise ConfigError(
-            f"{path} holds weights of parts that {type(model).__name__}, the class in its config.json, has not: "
-            f"{unused}. They would be dropped. Correct `architectures` in config.json; or load the model in Python, "
-            "where load_model(..., allow_unused=True) lets them go"
+            f"{path} holds weights of parts that {type(model).__name__}, the class in its config.json, does not have: "
+            f"{unused}. They would be dropped. Correct `architectures` in config.json; or load the model in Python "
+            "with load_model(..., allow_unused=True), which drops them"
         )
     return as_plain(model)
 
@@ -74,17 +74,17 @@ def whole_model(
 def model_with_new_head(
     path: str, kind: str, num_labels: int, local_files_only: bool = False, **settings: Any
 ) -> tuple[PreTrainedModel, list[str]]:
-    """A pretrained body with a new, random head; the paths of the modules that are new.
+    """A pretrained body with a new, random head, and the paths of the new modules.
 
     Args:
-        path: Folder or hub name, of the body alone or with another head, which is dropped.
+        path: Folder or hub name of a body, alone or with another head, which is dropped.
         kind: A key of `KINDS`.
-        num_labels: How many classes the head has.
-        local_files_only: Ask no hub.
+        num_labels: The number of classes of the head.
+        local_files_only: Do not contact the hub.
         settings: For `from_pretrained`.
 
     Raises:
-        ConfigError: where the weights have such a head already, or more than a head is missing.
+        ConfigError: if the weights already have such a head, or more than a head is missing.
     """
     import transformers
 
@@ -115,12 +115,12 @@ def model_with_new_head(
 
 
 def body_of_model(path: str, local_files_only: bool = False, **settings: Any) -> PreTrainedModel:
-    """The body of a model, without the head that it may have.
+    """The body of a model, without its head if it has one.
 
-    A pooler, which no mean over tokens asks, may be new: it is saved with the body, whose class has one.
+    The pooler may be newly initialized, as embeddings by a mean over tokens do not use it; it is saved with the body.
 
     Raises:
-        ConfigError: where other weights are missing.
+        ConfigError: if other weights are missing.
     """
     from transformers import AutoModel
 
@@ -146,12 +146,12 @@ def skeleton(
 
     Args:
         path: Folder or hub name.
-        kind: As of `whole_model`.
-        blocks: How many of its blocks it has; None: all of them.
-        local_files_only: Ask no hub.
-        gguf_file: A file in `path`, in the place of a config.json.
-        dtype: Of the weights.
-        attn_implementation: Of transformers.
+        kind: As in `whole_model`.
+        blocks: Keep only the first so many blocks; None keeps all.
+        local_files_only: Do not contact the hub.
+        gguf_file: A file in `path` that replaces config.json.
+        dtype: The dtype of the weights.
+        attn_implementation: The attention implementation of transformers.
     """
     import transformers
 
@@ -165,18 +165,18 @@ def skeleton(
 
 
 def blocks_in(config: PreTrainedConfig) -> int | None:
-    """How many repeated blocks a model has; None where its configuration has no single number for it."""
+    """The number of repeated blocks of a model; None if its configuration has no single number for it."""
     text = config.get_text_config()
     return None if config.is_encoder_decoder else getattr(text, "num_hidden_layers", None)
 
 
 def with_blocks(config: PreTrainedConfig, blocks: int) -> PreTrainedConfig:
-    """The configuration of the same model with so many blocks, the first ones; of fewer or as many as it has."""
+    """A copy of a configuration with only the first `blocks` blocks, at most as many as it has."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     whole = text.num_hidden_layers
     for name, value in text.to_dict().items():
-        if isinstance(value, list) and len(value) == whole:  # a kind for each block
+        if isinstance(value, list) and len(value) == whole:  # one entry per block
             setattr(text, name, value[:blocks])
     text.num_hidden_layers = blocks
     return config
@@ -185,12 +185,12 @@ def with_blocks(config: PreTrainedConfig, blocks: int) -> PreTrainedConfig:
 def named_class(
     path: str, kind: str | None, local_files_only: bool = False, gguf_file: str | None = None
 ) -> type[PreTrainedModel]:
-    """The class of transformers that a model's config.json names; for a GGUF file, which names none, that of its kind.
+    """The transformers class that a model's config.json names; for a GGUF file, which names none, that of its kind.
 
-    A GGUF file of no given kind is taken for a causal language model.
+    Without a given kind, a GGUF file is assumed to be a causal language model.
 
     Raises:
-        ConfigError: where it names none, one that transformers has not, or one of another kind.
+        ConfigError: if it names no class, one that transformers does not have, or one of another kind.
     """
     import transformers
 
@@ -202,7 +202,8 @@ def named_class(
         return getattr(transformers, KINDS[kind].auto)  # that weights are missing still shows
     found = getattr(transformers, name, None) if name is not None else None
     if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
-        what = f"names {name}, which transformers {transformers.__version__} has not" if name else "names no class"
+        release = transformers.__version__
+        what = f"names {name}, which transformers {release} does not have" if name else "names no class"
         raise ConfigError(
             f"the config.json of {path} {what} (`architectures`): correct it, install the release of transformers that "
             "it was made with, or load the model in Python and give it to the module in place of its name"
@@ -233,16 +234,16 @@ def _way_to_new(kind: str | None) -> str:
 def configuration(
     path: str, local_files_only: bool = False, gguf_file: str | None = None, **_: Any
 ) -> PreTrainedConfig:
-    """What config.json says of a model, or its GGUF file."""
+    """The configuration of a model, from its config.json or its GGUF file."""
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(path, local_files_only=local_files_only, gguf_file=gguf_file)
 
 
 def _of_parts_it_has_not(model: PreTrainedModel, keys: Iterable[str]) -> list[str]:
-    """Of weights without a place those of a part, such as a head, that the model has not.
+    """The unexpected weights that belong to a part, such as a head, that the model does not have.
 
-    Others are leftovers inside its parts: buffers that older releases saved, a second head for pretraining.
+    The remaining ones are leftovers inside its parts: buffers of older releases, a second head for pretraining.
     """
     parts = {name for name, _ in model.named_children()} | {model.base_model_prefix}
     inner = {name for name, _ in model.base_model.named_children()}
@@ -251,7 +252,7 @@ def _of_parts_it_has_not(model: PreTrainedModel, keys: Iterable[str]) -> list[st
 
 
 def _outermost(paths: Iterable[str]) -> set[str]:
-    """Of nested paths the outer ones."""
+    """The paths that are not inside another one."""
     found = set(paths)
     return {path for path in found if not any(path.startswith(f"{other}.") for other in found)}
 

@@ -1,4 +1,4 @@
-"""The optimizers that the modules offer by name."""
+"""The optimizers of the modules, by name."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from sparsefit.extras import need
 from sparsefit.settings import number
 from sparsefit.sharded import is_sharded
 
-_LEAST_IN_8_BITS = 4096  # weights of a tensor from which on AdamW8bit holds moments in 8 bits
+_LEAST_IN_8_BITS = 4096  # AdamW8bit keeps moments in 8 bits for tensors of at least this many weights
 
 
 def check_settings(name: str, choices: tuple[str, ...], learning_rate: float, weight_decay: float) -> None:
-    """See that an optimizer can be had.
+    """Check the settings of an optimizer.
 
     Raises:
         ConfigError: for a rate or a weight decay out of range, a name that is not among the choices, or "adamw_8bit"
@@ -38,7 +38,7 @@ def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
     """The parameters that require a gradient.
 
     Raises:
-        ConfigError: where none does.
+        ConfigError: if no parameter does.
     """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not trained:
@@ -47,7 +47,7 @@ def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 
 def matrices_decay(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups of which the vectors (norms, biases, layer scales) have no weight decay; no group is empty."""
+    """Parameter groups in which vectors (norms, biases, layer scales) have no weight decay; no group is empty."""
     groups: dict[bool, list[nn.Parameter]] = {}
     for parameter in parameters:
         groups.setdefault(parameter.ndim > 1, []).append(parameter)
@@ -61,18 +61,18 @@ def build_optimizer(
     weight_decay: float,
     momentum: float = 0.0,
 ) -> Optimizer:
-    """The optimizer called "adamw", "sgd" (with momentum) or "adamw_8bit" (of bitsandbytes).
+    """Build the optimizer "adamw", "sgd" (with momentum) or "adamw_8bit" (of bitsandbytes).
 
     Args:
-        name: one that `check_settings` let pass.
-        parameters: as torch's optimizers take them: parameters, or groups.
-        learning_rate: of all groups.
-        weight_decay: of groups without their own.
-        momentum: of SGD.
+        name: a name that `check_settings` accepted.
+        parameters: parameters or parameter groups, as for torch's optimizers.
+        learning_rate: the learning rate of all groups.
+        weight_decay: the weight decay of groups without their own.
+        momentum: the momentum of SGD.
 
     Raises:
-        ConfigError: where this release of bitsandbytes has no 8-bit optimizer for the parameters' device, or these are
-            split over devices.
+        ConfigError: if this release of bitsandbytes has no 8-bit optimizer for the parameters' device, or they are
+            sharded over devices.
     """
     if name == "sgd":
         return torch.optim.SGD(parameters, lr=learning_rate, weight_decay=weight_decay, momentum=momentum)
@@ -95,7 +95,7 @@ def build_optimizer(
 
 
 def _steps_on_cpu(optimizer: type[Optimizer]) -> bool:
-    """Whether it can take a step with a tensor large enough for 8 bits."""
+    """Whether an 8-bit optimizer can step a CPU tensor that is large enough for 8-bit moments."""
     probe = nn.Parameter(torch.zeros(_LEAST_IN_8_BITS))
     probe.grad = torch.zeros_like(probe)
     try:

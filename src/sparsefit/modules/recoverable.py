@@ -1,4 +1,4 @@
-"""What the modules of sparsefit share: settings, adapters, the dense teacher, and the optimizer."""
+"""The base class of sparsefit's modules: settings, adapters, the dense teacher, and the optimizer."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ if TYPE_CHECKING:
 
 
 class RecoverableModule(RecoveryMixin, LightningModule):
-    """A model to train: all of it, its kept weights, or adapters on it, with its dense self as the teacher or without.
+    """A model to train: all of it, its kept weights, or adapters on it; optionally with the dense model as teacher.
 
-    A subclass gives its model to `take_model` in its `__init__`.
+    A subclass passes its model to `take_model` in its `__init__`.
 
     Attributes:
-        model: the model, PEFT-wrapped where `adapter` asks for one of PEFT's.
-        teacher: the dense model that the loss looks at, where `distill` is given and a fit has begun.
+        model: the model, PEFT-wrapped if `adapter` is one of PEFT's.
+        dense_teacher: the dense model that teaches, if `distill` is given and a fit has begun.
 
     Args:
         model: "tiny-llama", a folder, a .gguf file or a hub name; in Python also a model.
         adapter: what is trained while the rest is frozen; None trains all of the model.
-        distill: learn from the model as it was when the fit began (dense, if the fit prunes it), and not from the
-            labels alone.
-        learning_rate: of AdamW; it stays as it is unless a callback changes it.
-        weight_decay: of AdamW.
-        optimizer: "adamw", or "adamw_8bit": bitsandbytes' AdamW, which holds its two moments in 8 bits, but those of
-            tensors below 4,096 weights.
+        distill: learn also from the model as it was when the fit began (dense, if the fit prunes it), not only from
+            the labels.
+        learning_rate: the learning rate of AdamW; constant unless a callback changes it.
+        weight_decay: the weight decay of AdamW.
+        optimizer: "adamw", or "adamw_8bit": bitsandbytes' AdamW, which keeps its two moments in 8 bits, except those
+            of tensors below 4,096 weights.
         dtype: the weights' dtype; "auto" is the one they were saved in. A model built in Python keeps its own.
-        gradient_checkpointing: compute activations twice to hold fewer of them.
+        gradient_checkpointing: recompute activations in the backward pass to save memory.
         attn_implementation: transformers' attention: "sdpa", "eager", "flash_attention_2"; None is its choice.
     """
 
@@ -60,7 +60,7 @@ class RecoverableModule(RecoveryMixin, LightningModule):
         attn_implementation: str | None = None,
     ) -> None:
         super().__init__()
-        # As a checkpoint keeps them.
+        # Mappings come from a checkpoint's hyperparameters.
         adapter = AdapterSettings(**adapter) if isinstance(adapter, Mapping) else adapter
         distill = DistillSettings(**distill) if isinstance(distill, Mapping) else distill
         check_settings(optimizer, self.optimizer_names, learning_rate, weight_decay)
@@ -82,17 +82,17 @@ class RecoverableModule(RecoveryMixin, LightningModule):
         self.distill = distill
 
     def take_model(self, base: nn.Module, new_modules: Iterable[str] = ()) -> None:
-        """Make a model the one to train, as the settings say.
+        """Set the model to train, with adapters and gradient checkpointing as configured.
 
-        Loaded in `__init__` and not in configure_model: the model is there to look at, prune or save without a Trainer,
-        a wrong name is told before any data is read, and a resumed run restores into a model of the right shape.
+        This runs in `__init__`, not in configure_model: the model can be inspected, pruned or saved without a Trainer,
+        a wrong name raises before any data is read, and a resumed run restores into a model of the right shape.
 
         Args:
             base: The model.
-            new_modules: Paths of what is random in it, which is trained beside any adapter.
+            new_modules: Paths of randomly initialized modules in it, which are trained in addition to any adapter.
 
         Raises:
-            ConfigError: where a random head should teach.
+            ConfigError: if a model with a random head should be the teacher.
         """
         new = [*new_modules]
         if new and self.distill is not None:
@@ -109,12 +109,12 @@ class RecoverableModule(RecoveryMixin, LightningModule):
         self.model.train()  # from_pretrained returns a model in evaluation mode
 
     def configure_model(self) -> None:
-        """Split the model over the devices, where the trainer's strategy is ModelParallelStrategy."""
+        """Shard the model over devices if the trainer's strategy is ModelParallelStrategy."""
         if self.device_mesh is not None:
             shard(self.model, self.device_mesh)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW over what is trained, at a constant rate."""
+        """The optimizer of the trained parameters, at a constant learning rate."""
         settings = (self.hparams.learning_rate, self.hparams.weight_decay)
         return build_optimizer(self.hparams.optimizer, trained_parameters(self), *settings)
 
@@ -130,7 +130,7 @@ def _checkpoint_gradients(model: PreTrainedModel) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    # A checkpointed block whose inputs need no gradient gives its adapters none either: the embedding of a frozen
-    # base does not, so its output is told to.
+    # Adapters in a checkpointed block get no gradient if the block's input requires none, as with a frozen embedding:
+    # so the embedding's output is set to require one.
     model.enable_input_require_grads()
     model.config.use_cache = False

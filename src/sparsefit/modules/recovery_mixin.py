@@ -1,4 +1,4 @@
-"""What recovers a pruned model in any LightningModule: a dense teacher, and adapters that know their masks."""
+"""A mixin that recovers a pruned model in any LightningModule: distillation from the dense model, masked adapters."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _Answer = TypeVar("_Answer")
 
 
 class RecoveryMixin(_Base):
-    """Distillation and adapters for a LightningModule; it stands before `LightningModule` among the bases.
+    """Distillation and adapters for a LightningModule; list it before `LightningModule` among the bases.
 
     ```python
     class MyModule(RecoveryMixin, LightningModule):
@@ -37,16 +37,17 @@ class RecoveryMixin(_Base):
 
         def training_step(self, batch, batch_idx):
             x, y = batch
-            taught = self.taught(self.net, x)  # before the student's own pass
+            taught = self.taught(self.net, x)  # before the student's forward pass
             logits = self.net(x)
             return self.distilled(cross_entropy(logits, y), logits, taught)
     ```
 
-    The teacher is the module as it is when a fit is set up, so the network must be there by then (made in `__init__`),
-    dense. A module that overrides `setup`, `on_train_start` or `on_load_checkpoint` calls `super()`'s.
+    The teacher is the module at the time when a fit is set up, so the network must exist by then (create it in
+    `__init__`) and be dense. A module that overrides `setup`, `on_train_start` or `on_load_checkpoint` must call
+    `super()`.
 
     Attributes:
-        distill: How the dense model teaches; None where it does not.
+        distill: How the dense model teaches; None without distillation.
         dense_teacher: The dense model, once a fit has been set up.
     """
 
@@ -54,10 +55,10 @@ class RecoveryMixin(_Base):
     dense_teacher: DenseTeacher | None = None
 
     def setup(self, stage: str) -> None:
-        """Take the module as it is now, before it is pruned or a checkpoint is read, as the teacher.
+        """Make the module as it is now, before it is pruned or a checkpoint is loaded, the teacher.
 
         Raises:
-            ConfigError: where it has no parameters yet.
+            ConfigError: if it has no parameters yet.
         """
         super().setup(stage)
         if stage != "fit" or self.distill is None:
@@ -73,14 +74,14 @@ class RecoveryMixin(_Base):
             self.dense_teacher = DenseTeacher(self)
 
     def on_train_start(self) -> None:
-        """Let the teacher go of all that it shares with the module."""
+        """Reduce the teacher's copy to the dense values that the module no longer has, now that it is pruned."""
         super().on_train_start()
         if self.dense_teacher is not None:
             self.dense_teacher.settle(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Fill up a checkpoint that holds only what changes, and give masked adapters their masks: for
-        `load_from_checkpoint`, which knows no callbacks."""
+        """Complete a checkpoint that lacks the weights of the base, and give masked adapters their masks: for
+        `load_from_checkpoint`, which runs no callbacks."""
         super().on_load_checkpoint(checkpoint)
         left_out = (checkpoint.get("sparsefit") or {}).get("base")
         if left_out is not None and not left_out["entries"].keys() <= checkpoint["state_dict"].keys():
@@ -90,12 +91,12 @@ class RecoveryMixin(_Base):
             bind_masks(self, MaskSet.from_state_dict(masks))
 
     def taught(self, call: Callable[..., _Answer], *args: Any, **kwargs: Any) -> _Answer | None:
-        """What `call(*args, **kwargs)` gives with the dense model, without gradients; None where there is no teacher.
+        """The result of `call(*args, **kwargs)` with the dense weights, without gradients; None without a teacher.
 
-        To be asked before the student's own pass, as that keeps its weights for the backward pass.
+        Call this before the student's forward pass, as autograd then keeps the student's weights for the backward pass.
 
         Raises:
-            ConfigError: where the teacher still shares its weights with the student.
+            ConfigError: if the teacher still shares its weights with the student.
         """
         if self.dense_teacher is None:
             return None
@@ -108,7 +109,7 @@ class RecoveryMixin(_Base):
             return call(*args, **kwargs)
 
     def taught_alone(self, taught: Any) -> bool:
-        """Whether what the teacher gives is all that the loss looks at, and no labels are needed (a weight of 1)."""
+        """Whether the loss depends on the teacher alone, so that no labels are needed (a weight of 1)."""
         return taught is not None and self.distill is not None and self.distill.weight == 1
 
     def distilled(
@@ -117,10 +118,10 @@ class RecoveryMixin(_Base):
         """The loss, mixed with the distance from the teacher, which is logged as train_divergence.
 
         Args:
-            loss: On the labels; it may be None where `taught_alone`.
-            student: What the student gives: logits (..., classes), unless `distance` says otherwise.
-            taught: What the teacher gives, of the same shape; None leaves the loss as it is.
-            counted: (...) bool; False leaves a place out. None counts all.
+            loss: The loss on the labels; may be None if `taught_alone`.
+            student: The student's output: logits (..., classes), unless `distance` is overridden.
+            taught: The teacher's output, of the same shape; None returns the loss unchanged.
+            counted: (...) bool; positions that are False are left out. None counts all.
         """
         if taught is None or self.distill is None:
             if loss is None:
@@ -133,5 +134,5 @@ class RecoveryMixin(_Base):
         return away if loss is None else (1 - self.distill.weight) * loss + self.distill.weight * away
 
     def distance(self, student: Tensor, taught: Tensor, counted: Tensor | None = None) -> Tensor:
-        """How far the student is from the teacher: the divergence of logits. For other outputs override it."""
+        """The distance between student and teacher: the divergence of logits. Override it for other outputs."""
         return divergence(student, taught, counted, self.distill.temperature if self.distill is not None else 1.0)

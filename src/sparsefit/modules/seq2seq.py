@@ -1,4 +1,4 @@
-"""A sequence-to-sequence model to train, from text or from sound: a LightningModule that knows nothing of pruning."""
+"""A LightningModule that trains a sequence-to-sequence model on text or audio; it contains no pruning code."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from torchmetrics.text import Perplexity, WordErrorRate
 from sparsefit.errors import ConfigError
 from sparsefit.evaluation.perplexity import IGNORED
 from sparsefit.modules.loading import find_feature_extractor
-from sparsefit.modules.measured import Batch, MeasuredModule, check_loss, inputs_of, labels_of
+from sparsefit.modules.measured_module import Batch, MeasuredModule, check_loss, inputs_of, labels_of
 from sparsefit.recovery.adapters import AdapterSettings
 from sparsefit.recovery.distill import DistillSettings
 from sparsefit.settings import as_text, number
 
 
 class Seq2SeqModule(MeasuredModule):
-    """Training of an encoder-decoder of transformers, such as T5 or Whisper: all of it, its kept weights, or adapters.
+    """Training of a transformers encoder-decoder, such as T5 or Whisper: all of it, its kept weights, or adapters.
 
-    Batches are mappings: what the model's processor gives (input_ids and attention_mask, or input_features), and
-    "labels" (batch, length), the tokens to write, of which -100 does not count.
+    Batches are mappings: the outputs of the model's processor (input_ids and attention_mask, or input_features), and
+    "labels" (batch, length), the target tokens, in which -100 is ignored.
 
     Attributes:
-        feature_extractor: what makes sound into inputs, where the model came with one; it is exported with the model.
+        feature_extractor: the model's audio feature extractor, if it has one; it is exported with the model.
 
     Args:
         model: a folder or a hub name; in Python also a model.
         adapter: what is trained while the rest is frozen; None trains all of the model. T5's attention has the layers
             q, k, v and o.
-        distill: learn from the model as it was when the fit began (dense, if the fit prunes it), and not from the
-            labels alone.
-        generated_tokens: have the model write up to so many tokens for each input whenever it is measured, and count
-            the words that are wrong, as for speech recognition; 0 does not.
+        distill: learn also from the model as it was when the fit began (dense, if the fit prunes it), not only from
+            the labels.
+        generated_tokens: in validation and tests, generate up to so many tokens for each input to measure the word
+            error rate, as for speech recognition; 0 does not.
         **settings: of `RecoverableModule`: learning_rate, weight_decay, optimizer, dtype, gradient_checkpointing,
             attn_implementation.
     """
 
     metrics: ClassVar[dict[str, str]] = {"perplexity": "lower", "token_accuracy": "higher"}
-    """What `evaluate` measures, and which way is better: each token given the true ones before it. With
-    `generated_tokens` also word_error_rate."""
+    """What `evaluate` measures, and whether higher or lower is better; each token is predicted from the true ones
+    before it. With `generated_tokens` also word_error_rate."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Seq2SeqModule(MeasuredModule):
         self.feature_extractor = find_feature_extractor(model) if isinstance(model, str) else None
 
     def new_figures(self) -> nn.ModuleDict:
-        """Loss, perplexity, token_accuracy, and word_error_rate where the model writes."""
+        """Loss, perplexity, token_accuracy, and word_error_rate with `generated_tokens`."""
         figures = nn.ModuleDict(
             {"loss": MeanMetric(), "perplexity": Perplexity(ignore_index=IGNORED), "token_accuracy": BinaryAccuracy()}
         )
@@ -85,11 +85,11 @@ class Seq2SeqModule(MeasuredModule):
             figures["word_error_rate"].update(*self._written(batch, labels))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The model's own mean loss of a token, logged as train_loss; mixed with the divergence from the teacher,
-        logged as train_divergence, where there is one.
+        """The model's own mean loss per token, logged as train_loss. If there is a teacher, it is mixed with the
+        divergence from the teacher, logged as train_divergence.
 
         Raises:
-            SparsefitError: where the loss is not a number.
+            SparsefitError: if the loss is NaN.
         """
         labels = labels_of(batch)
         taught = self.taught(self._call, batch)
@@ -108,7 +108,7 @@ class Seq2SeqModule(MeasuredModule):
         return self.model(**self._fitting(batch))
 
     def _fitting(self, batch: Batch) -> dict[str, Any]:
-        """A batch whose numbers are of the precision of the weights."""
+        """A batch with its floating-point tensors in the dtype of the weights."""
         dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
         return {
             name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
@@ -116,7 +116,7 @@ class Seq2SeqModule(MeasuredModule):
         }
 
     def _written(self, batch: Batch, labels: Tensor) -> tuple[list[str], list[str]]:
-        """What the model writes, and what it should."""
+        """The generated texts and the target texts."""
         if self.tokenizer is None:
             raise ConfigError(
                 "generated_tokens needs a tokenizer to read what the model writes, and there is none in its folder: "

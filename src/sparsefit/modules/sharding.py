@@ -1,4 +1,4 @@
-"""Splitting a model over devices by FSDP2, as Lightning's ModelParallelStrategy asks its modules to."""
+"""Sharding a model over devices with FSDP2, as Lightning's ModelParallelStrategy requires of its modules."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Split the parameters of a model over devices: each repeated block by itself, and the rest together.
+    """Shard the parameters of a model over devices: each repeated block is one FSDP unit, the rest another.
 
-    A module of one's own does this for its network:
+    A custom module calls this for its network:
 
     ```python
     def configure_model(self):
@@ -27,17 +27,18 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
             shard(self.net, self.device_mesh)
     ```
 
-    Each parameter stays in the dtype it has, in which it is gathered, too, so that a model computes what it would on
-    one device; in mixed precision that is autocast's affair. All of a device's parameters are split whenever no pass is
-    under way, those outside blocks, too: what writes to the parts is then seen by the next pass.
+    Each parameter keeps its dtype and is gathered in it, so that the model computes what it would on one device; mixed
+    precision is left to autocast. Between passes all parameters are resharded, including those outside blocks, so that
+    changes of the shards take effect in the next pass.
 
     Args:
-        model: What the module calls in its steps; each process has all of it. A second time changes nothing.
+        model: The network that the module calls in its steps; each process has all of it. Calling this again changes
+            nothing.
         mesh: A LightningModule's `device_mesh`.
 
     Raises:
-        ConfigError: if the mesh splits matrices (tensor parallelism), or what is trained in a block has several dtypes
-            and cannot be told apart.
+        ConfigError: if the mesh splits matrices (tensor parallelism), or the trained parameters of a block have
+            several dtypes and cannot be put in separate units.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -55,15 +56,15 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def _of_other_dtype(unit: nn.Module) -> list[nn.Module]:
-    """The parts of what shall be gathered together whose trained parameters have another dtype than its adapters, or
-    most of what trains: FSDP2 reduces the gradients of a unit in one tensor. They become units of their own."""
+    """The modules in a unit whose trained parameters have another dtype than its adapters or, without adapters, than
+    most trained parameters. They become separate units, as FSDP2 reduces the gradients of a unit in one tensor."""
     trained = [
         (part, name, parameter)
         for part in unit.modules()
         for name, parameter in part.named_parameters(recurse=False)
         if parameter.requires_grad and not is_sharded(parameter)
     ]
-    # An adapter reads the parameters under it past their layer, whose own unit would not be gathered then.
+    # An adapter reads the parameters of its base layer directly; a separate unit would not be gathered then.
     adapters = {id(part) for layer in unit.modules() if hasattr(layer, "base_layer") for part in layer.modules()}
     dtypes = Counter(parameter.dtype for part, _, parameter in trained if id(part) in adapters)
     dtypes = dtypes or Counter(parameter.dtype for *_, parameter in trained)
@@ -74,8 +75,8 @@ def _of_other_dtype(unit: nn.Module) -> list[nn.Module]:
     for part, name in others.items():
         if part is unit or id(part) in adapters or any(True for _ in part.children()):
             raise ConfigError(
-                f"a {type(part).__name__} of the model trains its {name} in {getattr(part, name).dtype}, and others "
-                f"beside it train in {usual}, which FSDP2 cannot split together: train in one dtype (dtype: float32), "
-                "or leave this out of what is trained (train_biases, modules_to_save)"
+                f"a {type(part).__name__} of the model trains its {name} in {getattr(part, name).dtype}, and other "
+                f"parameters of its block in {usual}, which FSDP2 cannot shard together: train in one dtype (dtype: "
+                "float32), or leave this out of what is trained (train_biases, modules_to_save)"
             )
     return list(others)

@@ -1,4 +1,4 @@
-"""A causal language model larger than memory: its weights are copied to a file for each block, which are the model."""
+"""Streaming a causal language model larger than memory: its parameters are memory-mapped files, one per block."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from sparsefit.errors import ConfigError, RunFolderError
 from sparsefit.modules.loading import Dtype, configuration_of, find_tokenizer, load_skeleton, load_weights, torch_dtype
 from sparsefit.modules.model_classes import whole_model
 from sparsefit.pruning.blocks import find_block_lists
-from sparsefit.pruning.mapped import MappedWeights
+from sparsefit.pruning.mapped_weights import MappedWeights
 from sparsefit.recovery.inspection import open_tensors, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _INDEX = "model.safetensors.index.json"
-_MASKS = 1 / 16  # of the bytes of weights in 16 bits: one bit each
+_MASKS = 1 / 16  # the size of masks, one bit a weight, relative to 16-bit weights
 
 
 class StreamedModel(NamedTuple):
-    """A model whose parameters are files."""
+    """A model whose parameters are memory-mapped files."""
 
     model: PreTrainedModel
     weights: MappedWeights
@@ -39,22 +39,21 @@ class StreamedModel(NamedTuple):
 def stream_causal_lm(
     name: str, folder: Path, dtype: Dtype = "float32", attn_implementation: str | None = None
 ) -> StreamedModel:
-    """The causal language model in a folder, as a copy in another one: its parameters are the files of the copy.
+    """Copy a causal language model to another folder and load it with the files of the copy as its parameters.
 
-    The copy is a model folder in Hugging Face layout, with the weights of a block in one file. At no time is more in
-    memory than the largest file. What changes a parameter changes the copy. Where the weights are stored under other
-    names, or in other pieces, than those of transformers' class (experts one by one), transformers converts them on the
-    disk first.
+    The copy is a model folder in Hugging Face layout, with the weights of each block in one file. At no time is more
+    than the largest file in memory. Changing a parameter changes the copy. If the weights are stored under other names
+    or in other pieces than in transformers' class (experts one by one), transformers converts them on disk first.
 
     Args:
         name: A local folder with weights in safetensors files.
-        folder: Where the copy goes: an empty folder.
-        dtype: Of the copy: "float32", "bfloat16", "float16", or "auto" for what the model was saved in.
-        attn_implementation: As of `load_model`.
+        folder: An empty folder for the copy.
+        dtype: The dtype of the copy: "float32", "bfloat16", "float16", or "auto" for that of the saved model.
+        attn_implementation: As in `load_model`.
 
     Raises:
-        ConfigError: if the folder is none, or its weights are not those of transformers' class of the model.
-        RunFolderError: if there are no weights in safetensors files, or the disk has no room.
+        ConfigError: if it is not a model folder, or its weights are not those of transformers' class of the model.
+        RunFolderError: if there are no weights in safetensors files, or too little free disk space.
     """
     source = _local(name)
     config = configuration_of(name)
@@ -75,7 +74,7 @@ def stream_causal_lm(
     weights = MappedWeights(files)
     model = load_weights(name, weights.tensors, wanted, attn_implementation)
     _check_mapped(source, model, weights)
-    _write_beside(model, source, folder)
+    _copy_other_files(model, source, folder)
     return StreamedModel(model, weights)
 
 
@@ -90,12 +89,12 @@ def _local(name: str) -> Path:
 
 
 class _Stored:
-    """What safetensors files hold; no tensor of theirs is read before it is asked for.
+    """The tensors of safetensors files, each read only when it is needed.
 
     Attributes:
-        files: Where each tensor is, by its name.
-        shapes: Their shapes.
-        sizes: The bytes of each in the dtype that is wanted.
+        files: The file of each tensor, by name.
+        shapes: The shape of each tensor.
+        sizes: The bytes of each tensor in the wanted dtype.
     """
 
     def __init__(self, files: Iterable[Path], dtype: torch.dtype | None) -> None:
@@ -110,10 +109,10 @@ class _Stored:
                     self.sizes[name] = tensor.numel() * self._wanted(tensor).itemsize
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Some of the tensors, in the dtype that is wanted."""
+        """Read some of the tensors, in the wanted dtype."""
         names, found = list(names), {}
         for file in dict.fromkeys(self.files[name] for name in names):
-            with open_tensors(file) as tensors:  # anew: what was read of a file leaves memory with it
+            with open_tensors(file) as tensors:  # reopened each time: closing releases the memory
                 own = [name for name in names if self.files[name] == file]
                 found |= {name: tensors[name].to(self._wanted(tensors[name])) for name in own}
         return found
@@ -123,12 +122,12 @@ class _Stored:
 
 
 def _lacking(bare: nn.Module, stored: _Stored) -> list[str]:
-    """The parameters of a model that are stored under none of their names."""
+    """The parameters of a model that are not stored under any of their names."""
     return [names[0] for names in _names_of(bare) if not stored.shapes.keys() & names]
 
 
 def _converted(source: Path, scratch: Path, dtype: torch.dtype | None) -> list[Path]:
-    """The files of a copy whose weights have the names and shapes of transformers' class: it makes them on the disk."""
+    """Convert a model on disk to the weight names and shapes of transformers' class; returns the files."""
     moved = {"device_map": {"": "disk"}, "offload_folder": str(scratch / "offloaded")}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
@@ -150,7 +149,7 @@ def _check_fit(source: Path, bare: nn.Module, stored: _Stored) -> None:
 
 
 def _names_of(model: nn.Module) -> list[list[str]]:
-    """The names of each parameter: several where weights are tied."""
+    """The names of each parameter: several if weights are tied."""
     names: dict[int, list[str]] = {}
     for name, own in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(own), []).append(name)
@@ -158,7 +157,7 @@ def _names_of(model: nn.Module) -> list[list[str]]:
 
 
 def _by_block(bare: nn.Module, names: Iterable[str]) -> list[list[str]]:
-    """The names of tensors: those outside of the blocks, and those of each block."""
+    """Group tensor names: those outside the blocks, and those of each block."""
     blocks = {id(block) for blocks in find_block_lists(bare) for block in blocks}
     paths = [f"{path}." for path, module in bare.named_modules() if id(module) in blocks]
     groups: dict[str, list[str]] = {"": []} | {path: [] for path in paths}
@@ -178,7 +177,7 @@ def _check_room(folder: Path, sizes: dict[str, int], copies: int = 1) -> None:
 
 
 def _copy(stored: _Stored, groups: list[list[str]], folder: Path) -> list[Path]:
-    """Write each group of tensors to a file, and the index of them all."""
+    """Write each group of tensors to a file, and an index of all of them."""
     files = [folder / f"model-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1)]
     for file, names in zip(files, groups, strict=True):
         save_file(stored.read(names), file, metadata={"format": "pt"})
@@ -204,8 +203,8 @@ def _check_mapped(source: Path, model: nn.Module, weights: MappedWeights) -> Non
         )
 
 
-def _write_beside(model: PreTrainedModel, source: Path, folder: Path) -> None:
-    """What lies beside the weights in a model folder."""
+def _copy_other_files(model: PreTrainedModel, source: Path, folder: Path) -> None:
+    """Write the files of a model folder other than the weights: configurations and tokenizer."""
     model.config.save_pretrained(folder)
     if (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")

@@ -1,4 +1,4 @@
-"""Classifiers of texts and of tokens to train: LightningModules that know nothing of pruning."""
+"""LightningModules that train classifiers of texts and of tokens; they contain no pruning code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from sparsefit.errors import ConfigError, DataError
 from sparsefit.evaluation.perplexity import IGNORED
-from sparsefit.modules.measured import Batch, MeasuredModule, check_loss, inputs_of, labels_of
+from sparsefit.modules.measured_module import Batch, MeasuredModule, check_loss, inputs_of, labels_of
 from sparsefit.recovery.adapters import AdapterSettings
 from sparsefit.recovery.distill import DistillSettings
 from sparsefit.settings import as_text, number
@@ -19,7 +19,7 @@ from sparsefit.settings import as_text, number
 
 class _ClassifierModule(MeasuredModule):
     metrics: ClassVar[dict[str, str]] = {"accuracy": "higher", "f1": "higher"}
-    """What `evaluate` measures, and which way is better. f1 is the mean over classes."""
+    """What `evaluate` measures, and whether higher or lower is better. f1 is the mean over classes."""
     kind: ClassVar[str]
 
     def __init__(
@@ -43,10 +43,10 @@ class _ClassifierModule(MeasuredModule):
         self.take_named(model, self.kind, num_labels, new_head)
 
     def take_model(self, base: nn.Module, new_modules: Any = ()) -> None:
-        """As `RecoverableModule`.
+        """As in `RecoverableModule`.
 
         Raises:
-            ConfigError: for a head of another size than was asked for, or of another problem than one class each.
+            ConfigError: for a head of another size than `num_labels`, or one that does not predict a single class.
         """
         config, wanted = base.config, self.hparams.num_labels
         self.classes: int = config.num_labels
@@ -65,7 +65,7 @@ class _ClassifierModule(MeasuredModule):
         super().take_model(base, new_modules)
 
     def setup(self, stage: str) -> None:
-        """As `RecoveryMixin`; and name the classes of a new head as the data do."""
+        """As in `RecoveryMixin`; also gives the classes of a new head the names in the data."""
         super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         names = getattr(data, "class_names", None) if self.hparams.new_head else None
@@ -88,7 +88,7 @@ class _ClassifierModule(MeasuredModule):
         """Adds a batch to the metrics.
 
         Raises:
-            DataError: where labels do not fit the model.
+            DataError: if labels do not fit the model.
         """
         logits = self.model(**inputs_of(batch)).logits.float().flatten(0, -2)  # (places, classes)
         labels = self._labels(batch).flatten()  # (places,)
@@ -100,12 +100,12 @@ class _ClassifierModule(MeasuredModule):
             figures[name].update(logits[counted], labels[counted])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The mean cross entropy, logged as train_loss; mixed with the divergence from the teacher, logged as
-        train_divergence, where there is one.
+        """The mean cross entropy, logged as train_loss. If there is a teacher, it is mixed with the divergence from the
+        teacher, logged as train_divergence.
 
         Raises:
-            DataError: where labels do not fit the model.
-            SparsefitError: where the loss is not a number.
+            DataError: if labels do not fit the model.
+            SparsefitError: if the loss is NaN.
         """
         labels, inputs = self._labels(batch), inputs_of(batch)
         taught = self.taught(self.model, **inputs)
@@ -131,18 +131,18 @@ class _ClassifierModule(MeasuredModule):
 
 
 class SequenceClassifierModule(_ClassifierModule):
-    """Training of a transformers model that gives each text a class: all of it, its kept weights, or adapters on it.
+    """Training of a transformers model that classifies texts: all of it, its kept weights, or adapters on it.
 
-    Batches are mappings: what the model takes, and "labels" (batch,).
+    Batches are mappings: the model's inputs, and "labels" (batch,).
 
     Args:
         model: a folder or a hub name; in Python also a model.
         adapter: what is trained while the rest is frozen; None trains all of the model. The head is trained and saved
             with PEFT's adapters in any case.
-        distill: learn from the model as it was when the fit began (dense, if the fit prunes it), and not from the
-            labels alone.
-        num_labels: how many classes the head has: of a new head, this many; of another, it is checked.
-        new_head: put a new, untrained head on the model of this name.
+        distill: learn also from the model as it was when the fit began (dense, if the fit prunes it), not only from
+            the labels.
+        num_labels: the number of classes of a new head; for an existing head, it is checked.
+        new_head: put a new, untrained head on the named model.
         label_smoothing: share of each label that is spread over all classes in training, in [0, 1).
         **settings: of `RecoverableModule`: learning_rate, weight_decay, optimizer, dtype, gradient_checkpointing,
             attn_implementation.
@@ -152,9 +152,9 @@ class SequenceClassifierModule(_ClassifierModule):
 
 
 class TokenClassifierModule(_ClassifierModule):
-    """Training of a transformers model that gives each token a class: all of it, its kept weights, or adapters on it.
+    """Training of a transformers model that classifies tokens: all of it, its kept weights, or adapters on it.
 
-    Batches are mappings: what the model takes, and "labels" (batch, length), of which -100 does not count.
+    Batches are mappings: the model's inputs, and "labels" (batch, length), in which -100 is ignored.
 
     Args:
         model: a folder or a hub name; in Python also a model.

@@ -1,4 +1,4 @@
-"""Choosing and keeping sparse weights: a library of pure functions on tensors, for any torch module."""
+"""Choosing which weights to prune, and keeping them at zero: functions on tensors that work for any torch module."""
 
 from sparsefit.pruning.config import Pattern, PruningConfig
 from sparsefit.pruning.masks import MaskSet

@@ -1,4 +1,4 @@
-"""How sparse each matrix becomes. Counts of weights to remove, whose sum is exact to the weight."""
+"""How sparse each matrix becomes: the number of weights to remove from each; their sum is exactly the target."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsefit.errors import ConfigError
 from sparsefit.pruning.config import PruningConfig, layer_name, matches
-from sparsefit.pruning.groups import Part
+from sparsefit.pruning.input_groups import Part
 from sparsefit.pruning.layers.base import PrunableWeight
 from sparsefit.pruning.scores import wanda_score
 
@@ -22,9 +22,9 @@ def allocate(
     parts: Mapping[str, list[Part]] | None = None,
     one_by_one: Callable[[Iterable[PrunableWeight]], Iterable[PrunableWeight]] = iter,
 ) -> dict[str, int]:
-    """How many weights each matrix loses by the configuration's allocation; empty where every comparison group simply
-    loses the same share. OWL needs the block of each weight, and the statistics of its inputs in the dense network; it
-    looks at the weights `one_by_one`.
+    """How many weights each matrix loses under the configuration's allocation; empty if there is no allocation and
+    every comparison group loses the same share. OWL needs `groups` (the block of each weight) and `parts` (input
+    statistics of the dense network); it iterates over `one_by_one(weights)`, so that they need not all be in memory.
 
     >>> allocate([PrunableWeight("fc", Tensor(4, 5), ())], PruningConfig(sparsity=0.25, allocation="uniform"))
     {'fc': 5}
@@ -49,7 +49,7 @@ def allocate(
 
 
 def uniform(sizes: Mapping[str, int], sparsity: Fraction) -> dict[str, int]:
-    """The same share of every matrix, by their sizes, rounded so that floor(sparsity * all weights) go in all.
+    """Remove the same share of every matrix, rounded so that floor(sparsity * all weights) are removed in total.
 
     >>> uniform({"a": 3, "b": 5}, Fraction(1, 2))
     {'a': 2, 'b': 2}
@@ -59,19 +59,19 @@ def uniform(sizes: Mapping[str, int], sparsity: Fraction) -> dict[str, int]:
 
 
 def by_mapping(sizes: Mapping[str, int], sparsity: Fraction, given: Mapping[str, float]) -> dict[str, int]:
-    """The shares that a user gave to some layers; the others share what is left of the total evenly.
+    """The sparsities that the user gave for some layers; the remaining layers share the rest of the total evenly.
 
-    Given is a sparsity by layer name, or the last parts of one; the longest name that fits counts.
+    `given` maps a layer name, or consecutive parts of one, to a sparsity; the longest name that matches is used.
 
     >>> by_mapping({"0.fc.weight": 10, "0.out.weight": 10}, Fraction(1, 2), {"fc": 0.3})
     {'0.fc.weight': 3, '0.out.weight': 7}
     """
     shares: dict[str, Fraction] = {}
     for pattern in sorted(given, key=len):
-        fitting = [name for name in sizes if matches(layer_name(name), [pattern])]
-        if not fitting:
-            raise ConfigError(f"allocation names '{pattern}', and no layer that is pruned is called that")
-        shares |= {name: Fraction(str(given[pattern])) for name in fitting}
+        matching = [name for name in sizes if matches(layer_name(name), [pattern])]
+        if not matching:
+            raise ConfigError(f"allocation names '{pattern}', but no pruned layer has that name")
+        shares |= {name: Fraction(str(given[pattern])) for name in matching}
     fixed = {name: sizes[name] * share for name, share in shares.items()}
     counts = _rounded(fixed, sizes, floor(sum(fixed.values())))
     rest = {name: size for name, size in sizes.items() if name not in shares}
@@ -95,24 +95,25 @@ def owl(
     sparsity: Fraction,
     spread: float = 0.08,
 ) -> dict[str, int]:
-    """Blocks with more outliers keep more (OWL: Yin et al. 2024, arXiv 2310.05175, Section 3).
+    """Blocks with more outliers keep more weights (OWL: Yin et al. 2024, arXiv 2310.05175, Section 3).
 
-    The densities of the blocks lie on a line from the fewest outliers to the most, 2 * spread (lambda) apart, around
-    the mean that gives the total. Groups names the block of each matrix, and outliers has the `outlier_share` of each.
+    A block's density grows linearly with its share of outliers; the lowest and the highest density are 2 * spread
+    (lambda) apart, around the mean that gives the total. `groups` maps each matrix to its block, and `outliers` each
+    block to its `outlier_share`.
 
     >>> owl({"a": 10, "b": 10}, {"a": 0, "b": 1}, {0: 1.0, 1: 3.0}, Fraction(1, 2), spread=0.2)
     {'a': 7, 'b': 3}
     """
     lowest = min(outliers.values())
     width = max(outliers.values()) - lowest
-    # The density above the lowest; the share of the width first, as 1 / width can be too large for a float.
+    # How far each density lies above the lowest. Divide by the width first: 1 / width can overflow a float.
     lean = {g: Fraction((share - lowest) / width * 2 * spread) if width else 0 for g, share in outliers.items()}
     total = floor(sum(sizes.values()) * sparsity)
 
     def removed(shift: Fraction) -> dict[str, Fraction]:
         return {n: size * min(Fraction(1), max(Fraction(0), shift - lean[groups[n]])) for n, size in sizes.items()}
 
-    # The sum grows with the shift; where no density is cut off at 0 or 1 one step finds it.
+    # The sum grows with the shift. If no density is clamped to 0 or 1, the first guess is the solution.
     low, high = Fraction(0), Fraction(1) + max(lean.values())
     shift = Fraction(total + sum(size * lean[groups[n]] for n, size in sizes.items()), sum(sizes.values()))
     for _ in range(60):
@@ -136,7 +137,7 @@ def outlier_share(scores: list[Tensor], threshold: float = 5.0) -> float:
 
 
 def _rounded(shares: Mapping[str, Fraction], sizes: Mapping[str, int], total: int) -> dict[str, int]:
-    """Whole counts near the shares, with the given sum: rounded down, then up where the fraction is largest."""
+    """Round the shares to whole counts with the given sum: down, then up where the fractional part is largest."""
     counts = {name: floor(share) for name, share in shares.items()}
     missing = total - sum(counts.values())
     step = 1 if missing > 0 else -1

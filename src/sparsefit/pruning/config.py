@@ -1,4 +1,4 @@
-"""What to prune and how: the settings of one pruning, checked when they are made."""
+"""What to prune and how: the settings of one pruning run, checked on construction."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sparsefit.pruning.selection import Granularity
 from sparsefit.pruning.statistics import DERIVED
 from sparsefit.settings import as_number, named_settings, number
 
-REGEX = "re:"  # what a pattern for names that is a regular expression begins with
+REGEX = "re:"  # the prefix of a name pattern that is a regular expression
 ALLOCATIONS = ("uniform", "owl")
 CHOICES = {
     "score": SCORES,
@@ -35,7 +35,7 @@ class Pattern(NamedTuple):
 
     @classmethod
     def parse(cls, text: str | int) -> Pattern:
-        """Read "2:4", "4:8", ...; or the whole number 60 N + M, which YAML makes of an unquoted 2:4 (its base 60).
+        """Read "2:4", "4:8", ...; or the integer 60 N + M, as YAML reads an unquoted 2:4 as a base-60 number.
 
         Raises:
             ConfigError: for anything else, or where N is not below M.
@@ -58,7 +58,7 @@ class Pattern(NamedTuple):
 
     @property
     def sparsity(self) -> Fraction:
-        """The share of zeros that the pattern means, exactly."""
+        """The pattern's share of zeros, exactly."""
         return Fraction(self.m - self.n, self.m)
 
 
@@ -69,42 +69,42 @@ class PruningConfig:
 
     Args:
         sparsity: Share of the weights of every comparison group that become zero, in [0, 1). Taken as the
-            decimal it is written as: 0.57 of 300 weights are 171. By default (None) a half; with a pattern, the
+            decimal it is written as: 0.57 of 300 weights are 171. None (the default) is 0.5; with a pattern, the
             pattern's own share.
         pattern: None (unstructured) or "N:M": N non-zeros of every M consecutive weights of a row.
         score: How important a weight is: "wanda", "magnitude", "wanda_l1", "wanda_linf", "sparsegpt", "ria", or one
             added with `register_score`.
         granularity: Which weights compete: "output" (each row of a matrix), "layer" (the whole matrix), "input" (each
-            column), "(output, 128)" or "(input, 128)" (so many rows or columns together), or "variant" (each row loses
-            weights up to a share of its score, the same for all rows: the Wanda variant). None is what the score's
-            authors use. A pattern compares within its groups of M whatever the granularity.
+            column), "(output, 128)" or "(input, 128)" (that many rows or columns together), or "variant" (the Wanda
+            variant: each row loses its smallest scores up to the same share of its sum of scores). None is what the
+            score's authors use. A pattern always compares within its groups of M, whatever the granularity.
         update: "block": blocks are pruned one after the other, and each one's statistics come from the outputs of the
             pruned blocks before it (the paper's order for language models). "none": all statistics come from the dense
             network (the paper's order for image classifiers).
         allocation: How the sparsity is shared out. None: every comparison group loses floor(size * sparsity), as in
             the paper. "uniform": every matrix loses the same share, rounded so that the total is exact to the weight.
             "owl": blocks with more outliers lose less. A mapping from layer names (as in `targets`) to sparsities:
-            those layers lose that share, the others what is left of the total.
+            those layers lose that share, the remaining ones what is left of the total.
         owl_threshold: M of OWL: how many times the mean score makes an outlier.
         owl_spread: Lambda of OWL: how far a block's density may lie from the mean.
-        swaps: Refine each mask by at most so many swaps a row of a kept and a pruned weight, each of which lowers
+        swaps: Refine each mask by at most this many swaps per row of a kept and a pruned weight, each of which lowers
             the layer's error (SparseSwaps). Weights keep their values. Rows keep their number of zeros, columns do not.
         reconstruction: None (kept weights keep their values), "sequential" (the mask first, then the OBS update of the
-            kept weights, column by column), "iterative" (SparseGPT's loop: masks are chosen as the update goes on, 128
-            columns at a time; SparseGPT takes score "sparsegpt", too) or "least_squares" (the kept weights that bring
-            the layer's outputs nearest to the dense ones, exactly).
+            kept weights, column by column), "iterative" (SparseGPT's loop: masks are chosen during the update, 128
+            columns at a time; for SparseGPT itself, set score "sparsegpt" as well) or "least_squares" (the values of
+            the kept weights that bring the layer's outputs closest to the dense ones, solved exactly).
         damping: Share of the Gram matrix's mean diagonal that is added to the diagonal before it is inverted.
         targets: What to prune: names of layers ("q_proj", "mlp.down_proj") or of modules ("vision_tower": all in it),
             globs ("*.experts.*"), or regular expressions ("re:layers\\.[0-7]\\."). None: every layer of a known kind
-            inside the repeated blocks of the model, or, where there are none, all but its output layer; of experts not
-            their routers.
+            inside the repeated blocks of the model or, if it has none, all but its output layer. Routers of experts
+            stay dense.
         exclude: What stays dense, named in the same ways.
-        existing_zeros: What of zeros that the model has already. "keep": they stay zero, and pruning goes on from them
-            to the sparsity that is asked for. "adopt": they are the masks; nothing is scored, and `sparsity` is not
-            looked at. "ignore": a zero is a weight like any other. None: as "ignore", with a note if there are many.
+        existing_zeros: What to do with zeros that the model already has. "keep": they stay zero, and more weights are
+            pruned to reach the sparsity. "adopt": they are the masks; nothing is scored, and `sparsity` is ignored.
+            "ignore": a zero is a weight like any other. None: as "ignore", with a note if there are many.
         micro_batch_size: Calibration samples that go through the model at once. Samples are regrouped to this
             size, so that the result does not depend on how the calibration data was batched.
-        device: Where blocks are computed, one at a time, if that is not where the model is ("cuda").
+        device: The device on which blocks are computed, one at a time, if not the model's own ("cuda").
         states_on_cpu: Keep the calibration samples' hidden states in CPU memory between blocks.
     """
 
@@ -129,7 +129,7 @@ class PruningConfig:
     def __post_init__(self) -> None:
         if self.update == "layer":
             raise ConfigError(
-                "update 'layer' is no longer there, as it won nothing over 'block' in any measurement: take update "
+                "update 'layer' was removed, as it was not better than 'block' in any measurement: use update "
                 "'block', or 'none', which takes one pass of the data as 'layer' did"
             )
         for name, choices in CHOICES.items():
@@ -161,18 +161,18 @@ class PruningConfig:
         varied = granularity.axis == "variant" and self.pattern is None
         if varied and (self.allocation is not None or self.reconstruction == "iterative"):
             raise ConfigError(
-                "granularity 'variant' chooses how many weights each row loses: it goes with no allocation and not "
-                "with reconstruction 'iterative'; take granularity 'output'"
+                "granularity 'variant' chooses how many weights each row loses: it cannot be combined with an "
+                "allocation or with reconstruction 'iterative'; use granularity 'output'"
             )
         if self.existing_zeros == "adopt" and (self.swaps or self.allocation is not None or self.reconstruction):
             raise ConfigError(
-                "existing_zeros 'adopt' takes masks and weights as they are: it goes with no swaps, allocation or "
-                "reconstruction; take existing_zeros 'keep'"
+                "existing_zeros 'adopt' takes masks and weights as they are: it cannot be combined with swaps, "
+                "allocation or reconstruction; use existing_zeros 'keep'"
             )
         if self.reconstruction == "iterative" and self.swaps:
             raise ConfigError(
-                "swaps refine a mask before the weights change, and reconstruction 'iterative' changes them while it "
-                "chooses: take swaps=0, or reconstruction 'sequential' or 'least_squares'"
+                "swaps refine a mask before the weights change, but reconstruction 'iterative' changes them while it "
+                "chooses masks: use swaps=0, or reconstruction 'sequential' or 'least_squares'"
             )
 
     @property
@@ -182,12 +182,12 @@ class PruningConfig:
 
     @property
     def exact_sparsity(self) -> Fraction:
-        """The sparsity as the exact fraction that was asked for."""
+        """The requested sparsity as an exact fraction."""
         return Fraction(str(self.sparsity)) if self.pattern is None else self.structure.sparsity
 
     @property
     def statistics(self) -> frozenset[str]:
-        """The statistics of the inputs that choosing the masks and new values takes: names from `KINDS`."""
+        """The input statistics that are needed to choose the masks and new values: names from `KINDS`."""
         scored = () if self.existing_zeros == "adopt" else SCORES[self.score].needs
         needs = {DERIVED.get(need, need) for need in scored}
         return frozenset(needs | {"gram"} if self.swaps or self.reconstruction else needs)
@@ -214,7 +214,7 @@ def _check_device(device: object) -> None:
     except (RuntimeError, TypeError):
         is_device = False
     if not is_device:
-        raise ConfigError(f"device {device!r} is no device to compute on; it must be such as 'cuda' or 'cuda:1'")
+        raise ConfigError(f"device {device!r} is not a device to compute on; name one, such as 'cuda' or 'cuda:1'")
 
 
 def _checked_allocation(allocation: object) -> str | dict[str, float] | None:
@@ -238,7 +238,7 @@ def _checked_names(field: str, names: object) -> tuple[str, ...]:
         names = (names,)
     if isinstance(names, Mapping) or not isinstance(names, Iterable):
         names = (None,)
-    # Those of a set in an order that is the same in every process.
+    # A set has no fixed order: sort it, so that all processes agree.
     names = sorted(names, key=str) if isinstance(names, Set) else list(names)
     if not all(isinstance(name, str) and name for name in names):
         raise ConfigError(f"{field} must be a list of layer names, such as ['q_proj', 'v_proj']; it is {names!r}")
@@ -257,7 +257,7 @@ def _checked_pattern(field: str, name: str) -> str:
 
 
 def layer_name(weight_name: str) -> str:
-    """The name by which a configuration speaks of a weight: without ".weight" and without an expert's number.
+    """The name of a weight as configurations write it: without ".weight" and without an expert's number.
 
     >>> layer_name("0.fc.weight"), layer_name("0.experts.down_proj[3]")
     ('0.fc', '0.experts.down_proj')
@@ -266,13 +266,13 @@ def layer_name(weight_name: str) -> str:
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    r"""Whether a layer's name fits one of the patterns.
+    r"""Whether a layer's name matches one of the patterns.
 
     Args:
         name: The layer's name.
-        patterns: Each is one or more consecutive parts of a name, so that it means a layer ("q_proj", "mlp.down_proj")
-            as well as everything in a module ("vision_tower", "layers.0"); or a glob ("*.experts.*", "layers.[0-3].*");
-            or, after "re:", a regular expression that is searched for in the name.
+        patterns: Each is one or more consecutive parts of a name, which matches a layer ("q_proj", "mlp.down_proj") or
+            everything in a module ("vision_tower", "layers.0"); or a glob ("*.experts.*", "layers.[0-3].*"); or, after
+            "re:", a regular expression that is searched for in the name.
 
     >>> matches("model.layers.0.q_proj", ["q_proj"]), matches("model.layers.0.q_proj", ["proj"])
     (True, False)

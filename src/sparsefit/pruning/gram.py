@@ -1,8 +1,8 @@
-"""The Gram matrix G = X X^T of a layer's inputs: its scale, its factors and the errors that it tells.
+"""The Gram matrix G = X X^T of a layer's inputs: scaling, Cholesky factors, and the reconstruction error.
 
-A layer's error ||(W' - W) X||_F^2 over the calibration tokens falls apart into rows, one for each output, and needs
-nothing of X but G. That is accumulated in float32: where less than a `RESOLUTION` of an input's power is independent of
-the other inputs, what is left is rounding noise, and dividing by it makes weights that fit nothing but the noise.
+A layer's error ||(W' - W) X||_F^2 over the calibration tokens is a sum over rows, one for each output, and depends on
+X through G alone. G is accumulated in float32: if less than `RESOLUTION` of an input's power is independent of the
+other inputs, the remainder is rounding noise, and dividing by it would fit weights to that noise.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ RESOLUTION = torch.finfo(torch.float32).eps
 
 
 def precise_dtype(device: torch.device) -> torch.dtype:
-    """float64 where the device has it; Apple's GPUs alone do not. Gram matrices of real activations have condition
+    """float64 on devices that have it, which are all but Apple's GPUs. Gram matrices of real activations have condition
     numbers of 1e5 and more even when damped: factoring them in float32 keeps two or three digits.
 
     >>> precise_dtype(torch.device("cpu"))
@@ -26,8 +26,10 @@ def precise_dtype(device: torch.device) -> torch.dtype:
 
 
 def unit_gram(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """G in `precise_dtype` with a mean diagonal of one, and ones for dead inputs; the scale that was taken out, ();
-    which inputs are dead, zero in every token, (in,) bool. A CalibrationError if the matrix is not finite.
+    """Scale G to a mean diagonal of one, with ones on the diagonal for dead inputs (zero in every token).
+
+    Returns G in `precise_dtype`, the scale it was divided by, (), and which inputs are dead, (in,) bool. Raises a
+    CalibrationError if the matrix is not finite.
 
     >>> unit_gram(torch.diag(torch.tensor([4.0, 0.0])))[0].tolist()
     [[2.0, 0.0], [0.0, 1.0]]
@@ -47,19 +49,19 @@ def unit_gram(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def cholesky(systems: Tensor) -> tuple[Tensor, Tensor]:
-    """Lower factors of (..., n, n) systems, and whether each can be relied on: (...).
+    """Lower Cholesky factors of (..., n, n) systems, and whether each can be relied on: (...) bool.
 
     >>> cholesky(torch.ones(2, 2))[1]
     tensor(False)
     """
     lower, info = torch.linalg.cholesky_ex(systems)
-    left = lower.diagonal(dim1=-2, dim2=-1).square()  # of each input's power, what the inputs before do not explain
+    left = lower.diagonal(dim1=-2, dim2=-1).square()  # the part of each input's power that earlier ones do not explain
     power = systems.diagonal(dim1=-2, dim2=-1)
-    return lower, (info == 0) & (left > RESOLUTION * power).all(dim=-1)  # not so for NaN
+    return lower, (info == 0) & (left > RESOLUTION * power).all(dim=-1)  # False for NaN
 
 
 def next_damping(damping: float) -> float:
-    """What to add to the diagonal, as a share of its mean, where so much was too little.
+    """The damping to try after one that was too small; both are shares of the diagonal's mean.
 
     >>> next_damping(0.0), next_damping(0.01)
     (1e-06, 0.1)
@@ -68,7 +70,8 @@ def next_damping(damping: float) -> float:
 
 
 def reconstruction_error(weight: Tensor, changed: Tensor, gram: Tensor) -> Tensor:
-    """(w' - w) G (w' - w)^T of each of (out, in) dense weights and what they became: (out,) in `precise_dtype`.
+    """(w' - w) G (w' - w)^T of each row w of the dense (out, in) weights and w' of the changed ones: (out,) in
+    `precise_dtype`.
 
     >>> reconstruction_error(torch.ones(1, 2), torch.zeros(1, 2), torch.eye(2))
     tensor([2.], dtype=torch.float64)

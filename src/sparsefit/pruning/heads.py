@@ -1,4 +1,4 @@
-"""The parts of a model that stay dense by default: what leads to its output, and what routes tokens to experts."""
+"""The parts of a model that stay dense by default: its output layers, and the routers of its experts."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ _ROUTERS = frozenset({"router", "gate", "gating"})
 
 
 def output_layers(model: nn.Module, blocks: Iterable[nn.Module] = (), trace: Trace | None = None) -> frozenset[str]:
-    """The names of the parameters that lead to a model's output: its head.
+    """The names of the parameters that compute a model's output: its head.
 
-    With a trace they are those that a sample met last. A model has no head where these are several, in the repeated
-    blocks (its residual stream brings them all to the output), or one that blocks share. Without a trace they are what
-    transformers' models keep outside of their `base_model`; in other models the last matrix outside the blocks.
+    With a trace these are the last matrices on a sample's path to the output. A model has no head if that is several
+    matrices in the repeated blocks (the residual stream carries them all to the output), or one that blocks share.
+    Without a trace these are what a transformers model holds outside its `base_model`; in other models the last matrix
+    outside the blocks.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1)))
     >>> output_layers(model)
@@ -42,7 +43,7 @@ def output_layers(model: nn.Module, blocks: Iterable[nn.Module] = (), trace: Tra
 
 
 def _outside_base_models(modules: Iterable[nn.Module]) -> set[int]:
-    """The modules that transformers' models hold beside their base model, by id, and their output embeddings."""
+    """The ids of the modules that transformers models hold outside their base model, and of their output embeddings."""
     heads: set[int] = set()
     for module in modules:
         if callable(getattr(module, "get_output_embeddings", None)):
@@ -55,9 +56,9 @@ def _outside_base_models(modules: Iterable[nn.Module]) -> set[int]:
 
 
 def expert_lists(model: nn.Module, blocks: Iterable[nn.Module]) -> dict[str, list[nn.Module]]:
-    """The lists of modules that are experts, by name: those called so, or alike and side by side in a block.
+    """The lists of modules that are experts, by name: lists named "expert", or lists of modules of one type in a block.
 
-    What stands among those called so without parameters is no expert (NLLB keeps its dropout there).
+    In a list named "expert", members without parameters are no experts (NLLB keeps its dropout there).
 
     >>> moe = nn.ModuleDict({"router": nn.Linear(4, 2), "experts": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])})
     >>> list(expert_lists(moe, []))
@@ -78,10 +79,10 @@ def expert_lists(model: nn.Module, blocks: Iterable[nn.Module]) -> dict[str, lis
 
 
 def routers(model: nn.Module, weights: Iterable[PrunableWeight], blocks: Iterable[nn.Module]) -> set[str]:
-    """The names of the weights that say which experts a token goes to, or how much of a shared expert it gets.
+    """The names of the weights that decide which experts a token is sent to, or how much of a shared expert it gets.
 
-    They stand beside the experts (beside a module of that name, too, where it computes them in a way of its own, as
-    DBRX's does), and have a row for each of these, or a single one, or the name of a router.
+    A router is in the same module as the experts (or as a module named "experts", even if that computes them in its
+    own way, as DBRX does), and has one row for each expert, or a single row, or the name of a router.
 
     >>> moe = nn.ModuleDict({"choice": nn.Linear(4, 2), "experts": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])})
     >>> weights = [weight for name, module in moe.named_modules() for weight in matrices_of(module, name)]
@@ -89,15 +90,15 @@ def routers(model: nn.Module, weights: Iterable[PrunableWeight], blocks: Iterabl
     {'choice.weight'}
     """
     modules, found = base_modules(model), set()
-    beside = [(_parent(name), name, len(members)) for name, members in expert_lists(model, blocks).items()]
+    places = [(_parent(name), name, len(members)) for name, members in expert_lists(model, blocks).items()]
     for name, module in modules.items():
         for _, stack, _ in find_stacks(module):
             alone = not any(matrices_of(child) for child in module.modules() if child is not module)
-            beside.append((_parent(name), name, len(stack)) if alone else (name, name, len(stack)))
+            places.append((_parent(name), name, len(stack)) if alone else (name, name, len(stack)))
         if name.rpartition(".")[2] == "experts":
-            beside.append((_parent(name), name, 0))
+            places.append((_parent(name), name, 0))
     for weight in weights:
-        for holder, experts, count in beside:
+        for holder, experts, count in places:
             prefix = f"{holder}." if holder else ""
             own = weight.index is not None or (experts != holder and weight.name.startswith(f"{experts}."))
             if own or not weight.name.startswith(prefix):

@@ -1,4 +1,4 @@
-"""The kept weights that minimise each output's error, from the Gram matrix G of the inputs (see `gram`)."""
+"""The values of the kept weights that minimise each output's error, from the Gram matrix G of the inputs."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from torch import Tensor
 from sparsefit.pruning.gram import cholesky, next_damping, precise_dtype, reconstruction_error, unit_gram
 
 TEMPORARY_BYTES = 256 * 2**20
-DIRECT_WORK = 5e11  # multiply-adds of a GPU's factorisations, a second or so; above it all rows are solved together
+DIRECT_WORK = 5e11  # multiply-adds of factorisations on a GPU (about a second); above it, conjugate gradients are used
 ROWS_TOGETHER = 4096
-STRONG_DIRECTIONS = 64  # of a Gram matrix: the columns of F in `_solve_together`
+STRONG_DIRECTIONS = 64  # leading directions of a Gram matrix: the columns of F in `_solve_together`
 ITERATIONS = 50
-ENOUGH = 2e-3  # the share of its error that an iteration must take from some row for another one to follow
+ENOUGH = 2e-3  # iterate while one lowers the error of some row by more than this share
 
 
 def least_squares(weight: Tensor, mask: Tensor, gram: Tensor, damping: float = 0.0) -> tuple[Tensor, float]:
     """The kept weights of each row that minimise its error, exactly: G_KK w'_K = (G w)_K for the kept set K; and the
-    largest damping that a row took. Dense weights, (out, in), of any floating dtype become float32.
+    largest damping that a row needed. Takes dense weights, (out, in), of any floating dtype; returns float32.
 
-    Solved for the change u = w'_K - w_K: (G_KK + damping I) u = (G d)_K, where d holds the row's pruned weights.
-    Damping, a share of the mean of diag(G), so pulls towards the original weights, and weights of dead inputs stay as
-    they are. A row that rounding left worse than its masked original keeps the original.
+    Solved for the change u = w'_K - w_K: (G_KK + damping I) u = (G d)_K, where d holds the row's pruned weights. So
+    damping, a share of the mean of diag(G), pulls towards the original weights, and weights of dead inputs do not
+    change. A row for which rounding gives a larger error than masking alone keeps its masked weights.
 
-    Each row needs a factorisation of its own, of kept^3 / 6 multiply-adds in `precise_dtype`: at half the weights,
-    0.25 s a row of 4,096 inputs on one CPU core. A GPU solves the rows of large layers together, by conjugate
-    gradients: about ten products of the weights and the Gram matrix leave the error within 1% of the lowest.
+    Each row needs its own factorisation, kept^3 / 6 multiply-adds in `precise_dtype`: with half of 4,096 weights kept,
+    0.25 s a row on one CPU core. A GPU solves the rows of large layers together, by conjugate gradients: about ten
+    products of the weights and the Gram matrix bring the error within 1% of the minimum.
 
     >>> gram = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
     >>> least_squares(torch.ones(1, 2), torch.tensor([[False, True]]), gram)
@@ -50,14 +50,14 @@ def least_squares(weight: Tensor, mask: Tensor, gram: Tensor, damping: float = 0
 
 
 def _take_better(changed: Tensor, rows: Tensor, original: Tensor, candidate: Tensor, system: Tensor) -> None:
-    """Puts candidates into the rows whose error they lower; not so for NaN."""
+    """Replace rows with their candidates where these lower the error (a NaN does not)."""
     before, after = (reconstruction_error(original, new, system) for new in (changed[rows], candidate.float()))
     changed[rows] = torch.where((after < before)[:, None], candidate.float(), changed[rows])
 
 
 def _kept_systems(gram: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """G_KK of each row, (rows, most kept, most kept), identity at the padding; the columns of its kept weights, and
-    which of them are no padding, (rows, most kept)."""
+    """G_KK of each row, (rows, k, k), where k is the largest number of kept weights and padding is the identity; the
+    columns of the kept weights, (rows, k); and which of these are not padding, (rows, k)."""
     places = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : int(mask.sum(dim=1).max())]
     valid = mask.gather(1, places)
     systems = gram[places[:, :, None], places[:, None, :]]
@@ -67,7 +67,8 @@ def _kept_systems(gram: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _solve(systems: Tensor, right: Tensor, damping: float) -> tuple[Tensor, float]:
-    """Solves (rows, n, n) systems for (rows, n) right sides, damped as little as works; the largest damping taken."""
+    """Solve (rows, n, n) systems for (rows, n) right sides, raising the damping where that fails; returns the solution
+    and the largest damping that was needed."""
     solution = torch.empty_like(right)
     pending = torch.arange(len(right), device=right.device)
     diagonal = systems.diagonal(dim1=1, dim2=2).clone()
@@ -86,9 +87,9 @@ def _solve(systems: Tensor, right: Tensor, damping: float) -> tuple[Tensor, floa
 def _solve_together(weight: Tensor, mask: Tensor, system: Tensor, damping: float) -> Tensor:
     """`least_squares` of all rows at once, by preconditioned conjugate gradients in float32.
 
-    With inputs scaled to a diagonal of one, a Gram matrix is close to F F^T + D, with a diagonal D and a factor F of
-    few columns for its strongest directions: that holds for the kept part of each row, too, and is inverted with
-    matrices of the size of F's columns (Woodbury's identity). About ten iterations do what is left.
+    With inputs scaled to a diagonal of one, a Gram matrix is close to F F^T + D, where D is diagonal and F has few
+    columns, its leading directions. The same holds for the kept part of each row, whose inverse needs only matrices as
+    large as the number of F's columns (Woodbury's identity). With it as preconditioner about ten iterations suffice.
     """
     scale = (system.diagonal() + damping).sqrt()
     matrix = (system / scale / scale[:, None]).float().fill_diagonal_(1)
@@ -105,7 +106,7 @@ def _solve_together(weight: Tensor, mask: Tensor, system: Tensor, damping: float
 
 
 def _conjugate_gradients(matrix: Tensor, strong: Tensor, kept: Tensor, right: Tensor, error: Tensor) -> Tensor:
-    """Solves matrix_KK u = right_K for each of (rows, in), until no row's (rows,) error falls by much any more."""
+    """Solve matrix_KK u = right_K for each row of (rows, in), until no row's error, (rows,), falls by `ENOUGH`."""
     approximate_inverse = _approximate_inverse(strong, kept)
     solution, residual, left = torch.zeros_like(right), right * kept, error
     preconditioned = approximate_inverse(residual)
@@ -121,7 +122,7 @@ def _conjugate_gradients(matrix: Tensor, strong: Tensor, kept: Tensor, right: Te
         if bool((gained <= ENOUGH * left.clamp_min(1e-6 * error)).all()):
             break
         preconditioned = approximate_inverse(residual)
-        # Polak and Ribiere's form: rounding in the approximate inverse does not turn the directions into wrong ones.
+        # Polak and Ribiere's form, which tolerates rounding errors in the approximate inverse.
         turned = -(change * preconditioned).sum(dim=1, keepdim=True)
         direction = preconditioned.addcmul(_share(turned, product), direction)
         product = (residual * preconditioned).sum(dim=1, keepdim=True)
@@ -129,12 +130,12 @@ def _conjugate_gradients(matrix: Tensor, strong: Tensor, kept: Tensor, right: Te
 
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:
-    """part / whole, and nothing of nothing: rows that are solved stand still."""
+    """part / whole, and 0 for 0 / 0: rows that are solved no longer change."""
     return torch.where(whole > 0, part / whole, 0)
 
 
 def _strong_directions(matrix: Tensor) -> Tensor:
-    """F, (in, few), so that matrix is about F F^T plus a diagonal: a subspace iteration, the same in each run."""
+    """F, (in, few), such that the matrix is about F F^T plus a diagonal; by deterministic subspace iteration."""
     generator = torch.Generator(matrix.device).manual_seed(0)
     few = min(STRONG_DIRECTIONS, len(matrix))
     basis = torch.randn(len(matrix), few, generator=generator, device=matrix.device)
@@ -145,7 +146,8 @@ def _strong_directions(matrix: Tensor) -> Tensor:
 
 
 def _approximate_inverse(strong: Tensor, kept: Tensor) -> Callable[[Tensor], Tensor]:
-    """The product of (rows, in) with the inverses of each row's kept part of F F^T + D, whose diagonal is one."""
+    """A function that multiplies each row of (rows, in) by the inverse of the kept part of F F^T + D, whose diagonal is
+    one."""
     few = strong.shape[1]
     weights = kept / (1 - strong.square().sum(dim=1)).clamp_min_(1e-3)  # (rows, in)
     inner = weights @ (strong[:, :, None] * strong[:, None, :]).flatten(1)

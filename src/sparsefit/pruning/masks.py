@@ -1,4 +1,4 @@
-"""The masks of a pruned model: one bit a weight, applied, verified, saved, loaded, and told apart by a digest."""
+"""The masks of a pruned model, at one bit a weight: applying, verifying, saving and loading them, and their digest."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
-    """The bool tensor of a shape from its packed bytes.
+    """The bool tensor of a shape, from the bytes of `pack_bits`.
 
     >>> unpack_bits(torch.tensor([176], dtype=torch.uint8), (2, 2)).tolist()
     [[True, False], [True, True]]
@@ -57,7 +57,7 @@ def unpack_bits(packed: Tensor, shape: tuple[int, ...], device: torch.device | s
 
 
 def split_name(name: str) -> tuple[str, int | None]:
-    """The parameter that a mask's name speaks of, and which matrix of a stack.
+    """The parameter that a mask's name refers to, and the number of the matrix if the parameter is a stack.
 
     >>> split_name("experts.down_proj[3]"), split_name("fc.weight")
     (('experts.down_proj', 3), ('fc.weight', None))
@@ -73,14 +73,14 @@ class _Packed(NamedTuple):
 
 
 class MaskSet(Mapping[str, Tensor]):
-    """Masks by parameter name, held at one bit a weight.
+    """Masks by parameter name, stored at one bit a weight.
 
     `masks[name]` is a bool tensor (out, in), True = kept. Names are those of the bare model, so a set fits the
     model with and without PEFT's wrappers. Each matrix of a stack of experts has a mask of its own, under the
     parameter's name and its number: "...experts.down_proj[3]".
 
     Attributes:
-        parameters: The names of the masked parameters, and of the masks of each: several for a stack of experts.
+        parameters: For each masked parameter, the names of its masks: several for a stack of experts.
     """
 
     def __init__(self, packed: Mapping[str, _Packed] | None = None) -> None:
@@ -90,8 +90,8 @@ class MaskSet(Mapping[str, Tensor]):
             self._put(name, own)
 
     def add(self, name: str, mask: Tensor, transposed: bool = False) -> Tensor:
-        """Take in the (out, in) bool mask of a parameter; `transposed` if that is stored (in, out). Returns its packed
-        bits, on the CPU."""
+        """Add the (out, in) bool mask of a parameter; `transposed` if the parameter is stored (in, out). Returns the
+        packed bits, on the CPU."""
         bits = pack_bits(mask)
         self._put(name, _Packed(bits, (mask.shape[0], mask.shape[1]), transposed))
         return bits
@@ -105,7 +105,7 @@ class MaskSet(Mapping[str, Tensor]):
         return self.mask(name, "cpu")
 
     def mask(self, name: str, device: torch.device | str) -> Tensor:
-        """The (out, in) mask of a weight on a device: its bits are sent there, not its bools."""
+        """The (out, in) mask of a weight on a device; it is sent there as bits and unpacked there."""
         return unpack_bits(self._packed[name].bits, self._packed[name].shape, device)
 
     def __contains__(self, name: object) -> bool:
@@ -136,7 +136,7 @@ class MaskSet(Mapping[str, Tensor]):
         return sum(zeros for _, zeros in counts) / max(1, sum(size for size, _ in counts))
 
     def digest(self) -> str:
-        """sha256 of names, shapes and bits: equal if and only if the masks are."""
+        """sha256 of names, shapes and bits: equal if and only if the masks are equal."""
         sha = hashlib.sha256()
         for name, packed in sorted(self._packed.items()):
             sha.update(json.dumps([name, packed.shape, packed.transposed]).encode())
@@ -155,7 +155,7 @@ class MaskSet(Mapping[str, Tensor]):
         """Set every pruned weight of a model to zero.
 
         Raises:
-            MaskError: before anything is changed, if a mask has no parameter in the model, or one of another shape.
+            MaskError: before anything is changed, if a mask's parameter is missing or has another shape.
         """
         with torch.no_grad():
             for name, weight in self._found_in(model).items():
@@ -165,7 +165,7 @@ class MaskSet(Mapping[str, Tensor]):
         """Check that every pruned weight of a model, or of tensors by name (a state dict, a file), is exactly zero.
 
         Raises:
-            MaskError: naming the parameters in which weights came back, and how many; or if masks do not fit.
+            MaskError: naming the parameters with non-zero pruned weights, and how many; or if the masks do not fit.
         """
         found = self._found_in(tensors)
         alive = counted(found.values(), lambda weight: _outside(weight, self.mask(weight.name, weight.device)))
@@ -177,14 +177,14 @@ class MaskSet(Mapping[str, Tensor]):
             )
 
     def alive(self, name: str, matrix: Tensor) -> int:
-        """How many pruned weights of an (out, in) matrix are not zero."""
+        """How many pruned weights of an (out, in) matrix are non-zero."""
         return int(_outside(PrunableWeight(name, matrix, ()), self.mask(name, matrix.device)))
 
     def matrices_in(self, tensors: Tensors) -> Iterator[tuple[str, Tensor]]:
-        """The name of each mask and its (out, in) matrix, one after the other; a copy where quantized, else a view.
+        """Yield the name of each mask and its (out, in) matrix: a copy if it is quantized, else a view.
 
         Raises:
-            MaskError: if one is missing (with the nearest names) or has another shape.
+            MaskError: if a matrix is missing (with the nearest names) or has another shape.
         """
         for name, weight in self._found_in(tensors).items():
             yield name, weight.matrix()
@@ -214,7 +214,7 @@ class MaskSet(Mapping[str, Tensor]):
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain tensors and primitives, for a checkpoint."""
+        """The masks as plain tensors and primitives, for a checkpoint."""
         return {name: packed._asdict() | {"shape": list(packed.shape)} for name, packed in self._packed.items()}
 
     @classmethod
@@ -235,8 +235,8 @@ class MaskSet(Mapping[str, Tensor]):
         return cls(found)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file of one bit a weight; a file that was there is replaced only when it is whole. The
-        same masks give the same file, byte for byte."""
+        """Write a safetensors file of one bit a weight; an existing file is replaced only once the new one is complete.
+        The same masks give the same file, byte for byte."""
         shapes = {name: [*packed.shape, packed.transposed] for name, packed in self._packed.items()}
         metadata = {"format": _FORMAT, "masks": json.dumps(shapes), "digest": self.digest()}
         entries: dict[str, Any] = {"__metadata__": metadata}
@@ -253,7 +253,7 @@ class MaskSet(Mapping[str, Tensor]):
 
     @classmethod
     def load(cls, path: str | Path) -> MaskSet:
-        """Read what `save` wrote; a MaskError if the file is missing, damaged or something else."""
+        """Read a file of `save`; a MaskError if it is missing, damaged or another kind of file."""
         path = Path(path)
         if not path.is_file():
             raise MaskError(f"there is no mask file {path}")
@@ -275,7 +275,7 @@ class MaskSet(Mapping[str, Tensor]):
 
 
 def _held_in(tensors: Tensors, wanted: Container[str]) -> tuple[list[str], dict[str, Tensor | nn.Module]]:
-    """The names of all parameters in the bare model, and each wanted one; or its layer if that holds it quantized."""
+    """The names of all parameters in the bare model, and each wanted parameter, or its layer if it is quantized."""
     layers = {}
     if isinstance(tensors, nn.Module):
         reshard(tensors)
@@ -288,12 +288,12 @@ def _held_in(tensors: Tensors, wanted: Container[str]) -> tuple[list[str], dict[
 
 
 def _outside(weight: PrunableWeight, mask: Tensor) -> Tensor:
-    """How many of the weights that are held here are not zero outside an (out, in) mask."""
+    """How many of the weights that this rank holds are non-zero outside an (out, in) mask."""
     return torch.count_nonzero(weight.held().masked_fill(weight.part(mask), 0))
 
 
 def _fits(weight: PrunableWeight, shape: tuple[int, int]) -> bool:
     try:
         return weight.shape == shape
-    except (IndexError, RuntimeError):  # no stack, or none of so many; no matrix to transpose
+    except (IndexError, RuntimeError):  # not a stack, or too few matrices in it; or not a matrix to transpose
         return False

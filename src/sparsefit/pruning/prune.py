@@ -11,16 +11,16 @@ from torch import nn
 
 from sparsefit.calibration.batches import Forward
 from sparsefit.calibration.padding import watching_padding
-from sparsefit.pruning.block_sweep import BlockSweep
+from sparsefit.pruning.block_runner import BlockRunner
 from sparsefit.pruning.config import PruningConfig
-from sparsefit.pruning.groups import InputGroup, Parts, input_groups
+from sparsefit.pruning.input_groups import InputGroup, Parts, input_groups
+from sparsefit.pruning.input_watch import evaluating
 from sparsefit.pruning.layers.base import PrunableWeight
-from sparsefit.pruning.mapped import MappedWeights
+from sparsefit.pruning.mapped_weights import MappedWeights
 from sparsefit.pruning.results import DenseStatistics, PruningResult, checksums
 from sparsefit.pruning.run import PruningRun
-from sparsefit.pruning.sharing import solutions
 from sparsefit.pruning.steps import ByWeight, Solution, Steps
-from sparsefit.pruning.watch import evaluating
+from sparsefit.pruning.work_sharing import solutions
 
 Progress = Callable[[int, int], None]
 
@@ -36,28 +36,27 @@ def prune(
 ) -> PruningResult:
     """Prune a model in place.
 
-    Whatever goes wrong, an error or an interrupt, the model is dense again afterwards, to the bit.
+    After an error or an interrupt the model is dense again, bit for bit.
 
     Args:
-        model: Any module; transformers decoders and PEFT-wrapped models among them (their base is pruned).
-        batches: Calibration data: each a mapping (keyword arguments of the model), a tuple (its positional
-            arguments) or one tensor. The first dimension of each tensor counts the samples, or lists hold a mapping
-            for each; other batches go through whole. What a padding mask leaves out, whichever the model is called
-            with, counts for nothing. Read once. Not needed for magnitude pruning, which then cannot tell what data
-            reaches.
+        model: Any module, including transformers models and PEFT-wrapped models (whose base is pruned).
+        batches: Calibration data: each batch is a mapping (keyword arguments of the model), a tuple (its positional
+            arguments) or one tensor. The first dimension of each tensor is the sample, or lists hold one mapping per
+            sample; other batches are not regrouped. Positions that a padding mask of the model excludes do not count.
+            The data is read once. Magnitude pruning does not need it, but without it cannot tell which layers are used.
         config: What to prune and how; by default Wanda at 50% per output, block by block.
-        forward: How a batch goes through the model; by default the model is called with it, on its device.
-        progress: Called with (steps done, steps in all) as calibration goes on, and with both equal once all
-            weights are pruned; what it raises ends the pruning with the model dense.
-        mapped: The files that the weights are, where the model is larger than the memory: what is not in use is let
-            go, and nothing is kept to undo the pruning. After an error the files are of no use.
+        forward: Runs the model on a batch; by default the model is called with the batch, on its device.
+        progress: Called with (steps done, total steps) during calibration, and with both equal once all weights are
+            pruned. An exception that it raises ends the pruning and restores the dense model.
+        mapped: The memory-mapped files of the weights of a model that is larger than memory. Weights that are not in
+            use are released, and nothing is kept to undo the pruning: after an error the files are not usable.
 
     Returns:
-        The masks and an account of the pruning.
+        The masks and a record of the pruning.
 
     Raises:
         ConfigError: if the configuration does not fit the model.
-        CalibrationError: if there is no calibration data, it does not fit the model, or gives NaN.
+        CalibrationError: if there is no calibration data, or it does not fit the model or gives NaN.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
     >>> prune(model, [torch.randn(16, 4)], PruningConfig(sparsity=0.5)).masks.sparsity
@@ -75,49 +74,49 @@ def prune(
 
 
 def _in_one_pass(run: PruningRun) -> None:
-    """All weights, from statistics of the dense network (the paper's order for image classifiers)."""
+    """Prune all weights from statistics of the dense network (the paper's order for image classifiers)."""
     parts = run.collect(run.weights, run.config.statistics) if run.config.needs_inputs else {}
     run.allocate(parts)
     _prune_weights(run, run.weights, parts)
 
 
 def _block_by_block(run: PruningRun) -> None:
-    """One block after the other, each from what the pruned blocks before it give (the paper's order for language
-    models); what is in no block comes last.
+    """Prune one block after another, each from the outputs of the pruned blocks before it (the paper's order for
+    language models); weights outside the blocks come last.
 
-    With update "none" a block sees what the dense ones before it give. Blocks are taken one by one then, too, where
-    Gram matrices are needed: those of all layers at once are many times the model.
+    With update "none" a block's inputs are the outputs of the dense blocks before it. Blocks still run one by one then
+    if Gram matrices are needed, as those of all layers together are many times the size of the model.
     """
     dense, kinds = run.config.update == "none", run.config.statistics
     if run.config.allocation == "owl":
         run.allocate(run.collect(run.weights, ()))
-    sweeps: Iterable[BlockSweep] = run.sweeps()  # a decoder's inputs come from the pruned encoder,
-    if dense:  # or all of them from the dense model
-        sweeps = list(sweeps)
-        rest = run.collect(run.outside(sweeps), kinds)
-    for sweep in sweeps:
-        for weights in sweep.turns():
-            parts = run.collect(weights, kinds, sweep.run, sweep.to_the_end, sweep.block)
+    runners: Iterable[BlockRunner] = run.block_runners()  # lazily: a decoder's inputs come from the pruned encoder
+    if dense:  # at once: all inputs come from the dense model
+        runners = list(runners)
+        rest = run.collect(run.outside(runners), kinds)
+    for runner in runners:
+        for weights in runner.each_block():
+            parts = run.collect(weights, kinds, runner.run_block, runner.to_the_end, runner.block)
             _prune_weights(run, weights, parts)
-            sweep.advance()
+            runner.advance()
     if not dense:
         rest = run.collect(run.outside(), kinds)
     _prune_weights(run, run.outside(), rest)
 
 
 def _prune_weights(run: PruningRun, weights: Sequence[PrunableWeight], parts: Parts) -> None:
-    """Solve and apply, for those together that see the same inputs; ranks share the groups out."""
+    """Prune weights, in groups that have the same inputs; the groups are divided among ranks."""
     for group, solution in solutions(input_groups(weights, parts), partial(_solve, run)):
         run.apply(group, solution)
 
 
 def _solve(run: PruningRun, group: InputGroup, dense: ByWeight) -> Solution:
-    """Score, mask, (refine,) (update)."""
+    """Score the weights of a group and choose masks; if configured, refine the masks and update the kept weights."""
     config = run.config
     steps = Steps(group, dense, config, run.counts)
     if config.existing_zeros == "adopt":
         return steps.solution(steps.adopt())
-    if config.statistics and not group.says_something:
+    if config.statistics and not group.has_nonzero_inputs:
         return steps.solution(steps.select_by_magnitude())
     if config.reconstruction == "iterative":
         return steps.solution(*steps.iterate())
@@ -135,11 +134,11 @@ def collect_statistics(
     forward: Forward | None = None,
     progress: Progress | None = None,
 ) -> DenseStatistics:
-    """Take, in one pass of the data through a dense model, the statistics that several prunings of it need.
+    """Collect, in one pass of the data through a dense model, the statistics that several pruning runs of it need.
 
-    Each of them is then `prune_from_statistics(model, statistics, config)`, which reads no data and runs nothing. Gram
-    matrices, where a configuration needs them, are held for all layers at once. The model is not changed; arguments
-    and errors are those of `prune`. Of the configurations to come those of update "none" count.
+    Each run is then `prune_from_statistics(model, statistics, config)`, which reads no data and does not run the model.
+    If a configuration needs Gram matrices, those of all layers are held at once. The model is not changed; arguments
+    and errors are those of `prune`. Only configurations with update "none" are considered.
 
     >>> model, config = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)), PruningConfig(update="none")
     >>> statistics = collect_statistics(model, [torch.randn(16, 4)], [config])
@@ -165,10 +164,10 @@ def collect_statistics(
 def prune_from_statistics(
     model: nn.Module, statistics: DenseStatistics, config: PruningConfig, *, progress: Progress | None = None
 ) -> PruningResult:
-    """Prune a model in place by what `collect_statistics` has found on it: reads no data and runs nothing.
+    """Prune a model in place with the statistics of `collect_statistics`, without reading data or running the model.
 
-    The configuration is one of update "none", or one that needs no inputs. A `ConfigError` if the statistics do not
-    fit it, or are of another model.
+    The configuration must have update "none", or need no inputs. Raises a `ConfigError` if the statistics do not fit
+    it, or are of another model.
 
     >>> model, config = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)), PruningConfig(update="none", pattern="2:4")
     >>> statistics = collect_statistics(model, [torch.randn(16, 4)], [config])

@@ -1,7 +1,7 @@
 """New values for the weights that are kept, column by column. Pure functions of weights, masks and the Gram matrix.
 
-Weights come as (out, in) of any floating dtype, dense, and go as float32, exactly zero outside the mask. Nothing here
-changes when the Gram matrix is multiplied by a constant.
+Weights are passed in dense, (out, in), with any floating dtype, and returned as float32, exactly zero outside the mask.
+Multiplying the Gram matrix by a constant changes no result.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ Choose = Callable[[Tensor, slice, Tensor], Tensor]
 class Factor(NamedTuple):
     """The inverse of a damped Gram matrix, (G + damping)^-1 = upper^T upper, for updates column by column.
 
-    Row j of the upper triangle, divided by its diagonal element, is what one unit of error in column j asks of the
-    later columns.
+    Row j of the upper triangle, divided by its diagonal element, is the change of the later columns that compensates
+    one unit of error in column j.
     """
 
     upper: Tensor  # (in, in) float32
-    damping: float  # what worked, as a share of the mean of diag(G)
+    damping: float  # the damping that was used, as a share of the mean of diag(G)
     dead: Tensor  # (in,) bool, inputs that were zero in every token
 
 
 def inverse_factor(gram: Tensor, damping: float = 0.01) -> Factor:
     """Upper Cholesky factor of (G + damping * mean(diag G) I)^-1 (SparseGPT, arXiv 2301.00774, Section 3.3).
 
-    Where the factorisation fails, or leaves nothing but rounding noise of some input, the damping is raised tenfold
-    until it works; at 0.01 that needs a damaged matrix. G^-1 itself is never formed: the factor costs about in^3
-    multiply-adds and four (in, in) matrices in `precise_dtype`.
+    If the factorisation fails, or only rounding noise of some input is left, the damping is raised tenfold until it
+    works; at 0.01 that happens only with a damaged matrix. G^-1 itself is never formed: the factor costs about in^3
+    multiply-adds and memory for four (in, in) matrices in `precise_dtype`.
 
     >>> inverse_factor(torch.diag(torch.tensor([4.0, 4.0])), damping=0.0).upper.tolist()
     [[0.5, 0.0], [0.0, 0.5]]
@@ -55,7 +55,7 @@ def inverse_factor(gram: Tensor, damping: float = 0.01) -> Factor:
 
 
 def inverse_diagonal(factor: Factor) -> Tensor:
-    """diag((G + damping)^-1), (in,) float32; infinite for dead inputs, whose weights cost nothing and so score zero.
+    """diag((G + damping)^-1), (in,) float32; infinite for dead inputs, so that their weights score zero.
 
     >>> inverse_diagonal(inverse_factor(torch.diag(torch.tensor([4.0, 0.0])), damping=0.0))
     tensor([0.2500,    inf])
@@ -64,41 +64,43 @@ def inverse_diagonal(factor: Factor) -> Tensor:
 
 
 def update_sequentially(weight: Tensor, mask: Tensor, factor: Factor, block_size: int = 128) -> Tensor:
-    """Prune column by column; the kept weights of later columns make up for each (optimal brain surgeon, in SparseGPT's
-    order: arXiv 2301.00774, Section 3). Costs out * in^2 multiply-adds; the block size changes the speed alone.
+    """Prune column by column; the kept weights of later columns compensate each error (optimal brain surgeon in
+    SparseGPT's order: arXiv 2301.00774, Section 3). Costs out * in^2 multiply-adds; the block size only affects speed.
 
-    Weights of dead inputs stay as they are: nothing is known of them.
+    Weights of dead inputs do not change, as nothing is known of them.
 
-    >>> gram = torch.tensor([[2.0, 1.0], [1.0, 2.0]])  # the second weight makes up for the first
+    >>> gram = torch.tensor([[2.0, 1.0], [1.0, 2.0]])  # the second weight compensates the first
     >>> update_sequentially(torch.ones(1, 2), torch.tensor([[False, True]]), inverse_factor(gram, damping=0.0))
     tensor([[0.0000, 1.5000]])
     """
-    return _sweep(weight.float(), factor.upper, lambda _, columns, __: mask[:, columns], block_size)[1]
+    return _update(weight.float(), factor.upper, lambda _, columns, __: mask[:, columns], block_size)[1]
 
 
 def prune_iteratively(
     weight: Tensor, factor: Factor, choose: Choose, block_size: int = 128, group: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The mask and the weights by SparseGPT's loop: masks are chosen block by block, on weights that made up for all
-    columns before (arXiv 2301.00774, Algorithm 1). Weights of dead inputs are set to zero first.
+    """The mask and the weights by SparseGPT's loop: masks are chosen block by block, on weights that already compensate
+    the errors of earlier columns (arXiv 2301.00774, Algorithm 1). Weights of dead inputs are set to zero first.
 
     Args:
         weight: (out, in), any floating dtype.
-        factor: of `inverse_factor`.
-        choose: Makes the (out, b) mask of a block of its weights, (out, b), its columns and the diagonal of
-            `factor.upper` there, (b,). SparseGPT's score is `(weights / diagonal) ** 2`.
-        block_size: b, the columns of which weights compete; the last block may be narrower.
-        group: M, to choose in every M columns instead (N:M sparsity), as they come.
+        factor: From `inverse_factor`.
+        choose: Called with the weights of a block of columns, (out, b), the slice of columns and the diagonal of
+            `factor.upper` there, (b,); returns the block's mask, (out, b). SparseGPT's score is
+            `(weights / diagonal) ** 2`.
+        block_size: b, the number of columns whose weights compete; the last block may be narrower.
+        group: M, to choose masks for M columns at a time instead (N:M sparsity).
 
     >>> factor = inverse_factor(torch.eye(2))
     >>> prune_iteratively(torch.tensor([[1.0, 2.0]]), factor, lambda weights, columns, diagonal: weights > 1)
     (tensor([[False,  True]]), tensor([[0., 2.]]))
     """
-    return _sweep(weight.float().masked_fill(factor.dead, 0), factor.upper, choose, block_size, group)
+    return _update(weight.float().masked_fill(factor.dead, 0), factor.upper, choose, block_size, group)
 
 
 def prune_n_of_m(weight: Tensor, factor: Factor, n: int, m: int, block_size: int = 128) -> tuple[Tensor, Tensor]:
-    """`prune_iteratively`, n of every m inputs staying by SparseGPT's own score: on a GPU without leaving its kernel.
+    """`prune_iteratively` with SparseGPT's own score, keeping n of every m inputs; on a GPU in a single kernel per
+    block of columns.
 
     >>> prune_n_of_m(torch.tensor([[1.0, 2.0]]), inverse_factor(torch.eye(2)), 1, 2)
     (tensor([[False,  True]]), tensor([[0., 2.]]))
@@ -108,10 +110,10 @@ def prune_n_of_m(weight: Tensor, factor: Factor, n: int, m: int, block_size: int
         return select_n_of_m(weights.square().div_(diagonal.square()), n, m)
 
     pattern = (n, m) if m <= 64 else None  # what the kernel can choose
-    return _sweep(weight.float().masked_fill(factor.dead, 0), factor.upper, choose, block_size, m, pattern)
+    return _update(weight.float().masked_fill(factor.dead, 0), factor.upper, choose, block_size, m, pattern)
 
 
-def _sweep(
+def _update(
     weight: Tensor,
     upper: Tensor,
     choose: Choose,
@@ -119,14 +121,14 @@ def _sweep(
     group: int | None = None,
     pattern: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The mask and the weights, block by block. A pattern says that `choose` goes by SparseGPT's score."""
+    """The mask and the weights, by blocks of columns. Pass `pattern` only if `choose` uses SparseGPT's score."""
     inputs = weight.shape[1]
     if group is not None:
         if inputs % group:
             raise ValueError(f"{inputs} inputs cannot be cut into groups of {group}")
         block_size = max(block_size // group, 1) * group
     by_kernel = triton_works(weight.device) and (group is None or pattern is not None)
-    work = weight.t().clone(memory_format=torch.contiguous_format)  # (in, out): each column of weights in one piece
+    work = weight.t().clone(memory_format=torch.contiguous_format)  # (in, out): each column of weights is contiguous
     kept = torch.empty_like(work, dtype=torch.bool)
     upper = upper.contiguous()
 
@@ -138,20 +140,20 @@ def _sweep(
         if group is None:
             choose_columns(block)
         if by_kernel:
-            from sparsefit.pruning.update_kernels import sweep_block  # imports Triton
+            from sparsefit.pruning.update_kernels import update_columns  # imports Triton
 
-            errors = sweep_block(work[block], kept[block], upper[block, block], pattern)
+            errors = update_columns(work[block], kept[block], upper[block, block], pattern)
         else:
-            errors = _sweep_block(work, kept, upper, block, group, choose_columns)
+            errors = _update_columns(work, kept, upper, block, group, choose_columns)
         work[block.stop :].addmm_(upper[block, block.stop :].t(), errors, alpha=-1)
     return kept.t().contiguous(), work.t().contiguous()
 
 
-def _sweep_block(
+def _update_columns(
     work: Tensor, kept: Tensor, upper: Tensor, block: slice, group: int | None, choose_columns: Callable[[slice], None]
 ) -> Tensor:
-    """Prunes one column after the other, groups chosen as they come; the (columns, out) errors are what each pruned
-    weight asks of the columns behind, a multiple of a row of `upper`."""
+    """Prune one column after another, in place, choosing masks at the start of each group. Returns the (columns, out)
+    errors: the factor by which a row of `upper` is subtracted from the later columns."""
     errors = torch.empty_like(work[block])
     for j in range(block.start, block.stop):
         if group is not None and j % group == 0:

@@ -1,7 +1,7 @@
-"""Better masks for the same number of weights: swaps of a kept and a pruned weight of a row.
+"""Improving masks at the same sparsity, by swapping a kept and a pruned weight of a row.
 
 SparseSwaps (Zimmer et al. 2025, arXiv 2512.10922). With d the pruned weights of a row (zero elsewhere), G the Gram
-matrix of the inputs and r = G d, the row's error is d G d^T. Bringing weight p back and pruning weight q changes it by
+matrix of the inputs and r = G d, the row's error is d G d^T. Restoring weight p and pruning weight q changes it by
 
     (w_p^2 G_pp - 2 w_p r_p)  +  (w_q^2 G_qq + 2 w_q r_q)  -  2 w_p w_q G_pq
          gain of p                     loss of q                both at once
@@ -17,16 +17,16 @@ from torch import Tensor
 from sparsefit.pruning.gram import precise_dtype
 from sparsefit.pruning.selection import triton_works
 
-GRID = 16  # intervals in which the bound on a pruned weight's best partner is interpolated
+GRID = 16  # intervals of the grid on which the bound on a pruned weight's best partner is interpolated
 CANDIDATES = 16  # pruned weights of a row that are tried with every partner at once
-CPU_ELEMENTS, GPU_ELEMENTS = 2**20, 2**25  # of the largest temporary: on a CPU what its caches hold
+CPU_ELEMENTS, GPU_ELEMENTS = 2**20, 2**25  # size of the largest temporary; on a CPU it should fit in the caches
 _Changes = tuple[Tensor, Tensor, Tensor]
 
 
 class _Rows(NamedTuple):
-    """Rows that may still improve. Their swaps are searched in float32 and decided in precise dtype."""
+    """Rows that may still improve. Swaps are searched in float32 and accepted in `precise_dtype` ("precise" below)."""
 
-    places: Tensor  # (rows,) which rows of the layer they are
+    places: Tensor  # (rows,) their indices in the layer
     kept: Tensor  # (rows, in) bool
     weight: Tensor  # (rows, in) precise
     gradient: Tensor  # (rows, in) precise, r = G d
@@ -34,16 +34,16 @@ class _Rows(NamedTuple):
 
 
 def swap(weight: Tensor, mask: Tensor, gram: Tensor, max_swaps: int, pattern: tuple[int, int] | None = None) -> Tensor:
-    """A new mask by swaps of a kept and a pruned weight, at most so many a row, while the reconstruction error falls.
+    """Improve a mask by at most `max_swaps` swaps per row of a kept and a pruned weight, while the error falls.
 
-    A swap is the best of all pairs of a row (of the same group of M, with a pattern (N, M)), up to float32 rounding.
-    It is made only if the change of the error, computed from the Gram matrix in `precise_dtype`, is negative beyond
-    rounding. Each row (each group, with a pattern) keeps its number of zeros.
+    Each swap is the best pair of a row (within a group of M, with a pattern (N, M)), up to float32 rounding. It is
+    made only if the change of the reconstruction error, computed from the Gram matrix in `precise_dtype`, is negative
+    beyond rounding. Each row (each group, with a pattern) keeps its number of zeros.
 
-    Without a pattern, bounds on what a pruned weight can bring with any partner rule most of them out: a swap of a
-    row costs about 50 in multiply-adds, where all pairs are in^2 / 4. With a pattern it costs M in.
+    Without a pattern, bounds on the gain of a pruned weight with any partner exclude most pairs: a swap costs about
+    50 * in multiply-adds per row, where all pairs would be in^2 / 4. With a pattern it costs M * in.
 
-    >>> gram = torch.tensor([[1.0, 0.9, 0.9], [0.9, 1.0, 0.9], [0.9, 0.9, 1.0]])  # errors of one sign add up
+    >>> gram = torch.tensor([[1.0, 0.9, 0.9], [0.9, 1.0, 0.9], [0.9, 0.9, 1.0]])  # errors of the same sign add up
     >>> swap(torch.tensor([[1.0, 1.1, -1.2]]), torch.tensor([[False, False, True]]), gram, 1)
     tensor([[ True, False, False]])
     """
@@ -81,9 +81,9 @@ def _start(places: Tensor, weight: Tensor, kept: Tensor, gram: Tensor) -> _Rows:
 
 
 def _changes(rows: _Rows) -> _Changes:
-    """What the parts of a swap do to the error: the gain of bringing a weight back and the loss of pruning one, both
-    infinite where a weight cannot play the part (a pruned one that is zero anyway has nothing to bring back); and the
-    weights. (rows, in) float32 each."""
+    """How each half of a swap changes the error: by restoring a weight (gain) and by pruning one (loss). Infinite where
+    that is not possible: kept weights cannot be restored, nor pruned ones pruned, and restoring a zero is pointless.
+    Returns gain, loss and the weights, (rows, in) float32 each."""
     slope = 2 * rows.weight * rows.gradient
     gain = (rows.alone - slope).masked_fill_(rows.kept | (rows.weight == 0), torch.inf)
     loss = (rows.alone + slope).masked_fill_(~rows.kept, torch.inf)
@@ -91,22 +91,22 @@ def _changes(rows: _Rows) -> _Changes:
 
 
 def _strongest_correlation(gram: Tensor) -> Tensor:
-    """For each input its largest |G_pq| / sqrt(G_pp G_qq) with another one, (in,), rounded up."""
+    """The largest |G_pq| / sqrt(G_pp G_qq) of each input p with any other input q, (in,), rounded up."""
     length = gram.diagonal().sqrt()
     strongest = torch.empty_like(length)
     for rows in torch.arange(len(gram), device=gram.device).split(1024):
         correlation = gram[rows].abs() / (length[rows, None] * length)
         correlation.scatter_(1, rows[:, None], 0)
-        strongest[rows] = correlation.nan_to_num_(nan=0).amax(dim=1)  # 0 / 0 is a dead input's
+        strongest[rows] = correlation.nan_to_num_(nan=0).amax(dim=1)  # 0 / 0 for dead inputs
     return strongest * (1 + 1e-5)
 
 
 def _best_pair(changes: _Changes, gram: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
-    """The pruned and the kept weight of each row, (rows,) each, whose swap changes the error most favourably; any pair
-    where none lowers it.
+    """The pruned and the kept weight of each row, (rows,) each, whose swap lowers the error most; an arbitrary pair if
+    no swap lowers it.
 
-    Pruned weights are tried with all partners in the order of their bounds, until no bound of those left is below
-    the best change found, or below zero.
+    Pruned weights are tried with all partners in the order of their bounds, until no remaining bound is below both
+    zero and the best change found.
     """
     if triton_works(gram.device):
         from sparsefit.pruning.update_kernels import best_pair  # imports Triton
@@ -133,10 +133,11 @@ def _best_pair(changes: _Changes, gram: Tensor, reach: Tensor) -> tuple[Tensor, 
 
 
 def _bound(changes: _Changes, gram: Tensor, reach: Tensor) -> Tensor:
-    """A lower bound on the change by any swap that brings a weight back, (rows, in); infinite for kept weights.
+    """A lower bound on the error change of any swap that restores a weight, (rows, in); infinite for kept weights.
 
-    With s_j = |w_j| sqrt(G_jj) and c_p the strongest correlation of input p, a partner q brings at least
-    loss_q - 2 (c_p s_p) s_q. The least over q is concave in c_p s_p: between points of a grid it lies above the line.
+    With s_j = |w_j| sqrt(G_jj) and c_p the strongest correlation of input p, a partner q adds at least
+    loss_q - 2 (c_p s_p) s_q. The minimum over q is concave in c_p s_p, so linear interpolation between grid points is a
+    lower bound.
     """
     gain, loss, weight = changes
     size = weight.abs() * gram.diagonal().sqrt()
@@ -150,7 +151,7 @@ def _bound(changes: _Changes, gram: Tensor, reach: Tensor) -> Tensor:
 
 
 def _best_pair_in_groups(changes: _Changes, gram: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """As `_best_pair`, of all pairs within groups of so many inputs."""
+    """As `_best_pair`, over all pairs within groups of `group` inputs."""
     gain, loss, weight = (part.unflatten(1, (-1, group)) for part in changes)  # (rows, groups, group)
     blocks = gram.unflatten(0, (-1, group)).unflatten(2, (-1, group)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     change = (-2 * weight)[..., :, None] * weight[..., None, :] * blocks  # (rows, groups, group, group)
@@ -160,7 +161,8 @@ def _best_pair_in_groups(changes: _Changes, gram: Tensor, group: int) -> tuple[T
 
 
 def _make_swaps(rows: _Rows, added: Tensor, removed: Tensor, gram: Tensor) -> tuple[_Rows, Tensor, Tensor]:
-    """Makes the swaps that lower the error; the rows where one did, what it added and what it removed."""
+    """Make the swaps that lower the error. Returns the rows that were swapped, and the columns that each of them
+    added and removed."""
     both = torch.stack([added, removed], dim=1)
     weight, slope, alone = (part.gather(1, both) for part in (rows.weight, rows.gradient, rows.alone))
     slope = slope * weight * weight.new_tensor([-2, 2])

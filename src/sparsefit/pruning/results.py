@@ -1,4 +1,4 @@
-"""What a pruning, or a pass over a dense model, gives."""
+"""The results of a pruning run, and of collecting the statistics of a dense model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsefit.errors import ConfigError
 from sparsefit.pruning.config import PruningConfig
-from sparsefit.pruning.groups import Parts
+from sparsefit.pruning.input_groups import Parts
 from sparsefit.pruning.layers.base import INTEGERS, PrunableWeight
 from sparsefit.pruning.layers.sharded import counted
 from sparsefit.pruning.masks import MaskSet
@@ -20,21 +20,21 @@ from sparsefit.sharded import shard_of
 
 @dataclass
 class PruningResult:
-    """What a pruning decided.
+    """The masks of a pruning run, and a record of it.
 
     Attributes:
-        config: As it was asked for.
+        config: The configuration that was given.
         update: The order that was used: "block" or "none".
-        masks: By parameter name; True = kept.
-        samples: Calibration samples, those of all ranks.
-        tokens: Tokens that the statistics of a layer rest on, over all ranks (of the layer that saw most).
-        seconds: Wall time of the whole pruning.
-        notes: What did not go as asked, and why.
-        left_dense: The model's other matrices and why they were not pruned.
-        dense_sizes: How many weights each of those has, but for embeddings that nothing is multiplied by.
-        dense_zeros: How many of these are zero all the same.
+        masks: The masks by parameter name; True = kept.
+        samples: Number of calibration samples over all ranks.
+        tokens: Number of tokens in a layer's statistics over all ranks (of the layer with most).
+        seconds: Wall time of the whole run.
+        notes: What was not done as configured, and why.
+        left_dense: The reason why each other matrix of the model was not pruned, by name.
+        dense_sizes: The number of weights of each of those, except embeddings that are only looked up.
+        dense_zeros: How many of these weights are zero.
         layer_errors: For each pruned matrix the squared error of its outputs on the calibration inputs as a share of
-            the squared outputs; only where the method takes Gram matrices (swaps, reconstruction).
+            the squared outputs; only for methods that use Gram matrices (swaps, reconstruction).
     """
 
     config: PruningConfig
@@ -51,19 +51,19 @@ class PruningResult:
 
     @property
     def coverage(self) -> float:
-        """The share of the weights in the model's matrices that masks were chosen for."""
+        """The share of the weights in the model's matrices that have a mask."""
         pruned = sum(weights for weights, _ in self.masks.counts().values())
         return pruned / ((pruned + sum(self.dense_sizes.values())) or 1)
 
     @property
     def overall_sparsity(self) -> float:
-        """The share of zeros over all matrices of the model, those left dense among them."""
+        """The share of zeros over all matrices of the model, including those left dense."""
         counts = self.masks.counts().values()
         weights = sum(weights for weights, _ in counts) + sum(self.dense_sizes.values())
         return (sum(zeros for _, zeros in counts) + self.dense_zeros) / (weights or 1)
 
     def note_coverage(self) -> None:
-        """Add a note where less than half of the model's matrices were pruned: what stayed dense, and the way out."""
+        """If less than half of the model's weights were pruned, add a note of what stayed dense and what to do."""
         if self.coverage >= 0.5:
             return
         by_reason: dict[str, dict[str, int]] = {}
@@ -76,8 +76,8 @@ class PruningResult:
             told.append(f"{sum(sizes.values()) / in_all:.1%} {reason} ({max(sizes, key=sizes.get)}{more})")
         self.note(
             f"only {self.coverage:.1%} of the weights in the model's matrices were pruned, so that "
-            f"{self.overall_sparsity:.1%} of them are zero. Dense stayed: {'; '.join(told)}. Name in `targets` what "
-            "shall be pruned of it; calibration data must reach it"
+            f"{self.overall_sparsity:.1%} of them are zero. Left dense: {'; '.join(told)}. To prune more, name layers "
+            "in `targets`; the calibration data must reach them"
         )
 
     def note(self, note: str) -> None:
@@ -88,40 +88,40 @@ class PruningResult:
 
 @dataclass(frozen=True)
 class DenseStatistics:
-    """Statistics of the inputs of a dense model: taken once, good for any number of prunings of it."""
+    """Input statistics of a dense model, collected once for any number of pruning runs of it."""
 
     parts: Parts
     kinds: frozenset[str]  # names from `statistics.KINDS`
-    trace: Trace | None  # what samples have shown of the model
-    checksums: dict[str, str]  # by weight, what tells it from that of another model
-    samples: int  # of all ranks
+    trace: Trace | None  # of the model; None without samples
+    checksums: dict[str, str]  # by weight, to detect another or a changed model
+    samples: int  # over all ranks
     seconds: float
     notes: tuple[str, ...] = ()
 
     def check(self, weights: Sequence[PrunableWeight], config: PruningConfig) -> None:
-        """A `ConfigError` that says what would do, if they do not do for a pruning."""
+        """Raise a `ConfigError`, with the way out, if the statistics cannot be used for a configuration."""
         if config.needs_inputs and config.update != "none":
             raise ConfigError(
-                f"statistics of the dense model do for update 'none' alone, and not for '{config.update}': give the "
-                "configuration update='none', or `prune` with `batches`"
+                f"statistics of the dense model can only be used with update 'none', not with '{config.update}': set "
+                "update='none' in the configuration, or call `prune` with `batches`"
             )
         others = [name for name, own in checksums(weights).items() if self.checksums.get(name, own) != own]
         if others:
             raise ConfigError(
                 f"the statistics are of another model, or this one has changed since: {others[0]} has other weights. "
-                "Take them again with `collect_statistics`, from the model that is to be pruned, while it is dense"
+                "Collect them again with `collect_statistics`, from the model that you prune, while it is dense"
             )
         lacking = sorted(config.statistics - self.kinds)
         unknown = [weight.name for weight in weights if weight.name not in self.parts]
         if lacking or (unknown and config.needs_inputs):
-            what = f"{', '.join(lacking)} was not taken" if lacking else f"nothing is known of {unknown[0]}"
+            what = f"{', '.join(lacking)} was not collected" if lacking else f"they lack {unknown[0]}"
             raise ConfigError(
-                f"the statistics do not fit the configuration: {what}. Name it when you `collect_statistics`"
+                f"the statistics do not fit the configuration: {what}. Pass this configuration to `collect_statistics`"
             )
 
 
 def checksums(weights: Sequence[PrunableWeight]) -> dict[str, str]:
-    """By the name of each weight its shape and the sum of its bits as whole numbers, which other values change.
+    """For each weight its shape and the sum of its bits read as integers, which changes with its values.
 
     >>> from sparsefit.pruning.layers import matrices_of
     >>> layer = torch.nn.Linear(2, 1)

@@ -1,4 +1,4 @@
-"""One pruning under way: what it is to prune, what it has decided, and how to take that back."""
+"""The state of one pruning run: the weights to prune, the result so far, and how to undo it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from sparsefit.calibration.batches import Forward, MicroBatch, calibration_data,
 from sparsefit.calibration.padding import PaddingWatch
 from sparsefit.errors import ConfigError
 from sparsefit.pruning.allocation import allocate
-from sparsefit.pruning.block_sweep import BlockSweep
-from sparsefit.pruning.blocks import NotSweepable, find_block_lists
+from sparsefit.pruning.block_runner import BlockRunner
+from sparsefit.pruning.blocks import BlocksNotSequential, find_block_lists
 from sparsefit.pruning.config import PruningConfig
-from sparsefit.pruning.groups import InputGroup, Parts
-from sparsefit.pruning.inputs import collect
+from sparsefit.pruning.input_groups import InputGroup, Parts
 from sparsefit.pruning.layers.base import PrunableWeight, is_dense
 from sparsefit.pruning.layers.sharded import counted
-from sparsefit.pruning.mapped import MappedWeights
+from sparsefit.pruning.mapped_weights import MappedWeights
 from sparsefit.pruning.results import PruningResult
 from sparsefit.pruning.scores import SCORES
+from sparsefit.pruning.statistics_collector import collect
 from sparsefit.pruning.steps import Solution
 from sparsefit.pruning.targets import CHECKS, find_candidates, find_weights
 from sparsefit.pruning.tracing import Trace, trace
@@ -35,12 +35,14 @@ from sparsefit.sharded import check_layout, reshard, units_of
 
 
 class PruningRun:
-    """Finds the weights of a model, and holds what becomes of them; a `ConfigError` if the configuration does not fit.
+    """Finds the weights of a model, collects their statistics and applies the masks.
+
+    Raises a `ConfigError` if the configuration does not fit the model.
 
     Attributes:
-        weights: All weights that are pruned, in the order of the model.
-        counts: How many weights each loses, where that is not the same share of every comparison group.
-        result: The account so far.
+        weights: All weights to prune, in the order of the model.
+        counts: How many weights each matrix loses, unless every comparison group loses the same share.
+        result: The result so far.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class PruningRun:
             )
         self._block_lists = find_block_lists(model)
         self._blocks = [block for blocks in self._block_lists for block in blocks]
-        find_candidates(model, config)  # what is wrong with the names of targets is told before any data is read
+        find_candidates(model, config)  # raises errors in the names of targets before any data is read
         for check in CHECKS:
             check(model, config)
         self.weights: list[PrunableWeight] = []
@@ -76,13 +78,13 @@ class PruningRun:
 
     @property
     def takes_one_pass(self) -> bool:
-        """Whether all statistics are taken at once: those of the dense network, where they fit in memory."""
+        """Whether all statistics are collected in one pass of the dense network, as they fit in memory."""
         fits = "gram" not in self.config.statistics and self.config.device is None
         return not self.config.statistics or (self.config.update == "none" and fits)
 
     @contextmanager
     def undone_by_errors(self) -> Iterator[None]:
-        """Whatever goes wrong in it, the model is dense afterwards. Ends with the account of the pruning."""
+        """Restore the dense model if anything in the context raises; otherwise finish the result at its end."""
         try:
             with self._mapped.following(self._blocks) if self._mapped else nullcontext():
                 yield
@@ -93,7 +95,7 @@ class PruningRun:
             raise
 
     def read(self, batches: Iterable[Any] | None, forward: Forward | None, watch: PaddingWatch) -> None:
-        """Take in the calibration data; if none is needed, a batch of what there is, to look at the model."""
+        """Read the calibration data; if none is needed, one batch of what was given, to trace the model."""
         config = self.config
         if not config.needs_inputs:
             batches = list(itertools.islice(batches or (), 1))
@@ -106,18 +108,18 @@ class PruningRun:
             self.result.samples = sum(from_all(sum(len(batch.origin) for batch in self._data)))
             of_blocks = len(self._blocks) * (1 if config.update == "none" else 2) + len(self._block_lists)
             passes = 1 if self.takes_one_pass else (of_blocks or 1) + (config.allocation == "owl")
-            self._steps_in_all = passes * len(self._data) + 1  # the last step is that all is done
+            self._steps_in_all = passes * len(self._data) + 1  # one more step at the end
 
     def _step(self) -> None:
         self._steps_done = min(self._steps_done + 1, self._steps_in_all - 1)
         self._progress(self._steps_done, self._steps_in_all)
 
     def trace(self) -> Trace | None:
-        """What the samples show of the model."""
+        """Trace the model with the calibration samples (see `tracing.trace`)."""
         return trace(self._model, self._data, self._forward)
 
     def find_targets(self, trace: Trace | None) -> None:
-        """Decide which weights are pruned, by what samples have shown of the model."""
+        """Decide which weights are pruned, with the trace of the model if there is one."""
         self._shares = trace.shares if trace else {}
         targets = find_weights(self._model, self._blocks, self.config, trace, self._one_by_one)
         self.weights, self.result.left_dense = targets.weights, targets.left_dense
@@ -144,7 +146,7 @@ class PruningRun:
             )
 
     def finish(self) -> None:
-        """Close the account."""
+        """Complete the result: its notes and the time; report the last step of progress."""
         for which in _by_parameter(self._unseen):
             self.result.note(f"{which} saw no calibration token (no product with it was seen); pruned by magnitude")
         for which in _by_parameter(self._dead):
@@ -167,9 +169,11 @@ class PruningRun:
         to_the_end: bool = False,
         part: nn.Module | None = None,
     ) -> Parts:
-        """Statistics of what some weights see: see `inputs.collect`. By default while the whole model runs, which it
-        does not for no weights; a pass need not go on beyond the last of them if not `to_the_end`. `part` is what `run`
-        runs, where that is not the model."""
+        """Collect statistics of the inputs of some weights (see `inputs.collect`).
+
+        By default the whole model runs, or nothing if there are no weights. A pass may stop at the last of the weights
+        unless `to_the_end`. `part` is the part of the model that `run` runs, if not all of it.
+        """
         if run is None and not weights:
             return {}
         run = run or (lambda number: self._forward(self._data[number].data))
@@ -180,15 +184,16 @@ class PruningRun:
         return parts
 
     def allocate(self, parts: Parts) -> None:
-        """Decide by what the dense network shows how many weights each matrix loses, if that is asked for (OWL)."""
+        """With allocation "owl", decide from statistics of the dense network how many weights each matrix loses."""
         if self.config.allocation == "owl":
             owners = {module: number for number, block in enumerate(self._blocks) for module in block.modules()}
             # A weight outside the blocks is a group of its own.
             groups = {w.name: owners.get(w.layers[0], -1 - number) for number, w in enumerate(self.weights)}
             self.counts = allocate(self.weights, self.config, groups, parts, self._one_by_one)
 
-    def sweeps(self) -> Iterator[BlockSweep]:
-        """Each list of blocks, with the calibration data before its first block: what the model gives at that time.
+    def block_runners(self) -> Iterator[BlockRunner]:
+        """A runner for each list of blocks. The inputs of its first block are computed with the model as it is when the
+        runner is yielded.
 
         A list whose blocks cannot be run one by one is left out, with a note.
         """
@@ -196,14 +201,14 @@ class PruningRun:
         for blocks in self._block_lists:
             try:
                 with errors_on_all_ranks():
-                    sweep = BlockSweep(
+                    runner = BlockRunner(
                         self._model, blocks, self.weights, self._data, self._forward, self.config, self._step
                     )
-            except NotSweepable as reason:
+            except BlocksNotSequential as reason:
                 reasons.append(str(reason))
                 continue
-            if sweep.weights:
-                yield sweep
+            if runner.weights:
+                yield runner
                 found = True
         if reasons and self.config.device is not None:
             raise ConfigError(
@@ -217,14 +222,14 @@ class PruningRun:
         for reason in reasons if self.config.update != "none" else ():
             self.result.note(f"{reason}; {then}")
 
-    def outside(self, sweeps: Iterable[BlockSweep] = ()) -> list[PrunableWeight]:
-        """The weights that are not pruned yet, and are in none of some lists of blocks."""
-        others = {weight.name for sweep in sweeps for weight in sweep.weights}.union(self.result.masks)
-        return [weight for weight in self.weights if weight.name not in others]
+    def outside(self, runners: Iterable[BlockRunner] = ()) -> list[PrunableWeight]:
+        """The weights that are not pruned yet and not in the blocks of these runners."""
+        inside = {weight.name for runner in runners for weight in runner.weights}.union(self.result.masks)
+        return [weight for weight in self.weights if weight.name not in inside]
 
     def apply(self, group: InputGroup, solution: Solution) -> None:
-        """Prune the weights of a group, in place."""
-        if self.config.statistics and not group.says_something:
+        """Prune the weights of a group in place, and add the solution to the result."""
+        if self.config.statistics and not group.has_nonzero_inputs:
             (self._dead if group.seen else self._unseen).extend(solution.masks)
         self.result.layer_errors |= solution.errors
         for note in solution.notes:
@@ -239,7 +244,7 @@ class PruningRun:
         self._let_go(group.weights)
 
     def _one_by_one(self, weights: Iterable[PrunableWeight]) -> Iterator[PrunableWeight]:
-        """Weights to look at, one after the other: of those that are files one is in memory at a time."""
+        """Iterate over weights, releasing each after use: of memory-mapped ones only one is in memory at a time."""
         for weight in weights:
             yield weight
             self._let_go([weight])
@@ -265,7 +270,7 @@ def _what_needs_inputs(config: PruningConfig) -> str:
 
 
 def _by_parameter(names: Iterable[str]) -> list[str]:
-    """Names of weights, those of one stack of experts in one: "experts.down_proj of the experts 1, 3"."""
+    """Names of weights; those of one stack of experts are joined: "experts.down_proj of the experts 1, 3"."""
     experts: dict[str, list[str]] = {}
     for name in names:
         parameter, _, number = name.removesuffix("]").partition("[")

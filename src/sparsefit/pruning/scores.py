@@ -18,24 +18,25 @@ from sparsefit.pruning.statistics import DERIVED, KINDS, all_finite
 
 
 class Products(NamedTuple):
-    """The scores |W_ij| * f_j in float32, not computed before they are compared.
+    """The scores |W_ij| * f_j in float32, kept as two factors and computed only when they are compared.
 
     >>> Products(torch.tensor([[1.0, -3.0]]), torch.tensor([4.0, 1.0])).scores()
     tensor([[4., 3.]])
     """
 
     weight: Tensor  # (out, in), any floating dtype
-    factor: Tensor | None = None  # (in,) float32, not negative, repeated along rows that join several; None is ones
+    factor: Tensor | None = None  # (in,) float32, >= 0; repeated along a row that joins several rows; None means ones
 
     def scores(self) -> Tensor:
-        """(out, in) float32."""
+        """The scores, (out, in) float32."""
         magnitude = self.weight.float().abs()
         if self.factor is not None and magnitude.numel():
             magnitude.unflatten(1, (-1, len(self.factor))).mul_(self.factor)
         return magnitude
 
     def are_finite(self) -> bool:
-        """Whether none is infinite or NaN; computed only where the largest weight times the largest factor is one."""
+        """Whether no score is infinite or NaN. The scores are computed only if the largest weight times the largest
+        factor is not finite."""
         if not self.weight.numel():
             return True
         largest = torch.stack(self.weight.aminmax()).float().abs().max()
@@ -47,7 +48,7 @@ Scores = Tensor | Products
 
 
 def computed(scores: Scores) -> Tensor:
-    """Scores as (out, in) numbers.
+    """Scores as an (out, in) tensor.
 
     >>> computed(torch.ones(1, 2)), computed(Products(torch.ones(1, 2)))
     (tensor([[1., 1.]]), tensor([[1., 1.]]))
@@ -75,7 +76,7 @@ def _wanda_norm_score(weight: Tensor, norm: Tensor) -> Products:
 
 
 def sparsegpt_score(weight: Tensor, inverse_diagonal: Tensor) -> Tensor:
-    """W_ij^2 / [H^-1]_jj: the loss of removing one weight and mending the others of its row
+    """W_ij^2 / [H^-1]_jj: the loss of removing one weight and updating the others of its row to compensate
     (Frantar and Alistarh 2023, arXiv 2301.00774, Equation 3; Hassibi et al. 1993). H is the damped Gram matrix.
 
     >>> sparsegpt_score(torch.tensor([[1.0, -2.0]]), torch.tensor([0.5, 1.0]))
@@ -95,11 +96,11 @@ def _ria_score(weight: Tensor, squared_norm: Tensor, exponent: float = 0.5) -> T
 
 
 class Score(NamedTuple):
-    """A score and what it needs.
+    """A score function and the statistics it needs.
 
     Attributes:
         function: Called with an (out, in) weight and one tensor for each name in `needs`; returns (out, in).
-        granularity: What its authors compare by.
+        granularity: The comparison group that its authors use.
         needs: Statistics of the inputs: names in `statistics.KINDS`, or "inverse_diagonal", (in,).
     """
 
@@ -121,14 +122,14 @@ SCORES: dict[str, Score] = {
 def register_score(
     name: str, function: Callable[..., Tensor], needs: Iterable[str] = ("squared_norm",), granularity: str = "output"
 ) -> None:
-    """Add a score of one's own; `PruningConfig(score=name)` then knows it.
+    """Add a custom score, for use as `PruningConfig(score=name)`.
 
     Args:
-        name: What it is called in a configuration.
+        name: Its name in a configuration.
         function: Called with an (out, in) weight (any floating dtype) and one tensor for each of `needs`; returns
-            finite (out, in) scores, of which the largest are kept.
-        needs: Statistics of the inputs that it takes, in order: see `Score`.
-        granularity: What it compares by where the configuration does not say.
+            finite (out, in) scores. Weights with the largest scores are kept.
+        needs: The input statistics that it takes, in order: see `Score`.
+        granularity: The comparison group if the configuration does not set one.
 
     Raises:
         ConfigError: if the name is taken by another function or a statistic does not exist.
@@ -145,7 +146,7 @@ def register_score(
         raise ConfigError(f"there is a score '{name}' already; give yours another name")
 
     @wraps(function)
-    def on_copies(*tensors: Tensor) -> Scores:  # the weights are the model's own, and stay as they are
+    def on_copies(*tensors: Tensor) -> Scores:  # so that the function cannot change the model's weights
         return function(*(tensor.clone() for tensor in tensors))
 
     SCORES[name] = Score(on_copies, granularity, needs)

@@ -1,8 +1,8 @@
-"""Which weights of a comparison group lose. Pure functions from (out, in) scores without NaN to masks (True = kept).
+"""Which weights of a comparison group are removed: pure functions from (out, in) scores, without NaN, to masks.
 
-Every selection removes an exact number of weights; among equal scores the lowest index goes first, in row-major
-order of the matrix. That is what a stable ascending sort would remove, but none is needed: a threshold splits a
-group into what goes, what stays and the ties. On a GPU the kernels of `selection_kernels` give the same masks.
+Every selection removes an exact number of weights; among equal scores the lowest index is removed first, in row-major
+order of the matrix. A stable ascending sort would give the same, but is not needed: a threshold splits a group into
+weights to remove, weights to keep, and ties. On a GPU the kernels of `selection_kernels` give the same masks.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Granularity:
 
 @cache
 def triton_works(device: torch.device) -> bool:
-    """Whether the Triton kernels run on a device, tried once for each. Where not, tensor operations do the same.
+    """Whether the Triton kernels run on a device; tried once per device. If not, tensor operations are used.
 
     >>> triton_works(torch.device("cpu"))
     False
@@ -87,7 +87,7 @@ def triton_works(device: torch.device) -> bool:
 
 
 def select(scores: Scores, granularity: Granularity, sparsity: Fraction) -> Tensor:
-    """The (out, in) mask by which each comparison group loses its floor(size * sparsity) smallest scores.
+    """The (out, in) mask that removes the floor(size * sparsity) smallest scores of each comparison group.
 
     >>> select(torch.tensor([[4.0, 1.0], [3.0, 2.0]]), Granularity("layer"), Fraction(1, 2)).tolist()
     [[True, False], [True, False]]
@@ -98,8 +98,8 @@ def select(scores: Scores, granularity: Granularity, sparsity: Fraction) -> Tens
 
 
 def select_count(scores: Scores, granularity: Granularity, count: int) -> Tensor:
-    """The (out, in) mask by which exactly `count` scores go, spread over the comparison groups by their sizes: each
-    loses the floor of its share; what is then missing comes one each from the first groups.
+    """The (out, in) mask that removes exactly `count` scores, spread over the comparison groups by their sizes: each
+    loses the floor of its share, and the first groups lose one more each until the count is reached.
 
     >>> select_count(torch.tensor([[4.0, 1.0], [3.0, 2.0]]), Granularity("output"), 3).tolist()
     [[False, False], [True, False]]
@@ -113,17 +113,17 @@ def select_count(scores: Scores, granularity: Granularity, count: int) -> Tensor
 
 
 def _matrix(scores: Scores) -> Tensor:
-    """A tensor of the scores' shape and device."""
+    """A tensor with the shape and device of the scores."""
     return scores.weight if isinstance(scores, Products) else scores
 
 
 def _of(scores: Scores, matrix: Tensor) -> Scores:
-    """The scores of some of their matrix's rows, or of rows joined."""
+    """The scores of some rows of their matrix, or of several rows joined into one."""
     return scores._replace(weight=matrix) if isinstance(scores, Products) else matrix
 
 
 def _select_in_groups(scores: Scores, granularity: Granularity, share: Fraction, total: int | None = None) -> Tensor:
-    """Each group loses its share, rounded down; of what a total then lacks, the first groups lose one each."""
+    """Each group loses its share, rounded down; to reach a total, if given, the first groups lose one more each."""
     dim = 1 if granularity.axis == "input" else 0
     scores = computed(scores) if dim == 1 else scores
     matrix = _matrix(scores)
@@ -177,7 +177,7 @@ def mask_of_smallest(scores: Scores, count: int) -> Tensor:
 
 
 def _kernels(scores: Scores) -> ModuleType | None:
-    """The kernels where they do: they compare in float32, and count the columns in 32 bits."""
+    """The kernels if they can be used: they compare in float32 and index columns with 32 bits."""
     matrix = _matrix(scores)
     exact = isinstance(scores, Products) or matrix.dtype != torch.float64
     if not (exact and matrix.shape[1] < 2**31 - 2**14 and triton_works(matrix.device)):
@@ -188,7 +188,7 @@ def _kernels(scores: Scores) -> ModuleType | None:
 
 
 def _operands(scores: Scores) -> tuple[Tensor, Tensor | None]:
-    """For the kernels: values and the factor of their magnitudes; without one the values are the scores."""
+    """The kernels' arguments: values and the factor of their magnitudes, or the scores themselves and None."""
     if not isinstance(scores, Products):
         return scores, None
     factor = scores.weight.new_ones(1, dtype=torch.float32) if scores.factor is None else scores.factor
@@ -201,7 +201,7 @@ def _rows_at_once(matrix: Tensor) -> int:
 
 
 def _keep_surplus_ties(scores: Tensor, threshold: Tensor, count: int, kept: Tensor) -> None:
-    """Of the scores equal to the (rows, 1) threshold, those on the right stay where too many would go."""
+    """Where too many scores would be removed, keep the rightmost of those equal to the (rows, 1) threshold."""
     whole = torch.int32 if scores.shape[1] < 2**31 else torch.int64
     surplus = scores.shape[1] - count - kept.sum(dim=1, dtype=whole)
     rows = surplus.nonzero().squeeze(1)
@@ -212,11 +212,11 @@ def _keep_surplus_ties(scores: Tensor, threshold: Tensor, count: int, kept: Tens
 
 
 def select_n_of_m(scores: Scores, n: int, m: int) -> Tensor:
-    """The (out, in) mask by which the m - n smallest scores go of each group of m consecutive inputs of a row.
+    """The (out, in) mask that removes the m - n smallest scores of each group of m consecutive inputs of a row.
 
-    A weight's rank in its group is the number of members that go before it: smaller ones, and equal ones on its
-    left. One comparison of the scores with themselves moved by d settles all pairs at distance d: if the right one
-    is smaller, the left one gains a rank, and the right one loses the rank that its place had given it.
+    A weight's rank in its group is the number of members that are removed before it: smaller ones, and equal ones on
+    its left. Ranks start as positions in the group. Comparing the scores with themselves shifted by d settles all pairs
+    at distance d: if the right one is smaller, the left one's rank rises by one and the right one's falls by one.
 
     >>> select_n_of_m(torch.tensor([[3.0, 1.0, 1.0, 2.0]]), 2, 4)
     tensor([[ True, False, False,  True]])
@@ -225,12 +225,12 @@ def select_n_of_m(scores: Scores, n: int, m: int) -> Tensor:
     inputs = matrix.shape[1]
     if inputs % m:
         raise ValueError(f"{inputs} inputs cannot be cut into groups of {m}")
-    if m <= 64 and (kernels := _kernels(scores)):  # a program's registers hold a group
+    if m <= 64 and (kernels := _kernels(scores)):  # a group must fit in a program's registers
         return kernels.n_of_m(*_operands(scores), n, m)
     kept = torch.empty(matrix.shape, dtype=torch.bool, device=matrix.device)
     rows = _rows_at_once(matrix)
     place = torch.arange(rows * inputs, device=matrix.device).remainder_(m).to(torch.int8 if m <= 128 else torch.int16)
-    same_group = [place < m - distance for distance in range(m)]  # the right one of the pair is in it too
+    same_group = [place < m - distance for distance in range(m)]  # both of the pair are in one group
     for some, out in zip(matrix.split(rows), kept.split(rows), strict=True):
         part = computed(_of(scores, some)).flatten()
         rank = place[: len(part)].clone()
@@ -244,12 +244,12 @@ def select_n_of_m(scores: Scores, n: int, m: int) -> Tensor:
 
 
 def select_variant(scores: Tensor, sparsity: Fraction) -> Tensor:
-    """The (out, in) mask of the Wanda variant: in each row, small scores go until their sum is a share of the row's.
+    """The (out, in) mask of the Wanda variant: each row loses its smallest scores up to a share of the row's sum.
 
     A row's threshold is its largest score whose cumulative sum, in ascending order, is at most alpha times the sum
-    of the row; scores up to it go. One alpha for the matrix is bisected in [0, 1] until its sparsity is within
-    0.001 of the target (within one weight, in a small matrix). Where ties leave nothing so near, exactly as many go as
-    are asked for: those whose cumulative sum is the smallest share of their row's, and of these those of lowest index.
+    of the row; scores up to it are removed. One alpha for the matrix is bisected in [0, 1] until its sparsity is within
+    0.001 of the target (within one weight, in a small matrix). If ties prevent that, exactly the target number is
+    removed: scores whose cumulative sum is the smallest share of their row's sum, the lowest index first.
 
     >>> select_variant(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), Fraction(1, 2))
     tensor([[False, False,  True,  True]])

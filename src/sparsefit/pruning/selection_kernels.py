@@ -1,8 +1,8 @@
 """The selections of `selection` on a GPU, in Triton. The module can be imported without Triton.
 
-Scores are |value| * factor, with a float32 factor that is repeated along a row, or without one the values, of any
-floating dtype. They are compared as whole numbers: the bits of a float32, with all but the sign of negative ones turned
-over, have the order of the floats.
+Scores are |value| * factor, with a float32 factor that is repeated along a row, or the values themselves if there is no
+factor; values have any floating dtype. Scores are compared as integers: the bits of a float32, with all but the sign
+bit of negative numbers flipped, sort like the floats.
 """
 # ruff: noqa: ANN001, ANN202 (Triton's language has no annotation but tl.constexpr)
 
@@ -21,11 +21,11 @@ except ImportError:  # the CPU builds of torch come without it
     triton = tl = None
 
 WIDEST_ROW = 2**16  # scores of a row that the registers of one program hold
-SAMPLE = 2**16  # scores of a long row that show where its threshold lies
+SAMPLE = 2**16  # scores of a long row that are sampled to estimate its threshold
 
 
 def jit(function: Callable) -> Callable:
-    """Triton's compilation, once for all values of some numbers; without Triton the function as it is.
+    """`triton.jit` that does not recompile for new values of certain integers; without Triton the function unchanged.
 
     >>> jit(len) is len if triton is None else True
     True
@@ -36,7 +36,7 @@ def jit(function: Callable) -> Callable:
 
 @jit
 def _ordered(values, factor, places, columns, inside, factors, width):
-    """Whole numbers in the order of the scores."""
+    """The scores as integers that sort like them."""
     scores = tl.load(values + places, mask=inside, other=0).to(tl.float32)
     if factor is not None:
         if factors < width:
@@ -48,14 +48,14 @@ def _ordered(values, factor, places, columns, inside, factors, width):
 
 @jit
 def _rows_kernel(values, factor, kept, count, factors, width, BLOCK: tl.constexpr):
-    """The mask of one row: its threshold, bisected; of the scores at it, the last stay if too many would go."""
+    """The mask of one row: its threshold is bisected; of scores equal to it, the last are kept if too many would go."""
     column = tl.arange(0, BLOCK)
     inside = column < width
     place = tl.program_id(0).to(tl.int64) * width + column
     scores = _ordered(values, factor, place, column, inside, factors, width)
     low = tl.min(tl.where(inside, scores, 0x7FFFFFFF))
     high = tl.max(tl.where(inside, scores, low))
-    scores = tl.where(inside, scores, 0x7FFFFFFF)  # behind all of them
+    scores = tl.where(inside, scores, 0x7FFFFFFF)  # sorts after all scores
     while low < high:
         middle = (low & high) + ((low ^ high) >> 1)  # their mean, rounded down, without overflow
         reached = tl.sum((scores <= middle).to(tl.int32))
@@ -71,7 +71,8 @@ def _rows_kernel(values, factor, kept, count, factors, width, BLOCK: tl.constexp
 
 
 def mask_of_smallest(values: Tensor, factor: Tensor | None, count: int) -> Tensor:
-    """As `selection.mask_of_smallest`, for rows of fewer than 2^31 - 2^14 scores: up to `WIDEST_ROW` a program to each.
+    """As `selection.mask_of_smallest`, for rows of fewer than 2^31 - 2^14 scores; one program per row up to
+    `WIDEST_ROW` scores.
 
     >>> if torch.cuda.is_available():
     ...     values = torch.tensor([[3.0, 1.0, 2.0]], device="cuda")
@@ -94,7 +95,7 @@ def mask_of_smallest(values: Tensor, factor: Tensor | None, count: int) -> Tenso
 
 @jit
 def _sample_kernel(values, factor, sample, number, step, factors, width, BLOCK: tl.constexpr):
-    """Every so-manieth score of a long row."""
+    """Every `step`-th score of a long row."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside, place = index < number, index * step
     tl.store(sample + index, _ordered(values, factor, place, place, inside, factors, width), mask=inside)
@@ -102,15 +103,15 @@ def _sample_kernel(values, factor, sample, number, step, factors, width, BLOCK: 
 
 @jit
 def _split_kernel(values, factor, kept, sample, first, last, keys, room, found, factors, width, BLOCK: tl.constexpr):
-    """The mask of a long row with all that two scores of the sorted sample bracket in it. These are listed with their
-    places behind them, as far as there is room: so no two are equal, and the first of equal scores comes first. Found
-    are the number of scores below the bracket, and of those in it."""
+    """The mask of a long row that keeps every score from the lower of two scores of the sorted sample on. Scores
+    between the two are listed in `keys`, as far as there is room, with their position in the low bits: so no two keys
+    are equal, and equal scores sort by position. `found` gets the number of scores below the bracket and in it."""
     low, high = tl.load(sample + first), tl.load(sample + last)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = place < width
     scores = _ordered(values, factor, place, place, inside, factors, width)
     tl.store(kept + place, scores >= low, mask=inside)
-    # Relaxed, as only what comes after this kernel reads the numbers.
+    # Relaxed, as the numbers are only read after this kernel.
     tl.atomic_add(found, tl.sum((inside & (scores < low)).to(tl.int32)), sem="relaxed")
     listed = inside & (scores >= low) & (scores <= high)
     number = tl.sum(listed.to(tl.int32))
@@ -120,10 +121,10 @@ def _split_kernel(values, factor, kept, sample, first, last, keys, room, found, 
 
 
 def _mask_long_row(values: Tensor, factor: Tensor | None, kept: Tensor, count: int, factors: int) -> None:
-    """Two scores of a sample bracket the threshold, as a rule: of the scores between them, one in seventy, the smallest
-    go, and so do all below. Where they do not, or too many scores are equal, all scores are sorted."""
+    """Usually two scores of a sample bracket the threshold: all scores below them are removed, and the smallest of the
+    scores between them (one in seventy). If they do not, or too many scores are equal, all scores are sorted."""
     width = len(values)
-    step = width // SAMPLE | 1  # odd: it meets all columns in turn
+    step = width // SAMPLE | 1  # odd, so that the sample visits all columns of a flattened matrix in turn
     number = triton.cdiv(width, step)
     sample = torch.empty(number, dtype=torch.int32, device=values.device)
     _sample_kernel[(triton.cdiv(number, 1024),)](values, factor, sample, number, step, factors, width, BLOCK=1024)
@@ -145,7 +146,7 @@ def _mask_long_row(values: Tensor, factor: Tensor | None, kept: Tensor, count: i
 def _groups_kernel(
     values, factor, kept, removed, factors, inputs, M: tl.constexpr, PADDED: tl.constexpr, GROUPS: tl.constexpr
 ):
-    """Some groups of M inputs of one row: a weight stays if at least `removed` of its group go before it."""
+    """Some groups of M inputs of one row: a weight is kept if at least `removed` of its group are removed before it."""
     first = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)) * M
     member = tl.arange(0, PADDED)[None, :]
     column = first[:, None] + member
@@ -171,7 +172,7 @@ def n_of_m(values: Tensor, factor: Tensor | None, n: int, m: int) -> Tensor:
     rows, inputs = values.shape
     factors = inputs if factor is None else len(factor)
     padded = triton.next_power_of_2(m)
-    groups = max(min(triton.next_power_of_2(inputs // m), 2048 // padded), 1)  # of a program
+    groups = max(min(triton.next_power_of_2(inputs // m), 2048 // padded), 1)  # per program
     sizes = {"M": m, "PADDED": padded, "GROUPS": groups, "num_warps": max(groups * padded // 1024, 1)}
     grid = (rows, triton.cdiv(inputs // m, groups))
     with torch.cuda.device_of(values):

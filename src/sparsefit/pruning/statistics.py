@@ -1,4 +1,4 @@
-"""What calibration keeps of a layer's inputs. Statistics add up: over batches, layers that share a weight, ranks."""
+"""Statistics of a layer's inputs. They are summed over batches, layers that share a weight, and ranks."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ KINDS = ("squared_norm", "abs_sum", "abs_max", "gram")
 """What can be accumulated: for each input feature its squared l2 norm, l1 norm and largest absolute value, all (in,),
 and the Gram matrix X^T X, (in, in)."""
 DERIVED = {"inverse_diagonal": "gram"}
-"""What is computed at the end, and from what."""
+"""What is computed from accumulated statistics at the end, and from which."""
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether no element is NaN or infinite; without a temporary of their size.
+    """Whether no element is NaN or infinite; allocates no temporary of the tensor's size.
 
     >>> all_finite(torch.tensor([1.0, torch.inf]))
     False
@@ -28,9 +28,9 @@ def all_finite(values: Tensor) -> bool:
 
 
 class InputStatistics:
-    """Those of `KINDS`, the squared norm always among them, over the tokens that a layer's inputs had; in float32.
+    """Statistics of `KINDS`, always including the squared norm, over the tokens of a layer's inputs; read as float32.
 
-    Sums for each feature are kept in float64, so that they do not depend on how micro-batches are dealt out among
+    Per-feature sums are accumulated in float64, so that they do not depend on how micro-batches are divided among
     ranks; Gram matrices in float32, as they are large.
 
     >>> statistics = InputStatistics(2, torch.device("cpu"))
@@ -52,11 +52,11 @@ class InputStatistics:
         return self._sums[kind].float()
 
     def has(self, kind: str) -> bool:
-        """Whether these are among what is accumulated."""
+        """Whether a kind of statistic is accumulated."""
         return kind in self._sums
 
     def add(self, inputs: Tensor) -> None:
-        """Add (tokens, in) further inputs of any floating dtype."""
+        """Add (tokens, in) inputs of any floating dtype."""
         device = self._sums["squared_norm"].device
         self._sums["squared_norm"] += _squared_norms(inputs).to(device)
         if "abs_sum" in self._sums:
@@ -69,22 +69,22 @@ class InputStatistics:
         self.tokens += len(inputs)
 
     def is_finite(self) -> Tensor:
-        """Bool scalar on the device, so that nothing waits for it: False if an input was NaN or too large."""
+        """False if an input was NaN or too large. A bool scalar on the device, so that nothing waits for the GPU."""
         return self["squared_norm"].isfinite().all()
 
     def clone(self) -> InputStatistics:
-        """The same statistics apart from these."""
+        """An independent copy."""
         return copy.deepcopy(self)
 
     def merge(self, other: InputStatistics) -> None:
-        """Add what others of the same kinds have seen."""
+        """Add other statistics of the same kinds."""
         for kind, values in other._sums.items():
             mine = self._sums[kind]
             torch.maximum(mine, values, out=mine) if kind == "abs_max" else mine.add_(values)
         self.tokens += other.tokens
 
     def columns(self, order: Tensor) -> InputStatistics:
-        """The statistics of the same inputs in another order of the features."""
+        """A copy with the input features reordered."""
         other = copy.copy(self)
         other._sums = {kind: values[order] for kind, values in self._sums.items()}
         if "gram" in other._sums:
@@ -92,7 +92,7 @@ class InputStatistics:
         return other
 
     def reduce_over_ranks(self) -> None:
-        """Add up what every rank of a distributed run has seen; does nothing in a single process."""
+        """Sum the statistics over all ranks of a distributed run; does nothing in a single process."""
         for kind, values in self._sums.items():
             add_up(values, largest=kind == "abs_max")
         self.tokens = sum(from_all(self.tokens))
@@ -103,7 +103,7 @@ def _squared_norms(inputs: Tensor) -> Tensor:
     if inputs.device.type != "cpu":  # one kernel, and no copy in float32
         return torch.linalg.vector_norm(inputs, 2, dim=0, dtype=torch.float32).square_()
     total = torch.zeros(inputs.shape[1], dtype=torch.float64)
-    rows = max(1, 2**18 // inputs.shape[1])  # the squares of so many inputs stay in the cache
+    rows = max(1, 2**18 // inputs.shape[1])  # so that the squares stay in the cache
     for some in inputs.split(rows):
         total += some.float().square().sum(dim=0)
     return total
@@ -111,7 +111,7 @@ def _squared_norms(inputs: Tensor) -> Tensor:
 
 def _add_gram(gram: Tensor, inputs: Tensor) -> None:
     """Add X^T X of (tokens, in) inputs to a float32 (in, in) matrix."""
-    # A GPU multiplies halves as they are: their products are exact in float32, in which they are summed.
+    # A GPU multiplies half-precision inputs directly: their products are exact in float32, in which they are summed.
     if inputs.device.type == "cuda" and inputs.dtype in (torch.float16, torch.bfloat16):
         torch.addmm(gram, inputs.t(), inputs, out_dtype=torch.float32, out=gram)
     else:

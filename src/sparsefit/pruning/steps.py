@@ -1,4 +1,4 @@
-"""The steps of a pruning on one input group: score, mask, refine, update."""
+"""The steps of pruning one input group: score, mask, refine, update."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparsefit.errors import CalibrationError, ConfigError
 from sparsefit.pruning import reconstruction
 from sparsefit.pruning.config import PruningConfig
 from sparsefit.pruning.gram import reconstruction_error
-from sparsefit.pruning.groups import InputGroup, Rows
+from sparsefit.pruning.input_groups import InputGroup, Rows
 from sparsefit.pruning.layers.convolution import channels_side_by_side
 from sparsefit.pruning.least_squares import least_squares
 from sparsefit.pruning.refinement import swap
@@ -26,13 +26,13 @@ ByWeight = dict[str, Tensor]  # (out, in) tensors by the name of the weight
 
 @dataclass
 class Solution:
-    """What is decided about the weights of an input group.
+    """The masks and new values of the weights of an input group.
 
     Attributes:
-        masks: (out, in) bool of each weight, True = kept.
-        values: New values, (out, in), zero outside the masks; None where the kept weights stay as they are.
-        errors: ||(W' - W) X||^2 / ||W X||^2 of each weight, where Gram matrices tell it.
-        notes: What a user should know of it.
+        masks: The mask of each weight, (out, in) bool, True = kept.
+        values: New values, (out, in), zero outside the masks; None if kept weights do not change.
+        errors: ||(W' - W) X||^2 / ||W X||^2 of each weight, if there are Gram matrices.
+        notes: Sentences for the user.
     """
 
     masks: ByWeight
@@ -42,16 +42,17 @@ class Solution:
 
 
 class Steps:
-    """The weights of an input group, dense, and what becomes of them by a configuration.
+    """The steps that choose masks and new values for the weights of one input group.
 
-    N:M runs along the input channels. So, with a pattern, the columns of a convolution are handled in an order that
-    puts the channels of one kernel position side by side; `solution` takes results back.
+    N:M sparsity runs along the input channels. So with a pattern, the columns of a convolution are reordered to put the
+    channels of one kernel position next to each other; `solution` restores the order.
 
     Args:
         group: The weights and the statistics of their inputs.
-        dense: The (out, in) matrices of the weights.
-        config: What is asked for.
-        counts: How many go of each matrix; of one not named it is what the sparsity means for each comparison group.
+        dense: The dense (out, in) matrices of the weights.
+        config: The pruning configuration.
+        counts: How many weights to remove from each matrix; for one that is not named, the sparsity applies to each
+            comparison group.
     """
 
     def __init__(
@@ -70,11 +71,11 @@ class Steps:
         self._factors: dict[InputStatistics, reconstruction.Factor] = {}
 
     def select_by_magnitude(self) -> ByWeight:
-        """The masks of weights of which the inputs say nothing."""
+        """Masks by magnitude, for weights whose inputs are unknown or all zero."""
         return {name: self._mask(name, Products(dense)) for name, dense in self._dense.items()}
 
     def adopt(self) -> ByWeight:
-        """The zeros that the weights have as their masks."""
+        """Masks that remove the existing zeros of the weights."""
         masks = {name: dense != 0 for name, dense in self._dense.items()}
         for name, mask in masks.items() if self._pattern else ():
             if bool((mask.unflatten(1, (-1, self._pattern.m)).sum(2) > self._pattern.n).any()):
@@ -85,7 +86,7 @@ class Steps:
         return masks
 
     def select(self) -> ByWeight:
-        """The masks by the scores of all weights; rows that see other inputs are scored apart."""
+        """Masks by the scores of all weights; rows with different inputs are scored separately."""
         masks = {}
         for name, dense in self._dense.items():
             parts = [(dense[rows], self._needed(own)) for rows, own in self._parts[name]]
@@ -94,7 +95,7 @@ class Steps:
         return masks
 
     def refine(self, masks: ByWeight) -> ByWeight:
-        """Better masks of as many weights, by swaps."""
+        """Improve the masks by swaps, at the same sparsity."""
         refined = self._empty(torch.bool)
         for statistics, rows in self._by_statistics.items():
             dense, mask = _stacked(self._dense, rows), _stacked(masks, rows)
@@ -115,7 +116,7 @@ class Steps:
         return values
 
     def iterate(self) -> tuple[ByWeight, ByWeight]:
-        """Masks that are chosen while the kept weights are updated, and the new values (SparseGPT)."""
+        """Choose masks while the kept weights are updated (SparseGPT); returns the masks and the new values."""
         masks, values = self._empty(torch.bool), self._empty(torch.float32)
         for statistics, rows in self._by_statistics.items():
             dense, factor = _stacked(self._dense, rows), self._factor(statistics)
@@ -129,8 +130,8 @@ class Steps:
         return masks, values
 
     def solution(self, masks: ByWeight, values: ByWeight | None = None) -> Solution:
-        """What was found, with the columns in the order in which the weights have them."""
-        told = "gram" in self._config.statistics and self._group.says_something
+        """The solution, with the columns in the weights' own order."""
+        told = "gram" in self._config.statistics and self._group.has_nonzero_inputs
         errors = self._errors(masks, values) if told else {}
         in_order = {name: self._in_own_order(mask) for name, mask in masks.items()}
         changed = None if values is None else {name: self._in_own_order(own) for name, own in values.items()}
@@ -152,11 +153,12 @@ class Steps:
         return matrix if self._order is None else matrix[:, self._order.argsort()]
 
     def _block_chooser(self, statistics: InputStatistics, rows: Rows) -> reconstruction.Choose:
-        """Chooses the mask of some columns from their updated weights and the diagonal of the inverse's factor."""
+        """The `choose` function for `prune_iteratively`, for some rows of several weights stacked."""
         width = len(statistics["squared_norm"])
 
         def due(name: str, own: slice, columns: slice) -> int | None:
-            """How many go of some rows and columns; rounded so that all of them add up to the count of the matrix."""
+            """How many weights to remove from some rows and columns, rounded so that the sum over the matrix is its
+            count."""
             if name not in self._counts:
                 return None
             by_row = Fraction(self._counts[name], len(self._dense[name]))
@@ -164,7 +166,7 @@ class Steps:
             return of_rows * columns.stop // width - of_rows * columns.start // width
 
         def choose(block: Tensor, columns: slice, diagonal: Tensor) -> Tensor:
-            # The weights before these columns are settled: what is left to mend an error are these and later ones.
+            # Earlier columns are final: only these and later ones can still compensate an error.
             needed = self._needed(statistics, columns, diagonal.square())
             masks = []
             for (name, own), part in zip(rows, block.split([own.stop - own.start for _, own in rows]), strict=True):
@@ -180,7 +182,7 @@ class Steps:
 
     def _select(self, scores: Scores, count: int | None, zeros: Tensor | None) -> Tensor:
         granularity = Granularity.parse(self._config.granularity)
-        if zeros is not None:  # they go before anything else, and all of them
+        if zeros is not None:  # all of them are removed, before any other weight
             least = 0 if granularity.axis == "variant" else -torch.inf
             scores = computed(scores)
             chosen = self._select(scores.masked_fill(zeros, least), count, None)
@@ -212,7 +214,7 @@ class Steps:
     def _needed(
         self, statistics: InputStatistics, columns: slice = slice(None), inverse: Tensor | None = None
     ) -> list[Tensor]:
-        """What the score needs to know of some inputs, the diagonal of the inverse being known or not."""
+        """The statistics that the score needs, for some columns; `inverse` is the diagonal of the inverse, if known."""
 
         def one(need: str) -> Tensor:
             if need == "inverse_diagonal":
@@ -239,8 +241,8 @@ class Steps:
 
 
 def _with_all_zeros(kept: Tensor, scores: Tensor, zeros: Tensor) -> Tensor:
-    """A mask without any of the zeros. For those that their comparison groups had no room for, as many other weights
-    stay, those with the highest scores, so that no more go in all."""
+    """Remove all existing zeros from a mask. For each zero that was kept because its comparison group had already lost
+    its share, the removed weight with the highest score is kept instead, so that the total does not change."""
     surplus = int((kept & zeros).sum())
     mask, going = (kept & ~zeros).contiguous(), ~(kept | zeros)
     order = scores.masked_fill(~going, -torch.inf).flatten().argsort(descending=True, stable=True)
@@ -249,7 +251,7 @@ def _with_all_zeros(kept: Tensor, scores: Tensor, zeros: Tensor) -> Tensor:
 
 
 def _joined(parts: list[Scores]) -> Scores:
-    """The scores, or masks, of a matrix from those of its rows."""
+    """Concatenate scores or masks of rows."""
     if len(parts) == 1:
         return parts[0]
     return torch.cat([computed(part) for part in parts])

@@ -1,4 +1,4 @@
-"""Which matrices of a model are pruned; for every other one the reason why it stays dense."""
+"""Which matrices of a model are pruned, and for every other one the reason why it stays dense."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from sparsefit.sharded import is_sharded, over_shards, shard_of
 
 EXCLUDED = "excluded by the configuration"
 CHECKS: list[Callable[[nn.Module, PruningConfig], None]] = []
-"""What else is seen to before a weight changes: each raises a ConfigError for a model that must not be pruned so."""
+"""Further checks before any weight changes: each raises a ConfigError if the model cannot be pruned as configured."""
 
 
 class Targets(NamedTuple):
-    """What of a model is pruned."""
+    """The weights of a model that are pruned, and those that stay dense."""
 
     weights: list[PrunableWeight]  # in the order of the model
-    left_dense: dict[str, str]  # the reason by the name of each other matrix
-    sizes: dict[str, int]  # how many weights each of those has, but for embeddings that nothing is multiplied by
+    left_dense: dict[str, str]  # the name of each other matrix, and why it stays dense
+    sizes: dict[str, int]  # how many weights each of those has, except embeddings that are only looked up
     zeros: int  # how many of these are zero
 
 
 def find_candidates(model: nn.Module, config: PruningConfig) -> list[PrunableWeight]:
-    """All matrices of the bare model that could be pruned; adapters in it never are, the layers they wrap are.
+    """All matrices of the bare model that could be pruned: never adapters, but the layers that they wrap.
 
     Raises:
-        ConfigError: if weights are not there yet, an adapter is merged, or a target does not exist.
+        ConfigError: if weights are not initialized or quantized yet, an adapter is merged, or a target does not exist.
 
     >>> [weight.name for weight in find_candidates(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), PruningConfig())]
     ['0.weight']
@@ -81,8 +81,9 @@ def find_weights(
 ) -> Targets:
     """The weights that a configuration prunes, and those that stay dense.
 
-    Without targets these are the layers inside the repeated blocks or, without blocks, all but the output layer. What
-    samples have shown not to be reached stays dense in any case. Weights are looked at `one_by_one`.
+    Without targets, the layers inside the repeated blocks are pruned or, if there are no blocks, all but the output
+    layer. Weights that the trace shows no sample reaches stay dense. `one_by_one` iterates over weights whose values
+    are read, so that they need not all be in memory.
 
     Raises:
         ConfigError: if nothing would be pruned, N:M does not divide a width, or weights are NaN or infinite; and as
@@ -109,13 +110,13 @@ def find_weights(
     _refuse(
         [name for name, shards in broken.items() if shards],
         "{}: these weights are NaN or infinite, and such weights cannot be compared. The model was left as it was; "
-        "load sound ones, or exclude the layers",
+        "load valid ones, or exclude the layers",
     )
     return _account(model, weights, candidates, reasons)
 
 
 def count_weights(model: nn.Module, config: PruningConfig) -> int:
-    """How many weights a configuration prunes, as far as that shows before any data is seen; no weight is read.
+    """How many weights a configuration prunes, as far as that is known without data; reads no weight values.
 
     Raises:
         ConfigError: as `find_candidates`, or if nothing would be pruned.
@@ -130,7 +131,7 @@ def count_weights(model: nn.Module, config: PruningConfig) -> int:
 def _sorted_out(
     model: nn.Module, blocks: Iterable[nn.Module], config: PruningConfig, trace: Trace | None
 ) -> tuple[list[PrunableWeight], list[PrunableWeight], dict[int, str]]:
-    """The weights to prune, all candidates, and by the id of its parameter why another one stays dense."""
+    """The weights to prune, all candidates, and why the others stay dense, by the id of their parameters."""
     candidates = find_candidates(model, config)
     reasons: dict[int, str] = {}  # by id of the parameter
     found: dict[tuple[int, int | None], PrunableWeight] = {}
@@ -140,9 +141,9 @@ def _sorted_out(
             reasons[id(weight.parameter)] = reason
         elif key not in found:
             found[key] = weight
-        elif weight.layers[0] not in found[key].layers:  # one layer may stand under several names
+        elif weight.layers[0] not in found[key].layers:  # one layer may have several names
             found[key] = replace(found[key], layers=(*found[key].layers, *weight.layers))
-    # A weight that two layers share is excluded with either.
+    # A weight that two layers share is excluded if either is.
     weights = [weight for weight in found.values() if reasons.get(id(weight.parameter)) != EXCLUDED]
     if not weights:
         raise ConfigError(_nothing_left(model, config, set(reasons.values())))
@@ -164,12 +165,12 @@ def _reasons_to_keep(
         own = {names[id(p)] for p in block.parameters() if id(p) in names}
         return not own or not own <= unreached
 
-    # Blocks that nothing goes through say nothing of the rest of the model.
+    # Ignore blocks that no sample reaches.
     blocks = [block for block in blocks if is_reached(block)]
     inside = {id(module) for block in blocks for module in block.modules()}
     outputs = output_layers(model, blocks, trace)
     if not {names[id(weight.parameter)] for weight in candidates} - unreached - outputs:
-        outputs = frozenset()  # a model that is nothing but its output layer is pruned: there is nothing else to mean
+        outputs = frozenset()  # a model that is only an output layer is pruned, as nothing else can be meant
     routing, copied = routers(model, candidates, blocks), copied_modules(model)
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
 
@@ -203,7 +204,7 @@ def _reasons_to_keep(
 
 
 def _unreached(model: nn.Module, blocks: list[nn.Module], names: dict[int, str], trace: Trace | None) -> set[str]:
-    """The parameters that no sample was computed with. An expert of which the others were called is not one of them."""
+    """The parameters that no sample reached. An expert counts as reached if any expert of its list was."""
     if trace is None:
         return set()
     unreached = set(names.values()) - trace.reached
@@ -233,7 +234,7 @@ def _check_names_exist(patterns: Iterable[str], names: list[str]) -> None:
 
 
 def _refuse(names: list[str], why: str) -> None:
-    """A `ConfigError` if there are any names; it says why of the first of them, which take the place of {}."""
+    """Raise a `ConfigError` if there are any names. `why` is the message; {} in it is replaced by the first names."""
     if names:
         raise ConfigError(why.format(", ".join(names[:5]) + (", ..." if len(names) > 5 else "")))
 
@@ -241,7 +242,8 @@ def _refuse(names: list[str], why: str) -> None:
 def _account(
     model: nn.Module, weights: list[PrunableWeight], candidates: list[PrunableWeight], reasons: dict[int, str]
 ) -> Targets:
-    """The weights beside what is left dense: why, and how many weights and zeros it has, a shared one once."""
+    """The weights to prune, and for all other matrices why they stay dense and how many weights and zeros they have;
+    shared ones are counted once."""
     pruned = {id(weight.parameter) for weight in weights}
     left_dense: dict[str, str] = {}
     others: dict[int, tuple[str, nn.Parameter]] = {}

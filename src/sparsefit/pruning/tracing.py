@@ -1,4 +1,4 @@
-"""What a sample reaches in a model, and which weights come last on its way to the output."""
+"""Tracing which weights samples reach in a model, and which come last on the way to its output."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from sparsefit.bare_model import base_modules
 from sparsefit.calibration.batches import MicroBatch
 from sparsefit.calibration.samples import numbers_in, tensors_in
+from sparsefit.pruning.input_watch import Key, Seen, watching
 from sparsefit.pruning.layers import PRODUCTS, matrices_of
-from sparsefit.pruning.watch import Key, Seen, watching
 from sparsefit.ranks import errors_on_all_ranks, from_all
 from sparsefit.sharded import is_sharded, passes
 
-FORMS = 8  # kinds of samples that are looked at, at most
+FORMS = 8  # at most this many forms of samples are traced
 _PRODUCTS = PRODUCTS.keys() | {torch.einsum, torch.tensordot, torch.bilinear, F.bilinear}
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What some samples have shown. Parameters of two or more dimensions, by name in the bare model.
+    """What traced samples have shown about parameters of two or more dimensions, by their names in the bare model.
 
     Attributes:
-        reached: Those that a sample was computed with.
-        shares: For each weight, or some of its rows, the numbers in its input as a share of those in the sample; None
-            if a sample uses it more often than once.
-        outputs: For each tensor that the model returned, the last ones on the way to it: from them on nothing was
+        reached: The parameters that were used in computing a sample.
+        shares: For each weight, or some of its rows, the number of elements in its input divided by that in the sample;
+            None if a sample uses it more than once.
+        outputs: For each tensor that the model returned, the last parameters on the way to it: after them nothing was
             multiplied by a parameter.
     """
 
@@ -46,10 +46,10 @@ class Trace:
 
 
 def trace(model: nn.Module, data: Sequence[MicroBatch], forward: Callable[[Any], Any]) -> Trace | None:
-    """Follow the first sample of each form (the same keys, as many tensors) through a model, with all ranks.
+    """Trace the first sample of each form (the same keys, the same number of tensors) through a model, on all ranks.
 
     Returns:
-        What they have shown; None if there are none.
+        The trace; None if there are no samples.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
     >>> trace(model, [MicroBatch(torch.ones(1, 2), origin=(0,))], model).outputs
@@ -87,7 +87,7 @@ def _note_size(sizes: list[tuple[Key, int]], seen: Seen) -> None:
 
 
 def matrix_names(model: nn.Module) -> dict[int, str]:
-    """The name in the bare model of each parameter of two or more dimensions, by its id; of a shared one the first.
+    """The name in the bare model of each parameter of two or more dimensions, by id; the first name of a shared one.
 
     >>> list(matrix_names(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3))).values())
     ['0.weight']
@@ -103,7 +103,7 @@ def matrix_names(model: nn.Module) -> dict[int, str]:
 
 
 def output_tensors(output: Any) -> list[Tensor]:
-    """The tensors that a model returns: its `logits` where it has them, else those that are not nested deeper.
+    """The tensors that a model returns: its `logits` if it has them, else the tensors at the top level.
 
     >>> output_tensors({"loss": torch.tensor(1.0), "logits": torch.tensor(2.0)}), output_tensors(None)
     ([tensor(2.)], [])
@@ -118,7 +118,7 @@ def output_tensors(output: Any) -> list[Tensor]:
 
 
 class _Tracer(TorchFunctionMode):
-    """While active, marks what is computed with the parameters that were last multiplied by on the way to it."""
+    """While active, records for each computed tensor the last parameters that were multiplied on the way to it."""
 
     def __init__(self, names: dict[int, str]) -> None:
         super().__init__()
@@ -127,11 +127,11 @@ class _Tracer(TorchFunctionMode):
         self._storages: dict[int, str] = {}
         self._sharded: list[tuple[nn.Module, str, str]] = []  # layer, the parameter's name in it and in the model
         self._buffers: set[int] = set()
-        self._made_of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weights that others were made into
-        self._last: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._made_of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # the parameters a tensor was computed from
+        self._last: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # the last parameters on the way to a tensor
 
     def watch(self, model: nn.Module) -> None:
-        """Know the views of a model's parameters by their memory, and its buffers, which are no data."""
+        """Register the memory of a model's parameters, to recognise views of them, and its buffers (not data)."""
         plain = (p for p in model.parameters() if id(p) in self.names and type(p) is nn.Parameter and p.numel())
         self._storages = {p.untyped_storage().data_ptr(): self.names[id(p)] for p in plain if p.device.type != "meta"}
         self._buffers = {id(buffer) for buffer in model.buffers()}
@@ -143,11 +143,11 @@ class _Tracer(TorchFunctionMode):
         ]
 
     def last(self, output: Any) -> frozenset[str]:
-        """What was last multiplied by on the way to some tensors."""
+        """The last parameters that were multiplied on the way to some tensors."""
         return frozenset().union(*(self._last.get(tensor, frozenset()) for tensor in tensors_in(output)))
 
     def mark(self, output: Any, found: frozenset[str]) -> None:
-        """Say so of what a layer has returned."""
+        """Record `found` as the last parameters on the way to the tensors in an output."""
         self._last.update(dict.fromkeys(tensors_in(output), found))
 
     def __torch_function__(
@@ -161,25 +161,25 @@ class _Tracer(TorchFunctionMode):
         result = func(*args, **kwargs)
         given = list(tensors_in([args, kwargs]))
         results = list(tensors_in(result)) or ([args[0]] if result is None and given and given[0] is args[0] else [])
-        if not results:  # what only asks for a shape or a device
+        if not results:  # a call that only asks for a shape or a device
             return result
         weights = [self._weights_in(tensor) for tensor in given]
         used = frozenset().union(*weights)
         self.reached |= used
         if used and all(own or id(tensor) in self._buffers for tensor, own in zip(given, weights, strict=True)):
-            self._made_of.update(dict.fromkeys(results, used))  # a weight in another form: cast, masked, of low rank
+            self._made_of.update(dict.fromkeys(results, used))  # a weight in another form: cast, masked, low-rank
         elif found := used if used and func in _PRODUCTS else self.last(given):
             self.mark(results, found)
         return result
 
     def _weights_in(self, tensor: Tensor) -> frozenset[str]:
-        """The parameters that a tensor is, or is a view of, or was made of."""
+        """The parameters that a tensor is, is a view of, or was computed from."""
         if id(tensor) in self.names:
             return frozenset({self.names[id(tensor)]})
-        if isinstance(tensor, nn.Parameter) and tensor.ndim > 1:  # a whole one that stands in the place of a shard
+        if isinstance(tensor, nn.Parameter) and tensor.ndim > 1:  # a gathered parameter in the place of its shard
             for layer, own, name in self._sharded:
                 if layer.get_parameter(own) is tensor:
-                    self.names[id(tensor)] = name  # the same stands there in each pass
+                    self.names[id(tensor)] = name  # it is the same object in each pass
                     return frozenset({name})
         if tensor in self._made_of:
             return self._made_of[tensor]
@@ -191,7 +191,7 @@ class _Tracer(TorchFunctionMode):
 
 @contextmanager
 def _hooked(model: nn.Module, tracer: _Tracer) -> Iterator[None]:
-    """Count layers that are called and multiply in kernels of their own (bitsandbytes) by the call."""
+    """Record layers by their calls if they multiply in kernels of their own (bitsandbytes)."""
 
     def called(name: str) -> Callable[..., None]:
         def hook(layer: nn.Module, args: Any, output: Any) -> None:
@@ -217,7 +217,7 @@ def _hooked(model: nn.Module, tracer: _Tracer) -> Iterator[None]:
 
 
 def _form(batch: Any) -> Any:
-    """What a batch is made of; batches of one form take the same way through a model."""
+    """The structure of a batch; batches of one form are expected to take the same path through a model."""
     if isinstance(batch, Mapping):
         return tuple(sorted((str(key), _form(value)) for key, value in batch.items()))
     if isinstance(batch, list | tuple):

@@ -1,4 +1,4 @@
-"""What pruning takes from a model, kept so that the dense model can be put back to the bit."""
+"""Keeping the values that pruning removes, so that the dense model can be restored bit for bit."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ BUFFER = 2**26  # bytes
 
 
 class Removed(NamedTuple):
-    """The values that a mask takes from a weight: only these, and one bit a weight to say where they belong.
+    """The values that a mask removes from a weight, and one bit a weight for their positions.
 
-    It is what an undo of the pruning keeps, and all that a dense teacher needs beside its pruned student.
+    An undo of the pruning keeps these, and a dense teacher needs only these in addition to its pruned student.
     """
 
     bits: Tensor  # the packed mask, True = kept, in the order of the weight's elements
     values: Callable[[], Tensor]  # gives the removed values in that order
 
     def put_back(self, view: Tensor) -> None:
-        """Write the removed values to their places in a weight."""
+        """Write the removed values back into a weight."""
         view.masked_scatter_(~unpack_bits(self.bits, tuple(view.shape), view.device), self.values().to(view.device))
 
     def take_out(self, view: Tensor) -> None:
-        """Set these weights to exactly zero again."""
+        """Set the removed weights to exactly zero again."""
         zero_outside_mask(view, unpack_bits(self.bits, tuple(view.shape), view.device))
 
 
 class Undo:
-    """Prunes weights in place and remembers what they were: of a GPU's weights in CPU memory, of a CPU's in a temporary
-    file (in memory where none can be written)."""
+    """Prunes weights in place and keeps their old values: those of a GPU in CPU memory, those of a CPU in a temporary
+    file (or in memory if no file can be written)."""
 
     def __init__(self) -> None:
         self._back: list[Callable[[], object]] = []
@@ -59,7 +59,7 @@ class Undo:
         weight.apply_mask(mask)
 
     def set_values(self, weight: PrunableWeight, values: Tensor) -> None:
-        """Put new (out, in) values in the place of the weights."""
+        """Replace the weights with new (out, in) values."""
         if isinstance(weight, QuantizedWeight):
             self._back.append(weight.snapshot())
         else:
@@ -68,7 +68,7 @@ class Undo:
         weight.set_values(values)
 
     def restore(self) -> None:
-        """Make the model dense again, to the bit. An interrupt while this goes on is held back until it is done."""
+        """Restore the dense model bit for bit. An interrupt during this does not stop it."""
         done = False
         while not done:
             with suppress(KeyboardInterrupt):
@@ -78,7 +78,7 @@ class Undo:
         self._back = []
 
     def _put_away(self, values: Tensor) -> Callable[[], Tensor]:
-        """Keep a copy of flat values; what is returned gives them back."""
+        """Keep a copy of flat values; returns a function that reads it."""
         if values.device.type == "cpu" and values.numel():
             with suppress(OSError):  # no folder for temporary files, or a full disk
                 return self._put_into_file(values)
@@ -86,8 +86,8 @@ class Undo:
         return lambda: copy
 
     def _copy_of_gpu(self, values: Tensor) -> Tensor:
-        """By way of a small buffer that the GPU writes to directly: ten times as fast as `.cpu()`, which fills fresh
-        memory with one thread."""
+        """Copy through a small pinned buffer: ten times as fast as `.cpu()`, which fills fresh memory with one
+        thread."""
         if self._buffer is None:
             self._buffer = torch.empty(BUFFER, dtype=torch.uint8, pin_memory=True)
         there, source = torch.empty(values.nbytes, dtype=torch.uint8), values.view(torch.uint8)
@@ -96,13 +96,13 @@ class Undo:
         return there.view(values.dtype)
 
     def _put_into_file(self, values: Tensor) -> Callable[[], Tensor]:
-        # Unbuffered: what a full disk did not take must not be tried again when the file is read.
+        # Unbuffered: what a full disk refused must not be written again when the file is read.
         self._file = self._file or tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (open as long as this is)
         file, position = self._file, self._file.seek(0, os.SEEK_END)
         left = memoryview(values.view(torch.uint8).numpy())
         while left:
             left = left[file.write(left) :]
-        size, dtype = values.nbytes, values.dtype  # the values themselves are not to be held
+        size, dtype = values.nbytes, values.dtype  # so that `read` does not keep the values alive
 
         def read() -> Tensor:
             found = bytearray(size)
@@ -116,22 +116,22 @@ class Undo:
 
 
 class NoUndo(Undo):
-    """Prunes weights in place and remembers nothing: for weights that are files, copies of the dense ones."""
+    """Prunes weights in place and keeps nothing: for memory-mapped files that are copies of the dense ones."""
 
     def apply_mask(self, weight: PrunableWeight, mask: Tensor, bits: Tensor) -> None:
         """Set the weights outside an (out, in) mask to zero."""
         weight.apply_mask(mask)
 
     def set_values(self, weight: PrunableWeight, values: Tensor) -> None:
-        """Put new (out, in) values in the place of the weights."""
+        """Replace the weights with new (out, in) values."""
         weight.set_values(values)
 
 
 def _outside(values: Tensor, kept: Tensor) -> Tensor:
-    """The values that a mask of the same shape does not keep, flat."""
+    """The values that a mask of the same shape removes, flat."""
     values, gone = values.flatten(), ~kept.flatten()
     if values.device.type != "cpu":
         return values[gone]
-    # NumPy's takes an eighth of the time of torch's.
+    # NumPy's compress takes an eighth of the time of torch's indexing.
     integers = values.view(INTEGERS[values.element_size()]).numpy()
     return torch.from_numpy(np.compress(gone.numpy(), integers)).view(values.dtype)

@@ -1,4 +1,4 @@
-"""SparseGPT's sweep and the search for swaps on a GPU, in Triton. The module can be imported without Triton."""
+"""SparseGPT's update and the search for swaps on a GPU, in Triton. The module can be imported without Triton."""
 # ruff: noqa: ANN001, ANN202, SIM102, SIM108 (Triton's language: no annotation but tl.constexpr, plain branches on one)
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from sparsefit.pruning.selection_kernels import jit, tl, triton
 
 
 @jit
-def _sweep_kernel(
+def _update_kernel(
     work,
     kept,
     errors,
@@ -23,7 +23,7 @@ def _sweep_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """The columns of some rows, one after the other; with a GROUP their masks, too, as they come."""
+    """Update the columns of some rows one after another; with a GROUP, also choose the mask of each group."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (column < width)
@@ -55,13 +55,13 @@ def _sweep_kernel(
     tl.store(kept + place, goes == 0, mask=inside)
 
 
-def sweep_block(weights: Tensor, kept: Tensor, upper: Tensor, pattern: tuple[int, int] | None) -> Tensor:
-    """As `reconstruction._sweep_block`: prune (columns, out) weights by their mask, in place, column by column. With a
-    pattern (N, M), M <= 64, the mask is filled in: the N with the largest SparseGPT score stay of every M.
+def update_columns(weights: Tensor, kept: Tensor, upper: Tensor, pattern: tuple[int, int] | None) -> Tensor:
+    """As `reconstruction._update_columns`: prune (columns, out) weights by their mask, in place, column by column. With
+    a pattern (N, M), M <= 64, the mask is filled in: the N of every M with the largest SparseGPT score are kept.
 
     >>> if torch.cuda.is_available():
     ...     one = torch.ones(1, 1, device="cuda")
-    ...     assert sweep_block(one, one > 1, 2 * one, None).tolist() == [[0.5]]
+    ...     assert update_columns(one, one > 1, 2 * one, None).tolist() == [[0.5]]
     """
     work, mask = weights.t().contiguous(), kept.t().contiguous()
     errors = torch.empty_like(work)
@@ -70,7 +70,7 @@ def sweep_block(weights: Tensor, kept: Tensor, upper: Tensor, pattern: tuple[int
     sizes = {"GROUP": m, "BLOCK": max(triton.next_power_of_2(width), 16), "ROWS": 16, "num_warps": 8}
     grid = (triton.cdiv(rows, 16),)
     with torch.cuda.device_of(work):
-        _sweep_kernel[grid](work, mask, errors, upper, rows, upper.stride(0), width, m - n, **sizes)
+        _update_kernel[grid](work, mask, errors, upper, rows, upper.stride(0), width, m - n, **sizes)
     weights.copy_(work.t())
     kept.copy_(mask.t())
     return errors.t()
@@ -118,8 +118,8 @@ def _pair_kernel(
 def best_pair(
     gain: Tensor, loss: Tensor, weight: Tensor, gram: Tensor, reach: Tensor, grid: int
 ) -> tuple[Tensor, Tensor]:
-    """As `refinement._best_pair`: a program has a row to itself and tries one pruned weight at a time. What takes the
-    time is reading a row of the Gram matrix for each: more of them where inputs are more correlated.
+    """As `refinement._best_pair`: each program handles one row and tries one pruned weight at a time. Most of the time
+    goes into reading a row of the Gram matrix for each; more are tried if inputs are more correlated.
 
     >>> if torch.cuda.is_available():
     ...     gain, loss = torch.tensor([[-3.0, torch.inf], [torch.inf, 1.0]], device="cuda")[:, None]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsefit.calibration.batches import MicroBatch
 from sparsefit.errors import ConfigError
-from sparsefit.pruning.blocks import BlockCall, NotSweepable, capture_calls, find_block_lists, order_of
+from sparsefit.pruning.blocks import BlockCall, BlocksNotSequential, capture_calls, find_block_lists, order_of
 from sparsefit.ranks import errors_on_all_ranks
 
 
@@ -58,7 +58,7 @@ def runnable_lists(lists: list[list[nn.Module]], forward: Callable[[], Any]) -> 
         try:
             with torch.no_grad():
                 _, calls, simple = capture_calls(blocks, forward, to_the_end=True)
-        except NotSweepable as reason:
+        except BlocksNotSequential as reason:
             inner = [own for block in blocks for own in find_block_lists(block)]
             if not inner:
                 raise _refused(reason) from reason
@@ -108,11 +108,11 @@ def _captured(
     calls = [capture.calls for capture in shown]
     try:
         return order_of(calls), calls, [capture.hidden for capture in shown]
-    except NotSweepable as reason:
+    except BlocksNotSequential as reason:
         raise _refused(reason) from reason
 
 
-def _refused(reason: NotSweepable) -> ConfigError:
+def _refused(reason: BlocksNotSequential) -> ConfigError:
     return ConfigError(f"the model cannot be reconstructed block by block: {reason}. Leave out the reconstruction")
 
 

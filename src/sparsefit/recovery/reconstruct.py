@@ -23,7 +23,7 @@ from sparsefit.calibration.padding import watching_padding
 from sparsefit.errors import ConfigError
 from sparsefit.pruning import MaskSet
 from sparsefit.pruning.blocks import find_block_lists, hidden_of
-from sparsefit.pruning.watch import evaluating
+from sparsefit.pruning.input_watch import evaluating
 from sparsefit.ranks import errors_on_all_ranks, from_all, number_of_ranks, of_rank
 from sparsefit.recovery.block_descent import descend
 from sparsefit.recovery.block_runs import BlockRun, adapters_off, in_float32, run_blocks, runnable_lists

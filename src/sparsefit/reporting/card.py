@@ -13,7 +13,7 @@ from sparsefit.reporting import report as reading
 from sparsefit.reporting import run_tables, sentences
 
 Part = Literal["model", "base", "adapter"]
-"""What of a run a card goes with, each a folder of it."""
+"""The part of a run that a card describes; each is a folder of the run."""
 _FILES = {
     "model": ("the recovered model, with the zeros of its pruning", ("merged", "recovered")),
     "base": ("the pruned model, without what was trained after it", ("reconstructed", "pruned")),
@@ -23,12 +23,12 @@ _VERSIONS = ("sparsefit", "torch", "transformers", "peft")
 
 
 def model_card(report: Mapping[str, Any], part: Part | None = None, library: str | None = None) -> str:
-    """A run's report as a model card; whatever the report does not hold is left out.
+    """A run's report as a model card; whatever the report lacks is left out.
 
     Args:
-        report: What `report.json` holds.
-        part: The files that the card lies with; None for the card of the whole run.
-        library: What loads these files, by its name on the hub.
+        report: The content of `report.json`.
+        part: The part of the run that the card describes; None for the whole run.
+        library: The hub's name of the library that loads these files.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -47,7 +47,7 @@ def model_card(report: Mapping[str, Any], part: Part | None = None, library: str
         command=report.get("command"),
         versions=", ".join(f"{name} {versions[name]}" for name in _VERSIONS if name in versions),
     )
-    return ModelCard(text).content  # which reads the front matter, as the hub will
+    return ModelCard(text).content  # this parses the front matter, as the hub will
 
 
 def _lines(report: Mapping[str, Any], part: Part | None) -> Iterator[str]:
@@ -67,6 +67,6 @@ def _lines(report: Mapping[str, Any], part: Part | None) -> Iterator[str]:
 @functools.cache
 def _template() -> Template:
     loader = PackageLoader("sparsefit.reporting")
-    # Markdown, in which nothing is escaped
+    # Markdown: nothing is escaped
     plain = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return plain.get_template("card.md")

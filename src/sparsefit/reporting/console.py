@@ -1,4 +1,4 @@
-"""What a run or a study says on the terminal: the closing summary and the progress of its stages."""
+"""Terminal output of a run or a study: the final summary and the progress of its stages."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from sparsefit.reporting.study_results import progress, read_results, seconds_by
 from sparsefit.reporting.study_tables import differences, results_tables
 
 console = Console()
-"""The console that everything of a run prints to."""
+"""The console to which all output of a run is printed."""
 
-_SOON = 10.0  # seconds after which a log gets a first estimate, before a quarter is done
+_SOON = 10.0  # seconds after which a log gets its first estimate, even if less than a quarter is done
 _STYLES = {"finished": "bold green", "interrupted": "bold yellow", "failed": "bold red", "best": "bold"}
 
 
 def summary(report: Mapping[str, Any]) -> Group:
-    """The tables a run ends with, to be printed with `console.print(summary(report))`."""
+    """The final tables of a run, to be printed with `console.print(summary(report))`."""
     status = str(report.get("status") or "unknown")
     head = Text.assemble((str(report.get("name") or "run"), "bold"), ": ", (status, _STYLES.get(status, "bold")))
     shown = [run_tables.quality(report), *run_tables.timelines(report)]
@@ -38,13 +38,13 @@ def summary(report: Mapping[str, Any]) -> Group:
 
 
 def control_summary(report: Mapping[str, Any]) -> Group:
-    """What a control ends with: quality beside that of its run, and what it took."""
+    """The final output of a control: its quality next to that of its run, and its cost."""
     title = Text("control: the dense model, trained by the same recipe", "bold")
     return Group(title, *_printed(run_tables.quality(report)), Text(sentences.control(report), overflow="fold"))
 
 
 def study_summary(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Group:
-    """What a study ends with: how much was measured, the tables of results and of differences, time and folder."""
+    """The final output of a study: how much was measured, the tables of results and differences, time and folder."""
     results = read_results(study, rows)
     state, spent = progress(study, results), sum(seconds_by_kind(study).values())
     parts: list[RenderableType] = [Text.assemble((str(study.get("name") or "study"), "bold"), ": ", state.told)]
@@ -57,7 +57,7 @@ def study_summary(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -
 
 
 def _printed(table: tables.Table) -> list[RenderableType]:
-    """A table below its title and above its notes; nothing where it has no rows."""
+    """A table with its title above and its notes below; nothing if it has no rows."""
     if not table.rows and not table.total:
         return []
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -89,10 +89,10 @@ def _closing_lines(report: Mapping[str, Any]) -> Iterator[str]:
 def stage_progress(
     description: str, total: int | None = None, *, visible: bool = True
 ) -> Iterator[Callable[..., None]]:
-    """Show the progress of one stage and the time left: a bar on a terminal, at most six plain lines anywhere else.
+    """Show the progress of one stage and the time left: a bar on a terminal, at most six plain lines elsewhere.
 
-    `total` is None where nobody knows yet how many units there are; `visible` False is for the ranks that keep silent.
-    What is yielded, `advance(n=1, total=None)`, is called when `n` more units are done, and may bring the total.
+    `total` is None if the number of units is not known yet; `visible` is False on ranks that print nothing. Yields
+    `advance(n=1, total=None)`, to be called when `n` more units are done; it can also set the total.
     """
     if not visible:
         yield lambda n=1, total=None: None
@@ -126,7 +126,7 @@ def _plain_lines(description: str, total: int | None) -> Iterator[Callable[..., 
         soon = whole and not estimated and spent >= _SOON
         if (quarter < reached or soon) and reached < 4:
             quarter, estimated = reached, True
-            rest = spent * (whole - done) / max(1, done)  # if it goes on as it went
+            rest = spent * (whole - done) / max(1, done)  # at the same rate
             left = f", about {formats.seconds(rest)} left" if spent >= 1 else ""
             say(f"{done} of {whole}, {formats.seconds(spent)}{left}")
 

@@ -1,7 +1,7 @@
-"""The style of a report's figures, which are drawn with matplotlib and returned as SVG text to be placed inside a page.
+"""The style of a report's figures, which are drawn with matplotlib and returned as SVG text to embed in a page.
 
-Ink and lines take the page's colours (`--ink`, ...), so that a figure reads in a light and in a dark theme. All ids
-carry a digest of the figure: any number of them live in one page.
+Text and lines take the page's colours (`--ink`, ...), so that a figure is readable in a light and in a dark theme. All
+ids contain a digest of the figure, so that one page can hold several figures.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ _LOG_FROM = 1.5  # a perplexity that spans more than this factor is drawn on a l
 
 
 def styled(draw: _Draw) -> _Draw:
-    """Draw in the project's style, whatever the user's matplotlibrc says, and leave no global state behind.
+    """Make a function draw in the project's style, whatever the user's matplotlibrc, without changing global state.
 
-    Where matplotlib is not installed nothing is drawn: the figure is None.
+    If matplotlib is not installed, the function is not called and the figure is None.
     """
 
     @functools.wraps(draw)
@@ -67,19 +67,19 @@ def styled(draw: _Draw) -> _Draw:
 
 
 def why_no_figures() -> str:
-    """What a page says where it has no figures; nothing where they can be drawn."""
+    """A page's explanation if figures cannot be drawn; else the empty string."""
     return "" if has("matplotlib") else f"There are no figures: they need {missing('matplotlib')}"
 
 
 def figure_of(width: float, height: float) -> Figure:
-    """An empty figure of so many inches."""
+    """An empty figure; width and height are in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def metric_axis(axes: Axes, metric: str, values: Sequence[float]) -> str:
-    """Scale the y axis for these values of a metric; returns `log scale, ` where perplexities lie far apart."""
+    """Scale the y axis for values of a metric; returns "log scale, " if perplexities are far apart, else ""."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
     low, high = min(values), max(values)
@@ -100,7 +100,7 @@ def metric_axis(axes: Axes, metric: str, values: Sequence[float]) -> str:
 
 
 def svg(figure: Figure, description: str) -> str:
-    """The figure as one `<svg>` element that takes the page's colours and shares no id with any other."""
+    """The figure as one `<svg>` element with the page's colours and unique ids."""
     buffer = io.StringIO()
     no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
@@ -113,6 +113,6 @@ def svg(figure: Figure, description: str) -> str:
 
 
 def standalone(text: str) -> str:
-    """A figure of `svg` as a file of its own: it brings the colours of both themes, and a background."""
+    """A figure from `svg` as a standalone file, with the colours of both themes and a background."""
     theme = (files(__package__) / "templates" / "theme.css").read_text(encoding="utf-8")
     return text.replace(">", f"><style>{theme}</style>", 1)

@@ -1,4 +1,4 @@
-"""Figures as people read them: percentages, durations, GPU-hours, bytes. What is missing reads as a dash."""
+"""Formatting numbers for people: percentages, durations, GPU-hours, bytes. Missing values become a dash."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NAMES = {"seconds": "time", "stop_reason": "stopped because", "gpu_hours": "GPU
 
 
 def metric(name: str, value: float | None) -> str:
-    """A metric's value; accuracies are shares (0 to 1) and read as percentages."""
+    """A metric's value; accuracies are shares (0 to 1) and shown as percentages."""
     if value is None:
         return MISSING
     if "accuracy" in name and 0 <= value <= 1:
@@ -23,7 +23,7 @@ def metric(name: str, value: float | None) -> str:
 
 
 def distance(name: str, distance: float | None) -> str:
-    """A distance between two values of a metric: nats of perplexities, points of accuracies, else as it is."""
+    """The distance of two values of a metric: in nats for perplexities, in points for accuracies, else a number."""
     if distance is None:
         return MISSING
     if "perplexity" in name:
@@ -37,7 +37,7 @@ def percent(share: Any, digits: int = 2) -> str:
 
 
 def hours(hours: Any) -> str:
-    """GPU-hours with three significant digits; less than a thirtieth of a second is only called less."""
+    """GPU-hours with three significant digits, or "<0.00001"."""
     if (value := number(hours)) is None:
         return MISSING
     if 0 < value < 1e-5:
@@ -70,12 +70,12 @@ def count(count: Any) -> str:
 
 
 def name(key: str) -> str:
-    """The key of a report in words."""
+    """A key of a report as words."""
     return _NAMES.get(key, key.removesuffix("_bytes").replace("_", " "))
 
 
 def value(value: Any, key: str = "") -> str:
-    """Any value of a report, in the unit that its key tells."""
+    """Any value of a report, in the unit of its key."""
     if value is None or value == "":
         return MISSING
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""What a run ran on: versions of the software, the machine, and the most memory it took."""
+"""Information about a run's environment: software versions, the machine, and peak memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PACKAGES += " bitsandbytes torchvision timm lm_eval numpy"
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the packages a run may use; packages that are not installed are left out."""
+    """The versions of Python and of the packages that a run may use; missing packages are left out."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES.split():
         with suppress(metadata.PackageNotFoundError):
@@ -26,7 +26,7 @@ def versions() -> dict[str, str]:
 def machine() -> dict[str, Any]:
     """The machine: platform, CPU (model, logical count, count this process may use), memory in bytes, devices.
 
-    Naming the devices starts CUDA in this process, so call it where the run trains and not before processes fork.
+    This initializes CUDA, so call it in the training process, and not before processes fork.
     """
     return {
         "platform": platform.platform(),
@@ -39,9 +39,9 @@ def machine() -> dict[str, Any]:
 
 
 def peak_memory() -> tuple[int | None, str]:
-    """The most bytes this process has held so far, None where the platform does not tell, and of which kind.
+    """The peak memory of this process in bytes (None if the platform does not tell), and which kind of memory it is.
 
-    Where CUDA is in use that is what torch allocated on the fullest device.
+    If CUDA is in use, it is the memory that torch allocated on the fullest device.
     """
     torch = sys.modules.get("torch")  # a process that never imported torch holds no device memory
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -52,7 +52,7 @@ def peak_memory() -> tuple[int | None, str]:
 
 
 def memory_of(accelerator: str) -> int | None:
-    """Bytes of memory of the device that a Trainer's accelerator means here; None where the platform does not tell."""
+    """Bytes of memory of the device that a Trainer's accelerator selects; None if the platform does not tell."""
     import torch
 
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
@@ -61,7 +61,7 @@ def memory_of(accelerator: str) -> int | None:
 
 
 def memory_held() -> float:
-    """Bytes of the kind that `peak_memory` counts which this process holds now; 0 where the platform does not tell."""
+    """Bytes that this process holds now, of the kind that `peak_memory` counts; 0 if the platform does not tell."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return float(torch.cuda.memory_allocated())
@@ -69,7 +69,7 @@ def memory_held() -> float:
 
 
 def process_memory() -> float:
-    """Bytes of the host's memory that this process holds now; 0 where the platform does not tell."""
+    """Bytes of host memory that this process holds now; 0 if the platform does not tell."""
     try:
         return float(int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE"))
     except (OSError, ValueError, IndexError):
@@ -77,7 +77,7 @@ def process_memory() -> float:
 
 
 def reset_peak_memory() -> None:
-    """Have `peak_memory` count from now on; on a CPU only Linux can."""
+    """Reset the peak that `peak_memory` returns; for process memory this works only on Linux."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
@@ -114,7 +114,7 @@ def _cpu_model() -> str:
 
 
 def host_memory() -> int | None:
-    """Bytes of memory of this machine; None where the platform does not tell."""
+    """Bytes of memory of this machine; None if the platform does not tell."""
     with suppress(AttributeError, ValueError, OSError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None

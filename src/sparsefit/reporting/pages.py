@@ -1,4 +1,4 @@
-"""The pages of a run and of a study: one self-contained HTML file each, filled in from the templates beside it."""
+"""The pages of a run and of a study: one self-contained HTML file each, rendered from the folder `templates`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STOPPED = {"interrupted": "This run was interrupted.", "failed": "This run fail
 
 
 def render_html(report: Mapping[str, Any]) -> str:
-    """A run's report as HTML, to be written as UTF-8; whatever the report does not hold is left out."""
+    """A run's report as HTML, to be written as UTF-8; whatever the report lacks is left out."""
     status = str(report.get("status") or "unknown")
     figures = (draw(report) for draw in (run_figures.timeline, run_figures.loss, run_figures.sparsity))
     return _filled(
@@ -36,7 +36,7 @@ def render_html(report: Mapping[str, Any]) -> str:
 
 
 def _run_tiles(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """The key figures of a run: what they are, the figure, what there is to know of it."""
+    """The key figures of a run: (label, figure, explanation) each."""
     tiles = []
     for metric in reading.metrics(report):
         distance = formats.distance(metric, reading.distance_from_control(report, metric))
@@ -54,7 +54,7 @@ def _run_tiles(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def render_study(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    """A study (what `study.json` holds) and its rows (those of `results.csv`) as HTML, to be written as UTF-8."""
+    """A study (the content of `study.json`) and the rows of its `results.csv` as HTML, to be written as UTF-8."""
     results = read_results(study, rows)
     shown = {*map(results.metric_of, results.models)}
     return _filled(
@@ -78,12 +78,12 @@ def render_study(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
 
 
 def _drawn(panels: Sequence[Panel]) -> list[str]:
-    """A figure for each panel; none where nothing can be drawn."""
+    """A figure for each panel; none if figures cannot be drawn."""
     return list(filter(None, (draw_panels([panel]) for panel in panels)))
 
 
 def _head(study: Mapping[str, Any], results: Results) -> dict[str, str]:
-    """The badge of a study, its kind, and what ended the study."""
+    """The badge of a study, its kind, and a sentence on what ended the study."""
     state, done = progress(study, results), count_points(results)[0]
     kind = "finished" if state.whole and not results.failures else "interrupted"
     kind = "failed" if study.get("status") == "failed" or not done else kind
@@ -92,7 +92,7 @@ def _head(study: Mapping[str, Any], results: Results) -> dict[str, str]:
 
 
 def _study_tiles(study: Mapping[str, Any], results: Results) -> list[tuple[str, str, str]]:
-    """What was run: how many of what, and their names."""
+    """The extent of a study: (label, count, names) of models, scores, granularities and sparsities; and the time."""
     points = sorted(results.points, key=lambda point: (point.pattern != "", point.sparsity, point.pattern))
     named = {
         "models": results.models,
@@ -106,7 +106,7 @@ def _study_tiles(study: Mapping[str, Any], results: Results) -> list[tuple[str, 
 
 
 def _filled(template: str, **values: Any) -> str:
-    """A template filled in; only what it calls safe, the figures, is taken as markup."""
+    """Render a template; values are escaped unless the template marks them as safe (the figures)."""
     return _environment().get_template(template).render(values)
 
 

@@ -1,6 +1,6 @@
-"""The run's report: a plain dict, its file `report.json`, and the pure functions that read figures out of it.
+"""The run's report: a plain dict, its file `report.json`, and pure functions that read values from it.
 
-Anything may be missing from a report, as where a run was interrupted: it reads as `None` or an empty container.
+Anything may be missing from a report, for example if a run was interrupted: it is read as `None` or an empty container.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from typing import Any, NamedTuple
 from sparsefit.errors import RunFolderError
 from sparsefit.files import is_sealed, sealed, write_text
 
-CONTROL = "control"  # the dense model trained by the recipe of the run
-STAGES = ("dense", "pruned", "recovered")  # what `share_won_back` compares
-ALL_STAGES = ("dense", "pruned", "reconstructed", "recovered", "merged", CONTROL)  # what may be measured
+CONTROL = "control"  # the dense model trained with the recipe of the run
+STAGES = ("dense", "pruned", "recovered")  # the stages that `share_won_back` compares
+ALL_STAGES = ("dense", "pruned", "reconstructed", "recovered", "merged", CONTROL)  # stages that may be measured
 _METRICS = {"perplexity": "lower", "accuracy": "higher"}
 _RUN_ORDER = ("setup", "calibration and pruning", "reconstruction", "training", "validation", "evaluation")
 _RUN_ORDER += ("zero-shot tasks", "export", "closing", "merge")
-# Names that layers of one block share (attn.c_proj and mlp.c_proj of GPT-2): the path before them tells them apart.
+# Names that several layers of a block have (attn.c_proj and mlp.c_proj of GPT-2): they need the path before them.
 _SHARED_NAMES = frozenset({"c_proj", "dense", "proj", "linear"})
 
 
 def write_json(report: Mapping[str, Any], path: str | os.PathLike[str], seal: bool = False) -> Path:
-    """Write a report as strict JSON, sorted by key, either entirely or not at all; returns the path written.
+    """Write a report atomically as strict JSON, sorted by key; returns the path written.
 
     NaN and infinities become null; tensors and arrays become numbers and lists; paths, dtypes and other objects become
-    their text. With `seal` the sum of all of it goes along, by which `read_json` sees whether it is as it was.
+    strings. With `seal` a checksum is included, with which `read_json` detects changes.
 
     Raises:
-        RunFolderError: The file cannot be written. An older file at `path` is then still whole.
+        RunFolderError: The file cannot be written. An older file at `path` is then unchanged.
     """
     strict = sealed(_strict(report)) if seal else _strict(report)
     text = json.dumps(strict, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
@@ -44,7 +44,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a report that `write_json` wrote.
 
     Raises:
-        RunFolderError: There is no such file, it does not hold a JSON object, or not the one that was written.
+        RunFolderError: There is no such file, it does not hold a JSON object, or its checksum is wrong.
     """
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -79,14 +79,14 @@ def _strict(value: Any) -> Any:
 
 
 def number(value: Any) -> float | None:
-    """The value as a finite float, or None where it is none."""
+    """The value as a finite float; None if it is not a finite number."""
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
     return None
 
 
 def section(report: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
-    """The mapping under a path of keys, e.g. `section(report, "gpu_hours", "stages")`; empty where there is none."""
+    """The mapping under a path of keys, e.g. `section(report, "gpu_hours", "stages")`; empty if there is none."""
     found: Any = report
     for key in keys:
         found = found.get(key) if isinstance(found, Mapping) else None
@@ -94,7 +94,7 @@ def section(report: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
 
 
 def items(report: Mapping[str, Any], *keys: str) -> list[Any]:
-    """The list under a path of keys; empty where there is none."""
+    """The list under a path of keys; empty if there is none."""
     found = section(report, *keys[:-1]).get(keys[-1])
     return list(found) if isinstance(found, (list, tuple)) else []
 
@@ -105,7 +105,7 @@ def entries(report: Mapping[str, Any], *keys: str) -> list[Mapping[str, Any]]:
 
 
 def metrics(report: Mapping[str, Any]) -> dict[str, str]:
-    """The report's metrics and which way is better, "lower" or "higher"."""
+    """The report's metrics, and whether "lower" or "higher" is better."""
     declared = section(report, "metrics") or {name: way for name, way in _METRICS.items() if section(report, name)}
     return {str(name): str(way) for name, way in declared.items()}
 
@@ -126,7 +126,7 @@ class Moment(NamedTuple):
 
 
 def timeline(report: Mapping[str, Any], metric: str) -> list[Moment]:
-    """A metric's values over the run, by GPU-hours spent; empty where the report holds no timeline.
+    """A metric's values over the run, sorted by GPU-hours spent; empty if the report has no timeline.
 
     The stages are those of `ALL_STAGES`, measured on the test data, and "validation", measured on the validation data.
     """
@@ -139,7 +139,7 @@ def timeline(report: Mapping[str, Any], metric: str) -> list[Moment]:
 
 
 def distance(metric: str, value: float | None, reference: float | None) -> float | None:
-    """How far a value lies above another: of perplexities in nats, ln value - ln reference, else the difference."""
+    """How far a value lies above a reference: ln value - ln reference (nats) for perplexities, else the difference."""
     if value is None or reference is None:
         return None
     if "perplexity" not in metric:
@@ -148,7 +148,7 @@ def distance(metric: str, value: float | None, reference: float | None) -> float
 
 
 def nats_lost(report: Mapping[str, Any], metric: str, moment: Moment) -> float | None:
-    """Nats per token by which a perplexity is above the dense model's; None for validations, whose text is another."""
+    """Nats per token by which a perplexity is above the dense model's; None for validations, which use other text."""
     stages = {moment.stage: moment.value for moment in timeline(report, metric)} | metric_values(report, metric)
     if "perplexity" not in metric or moment.stage == "validation":
         return None
@@ -156,7 +156,7 @@ def nats_lost(report: Mapping[str, Any], metric: str, moment: Moment) -> float |
 
 
 def block_errors(report: Mapping[str, Any]) -> list[tuple[float, float]]:
-    """The error of each block's outputs before and after the reconstruction, where both are known."""
+    """The errors of each block's outputs before and after the reconstruction, for blocks with both."""
     blocks = entries(report, "reconstruction", "blocks")
     pairs = [(number(block.get("before")), number(block.get("after"))) for block in blocks]
     return [(before, after) for before, after in pairs if before is not None and after is not None]
@@ -169,10 +169,10 @@ def share_won_back(
     metric: str = "perplexity",
     better: str = "lower",
 ) -> float | None:
-    """How much of what pruning lost the recovery won back: 0 is nothing, 1 is all, above 1 beats the dense model.
+    """The share of the quality lost by pruning that recovery won back: 0 is none, 1 is all, above 1 beats dense.
 
-    Perplexity is the exponential of a loss, so of metrics with that in their name it is a share of logarithms:
-    (ln pruned - ln recovered) / (ln pruned - ln dense). None where a value is missing or infinite, or nothing was lost.
+    Perplexity is the exponential of a loss, so metrics with "perplexity" in their name are compared by logarithms:
+    (ln pruned - ln recovered) / (ln pruned - ln dense). None if a value is missing or infinite, or nothing was lost.
     """
     known = [value for value in map(number, (dense, pruned, recovered)) if value is not None]
     if len(known) < 3 or ("perplexity" in metric and min(known) <= 0):
@@ -189,7 +189,7 @@ def won_back(report: Mapping[str, Any], metric: str) -> float | None:
 
 
 def distance_from_control(report: Mapping[str, Any], metric: str) -> float | None:
-    """How far the recovered model is above the control: what the masks cost, whatever both have learnt.
+    """How far the recovered model is above the control: the cost of the masks, as both were trained in the same way.
 
     >>> report = {"metrics": {"accuracy": "higher"}, "accuracy": {"recovered": 0.75, "control": 1.0}}
     >>> distance_from_control(report, "accuracy")
@@ -200,8 +200,8 @@ def distance_from_control(report: Mapping[str, Any], metric: str) -> float | Non
 
 
 def control_harmed(report: Mapping[str, Any]) -> list[str]:
-    """The metrics by which the control is worse than the dense model: its recipe taught it nothing, so that it is no
-    measure of recovery, and the dense model is.
+    """The metrics in which the control is worse than the dense model: the recipe harmed it, so that recovery must be
+    compared with the dense model instead.
 
     >>> control_harmed({"metrics": {"perplexity": "lower"}, "perplexity": {"dense": 20.0, "control": 25.0}})
     ['perplexity']
@@ -216,16 +216,16 @@ def control_harmed(report: Mapping[str, Any]) -> list[str]:
 
 
 def _path(name: str) -> list[str]:
-    """The name's segments, without the parameter's own `weight` and without PEFT's `base_layer`."""
+    """The segments of a name, without the parameter name `weight` and PEFT's `base_layer`."""
     parts = [part for part in name.split(".") if part != "base_layer"]
     return parts[:-1] if len(parts) > 1 and parts[-1] == "weight" else parts
 
 
 def layer_type(name: str) -> str:
-    """The role of a layer inside its block: `model.layers.0.self_attn.q_proj.weight` is a `q_proj`.
+    """The type of a layer inside its block: `model.layers.0.self_attn.q_proj.weight` is a `q_proj`.
 
-    Names that say nothing alone keep their path inside the block (`attn.c_proj` and `mlp.c_proj` of GPT-2), numbered
-    ones their container (`net.0`).
+    Ambiguous names keep their path inside the block (`attn.c_proj` and `mlp.c_proj` of GPT-2), numbered ones the name
+    of their container (`net.0`).
     """
     parts = _path(name)
     if parts[-1].isdigit():
@@ -237,10 +237,10 @@ def layer_type(name: str) -> str:
 
 
 def block_of(name: str) -> tuple[str, tuple[int, ...]] | None:
-    """The numbered block that holds a layer: the path to the blocks and the index, or None outside of any block.
+    """The numbered block of a layer: the path to the blocks and the index; None outside any block.
 
-    `model.layers.3.mlp.up_proj.weight` is in ("model.layers", (3,)); where stages hold blocks
-    (`stages.1.blocks.0.mlp.fc1`) the index is (1, 0). A number that ends the name counts a layer, not a block.
+    `model.layers.3.mlp.up_proj.weight` is in ("model.layers", (3,)); for blocks in stages
+    (`stages.1.blocks.0.mlp.fc1`) the index is (1, 0). A number at the end of the name is a layer's, not a block's.
     """
     parts = _path(name)
     first = next((index for index, part in enumerate(parts[:-1]) if part.isdigit()), None)
@@ -252,7 +252,7 @@ def block_of(name: str) -> tuple[str, tuple[int, ...]] | None:
 
 
 def layer_sparsity(layer: Mapping[str, Any]) -> float | None:
-    """The share of zeros of a layer, or of all of a type."""
+    """The share of zeros of a layer, or of all layers of a type."""
     weights, zeros = number(layer.get("weights")), number(layer.get("zeros"))
     if weights and zeros is not None:
         return zeros / weights
@@ -260,7 +260,7 @@ def layer_sparsity(layer: Mapping[str, Any]) -> float | None:
 
 
 def sparsity_by_type(report: Mapping[str, Any]) -> dict[str, dict[str, int]]:
-    """The layers of a report summed up by type, in the order of first appearance: {type: {layers, weights, zeros}}."""
+    """The layers of a report summed by type, in order of first appearance: {type: {layers, weights, zeros}}."""
     types: dict[str, dict[str, int]] = {}
     for layer in entries(report, "sparsity", "layers"):
         entry = types.setdefault(layer_type(str(layer.get("name", "?"))), {"layers": 0, "weights": 0, "zeros": 0})

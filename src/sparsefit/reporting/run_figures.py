@@ -1,4 +1,4 @@
-"""The figures of a run's report: quality and training loss over the GPU-hours spent, and how sparse each layer is."""
+"""The figures of a run's report: quality and training loss over GPU-hours, and the sparsity of each layer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MOST_ROWS = 40
 
 @styled
 def timeline(report: Mapping[str, Any]) -> str | None:
-    """Each metric over the whole run; None where the report holds no timeline.
+    """Each metric over the whole run; None if the report has no timeline.
 
     The stages, measured on the test data, are joined by one line; validations, measured on other data, by a thinner
     one. The dense model is a horizontal line.
@@ -53,7 +53,7 @@ def timeline(report: Mapping[str, Any]) -> str | None:
 
 @styled
 def loss(report: Mapping[str, Any]) -> str | None:
-    """Training loss against the GPU-hours spent: raw points and a smoothed line; None where nothing was trained."""
+    """Training loss against GPU-hours spent: raw points and a smoothed line; None if nothing was trained."""
     history = reading.entries(report, "training", "history")
     spent = [(reading.number(entry.get("gpu_hours")), reading.number(entry.get("loss"))) for entry in history]
     points = [(x, y) for x, y in spent if x is not None and y is not None]
@@ -62,7 +62,7 @@ def loss(report: Mapping[str, Any]) -> str | None:
     keep = 1 - 1 / max(1.0, len(points) / 15)
     total = weight = 0.0
     smooth = []
-    for _, value in points:  # an exponential average without the pull of its start
+    for _, value in points:  # a bias-corrected exponential average
         total, weight = keep * total + value, keep * weight + 1
         smooth.append(total / weight)
     figure = figure_of(WIDTH, 3.0)
@@ -78,7 +78,7 @@ def loss(report: Mapping[str, Any]) -> str | None:
 
 
 def _hours_axis(axes: Axes, report: Mapping[str, Any], last: float) -> None:
-    """Let the x axis reach from 0 to so many GPU-hours, and to the budget where that lies near."""
+    """Scale the x axis from 0 to `last` GPU-hours, and to the budget if that is near."""
     budget = reading.number(reading.section(report, "gpu_hours").get("budget"))
     if budget is not None and 0.25 * budget < last < 1.25 * budget:
         axes.axvline(budget, color=SERIES[4], lw=1.2, ls="--", label=f"budget {formats.hours(budget)}")
@@ -90,7 +90,7 @@ def _hours_axis(axes: Axes, report: Mapping[str, Any], last: float) -> None:
 
 @styled
 def sparsity(report: Mapping[str, Any]) -> str | None:
-    """Sparsity of each layer: a map of types by blocks; layers outside of blocks have a column of their own."""
+    """A map of sparsity by layer type and block; layers outside blocks have their own column."""
     import numpy as np
 
     layers = [e for e in reading.entries(report, "sparsity", "layers") if reading.layer_sparsity(e) is not None]
@@ -121,12 +121,12 @@ def sparsity(report: Mapping[str, Any]) -> str | None:
 
 
 def _draw_cells(axes: Axes, shares: Any) -> None:
-    """Coloured cells, with their values where there is room; rows count from the top."""
+    """Draw coloured cells, with their values if there is room; the first row is at the top."""
     import numpy as np
     from matplotlib.colors import LinearSegmentedColormap
 
     known = shares[~np.isnan(shares)]
-    spread = max(0.0, 20 - np.ptp(known)) / 2  # a narrower scale would dramatise rounding
+    spread = max(0.0, 20 - np.ptp(known)) / 2  # a narrower scale would exaggerate rounding
     low, high = max(0.0, known.min() - spread), min(100.0, known.max() + spread)
     colours = LinearSegmentedColormap.from_list("sparsity", ["#d9f0e6", "#4fb3a5", "#17566b", "#0d2a45"], N=48)
     look = {"edgecolors": "#ffffff", "linewidth": 0.8} if shares.shape[1] <= 40 else {}
@@ -145,7 +145,7 @@ def _draw_cells(axes: Axes, shares: Any) -> None:
 
 
 def _block_labels(blocks: list[tuple[str, tuple[int, ...]]]) -> list[str]:
-    """ "3", or "1.3" for block 3 of stage 1, led by the part of the path that differs where there are several paths."""
+    """ "3", or "1.3" for block 3 of stage 1; with several paths, preceded by the segments in which they differ."""
     shared = set.intersection(*({*path.split(".")} for path, _ in blocks)) if blocks else set()
     leads = (" ".join(part for part in path.split(".") if part not in shared) for path, _ in blocks)
     return [f"{lead} {'.'.join(map(str, index))}".strip() for lead, (_, index) in zip(leads, blocks, strict=True)]

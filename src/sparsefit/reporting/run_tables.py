@@ -1,4 +1,4 @@
-"""The tables of a run's report, for its page and for the terminal. What a report does not hold has no rows."""
+"""The tables of a run's report, for its page and the terminal. Missing parts of a report have no rows."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def quality(report: Mapping[str, Any]) -> Table:
 
 
 def timelines(report: Mapping[str, Any]) -> list[Table]:
-    """Quality against GPU-hours, a table for each metric; validations are left to the figure."""
+    """Quality against GPU-hours, a table for each metric; validations are only in the figure."""
     tables = []
     for metric in reading.metrics(report):
         rows = []
@@ -55,7 +55,7 @@ def timelines(report: Mapping[str, Any]) -> list[Table]:
 
 
 def layer_types(report: Mapping[str, Any]) -> Table:
-    """Zeros of each type of layer, and of all that was pruned."""
+    """Zeros of each layer type, and of all pruned layers."""
     whole = reading.section(report, "sparsity")
     types = reading.sparsity_by_type(report)
     rows = [_zeros(name, entry, formats.count(entry["layers"])) for name, entry in types.items()]
@@ -83,7 +83,7 @@ def _zeros(name: str, entry: Mapping[str, Any], last: str) -> Row:
 
 
 def costs(report: Mapping[str, Any]) -> Table:
-    """Time and GPU-hours of each stage, their share of the budget or of the whole, and what is left of the budget."""
+    """Time and GPU-hours of each stage, their share of the budget (or of the total), and what is left of the budget."""
     spent = reading.section(report, "gpu_hours")
     budget, total = reading.number(spent.get("budget")), reading.number(spent.get("total"))
     seconds = reading.number(reading.section(report, "seconds").get("total"))
@@ -124,14 +124,14 @@ def blocks(report: Mapping[str, Any]) -> Table:
 
 
 class Accuracy(NamedTuple):
-    """One accuracy of a task: a share, and its standard error where it is known."""
+    """One accuracy of a task: a share, and its standard error if known."""
 
     value: float
     error: float | None
 
 
 class TaskRow(NamedTuple):
-    """One metric of a task, by stage in the order of a run."""
+    """One metric of a task at each stage, in the order of a run."""
 
     task: str
     metric: str
@@ -142,12 +142,12 @@ class TaskRow(NamedTuple):
 
     @property
     def values(self) -> dict[str, float]:
-        """The accuracies alone."""
+        """The accuracies without their standard errors."""
         return {stage: accuracy.value for stage, accuracy in self.accuracies.items()}
 
 
 def task_rows(report: Mapping[str, Any]) -> list[TaskRow]:
-    """The rows of a report's `tasks`, which are {stage: {task: {metric: value, ...}}}; empty where there are none."""
+    """The rows of a report's `tasks`, {stage: {task: {metric: value, ...}}}; empty if there are none."""
     stages = {stage: found for stage in reading.ALL_STAGES if (found := reading.section(report, "tasks", stage))}
     rows = []
     for task in unique(task for results in stages.values() for task in results):
@@ -165,14 +165,14 @@ def task_rows(report: Mapping[str, Any]) -> list[TaskRow]:
 
 
 def with_error(accuracy: Accuracy | None, missing: str = formats.MISSING) -> str:
-    """An accuracy for people: 52.00% ± 7.14."""
+    """An accuracy as text: 52.00% ± 7.14."""
     if accuracy is None:
         return missing
     return f"{accuracy.value:.2%}" + (f" ± {100 * accuracy.error:.2f}" if accuracy.error is not None else "")
 
 
 def truncated_notes(rows: list[TaskRow]) -> list[str]:
-    """A sentence for each task with requests that the model's context could not hold."""
+    """A sentence for each task with requests that were longer than the model's context."""
     cut = {row.task: row.truncated for row in rows if row.truncated}
     return [f"{n:,.0f} requests of {task} lost their beginning, longer than the context" for task, n in cut.items()]
 

@@ -1,4 +1,4 @@
-"""What a run did, in sentences: for the terminal and the model card. What a report does not hold has none."""
+"""A summary of a run in sentences, for the terminal and the model card. Missing parts of a report are left out."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def pruning(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def recovery(report: Mapping[str, Any]) -> Iterator[str]:
-    """What came after the pruning: reconstruction, training, merging, the control."""
+    """What followed the pruning: reconstruction, training, merging, the control."""
     training, merged = reading.section(report, "training"), reading.section(report, "merge")
     if errors := reading.block_errors(report):
         before, after = (sum(side) / len(errors) for side in zip(*errors, strict=True))
@@ -44,7 +44,7 @@ def recovery(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def control(report: Mapping[str, Any]) -> str:
-    """What the control of a run took, and whether it is a measure."""
+    """The cost of a run's control, and whether recovery can be compared with it."""
     about = reading.section(report, "control")
     steps, hours = formats.count(about.get("steps")), formats.hours(about.get("gpu_hours"))
     text = f"control: {about.get('status')}, {steps} steps, {hours} GPU-hours, which are no part of the run's"

@@ -17,13 +17,13 @@ from sparsefit.reporting.tables import unique
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_OFF_SCALE = 30  # a perplexity that is more than so many times the dense model's is drawn at the edge
+_OFF_SCALE = 30  # perplexities above this multiple of the dense model's are drawn at the edge
 _ORDERS = (("-", "o"), ((0, (1.2, 1.2)), "s"), ((0, (7, 1.5, 1.5, 1.5)), "v"), ((0, (10, 2)), "P"))
 _PATTERNS = ("D", "h", "*", "X")
 
 
 class Line(NamedTuple):
-    """Values by sparsity, joined by a line; those of N:M patterns are marks that are joined to nothing."""
+    """Values by sparsity, joined by a line; those of N:M patterns are single marks."""
 
     name: str
     colour: str
@@ -31,7 +31,7 @@ class Line(NamedTuple):
     order: str = ""
     pattern: str = ""
     points: Sequence[tuple[float, float]] = ()  # (sparsity, value)
-    spreads: Mapping[float, float] = {}  # by sparsity, of the values that have several runs
+    spreads: Mapping[float, float] = {}  # by sparsity, for values with several runs
 
 
 class Panel(NamedTuple):
@@ -46,10 +46,10 @@ class Panel(NamedTuple):
 
 
 def study_figures(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """The figures of a study by the stem of their files, so far as there is anything to draw.
+    """The figures of a study by the stem of their files; those with nothing to draw are left out.
 
     `scores` is the first metric of each model against sparsity, `granularities` has a panel for each model and score
-    with more than one. Each is an SVG that stands alone, in light and in dark.
+    with several granularities. Each is a standalone SVG with a light and a dark theme.
     """
     results = read_results(study, rows)
     panels = {"scores": score_panels(results), "granularities": granularity_panels(results)}
@@ -60,7 +60,8 @@ def study_figures(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -
 def score_panels(results: Results, metric: str | None = None) -> list[Panel]:
     """A panel for each model: a line for each score, order and stage, marks for the N:M patterns.
 
-    Each score is shown with its `headline` granularity. `metric` None takes the first that was measured on each model.
+    Each score is shown with its `headline` granularity. If `metric` is None, it is the first one measured on each
+    model.
     """
     panels = []
     for model in results.models:
@@ -78,7 +79,7 @@ def score_panels(results: Results, metric: str | None = None) -> list[Panel]:
 
 
 def granularity_panels(results: Results) -> list[Panel]:
-    """A panel for each model and score that was used with more than one granularity: a line for each of them."""
+    """A panel for each model and score with more than one granularity: a line for each granularity."""
     points = [point for point in results.points if not point.pattern]
     panels = []
     for model, score in unique((point.model, point.way.score) for point in points):
@@ -112,7 +113,7 @@ def _panel(
 
 @styled
 def draw_panels(panels: Sequence[Panel]) -> str | None:
-    """The panels side by side in one figure with one key below them."""
+    """Draw the panels next to each other in one figure, with one legend below."""
     from matplotlib.lines import Line2D
 
     lines = [line for panel in panels for line in panel.lines]
@@ -122,7 +123,7 @@ def draw_panels(panels: Sequence[Panel]) -> str | None:
     marks = dict(zip(patterns, cycle(_PATTERNS), strict=False))
 
     def style(line: Line) -> dict[str, Any]:
-        """Filled marks right after pruning, hollow ones on dashes after fine-tuning; a pattern has no line."""
+        """Filled marks right after pruning, hollow marks and dashed lines after fine-tuning; no line for patterns."""
         dashes, mark = orders[line.order]
         tuned = {"ls": (0, (4, 2)), "mfc": CARD, "mec": line.colour, "mew": 1.4} if line.stage != PRUNED else {}
         joined = {"ls": "", "marker": marks[line.pattern], "ms": 7} if line.pattern else {}
@@ -173,7 +174,7 @@ def _draw(axes: Axes, panel: Panel, style: Callable[[Line], Mapping[str, Any]]) 
 
 
 def _on_scale(panel: Panel) -> list[float]:
-    """The values that the axis reaches to: of a perplexity not those that exploded."""
+    """The values that the axis must cover; for perplexities without those that exploded."""
     values = [panel.dense, *(y for line in panel.lines for _, y in line.points)]
     finite = [y for y in values if y is not None and math.isfinite(y)] or [1.0]
     low, high = min(finite), max(finite)
@@ -183,7 +184,7 @@ def _on_scale(panel: Panel) -> list[float]:
 
 
 def _draw_line(axes: Axes, line: Line, style: Mapping[str, Any], top: float) -> None:
-    """A line with bars of a standard deviation; points that are off the scale are triangles at the upper edge."""
+    """Draw a line with bars of one standard deviation; points off the scale are triangles at the upper edge."""
     axes.plot([x for x, _ in line.points], [y for _, y in line.points], **style | {"marker": ""}, zorder=2.5)
     for x, y in line.points:
         mark = {"marker": "^", "ms": 7} if y > top else {}

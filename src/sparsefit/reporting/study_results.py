@@ -1,8 +1,8 @@
-"""What a pruning study measured: its rows, read into points.
+"""The results of a pruning study: its rows, read into points.
 
 A study prunes one or more models in many ways: each *point* is one way (score, granularity, order, sparsity or
-pattern), measured right after pruning and, if asked for, after fine-tuning, once or with several seeds. Any part of it
-may be missing: a study may have been stopped, a point may have failed, a perplexity may be infinite.
+pattern), measured right after pruning and optionally after fine-tuning, once or with several seeds. Any part may be
+missing: a study may have been stopped, a point may have failed, a perplexity may be infinite.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from sparsefit.reporting import report as reading
 from sparsefit.reporting.tables import unique
 
 DENSE, PRUNED = "dense", "pruned"
-# A study that was killed had no time to say so: it stands as running.
+# A study that was killed could not record it: its status is still "running".
 _STOPPED = {"interrupted": "interrupted", "failed": "ended by an error", "running": "not finished"}
 KINDS = {"finetuning": "fine-tuning", "selection": "choosing weights"}
 
 
 class Way(NamedTuple):
-    """How a model was pruned, but for how much of it."""
+    """How a model was pruned, apart from the sparsity."""
 
     score: str
     granularity: str
@@ -36,20 +36,20 @@ class Way(NamedTuple):
 
     @property
     def detail(self) -> str:
-        """What beside its score tells a way of pruning from others: `per layer, update block`."""
+        """The granularity and the order: `per layer, update block`."""
         return ", ".join(filter(None, (per(self.granularity), self.order)))
 
     @property
     def name(self) -> str:
-        """A way of pruning for people: `wanda per layer`."""
+        """The score, the granularity and the order: `wanda per layer`."""
         return f"{self.score} {self.detail}".strip()
 
 
 class Point(NamedTuple):
-    """A model pruned in one way, at one stage: right after pruning, or after so many epochs of fine-tuning.
+    """A model pruned in one way, at one stage: right after pruning, or after some epochs of fine-tuning.
 
-    `values` are means over `runs` with other seeds; `spreads` their standard deviations, 0 where no seed has a part in
-    the point, and nothing where one has and there is a single run.
+    `values` are means over `runs` with different seeds; `spreads` are their standard deviations: 0 if the point does
+    not depend on a seed, and missing if it does and there is a single run.
     """
 
     model: str
@@ -61,24 +61,24 @@ class Point(NamedTuple):
     values: Mapping[str, float]
     seconds: Mapping[str, float]
     error: str
-    used: str  # the order that it was pruned in, where that is not the one asked for
-    seeds: tuple[str, str] = ("", "")  # of the calibration and of the training, of a single run
+    used: str  # the order that was used, if not the requested one
+    seeds: tuple[str, str] = ("", "")  # the calibration seed and the training seed of a single run
     runs: int = 1
     spreads: Mapping[str, float] = {}
 
     @property
     def amount(self) -> str:
-        """How much was pruned, for people: 50%, or 2:4."""
+        """How much was pruned, as text: 50%, or 2:4."""
         return self.pattern or share(self.sparsity)
 
     @property
     def order(self) -> str:
-        """The order asked for, and the one that was used where that is another."""
+        """The requested order, and the one that was used if it differs."""
         return ", ".join(filter(None, (self.way.order, self.used and f"pruned in the order {self.used}")))
 
     @property
     def detail(self) -> str:
-        """`Way.detail`, with the order that was used where that is another."""
+        """`Way.detail`, with the order that was used if it differs."""
         return ", ".join(filter(None, (per(self.way.granularity), self.order)))
 
 
@@ -92,7 +92,7 @@ class Results(NamedTuple):
     failures: list[tuple[Point, str]]
 
     def metric_of(self, model: str) -> str:
-        """The first of the metrics that was measured on a model."""
+        """The first metric that was measured on a model."""
         known = [self.dense.get(model, {}), *(point.values for point in self.points if point.model == model)]
         return next((m for m in self.metrics if any(m in values for values in known)), next(iter(self.metrics), ""))
 
@@ -101,38 +101,38 @@ class Results(NamedTuple):
         return sorted(unique(point.stage for point in self.points), key=lambda stage: stage != PRUNED)
 
     def gap(self) -> float | None:
-        """How far the zeros that were counted are from the sparsity asked for, at most."""
+        """The largest difference between the counted and the requested sparsity."""
         return max((abs(p.counted - p.sparsity) for p in self.points if p.counted is not None), default=None)
 
 
 def share(sparsity: float) -> str:
-    """A sparsity for people: 50%, 62.5%."""
+    """A sparsity as text: 50%, 62.5%."""
     return f"{100 * sparsity:.4g}%"
 
 
 def per(granularity: str) -> str:
-    """A granularity for people: `per layer`, `per 128 outputs`."""
+    """A granularity as text: `per layer`, `per 128 outputs`."""
     if group := re.fullmatch(r"\(?(\w+)[,:] ?(\d+)\)?", granularity):
         return f"per {group[2]} {group[1]}s"
     return granularity if granularity in ("", "variant") else f"per {granularity}"
 
 
 def seconds_by_kind(study: Mapping[str, Any]) -> dict[str, float]:
-    """The seconds of a study by kind of work, without those that took none."""
+    """The seconds of a study by kind of work, without kinds that took no time."""
     spent = {str(kind): reading.number(value) for kind, value in reading.section(study, "seconds").items()}
     return {KINDS.get(kind, kind): value for kind, value in spent.items() if value and value > 0}
 
 
 def joint_spread(first: Point, second: Point, metric: str) -> float | None:
-    """The sum of two standard deviations, within which a difference is not told; None where one is not known."""
+    """The sum of the standard deviations of two points; smaller differences are not reported. None if unknown."""
     spreads = [point.spreads.get(metric) for point in (first, second)]
     return None if None in spreads or first.runs == second.runs == 1 else sum(spreads)
 
 
 def headline(results: Results, model: str, score: str) -> Way | None:
-    """The way that stands for a score on a model: of image classifiers per layer where that was tried, as in the paper.
+    """The way that represents a score on a model: for image classifiers per layer, if measured, as in the paper.
 
-    Else it is the first granularity of the score; None where that was used with N:M patterns alone.
+    Otherwise it is the first granularity of the score; None if the score was only used with N:M patterns.
     """
     ways = [p.way for p in results.points if p.model == model and p.way.score == score and not p.pattern]
     layer = [way for way in ways if way.granularity == "layer" and not is_log(results.metric_of(model))]
@@ -140,12 +140,12 @@ def headline(results: Results, model: str, score: str) -> Way | None:
 
 
 def is_log(metric: str) -> bool:
-    """Whether a metric is the exponential of a loss, so that its ratios count and not its differences."""
+    """Whether a metric is the exponential of a loss, so that it is compared by ratios, not differences."""
     return "perplexity" in metric
 
 
 def read_results(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Results:
-    """Read the rows of a study; of rows of the same point and seeds the last one counts."""
+    """Read the rows of a study; of several rows for the same point and seeds the last one is used."""
     declared = reading.metrics(study)
     if not declared:
         known = {"accuracy": "higher", "perplexity": "lower"}
@@ -165,7 +165,7 @@ def read_results(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
 
 
 def _mean(points: Sequence[Point]) -> Point:
-    """One point of several runs that differ in their seeds; those that failed count for nothing but their error."""
+    """The mean of runs of a point that differ in their seeds; failed runs only contribute their error."""
     done = [point for point in points if not point.error] or points[:1]
     first = done[0]
     found = {metric: [p.values[metric] for p in done if metric in p.values] for metric in first.values}
@@ -191,7 +191,7 @@ def _point(study: Mapping[str, Any], row: Mapping[str, Any], metrics: Mapping[st
     seconds = {key: reading.number(row.get(f"{key}_seconds")) for key in ("selection", "evaluation", "finetuning")}
     values = {metric: _value(row.get(metric), better) for metric, better in metrics.items()}
     stage, used = text("stage") or (PRUNED if text("score") else DENSE), text("used_update")
-    if stage == "finetuned":  # for people: after 2 epochs
+    if stage == "finetuned":  # shown as "after 2 epochs"
         epochs = reading.number(row.get("epochs")) or reading.number(reading.section(study, "finetuning").get("epochs"))
         stage = f"after {epochs:g} epoch{'s' if epochs != 1 else ''}" if epochs else "fine-tuned"
     return Point(
@@ -210,23 +210,22 @@ def _point(study: Mapping[str, Any], row: Mapping[str, Any], metrics: Mapping[st
 
 
 def _value(value: Any, better: str) -> float | None:
-    """The value as a float; an infinity only where it stands for the worst value there is."""
+    """The value as a float; infinite only if that is the worst possible value of the metric."""
     worst = math.inf if better == "lower" else -math.inf
     return worst if isinstance(value, float) and value == worst else reading.number(value)
 
 
 class Progress(NamedTuple):
-    """How much of a study was measured: points, or rows of the table where some of those asked for are missing."""
+    """How much of a study was measured: in points, or in rows of the table if some of the planned ones are missing."""
 
     told: str  # `24 of 48 rows measured, 2 failed, interrupted`
-    whole: bool  # nothing that was asked for is left to be tried
-    reason: str  # a sentence on what ended the study; empty where it went to its end
+    whole: bool  # everything that was planned has been tried
+    reason: str  # a sentence on what ended the study; empty if it completed
 
 
 def progress(study: Mapping[str, Any], results: Results) -> Progress:
-    """How far a study got: `planned` is the number of rows that a whole table has, `failure` the error that ended it.
-
-    Without them and its `status`, what was tried counts as all there is.
+    """How much of a study was measured, from its `planned` number of rows, its `status`, and the `failure` that ended
+    it. Without these, what was tried is taken for everything that was planned.
     """
     status = str(study.get("status") or "")
     reason = {"interrupted": "The study was interrupted; started again with the same command, it goes on from there."}
@@ -235,12 +234,12 @@ def progress(study: Mapping[str, Any], results: Results) -> Progress:
     planned = int(reading.number(study.get("planned")) or 0)
     dense = len(results.dense) - sum(point.stage == DENSE for point, _ in results.failures)
     rows = dense + sum(point.runs for point in results.points if point.values)
-    # A point that fails has no rows of its later stages: those of a finished study are not missing.
+    # A failed point has no rows for its later stages: in a finished study these are not missing.
     if rows < planned and not (status == "finished" and results.failures):
         count, failed, whole = f"{rows} of {planned} rows measured", len(results.failures), False
     else:
         done, failed = count_points(results)
-        # The table may hold more than was asked for, rows of an earlier grid: so its size proves nothing.
+        # The table may also hold rows of an earlier grid, so its size does not prove that the study is complete.
         whole, count = not ended, f"{done} points measured" if ended else f"{done} of {done + failed} points"
     notes = [f"{failed} failed"] * bool(failed) + ended
     return Progress(", ".join([count, *notes]), whole, reason.get(status, ""))

@@ -17,10 +17,10 @@ TIMES, MINUS = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}"
 
 
 def results_tables(results: Results, metric: str | None = None) -> list[Table]:
-    """For each model and stage a metric by sparsity and by way of pruning.
+    """For each model and stage, a table of a metric by sparsity and by way of pruning.
 
-    N:M patterns have no granularity: they stand among the sparsities where each score of the model has only one
-    granularity, and in a table of their own elsewhere. `metric` None takes the first that was measured on each model.
+    N:M patterns have no granularity: they are listed with the sparsities if each score of the model has only one
+    granularity, else in a separate table. If `metric` is None, it is the first one measured on each model.
     """
     tables = []
     for model in results.models:
@@ -36,7 +36,7 @@ def results_tables(results: Results, metric: str | None = None) -> list[Table]:
 
 
 def _groups(points: Sequence[Point]) -> list[list[Point]]:
-    """The points of one table each: all, with the patterns among the columns of their scores, or the patterns apart."""
+    """The points of each table: all points in one, with patterns in the columns of their scores, or patterns apart."""
     scores = unique(point.way.score for point in points)
     found = {s: unique(p.way.granularity for p in points if p.way.score == s and p.way.granularity) for s in scores}
     if any(len(granularities) > 1 for granularities in found.values()):
@@ -60,7 +60,7 @@ def _table(results: Results, model: str, metric: str, points: Sequence[Point]) -
 
 
 def _cell(point: Point | None, metric: str, dense: float | None, best: bool) -> Cell:
-    """The value with its spread, below it the change from the dense model and the number of runs."""
+    """The value with its spread; below it the change from the dense model and the number of seeds."""
     value = point.values.get(metric) if point else None
     if point is None or value is None:
         return Cell("failed", kind="failed") if point and point.error else Cell(formats.MISSING)
@@ -72,7 +72,7 @@ def _cell(point: Point | None, metric: str, dense: float | None, best: bool) -> 
 
 
 def _best(row: Sequence[Point | None], metric: str, better: str) -> list[Point]:
-    """The best of a row, and all that are as good or within the spread; none where that is the whole row."""
+    """The best points of a row: the best one and all within the spread of it; none if that is the whole row."""
     own = [point for point in row if point and metric in point.values]
     best = (max if better == "higher" else min)(own, key=lambda point: point.values[metric], default=None)
 
@@ -85,7 +85,7 @@ def _best(row: Sequence[Point | None], metric: str, better: str) -> list[Point]:
 
 
 def change(metric: str, value: float | None, dense: float | None) -> str:
-    """By how much a value lies above or below the dense model's: points of an accuracy, or a factor if it exploded."""
+    """The change of a value from the dense model's: in points for accuracies, as a factor if a perplexity exploded."""
     if value is None or dense is None or not math.isfinite(value):
         return ""
     if "accuracy" in metric:
@@ -98,10 +98,10 @@ def change(metric: str, value: float | None, dense: float | None) -> str:
 
 
 def differences(results: Results) -> Table:
-    """Each score, granularity and order against the first of the study, by the first metric of each model.
+    """Each score, granularity and order compared with the first of the study, by the first metric of each model.
 
-    A row is one claim: what is compared, at which sparsity or pattern, the difference, the spread of the seeds, and
-    whether the difference lies beyond it. Of a difference within the spread no number is told.
+    A row is one claim: what is compared, at which sparsity or pattern, the difference, the spread over seeds, and
+    whether the difference exceeds it. A difference within the spread is not printed.
     """
     several = any(point.runs > 1 for point in results.points)
     rows: list[Row] = []
@@ -125,7 +125,7 @@ def differences(results: Results) -> Table:
 
 
 def _pairs(results: Results, points: Sequence[Point]) -> Iterator[tuple[str, list[tuple[Point, Point]]]]:
-    """What is compared, and the points of both sides, for scores, then granularities, then orders."""
+    """The comparisons, each with a description and pairs of points: scores, then granularities, then orders."""
     heads = {p.way.score: headline(results, p.model, p.way.score) or p.way for p in points}
     standing = [p for p in points if p.way == heads[p.way.score]]
     standing += [p for p in points if p.pattern and p.way.update == heads[p.way.score].update and p not in standing]
@@ -154,7 +154,8 @@ def _against_first(
 
 
 def _claim(metric: str, better: str, first: Point, second: Point) -> Row:
-    """Difference, spread and whether it is beyond: points of an accuracy, per cent of a perplexity, else as it is."""
+    """The difference, the spread, and whether the difference exceeds it: in points for accuracies, in percent for
+    perplexities, else as a plain number."""
     a, b = first.values[metric], second.values[metric]
     scale, unit, digits = (100.0, "", ".2f") if "accuracy" in metric else (1.0, "", ".3g")
     difference = b - a if better == "lower" else a - b
@@ -168,7 +169,7 @@ def _claim(metric: str, better: str, first: Point, second: Point) -> Row:
 
 
 def point_times(results: Results) -> Table:
-    """What a point of each score takes."""
+    """The time that one point of each score takes."""
     kinds = unique(kind for point in results.points for kind in point.seconds)
     rows = []
     for score in unique(point.way.score for point in results.points) if kinds else []:
@@ -180,7 +181,7 @@ def point_times(results: Results) -> Table:
 
 
 def summary_csv(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    """The points of a study as CSV: the mean of each metric, its standard deviation and the number of seeds."""
+    """The points of a study as CSV: the mean and the standard deviation of each metric, and the number of seeds."""
     results = reading.read_results(study, rows)
     buffer = io.StringIO()
     table = csv.writer(buffer, lineterminator="\n")

@@ -1,4 +1,4 @@
-"""A table as page and terminal both show it: it is built once, of text, and knows no markup."""
+"""A table of plain text, without markup, which both the page and the terminal show."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 
 class Cell(NamedTuple):
-    """A cell with something small below its text; `kind` "best" or "failed" makes it stand out."""
+    """A cell with an optional second line in small print; `kind` "best" or "failed" highlights it."""
 
     text: str
     small: str = ""
@@ -18,7 +18,7 @@ Row: TypeAlias = Sequence[str | Cell]
 
 
 class Table(NamedTuple):
-    """Rows below the heads of their columns, with notes below and perhaps a last row that sums up."""
+    """A table with column heads, rows, notes below, and optionally a last row with totals."""
 
     title: str
     columns: Row
@@ -28,5 +28,5 @@ class Table(NamedTuple):
 
 
 def unique(values: Iterable[Any]) -> list[Any]:
-    """The distinct values in the order in which they come."""
+    """The distinct values in order of first appearance."""
     return list(dict.fromkeys(values))

@@ -26,8 +26,8 @@ from sparsefit.pruning import (
     prune_from_statistics,
 )
 from sparsefit.pruning.blocks import find_block_lists
+from sparsefit.pruning.input_watch import evaluating
 from sparsefit.pruning.targets import find_weights
-from sparsefit.pruning.watch import evaluating
 from sparsefit.study.grid import Point
 from sparsefit.study.results import Results
 

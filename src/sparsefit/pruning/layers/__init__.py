@@ -1,4 +1,4 @@
-"""Every kind of layer that is pruned, one file each: its weights as matrices, and where their inputs are seen."""
+"""The kinds of layers that are pruned, one file each: their weights as matrices, and where their inputs are seen."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ KINDS = (linear, quantized, convolution, recurrent, attention, experts)
 PRODUCTS: dict[Callable[..., Any], Handler] = {
     function: handler for kind in KINDS for function, handler in getattr(kind, "PRODUCTS", {}).items()
 }
-"""What computes with weights: for each torch function the handler that sees their inputs."""
+"""For each torch function that computes with weights, the handler that records their inputs."""
 
 
 def matrices_of(module: nn.Module, name: str = "") -> list[PrunableWeight]:
-    """The weights that a module itself (not its children) multiplies its inputs by, named as in the bare model.
+    """The weights of a module itself (not of its children) that multiply its inputs, named as in the bare model.
 
     >>> [(weight.name, weight.shape) for weight in matrices_of(nn.Linear(3, 5), "fc")]
     [('fc.weight', (5, 3))]
@@ -32,7 +32,7 @@ def matrices_of(module: nn.Module, name: str = "") -> list[PrunableWeight]:
 
 
 def reason_left_dense(module: nn.Module) -> str:
-    """Why the weights of a module are no matrices that could be pruned.
+    """Why the weights of a module cannot be pruned.
 
     >>> reason_left_dense(nn.Conv2d(8, 8, 3, groups=8))
     'depthwise convolution'

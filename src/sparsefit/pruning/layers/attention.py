@@ -1,4 +1,4 @@
-"""nn.MultiheadAttention: its weights go into one function, whoever calls that."""
+"""nn.MultiheadAttention: all of its weights are used in one function, F.multi_head_attention_forward."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 def matrices(module: nn.Module) -> list[PrunableWeight]:
-    """`in_proj_weight`, (3E, E) with the rows of query, key and value one after the other, or else the three by
-    themselves; and `out_proj.weight`.
+    """`in_proj_weight`, (3E, E) with the rows of query, key and value one after another, or the three separate weights;
+    and `out_proj.weight`.
 
     >>> [(weight.name, weight.shape) for weight in matrices(nn.MultiheadAttention(8, 2))]
     [('in_proj_weight', (24, 8)), ('out_proj.weight', (8, 8))]
     """
-    # PEFT puts a layer of its own in the place of out_proj, and computes all weights anew in each pass.
+    # PEFT replaces out_proj with its own layer, and recomputes all weights in each pass.
     if not isinstance(module, nn.MultiheadAttention) or not isinstance(module.out_proj, nn.Linear):
         return []
     parameters = dict(module.named_parameters())
     names = (*(_SEPARATE if _SEPARATE[0] in parameters else ("in_proj_weight",)), "out_proj.weight")
-    # A parametrization, too, computes a weight anew: the name then is no parameter.
+    # A parametrization also recomputes a weight: its name then refers to no parameter.
     if not all(is_dense(parameters.get(name)) for name in names):
         return []
     return [PrunableWeight(name, parameters[name], (module,)) for name in names]
@@ -41,7 +41,7 @@ def _attend(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping
     weight, bias = given["out_proj_weight"], given["out_proj_bias"]
     if not see.holds(weight):
         return function(*args, **kwargs)
-    # The identity in the weight's place gives the input of the weight.
+    # With the identity in the weight's place, the function returns the weight's input.
     given["out_proj_weight"] = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
     given["out_proj_bias"] = None
     inputs, attention = function(*call.args, **call.kwargs)

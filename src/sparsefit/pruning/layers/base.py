@@ -1,12 +1,12 @@
-"""What all kinds of layer have in common: a weight as an (out, in) matrix, and how a product tells what it multiplies.
+"""What all kinds of layers share: a weight as an (out, in) matrix, and how a product reports the inputs of its weights.
 
-A kind of layer is one file beside this one. It has
+Each kind of layer is one file in this folder. It has
 
-- `matrices(module)`: the weights that a module multiplies its inputs by itself (not its children), as
-  `PrunableWeight`s; nothing for a module of another kind;
+- `matrices(module)`: the weights of a module itself (not of its children) that multiply its inputs, as
+  `PrunableWeight`s; an empty list for a module of another kind;
 - `PRODUCTS`: for each torch function that computes with such weights a handler
-  `handler(function, args, kwargs, see) -> what the function returns`, which calls `see` (a `See`) for each weight with
-  its inputs. A weight is thus seen where it is multiplied, whoever calls the function.
+  `handler(function, args, kwargs, see)`, which calls `see` (a `See`) for each weight with its inputs and returns what
+  the function returns. So an input is seen at the product itself, whatever code calls the function.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 Tokens = Callable[[], Iterator[Tensor]]  # gives the rows that a matrix multiplies, (tokens, in), in one or more pieces
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # as wide as a number of so many bytes
-CHUNK = 2**18  # elements that are worked on at once on a CPU: they stay in its cache, and so do temporaries
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the number of bytes
+CHUNK = 2**18  # elements that a CPU works on at once: these and temporaries of their size fit in its cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,13 +30,13 @@ class PrunableWeight:
     """One weight matrix and the layers that use it.
 
     Attributes:
-        name: Of the parameter, in the module or in the bare model. One matrix of a stack of experts carries its number:
-            "model.layers.0.mlp.experts.down_proj[3]".
+        name: The parameter's name in the module or in the bare model. A matrix of a stack of experts has its number
+            added: "model.layers.0.mlp.experts.down_proj[3]".
         parameter: The parameter itself.
         layers: Every layer that holds this parameter (more than one where it is shared).
         transposed: Whether the parameter is stored (in, out), as GPT-2's Conv1D does.
-        index: Which matrix of the parameter, where that is a stack (experts, out, in).
-        called: Whether its layers are called with what the matrix multiplies, as far as that is not seen at a product.
+        index: The number of the matrix if the parameter is a stack, (experts, out, in).
+        called: Whether the argument of its layers' call is what the matrix multiplies; used if no product is seen.
     """
 
     name: str
@@ -48,7 +48,7 @@ class PrunableWeight:
 
     @property
     def view(self) -> Tensor:
-        """The weights where they are stored, (out, in) or, of a convolution, (out, in, positions...)."""
+        """A view of the stored weights, (out, in) or, for a convolution, (out, in, positions...)."""
         return stored_view(self.parameter.detach(), self.transposed, self.index)
 
     @property
@@ -59,29 +59,29 @@ class PrunableWeight:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are now."""
+        """The current device of the weights."""
         return self.parameter.device
 
     @property
     def positions(self) -> int:
-        """How many columns of the matrix each input channel has: more than one in a convolution."""
+        """How many columns of the matrix belong to one input channel: the kernel positions of a convolution, else 1."""
         return math.prod(self.view.shape[2:])
 
     def matrix(self) -> Tensor:
-        """The weights as (out, in); shares memory with the parameter wherever a view can be one matrix."""
+        """The weights as (out, in); shares memory with the parameter where a view is possible."""
         return as_matrix(self.parameter.detach(), self.transposed, self.index)
 
     @property
     def in_product(self) -> Tensor:
-        """The view whose memory a product that computes with the weights is given."""
+        """The tensor whose memory is passed to products that compute with the weights."""
         return self.view
 
     def part(self, matrix: Tensor) -> Tensor:
-        """What of an (out, in) tensor belongs to the weights that are held here: all of it, but for shards."""
+        """The part of an (out, in) tensor that belongs to the weights this rank holds: all of it, unless sharded."""
         return matrix
 
     def held(self) -> Tensor:
-        """The weights that are held here as a matrix, of the shape of a `part`."""
+        """The weights that this rank holds as a matrix, with the shape of a `part`."""
         return as_matrix(self.view)
 
     def apply_mask(self, mask: Tensor) -> None:
@@ -90,7 +90,7 @@ class PrunableWeight:
         self.changed()
 
     def set_values(self, matrix: Tensor) -> None:
-        """Put new values, (out, in), in the place of the weights."""
+        """Replace the weights with new values, (out, in)."""
         view = self.view
         view.copy_(self.part(matrix).reshape(view.shape))
         self.changed()
@@ -100,19 +100,19 @@ class PrunableWeight:
 
 
 class See(Protocol):
-    """Takes in what a weight is about to be multiplied by."""
+    """Called with the input of a weight just before the product."""
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor is a watched parameter or a view of one."""
 
     def __call__(self, weight: Tensor, inputs: Tensor, tokens: Tokens | None = None, key: Hashable = None) -> None:
-        """Take it in.
+        """Record an input.
 
         Args:
             weight: The parameter, or a view of it or of some of its rows; other tensors are ignored.
-            inputs: What is multiplied. Weights that are given the same tensor (the object) share their statistics.
-            tokens: What the matrix multiplies, if that is not `inputs`, (..., in), flattened.
-            key: Tells apart what is taken from one tensor in different ways (the strides of a convolution).
+            inputs: The input tensor. Weights with the same tensor (the same object) share their statistics.
+            tokens: Gives the rows that the matrix multiplies, if these are not `inputs`, (..., in), flattened.
+            key: Distinguishes different views of one input tensor, such as the strides of a convolution.
         """
 
 
@@ -120,7 +120,7 @@ Handler = Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any], See]
 
 
 def stored_view(tensor: Tensor, transposed: bool, index: int | None = None) -> Tensor:
-    """What is stored as (in, out), or in a stack, as (out, in, ...); and back again.
+    """View a tensor that is stored as (in, out), or in a stack, as (out, in, ...); or the other way round.
 
     >>> stored_view(torch.zeros(4, 3, 5), transposed=True, index=2).shape
     torch.Size([5, 3])
@@ -130,8 +130,8 @@ def stored_view(tensor: Tensor, transposed: bool, index: int | None = None) -> T
 
 
 def as_matrix(tensor: Tensor, transposed: bool = False, index: int | None = None) -> Tensor:
-    """What is stored as (in, out), in a stack, or as a convolution's kernels, as an (out, in) or (out, in * positions)
-    matrix; a view wherever there can be one.
+    """A tensor that is stored as (in, out), in a stack, or as a convolution's kernels, as an (out, in) or
+    (out, in * positions) matrix; a view where that is possible.
 
     >>> as_matrix(torch.zeros(8, 3, 2, 2)).shape, as_matrix(torch.zeros(4, 3, 5), transposed=True, index=2).shape
     (torch.Size([8, 12]), torch.Size([5, 3]))
@@ -141,8 +141,8 @@ def as_matrix(tensor: Tensor, transposed: bool = False, index: int | None = None
 
 
 def is_dense(parameter: object) -> bool:
-    """Whether this is a parameter of plain floats (8-bit floats have scales). What a parametrization computes anew in
-    each pass is no parameter: zeros written to it would be lost.
+    """Whether this is a parameter of plain floats (8-bit floats have scales). A tensor that a parametrization computes
+    anew in each pass is not a parameter: zeros written to it would be lost.
 
     >>> is_dense(nn.Parameter(torch.zeros(2))), is_dense(torch.zeros(2))
     (True, False)
@@ -153,19 +153,19 @@ def is_dense(parameter: object) -> bool:
 
 
 def zero_outside_mask(view: Tensor, mask: Tensor) -> None:
-    """Set the weights of a view outside an (out, in) mask on its device to exactly +0, in place.
+    """Set the weights of a view outside an (out, in) mask, on the same device, to exactly +0, in place.
 
     >>> weight = torch.tensor([[1.0, 2.0]])
     >>> zero_outside_mask(weight, torch.tensor([[True, False]])); weight
     tensor([[1., 0.]])
     """
-    # As integers: NaN times 0 is NaN; and several times as fast as masked_fill_.
+    # As integers, since NaN times 0 is NaN; also several times as fast as masked_fill_.
     for values, kept in in_chunks(view.view(INTEGERS[view.element_size()]), mask.view(view.shape)):
         values.mul_(kept)
 
 
 def in_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Corresponding rows of tensors of one shape, so many at a time as a CPU works on best; on a GPU all.
+    """Corresponding rows of tensors of one shape, about `CHUNK` elements at a time on a CPU; all at once on a GPU.
 
     >>> [tuple(chunk.shape) for (chunk,) in in_chunks(torch.zeros(3, CHUNK // 2))]
     [(2, 131072), (1, 131072)]

@@ -1,4 +1,4 @@
-"""Convolutions as matrices: each output position multiplies a patch of the input by the kernels, laid out flat.
+"""Convolutions as matrices: each output position multiplies a patch of the input by the flattened kernels.
 
 The matrix of a weight (out, channels, positions...) is `weight.flatten(1)`, (out, channels * positions): its columns go
 channel by channel and, within one, kernel position by kernel position. With groups the rows of each group see the
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sparsefit.pruning.layers.base import Handler, PrunableWeight, See, is_dense
 
 PIECE = 2**22
-"""About how many elements of patches are copied at a time."""
+"""Approximate number of elements of patches that are copied at a time."""
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -27,7 +27,7 @@ _DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 
 
 def matrices(module: nn.Module) -> list[PrunableWeight]:
-    """The weight of one convolution, if that is not depthwise, transposed or uninitialized.
+    """The weight of a convolution, unless it is depthwise, transposed or uninitialized.
 
     >>> [(weight.name, weight.shape) for weight in matrices(nn.Conv2d(3, 8, kernel_size=3))]
     [('weight', (8, 27))]
@@ -38,7 +38,7 @@ def matrices(module: nn.Module) -> list[PrunableWeight]:
 
 
 def is_depthwise(module: nn.Module) -> bool:
-    """Whether this is a convolution of which an output has no more weights than the kernel has positions.
+    """Whether this is a convolution with one input channel per output.
 
     >>> is_depthwise(nn.Conv2d(8, 8, kernel_size=3, groups=8))
     True
@@ -47,8 +47,8 @@ def is_depthwise(module: nn.Module) -> bool:
 
 
 def channels_side_by_side(weight: Tensor) -> Tensor | None:
-    """The order of the columns of an (out, channels, positions...) weight's matrix in which the input channels of one
-    kernel position stand side by side; None where there is one position only.
+    """The column order of an (out, channels, positions...) weight's matrix that puts the input channels of one kernel
+    position next to each other; None if there is only one position.
 
     >>> channels_side_by_side(torch.zeros(8, 3, 2)).tolist()
     [0, 2, 4, 1, 3, 5]
@@ -60,7 +60,7 @@ def channels_side_by_side(weight: Tensor) -> Tensor | None:
 
 
 class _Geometry(NamedTuple):
-    """How the kernels of a convolution go over its input, for each dimension in space."""
+    """The geometry of a convolution, for each spatial dimension."""
 
     kernel: tuple[int, ...]  # positions
     stride: tuple[int, ...]  # steps from one output to the next
@@ -69,7 +69,7 @@ class _Geometry(NamedTuple):
 
 
 def _geometry_of(call: Mapping[str, Any]) -> _Geometry:
-    """The geometry that the arguments of F.conv1d, F.conv2d and F.conv3d say."""
+    """The geometry from the arguments of F.conv1d, F.conv2d or F.conv3d."""
     kernel = tuple(call["weight"].shape[2:])
 
     def for_each(value: int | Sequence[int]) -> tuple[int, ...]:
@@ -77,7 +77,7 @@ def _geometry_of(call: Mapping[str, Any]) -> _Geometry:
         return values * len(kernel) if len(values) == 1 else values
 
     dilation, padding = for_each(call["dilation"]), call["padding"]
-    if padding == "same":  # an odd zero goes to the end
+    if padding == "same":  # of an odd number of zeros, the extra one is at the end
         totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
         pairs = tuple((total // 2, total - total // 2) for total in totals)
     else:
@@ -86,10 +86,10 @@ def _geometry_of(call: Mapping[str, Any]) -> _Geometry:
 
 
 def _patches(inputs: Tensor, geometry: _Geometry) -> Iterator[Tensor]:
-    """What a convolution's matrix multiplies, padding included: one row for each output, in the outputs' order.
+    """The rows that a convolution's matrix multiplies, padding included: one for each output, in the outputs' order.
 
-    The patches of a sample are many times as large as the sample, so they are made some at a time: in pieces
-    (outputs, channels * positions) of whole samples or, of one that is larger than PIECE, of some rows of outputs.
+    The patches of a sample are many times as large as the sample, so they are made in pieces,
+    (outputs, channels * positions), of whole samples or, if one is larger than PIECE, of some rows of outputs.
     """
     dims = len(geometry.kernel)
     windows = _windows(inputs if inputs.ndim == dims + 2 else inputs[None], geometry)
@@ -98,8 +98,7 @@ def _patches(inputs: Tensor, geometry: _Geometry) -> Iterator[Tensor]:
     row = max(1, math.prod(rest) * features)
     for samples in windows.split(max(1, PIECE // max(1, rows * row))):
         for some in samples.split(max(1, min(rows, PIECE // row)), dim=2):
-            # Feature by feature: what lies side by side in the input is then copied in one go, which is several
-            # times as fast as patch by patch.
+            # Feature by feature: neighbouring inputs are then copied together, several times as fast as patch by patch.
             order = (1, *range(2 + dims, 2 + 2 * dims), 0, *range(2, 2 + dims))
             yield some.permute(order).reshape(features, -1).t()
 
@@ -130,12 +129,12 @@ def _tokens(inputs: Tensor, geometry: _Geometry, group: int, groups: int) -> Ite
     own = inputs.detach().chunk(groups, dim=channels)[group]
     if math.prod(geometry.kernel) > 1:
         return _patches(own, geometry)
-    # One point steps over the padded image; what it multiplies in the padding is zero, counts for nothing and is left
-    # out. What is left is (positions, channels).
+    # A kernel of one position steps over the padded image. Its inputs in the padding are zero and add nothing, so they
+    # are left out: (positions, channels).
     steps = zip(geometry.padding, geometry.stride, strict=True)
     points = own[(..., *(slice(-zeros % step, None, step) for (zeros, _), step in steps))]
     return iter([points.movedim(channels, -1).reshape(-1, own.shape[channels])])
 
 
 PRODUCTS: dict[Callable[..., Any], Handler] = {F.conv1d: _convolve, F.conv2d: _convolve, F.conv3d: _convolve}
-"""What nn.Conv1d and so on call, and torch.conv1d and so on are."""
+"""The functions that nn.Conv1d, nn.Conv2d and nn.Conv3d call; torch.conv1d and so on are the same objects."""

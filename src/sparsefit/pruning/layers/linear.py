@@ -1,4 +1,4 @@
-"""Linear layers: nn.Linear and its subclasses, GPT-2's Conv1D, and whatever else multiplies by their weights."""
+"""Linear layers: nn.Linear and its subclasses, GPT-2's Conv1D, and all matrix products with their weights."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def matrices(module: nn.Module) -> list[PrunableWeight]:
     [('weight', (5, 3))]
     """
     weight, kind = getattr(module, "weight", None), type(module).__name__
-    # The output projection of nn.MultiheadAttention lends its weight to a fused function and is never called.
+    # The output projection of nn.MultiheadAttention is never called: a fused function uses its weight.
     if not is_dense(weight) or weight.ndim != 2 or kind == "NonDynamicallyQuantizableLinear":
         return []
-    # y = x W + b with W (in, out). Known by its name, as this needs torch alone.
+    # y = x W + b with W (in, out). Recognised by its name, as this package must not import transformers.
     transposed = kind == "Conv1D" and hasattr(module, "nf")
     if not transposed and (not isinstance(module, nn.Linear) or quantized.matrices(module)):
         return []
@@ -31,7 +31,7 @@ def matrices(module: nn.Module) -> list[PrunableWeight]:
 
 
 def _product(*names: str, weight_is_second: bool = False) -> Handler:
-    """The handler of a matrix product whose tensors have these names; the last two of them are multiplied."""
+    """The handler of a matrix product whose arguments have these names; the last two of them are multiplied."""
 
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], see: See) -> Any:
         given = dict(zip(names, args, strict=False)) | dict(kwargs)
@@ -54,12 +54,12 @@ def _see_factors(left: Tensor, right: Tensor, see: See) -> None:
         see(first, right, tokens=lambda: iter([columns.detach().reshape(-1, first.shape[1])]))
     elif right.ndim == 3 and left.ndim in (2, 3) and see.holds(right):  # a stack of experts, each with its own tokens
         for tokens, expert in zip(left.expand(len(right), -1, -1), right.mT, strict=True):
-            # Tokens that are routed elsewhere come as zeros (Llama 4).
+            # Tokens that are routed to other experts are zeros here (Llama 4).
             see(expert, tokens, tokens=lambda tokens=tokens: iter([tokens[tokens.any(dim=-1)]]))
 
 
 def _one_matrix(tensor: Tensor) -> Tensor:
-    """The matrix of a batch of one, or of one that is repeated; other tensors as they are."""
+    """The matrix of a batch of one, or of one matrix repeated; other tensors unchanged."""
     repeats = tensor.layout is torch.strided and len(tensor) > 0
     while tensor.ndim > 2 and (len(tensor) == 1 or (repeats and tensor.stride(0) == 0)):
         tensor = tensor[0]

@@ -1,4 +1,4 @@
-"""Layers of bitsandbytes: weights in 4 or 8 bits, and floats that such a layer still holds."""
+"""Layers of bitsandbytes: weights in 4 or 8 bits, and weights that such a layer still holds as floats."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sparsefit.quantized import (
 
 
 class QuantizedWeight(PrunableWeight):
-    """The weight of a layer that is quantized already: its matrix is a copy, and it is written as codes."""
+    """The weight of a quantized layer: its matrix is a dequantized copy, and new values are quantized."""
 
     positions = 1
 
@@ -31,11 +31,11 @@ class QuantizedWeight(PrunableWeight):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are now: a layer can put another parameter in the place of the one it had."""
+        """The current device of the weights, from the layer, which may have replaced its parameter."""
         return self.layers[0].weight.device
 
     def matrix(self) -> Tensor:
-        """A fresh (out, in) tensor of what the codes stand for."""
+        """The dequantized weights, a new (out, in) tensor."""
         return dequantized(self.layers[0])
 
     held = matrix
@@ -49,23 +49,23 @@ class QuantizedWeight(PrunableWeight):
         write_quantized(self.layers[0], matrix)
 
     def snapshot(self) -> Callable[[], None]:
-        """Remember the weights; what is returned puts them back, to the bit."""
+        """Copy the weights; returns a function that restores them bit for bit."""
         return snapshot(self.layers[0])
 
 
 class CachedWeight(PrunableWeight):
-    """The float weight of a Linear8bitLt (`has_fp16_weights`): in evaluation mode that quantizes it once, and computes
-    with the copy until it is told to forget it."""
+    """The float weight of a Linear8bitLt (`has_fp16_weights`), which in evaluation mode quantizes it once and computes
+    with that copy until it is reset."""
 
     def changed(self) -> None:
-        """Make the layer forget its copy."""
+        """Discard the layer's quantized copy."""
         for layer in self.layers:
             if bits_of(layer) == 8:  # another layer can share the weight
                 layer.state.reset_grads()
 
 
 def matrices(module: nn.Module) -> list[PrunableWeight]:
-    """The weight of a Linear4bit or Linear8bitLt, quantized or in floats.
+    """The weight of a Linear4bit or Linear8bitLt, quantized or as floats.
 
     >>> matrices(nn.Linear(3, 5))
     []

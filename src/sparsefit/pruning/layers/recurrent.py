@@ -1,8 +1,8 @@
 """Recurrent layers: the matrices that multiply the inputs x_t of each step, and those that multiply the states h_(t-1).
 
-What torch computes in one call (torch.lstm and its like) shows neither the states within a layer nor what one layer
-hands to the next; they are computed again here, one layer and direction at a time, by the same functions. Dropout
-between layers is left out, as in evaluation.
+torch.lstm and similar functions compute all layers in one call, which shows neither the states within a layer nor the
+inputs of the next. They are recomputed here with the same functions, one layer and direction at a time, without
+dropout between layers, as in evaluation.
 
 The projection of an LSTM with `proj_size` (weight_hr) multiplies states that no function returns: it stays dense.
 """
@@ -22,12 +22,12 @@ from sparsefit.pruning.layers.base import Handler, PrunableWeight, See, is_dense
 _NAMES = ("input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first")
 _NAMES_PACKED = ("data", "batch_sizes", *_NAMES[1:-1])
 _NAMES_CELL = ("input", "hx", "w_ih", "w_hh")
-# Not weight_hr, and not what weight_norm and its like compute a weight from (weight_hh_l0_v).
+# Not weight_hr, and not the parameters from which weight_norm and the like compute a weight (weight_hh_l0_v).
 _SEEN = re.compile(r"weight_(ih|hh)(_l\d+(_reverse)?)?")
 
 
 def matrices(module: nn.Module) -> list[PrunableWeight]:
-    """The weights of one nn.LSTM, nn.GRU, nn.RNN or one of their cells.
+    """The weights of an nn.LSTM, nn.GRU, nn.RNN or one of their cells.
 
     >>> [weight.name for weight in matrices(nn.GRU(3, 4))]
     ['weight_ih_l0', 'weight_hh_l0']
@@ -42,76 +42,76 @@ def matrices(module: nn.Module) -> list[PrunableWeight]:
 
 
 class _Call:
-    """One call of torch.lstm or its like, and its layers one by one. Directions are 0, forwards, and 1, backwards.
+    """Recomputes one call of torch.lstm or a similar function layer by layer. Direction 0 is forwards, 1 backwards.
 
-    What is computed here is computed when it is asked for: a weight that was seen before may have been pruned by then.
+    Everything is computed on demand, so that it uses the weights as they are then: some may have been pruned.
     """
 
     def __init__(self, function: Callable[..., Any], given: Mapping[str, Any]) -> None:
         self.function, self.has_biases, self.layers = function, given["has_biases"], given["num_layers"]
-        self.batch_sizes = given.get("batch_sizes")  # of packed inputs, on the CPU: how many sequences have each step
+        self.batch_sizes = given.get("batch_sizes")  # of packed inputs, on the CPU: the number of sequences per step
         self.directions = 2 if given["bidirectional"] else 1
         # h, and c of an LSTM, before the first step: (layers * directions, batch, hidden) each
         self.states = (given["hx"],) if isinstance(given["hx"], Tensor) else tuple(given["hx"])
         params = list(given["params"])
         each = len(params) // (self.layers * self.directions)
-        # Of each layer and direction: weight_ih, weight_hh and the others.
+        # For each layer and direction: weight_ih, weight_hh and the remaining parameters.
         self.weights = [params[start : start + each] for start in range(0, len(params), each)]
         self.inputs = given["data" if self.batch_sizes is not None else "input"]
-        # (steps, batch, in) of each layer as far as known, or packed (steps of all sequences, in)
+        # The inputs of the layers computed so far: (steps, batch, in), or packed (steps of all sequences, in)
         self.known = [self.inputs.transpose(0, 1) if given.get("batch_first") else self.inputs]
 
     @torch.no_grad()
     def tokens(self, layer: int) -> Iterator[Tensor]:
-        """What weight_ih of a layer multiplies: (tokens, in), sequence by sequence unless packed."""
+        """The inputs that weight_ih of a layer multiplies: (tokens, in), sequence by sequence unless packed."""
         return self._flat(self._inputs_of(layer))
 
     @torch.no_grad()
     def hidden_tokens(self, layer: int, direction: int) -> Iterator[Tensor]:
-        """The states that weight_hh of a layer multiplies, each in the place of the input of the same step."""
+        """The states that weight_hh of a layer multiplies, in the order of the inputs of the same steps."""
         outputs = self._outputs(layer, direction)
         first = self.states[0][layer * self.directions + direction].to(outputs.dtype)
         if self.batch_sizes is None:
             before = torch.cat([first[None], outputs[:-1]])
         else:
             sizes = self.batch_sizes.tolist()
-            # The longest sequences stand first, so those that go on are the first ones of the step before.
+            # The longest sequences come first, so those that continue are the first ones of the previous step.
             going_on = [step[:size] for step, size in zip(outputs.split(sizes), sizes[1:], strict=False)]
             before = torch.cat([first, *going_on])
-        return self._flat(self._turned(before, direction))
+        return self._flat(self._reversed(before, direction))
 
     def _inputs_of(self, layer: int) -> Tensor:
         while len(self.known) <= layer:
             below, directions = len(self.known) - 1, range(self.directions)
-            self.known.append(torch.cat([self._turned(self._outputs(below, d), d) for d in directions], dim=-1))
+            self.known.append(torch.cat([self._reversed(self._outputs(below, d), d) for d in directions], dim=-1))
         return self.known[layer]
 
     def _outputs(self, layer: int, direction: int) -> Tensor:
-        """The outputs of a layer in one direction, in the order in which that goes."""
+        """The outputs of a layer in one direction, in the order of that direction's steps."""
         place = layer * self.directions + direction
         states = tuple(state[place : place + 1].contiguous() for state in self.states)
-        steps = self._turned(self._inputs_of(layer), direction)
+        steps = self._reversed(self._inputs_of(layer), direction)
         sizes, batch_first = ((), (False,)) if self.batch_sizes is None else ((self.batch_sizes,), ())
         settings = (self.has_biases, 1, 0.0, False, False)  # one layer, no dropout, no training, one direction
         hx = states if len(states) > 1 else states[0]
         return self.function(steps, *sizes, hx, self.weights[place], *settings, *batch_first)[0]
 
-    def _turned(self, steps: Tensor, direction: int) -> Tensor:
-        """Each sequence from its end to its start, or back again, for direction 1."""
+    def _reversed(self, steps: Tensor, direction: int) -> Tensor:
+        """For direction 1, each sequence reversed; for direction 0 unchanged."""
         if direction == 0:
             return steps
-        return steps.flip(0) if self.batch_sizes is None else steps[_turned_places(self.batch_sizes).to(steps.device)]
+        return steps.flip(0) if self.batch_sizes is None else steps[_reversed_places(self.batch_sizes).to(steps.device)]
 
     def _flat(self, steps: Tensor) -> Iterator[Tensor]:
-        # Sequence by sequence, as the samples and what is padding in them come.
+        # Sequence by sequence, the order of the samples and their padding masks.
         by_sequence = steps.transpose(0, 1) if self.batch_sizes is None else steps
         return iter([by_sequence.detach().reshape(-1, steps.shape[-1])])
 
 
-def _turned_places(batch_sizes: Tensor) -> Tensor:
-    """Where the steps of packed sequences stand once each sequence is turned round: (steps of all,) numbers of rows.
+def _reversed_places(batch_sizes: Tensor) -> Tensor:
+    """The rows of packed sequences in the order that reverses each sequence: (steps of all sequences,) indices.
 
-    >>> _turned_places(torch.tensor([2, 1, 1])).tolist()  # two sequences have a first step, one goes on
+    >>> _reversed_places(torch.tensor([2, 1, 1])).tolist()  # two sequences have a first step, one has three steps
     [3, 1, 2, 0]
     """
     real = torch.arange(int(batch_sizes[0])) < batch_sizes[:, None]  # (steps, sequences)
@@ -126,7 +126,7 @@ def _recur(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[
     given = {**dict(zip(_NAMES_PACKED if packed else _NAMES, args, strict=False)), **kwargs}
     call = _Call(function, given)
     by_sequence = packed or given.get("batch_first")
-    this = object()  # the same inputs give other states with other weights or first states
+    this = object()  # unique per call: the states depend on the weights and first states, not only on the inputs
     for layer in range(call.layers):
         own = call.weights[layer * call.directions : (layer + 1) * call.directions]
         key = (this, layer) if layer else None if by_sequence else "by sequence"
@@ -150,4 +150,4 @@ PRODUCTS: dict[Callable[..., Any], Handler] = {
     **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _recur),
     **dict.fromkeys((torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell), _recur_once),
 }
-"""What the layers and the cells call, by the name of torch._VF, whether their sequences are packed or not."""
+"""The functions that the layers and cells call as torch._VF.*, for packed and unpacked sequences."""

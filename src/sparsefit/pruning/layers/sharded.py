@@ -1,4 +1,4 @@
-"""Weights of which each rank holds a shard (FSDP2): they are read whole, and each rank writes what it holds."""
+"""Weights that are sharded over ranks (FSDP2): all ranks gather the whole weight, and each writes its own shard."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from sparsefit.sharded import is_sharded, over_shards, shard_of
 
 @dataclass(frozen=True, eq=False)
 class ShardedWeight(PrunableWeight):
-    """A weight that is split by the first dimension of its parameter: by rows, where that is stored (out, in).
+    """A weight that is split along the first dimension of its parameter: by rows, if that is stored (out, in).
 
     Attributes:
-        own: The name of the parameter in its layer, which has a plain one in its place while it computes.
+        own: The name of the parameter in its layer, where FSDP puts the gathered parameter during computation.
     """
 
     own: str = ""
 
     @property
     def view(self) -> Tensor:
-        """The rows (or columns, where stored transposed) that this rank holds, where they are; maybe none."""
+        """A view of the rows (or columns, if stored transposed) that this rank holds; may be empty."""
         held = shard_of(self.parameter)
-        if self.index is not None:  # of a stack each rank holds some of the matrices
+        if self.index is not None:  # each rank holds some matrices of a stack
             start = self.index - self._start if self._holds_index else len(held)
             held = held[start : start + 1].flatten(0, 1)
         return stored_view(held, self.transposed)
 
     @property
     def in_product(self) -> Tensor:
-        """The whole weight where a product finds it, or nothing while it is not gathered."""
+        """The whole weight as products use it; empty while it is not gathered."""
         gathered = self.layers[0].get_parameter(self.own).detach()
         return gathered.new_empty(0) if is_sharded(gathered) else stored_view(gathered, self.transposed, self.index)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in) of the whole."""
+        """(out, in) of the whole weight."""
         out, inputs = as_matrix(self._shape_alone, self.transposed, self.index).shape
         return out, inputs
 
     def matrix(self) -> Tensor:
-        """The whole weight, (out, in): a copy. All ranks ask for it together."""
+        """A copy of the whole weight, (out, in). All ranks must call this together."""
         if self.index is None:
             return as_matrix(self.parameter.detach().full_tensor(), self.transposed)
         shape, group = self.parameter.shape[1:], self.parameter.device_mesh.get_group()
@@ -55,7 +55,7 @@ class ShardedWeight(PrunableWeight):
         return stored_view(one, self.transposed)
 
     def part(self, matrix: Tensor) -> Tensor:
-        """What of an (out, in) tensor belongs to the weights that this rank holds."""
+        """The part of an (out, in) tensor that belongs to the weights that this rank holds."""
         stored = stored_view(matrix, self.transposed)
         if self.index is None:
             stored = stored[self._start : self._start + len(shard_of(self.parameter))]
@@ -69,7 +69,7 @@ class ShardedWeight(PrunableWeight):
 
     @property
     def _each(self) -> int:
-        """How many of the first dimension a rank holds; the last ones hold what is left."""
+        """The size of a rank's shard along the first dimension; those of the last ranks may be smaller."""
         return -(-len(self.parameter) // self.parameter.device_mesh.size())
 
     @property
@@ -82,7 +82,7 @@ class ShardedWeight(PrunableWeight):
 
 
 def as_sharded(weight: PrunableWeight) -> PrunableWeight:
-    """The weight of a layer, named as in that, as one that is sharded, if it is.
+    """A weight, named as in its layer, as a `ShardedWeight` if its parameter is sharded; else unchanged.
 
     >>> weight = PrunableWeight("weight", torch.nn.Parameter(Tensor(3, 5)), ())
     >>> as_sharded(weight) is weight
@@ -95,14 +95,14 @@ def as_sharded(weight: PrunableWeight) -> PrunableWeight:
 
 
 def counted(weights: Iterable[PrunableWeight], count: Callable[[PrunableWeight], Tensor | int]) -> dict[str, int]:
-    """By name what `count` finds in the weights that are held here, and of sharded ones on all other ranks together.
+    """The `count` of each weight by name; counts of sharded weights are summed over ranks.
 
     >>> weight = PrunableWeight("weight", torch.nn.Parameter(torch.ones(3, 5)), ())
     >>> counted([weight], lambda weight: weight.held().sum())
     {'weight': 15}
     """
     found, sharded = {}, []
-    for weight in weights:  # they may be in memory one at a time
+    for weight in weights:  # one at a time: not all of them need be in memory
         found[weight.name] = int(count(weight))
         if isinstance(weight, ShardedWeight):
             sharded.append(weight.name)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from watched import spread, watch, weights_of
 
+from sparsefit.pruning.input_watch import watching
 from sparsefit.pruning.layers import attention, matrices_of
-from sparsefit.pruning.watch import watching
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Ranks share out the input groups: each solves some, and tells the others the masks and the changed values."""
+"""Dividing the input groups among ranks: each rank solves some and sends their masks and new values to the others."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from sparsefit.pruning.groups import InputGroup
+from sparsefit.pruning.input_groups import InputGroup
 from sparsefit.pruning.layers.base import is_dense
 from sparsefit.pruning.masks import pack_bits, unpack_bits
 from sparsefit.pruning.steps import ByWeight, Solution
 from sparsefit.ranks import errors_on_all_ranks, from_all, number_of_ranks, of_rank, own_rank, shared_out
 
-AT_ONCE = 4  # groups for each rank between two exchanges: a block of a language model has as many
+AT_ONCE = 4  # groups per rank between two exchanges; a block of a language model has about four
 
 Solve = Callable[[InputGroup, ByWeight], Solution]
 
 
 def solutions(groups: Sequence[InputGroup], solve: Solve) -> Iterator[tuple[InputGroup, Solution]]:
-    """Each group with its solution, in the order given: the same on all ranks, whichever has found it.
+    """Yield each group with its solution, in the order given and identical on all ranks.
 
-    So the time of a group's solution is shared, and rounding on different hardware cannot make models differ. An error
-    of one rank is raised on all.
+    One rank solves a group and sends the solution to the others. So the work is divided, and rounding on different
+    hardware cannot make the models differ. An error on one rank is raised on all.
 
     Args:
-        groups: Those with the statistics of all ranks.
+        groups: The groups, with statistics summed over all ranks.
         solve: Called with a group and the dense matrices of its weights, on one of the ranks.
 
     >>> from sparsefit.pruning.layers import matrices_of
@@ -44,7 +44,7 @@ def solutions(groups: Sequence[InputGroup], solve: Solve) -> Iterator[tuple[Inpu
 
 
 def _own_matrices(groups: Sequence[InputGroup], solvers: Sequence[int]) -> dict[int, ByWeight]:
-    """The dense matrices of the groups that this rank solves, by number; shards are put together by all ranks."""
+    """The dense matrices of the groups that this rank solves, by number; sharded ones are gathered by all ranks."""
     own = {}
     for number, (group, solver) in enumerate(zip(groups, solvers, strict=True)):
         if solver == own_rank():
@@ -55,7 +55,7 @@ def _own_matrices(groups: Sequence[InputGroup], solvers: Sequence[int]) -> dict[
 
 
 def _cost(group: InputGroup) -> int:
-    """Multiplications up to a factor: of a Gram matrix's factor and the rows solved with it, or of scores alone."""
+    """The number of multiplications up to a constant: factoring a Gram matrix and solving rows with it, or scoring."""
     cost = 0
     for statistics, rows in group.by_statistics().items():
         width, height = len(statistics["squared_norm"]), sum(own.stop - own.start for _, own in rows)
@@ -80,7 +80,7 @@ def _exchanged(groups: Sequence[InputGroup], solvers: Sequence[int], solved: dic
 
 
 def _sent(group: InputGroup, mine: Solution | None, solver: int, has_values: bool) -> tuple[ByWeight, ByWeight | None]:
-    """Masks at one bit a weight, and the kept values alone, in the type that the weights are stored in."""
+    """Send the masks, at one bit a weight, and only the kept values, in the dtype in which the weights are stored."""
     masks, values = {}, {}
     for weight in group.weights:
         name, device, size = weight.name, weight.device, weight.shape[0] * weight.shape[1]

@@ -1,4 +1,4 @@
-"""Text that a causal language model writes itself: windows of tokens sampled from its own distribution."""
+"""Sampling windows of tokens from a causal language model's own distribution."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 def writer_in(module: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a module that can write text; of a PEFT-wrapped one the model that it wraps.
+    """The transformers model inside a module that can generate text; without the PEFT wrapper, if it has one.
 
     Raises:
-        ConfigError: where there is none.
+        ConfigError: if there is none.
     """
     found = pretrained_part(module)
     model = found[1] if found is not None else module
@@ -40,7 +40,7 @@ def writer_in(module: nn.Module) -> PreTrainedModel:
 
 
 def weights_digest(module: nn.Module) -> str:
-    """A digest of all weights of a model, bit by bit, of their names and of its configuration, adapters left out."""
+    """A digest of the exact values and names of all weights of a model, and of its configuration; without adapters."""
     digest = hashlib.sha256()
     model = writer_in(module)
     for path, part in sorted(base_modules(model).items()):
@@ -48,17 +48,17 @@ def weights_digest(module: nn.Module) -> str:
             digest.update(f"{canonical_name(path)}.{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
             whole = weight.detach().full_tensor() if is_sharded(weight) else weight.detach()
             digest.update(whole.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    told = {"transformers_version", "_name_or_path", "use_cache"}  # another release, folder or setting of training
+    told = {"transformers_version", "_name_or_path", "use_cache"}  # these do not change what the model computes
     settings = {name: value for name, value in model.config.to_dict().items() if name not in told}
     digest.update(repr(sorted(settings.items(), key=lambda item: item[0])).encode())
     return digest.hexdigest()[:16]
 
 
 def check_length(model: PreTrainedModel, length: int) -> None:
-    """See that a model can write windows of so many tokens.
+    """Check that a model can generate windows of `length` tokens.
 
     Raises:
-        ConfigError: where it has fewer positions.
+        ConfigError: if it has fewer positions.
     """
     most = getattr(model.config, "max_position_embeddings", None)
     if isinstance(most, int) and 0 < most < length:
@@ -70,8 +70,8 @@ def check_length(model: PreTrainedModel, length: int) -> None:
 
 @contextmanager
 def writing(module: nn.Module) -> Iterator[PreTrainedModel]:
-    """The model that writes, in evaluation mode, without its adapters, and with sampling settings that are ours alone;
-    all as it was afterwards, random numbers included."""
+    """Yield the generating model, in evaluation mode, without its adapters and its own generation settings. Everything
+    is restored afterwards, including the state of the random number generators."""
     from transformers import GenerationConfig
 
     model = writer_in(module)
@@ -83,12 +83,12 @@ def writing(module: nn.Module) -> Iterator[PreTrainedModel]:
     with ExitStack() as stack, isolate_rng(), torch.no_grad():
         for part in (part for part in module.modules() if part.training):
             stack.callback(setattr, part, "training", True)
-        for parameter in module.parameters():  # PEFT makes all that it disabled trainable
+        for parameter in module.parameters():  # PEFT makes the adapters that it disabled trainable again
             stack.callback(parameter.requires_grad_, parameter.requires_grad)
         if (adapted := adapted_part(module)) is not None:
             stack.enter_context(adapted.disable_adapter())
-        # What a model was published with (a temperature, a penalty of repetitions, tokens that end a text) would fill
-        # in for whatever is left open below.
+        # The model's published generation settings (temperature, repetition penalty, end tokens) would otherwise apply
+        # wherever `sample_windows` sets nothing.
         stack.callback(setattr, model, "generation_config", model.generation_config)
         model.generation_config = GenerationConfig()
         module.eval()
@@ -98,24 +98,23 @@ def writing(module: nn.Module) -> Iterator[PreTrainedModel]:
 def sample_windows(
     model: PreTrainedModel, starts: Tensor, length: int, seed: int, temperature: float = 1.0, top_p: float = 1.0
 ) -> Tensor:
-    """Windows that a model writes from their first tokens on; inside `writing`.
+    """Continue the first tokens of windows with sampled tokens. Call this inside `writing`.
 
-    The token that ends a text ends no window: the model goes on as in the packed text of its training, where
-    another text begins.
+    An end-of-text token does not end a window: the model goes on with another text, as in packed training text.
 
     Args:
-        model: As `writing` gives it.
-        starts: (windows, first tokens) int64.
-        length: Tokens of a window, the first ones included.
-        seed: Equal seeds, equal windows, on the same device.
+        model: The model that `writing` yields.
+        starts: The first tokens of each window, (windows, first tokens) int64.
+        length: Tokens of a window, including the first ones.
+        seed: The same seed gives the same windows on the same device.
         temperature: Logits are divided by it.
-        top_p: Only the likeliest tokens that together have this probability are drawn.
+        top_p: Sample only from the most likely tokens whose probabilities add up to this.
 
     Returns:
         (windows, length) int64 on the CPU.
 
     Raises:
-        CalibrationError: where the model gives no probabilities.
+        CalibrationError: if the model's probabilities are not finite.
     """
     from transformers import GenerationConfig
 
@@ -142,6 +141,6 @@ def sample_windows(
 
 
 def likely_tokens(model: PreTrainedModel, start: int, count: int) -> list[int]:
-    """The `count` tokens that a model finds likeliest after a token, the likeliest first; inside `writing`."""
+    """The `count` most likely tokens after a token, the most likely first. Call this inside `writing`."""
     logits = model(input_ids=torch.tensor([[start]], device=model.device)).logits[0, -1]  # (vocabulary,)
     return logits.float().topk(min(count, len(logits))).indices.tolist()

@@ -9,10 +9,10 @@ from moe import FAMILIES, SIZES
 from torch import Tensor, nn
 from watched import spread, watch, weights_of
 
+from sparsefit.pruning.input_watch import watching
 from sparsefit.pruning.layers import matrices_of
 from sparsefit.pruning.layers.base import PrunableWeight
 from sparsefit.pruning.layers.experts import eager_experts, find_stacks
-from sparsefit.pruning.watch import watching
 
 
 @pytest.fixture(autouse=True)

@@ -15,22 +15,22 @@ from sparsefit.pruning.statistics import InputStatistics
 
 
 class Part(NamedTuple):
-    """Rows of a weight and the statistics of what they see."""
+    """Some rows of a weight, and the statistics of their inputs."""
 
     rows: slice
     statistics: InputStatistics
 
 
-Parts = dict[str, list[Part]]  # by weight, in the order of its rows
-Rows = list[tuple[str, slice]]  # some of each of several weights
+Parts = dict[str, list[Part]]  # by the name of the weight, in the order of its rows
+Rows = list[tuple[str, slice]]  # the name of a weight and some of its rows, for several weights
 
 
 @dataclass
 class InputGroup:
-    """Weights, in the order of the model, that see the same inputs, such as q, k and v of an attention.
+    """Weights, in the order of the model, that have the same inputs, such as q, k and v of an attention.
 
-    There are several statistics where rows of a weight see other inputs than the rest of it: query and key of
-    cross-attention packed in one matrix, the groups of a convolution.
+    A group has several statistics if rows of one weight have different inputs: query and key of cross-attention packed
+    in one matrix, or the groups of a convolution.
     """
 
     weights: list[PrunableWeight]
@@ -42,13 +42,13 @@ class InputGroup:
         return any(part.statistics.tokens for parts in self.parts.values() for part in parts)
 
     @cached_property
-    def says_something(self) -> bool:
+    def has_nonzero_inputs(self) -> bool:
         """Whether any input that reached its weights was not zero."""
         return any(bool(statistics["squared_norm"].any()) for statistics in self.by_statistics())
 
     @property
     def is_sharded(self) -> bool:
-        """Whether all ranks must ask for its matrices together."""
+        """Whether weights are sharded, so that all ranks must call `matrices` together."""
         return any(isinstance(weight, ShardedWeight) for weight in self.weights)
 
     def matrices(self) -> dict[str, Tensor]:
@@ -56,7 +56,7 @@ class InputGroup:
         return {weight.name: weight.matrix() for weight in self.weights}
 
     def by_statistics(self) -> dict[InputStatistics, Rows]:
-        """Each statistic with the rows that it is of."""
+        """Each statistic, with the rows that have these inputs."""
         found: dict[InputStatistics, Rows] = {}
         for name, parts in self.parts.items():
             for part in parts:
@@ -64,14 +64,14 @@ class InputGroup:
         return found
 
     def with_columns(self, order: Tensor) -> InputGroup:
-        """The same group with the inputs in another order."""
+        """A copy of the group with its inputs (the columns) reordered."""
         moved = {statistics: statistics.columns(order) for statistics in self.by_statistics()}
         parts = {name: [Part(rows, moved[own]) for rows, own in found] for name, found in self.parts.items()}
         return InputGroup(self.weights, parts)
 
 
 def input_groups(weights: Sequence[PrunableWeight], parts: Mapping[str, list[Part]]) -> list[InputGroup]:
-    """Weights, in the order of the model, put together where they share a statistic; one without any stays alone.
+    """Group weights, in the order of the model, that share a statistic; one without statistics is a group of its own.
 
     >>> query, key = (PrunableWeight(name, Tensor(2, 3), ()) for name in ("query", "key"))
     >>> shared = Part(slice(0, 2), InputStatistics(3, Tensor().device))

@@ -1,4 +1,4 @@
-"""Where models and texts are looked for: whether the hub can be used, and the path that a wrong one may have meant."""
+"""Help for names that cannot be found: why the hub cannot be used, and the existing path closest to a wrong one."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def hub_problem() -> str | None:
         return "HF_HUB_OFFLINE is set"
     try:
         get_session().head(constants.ENDPOINT, timeout=_PROBE_SECONDS)
-    except Exception as error:  # the client's library, and so its errors' classes, differ between versions of the hub
+    except Exception as error:  # the HTTP library, and so its error classes, differ between versions of the hub client
         return f"{constants.ENDPOINT} cannot be reached: {error or type(error).__name__}"
     return None
 
 
 def nearest_path(path: Path) -> str:
-    """' Did you mean …?' with the existing neighbour spelled most like `path`, or the empty string."""
+    """' Did you mean …?' with the existing path closest in spelling to `path`, or the empty string."""
     parent = path.parent
     if not parent.is_dir():
         return nearest_path(parent) if parent != path else ""

@@ -1,4 +1,4 @@
-"""Collecting the statistics of what weights see while a model, or one of its blocks, runs."""
+"""Collecting statistics of the inputs of weights while a model, or one of its blocks, runs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from sparsefit.calibration.batches import MicroBatch
 from sparsefit.calibration.samples import numbers_in
 from sparsefit.errors import CalibrationError
-from sparsefit.pruning.groups import Part, Parts
+from sparsefit.pruning.input_groups import Part, Parts
+from sparsefit.pruning.input_watch import Key, Rows, Seen, real_rows, version_of, watching
 from sparsefit.pruning.layers.base import PrunableWeight
 from sparsefit.pruning.statistics import InputStatistics, all_finite
-from sparsefit.pruning.watch import Key, Rows, Seen, real_rows, version_of, watching
 from sparsefit.ranks import errors_on_all_ranks, from_all
 from sparsefit.sharded import passes
 
@@ -33,15 +33,19 @@ def collect(
     model: nn.Module | None = None,
     part: nn.Module | None = None,
 ) -> Parts:
-    """The statistics, of `kinds` among `statistics.KINDS`, of what some weights see in the calibration data.
+    """Collect statistics of the inputs of some weights over the calibration data.
 
     Args:
+        weights: The weights.
+        kinds: Which statistics: names from `statistics.KINDS`.
+        data: The calibration data.
         run: Runs the model, or one of its blocks, on the micro-batch of that number.
-        shares: As in a `Trace`, if what a pass computes is of no other use: it ends as soon as all weights have got as
-            much of the data as they had of the sample that used each of them once.
+        note: Called with a sentence for the user if something could not be done as asked.
+        shares: `Trace.shares`, if the output of a pass is not needed: a pass then stops as soon as each weight has had
+            the same share of the batch as it had of the traced sample.
         step: Called after each pass.
-        model: What the weights are of, where that may be sharded.
-        part: Which part of it `run` runs, if not all.
+        model: The model of the weights, if it may be sharded.
+        part: The part of the model that `run` runs, if not all of it.
 
     Raises:
         CalibrationError: if an input is not finite; names the layer and the calibration batch.
@@ -71,7 +75,7 @@ def collect(
             passes(model, one, len(data), part)
         return collector
 
-    # What a rank must do again all do, as passes through a sharded model are made together.
+    # If one rank must repeat its passes, all repeat them: passes through a sharded model need all ranks.
     changed = None
     with errors_on_all_ranks():
         try:
@@ -82,7 +86,7 @@ def collect(
         note(f"{told[0]}; the statistics were taken again, for each weight by itself")
         with errors_on_all_ranks():
             collector = collected(kinds, apart=True)
-    finite = all(shared.statistics.is_finite() for shared in collector.shared.values())  # asked once, as it waits
+    finite = all(shared.statistics.is_finite() for shared in collector.shared.values())  # once: it waits for the GPU
     if not all(from_all(finite)):
         with errors_on_all_ranks():
             collected(("squared_norm",), apart=True)
@@ -95,30 +99,30 @@ def collect(
 
 
 class _ChangedInPlace(Exception):
-    """An input that is shared is no longer what it was; the message says whose."""
+    """A shared input was changed in place before it was added; the message names the weight."""
 
 
 class _AllSeen(BaseException):
-    """Every weight has got its input. (No `Exception`: a model may catch these.)"""
+    """Stops a pass: every weight has received its input. (Not an `Exception`, which a model might catch.)"""
 
 
 @dataclass(eq=False)
 class _Shared:
-    """What some weights, its members, have all seen so far."""
+    """The statistics of several weights, the members, that have had the same inputs so far."""
 
     members: set[Key]
     statistics: InputStatistics
     inputs: int = 0
-    pending: Seen | None = None  # the next input, which has come to some already
-    arrived: set[Key] = field(default_factory=set)
+    pending: Seen | None = None  # the next input, which some members have received already
+    arrived: set[Key] = field(default_factory=set)  # those members
 
 
 class _Collector:
     """Collects statistics while weights are watched, once for each distinct input.
 
-    Weights whose first input is the same tensor share. From then on an input is added once it has come to all of
-    them. If it comes to some and not to others they part: what they had seen until then was the same for all.
-    With `apart` none shares, and each input is looked at as it comes, to name the one that is not finite.
+    Weights whose first input is the same tensor share one statistic. From then on an input is added once all of them
+    have received it. If only some receive it, the rest split off with a copy of what all have seen until then.
+    With `apart` no statistic is shared, and each input is checked as it comes, to name the one that is not finite.
     """
 
     def __init__(
@@ -127,22 +131,23 @@ class _Collector:
         self._weights = {weight.name: weight for weight in weights}
         self._kinds, self._note, self._apart = kinds, note, apart
         self.shared: dict[Key, _Shared] = {}
-        self._last: tuple[Seen, _Shared] | None = None  # the last input that was added
+        self._last: tuple[Seen, _Shared] | None = None  # the most recently added input
 
     def begin(self, batch: MicroBatch, awaited: Mapping[Key, Fraction]) -> None:
-        """Say which micro-batch runs next, until these shares of it have come; to its end if there are none."""
+        """Announce the micro-batch that runs next. The pass stops once the `awaited` shares of it have been seen; if
+        that is empty, it runs to its end."""
         self._batch, self._size, self._awaited = batch, numbers_in(batch.data), dict(awaited)
         batch.begin()
 
     def record(self, seen: Seen) -> None:
         """Take in the input of one weight."""
-        mask = self._batch.mask_of(seen.inputs)  # shows now: an input that is shared is added later
+        mask = self._batch.mask_of(seen.inputs)  # now, as a shared input is only added later
         seen = seen._replace(real=None if mask is None else real_rows(mask, seen))
         key = seen.weight_rows
         before, shared = self._last or (None, None)
         if key in self.shared or self._apart or not seen.same_input(before) or shared.inputs > 1:
             self._arrive(key, seen)
-        else:  # its first input is the first and only one of those before it
+        else:  # its first input is the first and only input of the members so far
             shared.members.add(key)
             self.shared[key] = shared
         if key in self._awaited and self._awaited[key] * self._size == seen.inputs.numel():
@@ -163,7 +168,7 @@ class _Collector:
             self._add_pending(shared)
 
     def _add_pending(self, shared: _Shared) -> None:
-        """Add the pending input; those to which it has not come part from those to which it has."""
+        """Add the pending input to the members that received it; split off the others."""
         rest, seen = shared.members - shared.arrived, shared.pending
         if version_of(seen.inputs) != seen.version:
             raise _ChangedInPlace(
@@ -180,14 +185,14 @@ class _Collector:
         self._last = (seen, shared)
 
     def settle(self) -> None:
-        """The end of a pass: an input that has not come to all by now does not."""
+        """End a pass: members that have not received the pending input by now will not, and are split off."""
         for shared in dict.fromkeys(self.shared.values()):
             if shared.pending is not None:
                 self._add_pending(shared)
         self._last = None
 
     def _real_tokens(self, seen: Seen) -> Iterable[Tensor]:
-        """(tokens, in) inputs without the positions that are padding; a note if these could not be told."""
+        """The (tokens, in) inputs without padding; all of them, with a note, if padding could not be told."""
         if seen.real is None:
             return seen.tokens()
         pieces = list(seen.tokens())
@@ -199,14 +204,14 @@ class _Collector:
         return [piece[own] for piece, own in zip(pieces, real, strict=True)]
 
     def parts(self) -> Parts:
-        """The statistics of every weight, added up over all ranks of a distributed run."""
+        """The statistics of every weight, summed over all ranks of a distributed run."""
         found: dict[str, dict[Rows, InputStatistics]] = {name: {} for name in self._weights}
         for (name, rows), statistics in self._of_all_ranks().items():
             found[name][rows] = statistics
         return {name: self._parts_of(weight, found[name]) for name, weight in self._weights.items()}
 
     def _of_all_ranks(self) -> dict[Key, InputStatistics]:
-        """What shares on every rank shares; ranks add up."""
+        """Statistics summed over ranks. Weights share one if they share one on every rank."""
         found = {key: shared.statistics for key, shared in self.shared.items()}
         numbers = {statistics: number for number, statistics in enumerate(found.values())}
         of_ranks = from_all({key: numbers[statistics] for key, statistics in found.items()})
@@ -223,7 +228,7 @@ class _Collector:
         return found
 
     def _parts_of(self, weight: PrunableWeight, found: Mapping[Rows, InputStatistics]) -> list[Part]:
-        """The parts of one weight; a single one of no tokens where not all of its rows were seen."""
+        """The parts of one weight; a single one with no tokens if not all of its rows were seen."""
         whole = (0, weight.shape[0])
         ranges = {rows or whole: statistics for rows, statistics in found.items()}
         parts = []
@@ -242,11 +247,11 @@ class _Collector:
 
 
 def _check_finite(tokens: Tensor, seen: Seen, batch: MicroBatch) -> None:
-    """Raise a CalibrationError that names the layer and the batch if some of its (tokens, in) inputs are not finite."""
+    """Raise a CalibrationError that names the layer and the batch if some (tokens, in) inputs are not finite."""
     if all_finite(tokens.float().square()):
         return
     origin = batch.origin
-    # The tokens of packed sequences come step by step, and those of an expert in an order of their own.
+    # Tokens of packed sequences come step by step, and those of experts as they were routed: no sample can be named.
     packed = seen.inputs.ndim == 2 and isinstance(seen.weight.layers[0], nn.RNNBase)
     if seen.weight.index is None and not packed:
         finite = torch.cat([tokens.float().square().isfinite().all(dim=1) for tokens in seen.tokens()])

@@ -1,4 +1,4 @@
-"""Carrying the calibration data through the blocks of a model, one block after the other."""
+"""Running the calibration data through a model one block at a time."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from sparsefit.calibration.batches import Forward, MicroBatch, device_of
-from sparsefit.pruning.blocks import BlockCall, NotSweepable, capture_calls, hidden_of, order_of
+from sparsefit.pruning.blocks import BlockCall, BlocksNotSequential, capture_calls, hidden_of, order_of
 from sparsefit.pruning.config import PruningConfig
 from sparsefit.pruning.layers.base import PrunableWeight
 from sparsefit.ranks import errors_on_all_ranks
 from sparsefit.sharded import passes, units_of
 
 
-class BlockSweep:
-    """The micro-batches on their way through a list of blocks, before the block whose turn it is.
+class BlockRunner:
+    """Runs the micro-batches through a list of blocks, one block at a time, and holds the inputs of the current block.
 
-    One sample goes through the dense model to its end first: `NotSweepable` if the blocks cannot be run one by one.
-    `step` is called after each pass of a micro-batch, but for those of `run`.
+    One sample first runs through the whole dense model, which raises `BlocksNotSequential` if the blocks cannot be run
+    one by one. `step` is called after each pass of a micro-batch, except those of `run_block`.
 
     Attributes:
-        weights: Those of the weights to prune that are in the blocks; if there are none, nothing is run.
-        block: The block whose turn it is.
-        to_the_end: Whether what comes out of the block in a pass is of use.
+        weights: The weights to prune that are in these blocks; if there are none, nothing is run.
+        block: The current block.
+        to_the_end: Whether the output of `run_block` is needed, so that the pass must not stop early.
     """
 
     def __init__(
@@ -66,33 +66,35 @@ class BlockSweep:
         passes(model, capture, 1 + len(data))
         self._order = order_of(self._calls)
 
-    def turns(self) -> Iterator[list[PrunableWeight]]:
-        """The weights of each block, on the device that computes; whoever takes them has the sweep `advance`."""
+    def each_block(self) -> Iterator[list[PrunableWeight]]:
+        """Make each block the current one, on the compute device, and yield its weights to prune. The caller must call
+        `advance` before it takes the next one."""
         for index in self._order:
             self.block, self._outputs = self._blocks[index], {}
-            # Popped: a block's masks and embeddings are not needed again.
+            # Popped to free memory: a block's attention masks and position embeddings are not needed again.
             self._block_calls = [calls.pop(0) for calls in self._calls]
             self._is_last = not self._calls[0]
             self.to_the_end = self._dense and not self._is_last
             with _on_device(self.block, self._config.device):
                 yield self._by_block.get(self.block, [])
 
-    def run(self, number: int) -> None:
-        """Run the block on the micro-batch of that number. What went in stays."""
+    def run_block(self, number: int) -> None:
+        """Run the current block on the micro-batch of that number. Its input is kept."""
         output = self._output(number, self._hidden[number].clone())  # a block may add to its input in place
         if self._dense:
             self._outputs[number] = output
 
     def advance(self) -> None:
-        """Go on to what is before the next block: what the pruned one gives, or what the dense one has given."""
+        """Compute the inputs of the next block: the outputs of the pruned block or, with update "none", those that the
+        dense one gave in `run_block`."""
         if self._dense:
             self._hidden = list(self._outputs.values())
         elif not self._is_last:
             with errors_on_all_ranks():
-                passes(self._model, self._go_on, len(self._hidden), self.block)
+                passes(self._model, self._advance_one, len(self._hidden), self.block)
 
-    def _go_on(self, number: int) -> None:
-        hidden, self._hidden[number] = self._hidden[number], None  # the output takes the place of the input
+    def _advance_one(self, number: int) -> None:
+        hidden, self._hidden[number] = self._hidden[number], None  # the output replaces the input
         self._hidden[number] = self._output(number, hidden)
         self._step()
 
@@ -116,20 +118,20 @@ def _weights_by_block(
     for weight in weights:
         homes = set().union(*(owners.get(layer, {None}) for layer in weight.layers))
         if len(homes) > 1:
-            raise NotSweepable(f"blocks share the weight {weight.name}")
+            raise BlocksNotSequential(f"blocks share the weight {weight.name}")
         if homes != {None}:
             found.setdefault(homes.pop(), []).append(weight)
     return found
 
 
 def _on(calls: Sequence[BlockCall], device: torch.device | str) -> list[BlockCall]:
-    move = cache(lambda tensor: tensor.to(device))  # tensors hash by identity: one in several places stays one
+    move = cache(lambda tensor: tensor.to(device))  # tensors hash by identity: a tensor used twice is moved once
     return [call.mapped(move) for call in calls]
 
 
 @contextmanager
 def _on_device(block: nn.Module, device: str | None) -> Iterator[None]:
-    """A block on the device that computes, and back where it was."""
+    """Move a block to the compute device, and back afterwards."""
     if device is None:
         yield
         return
@@ -139,7 +141,7 @@ def _on_device(block: nn.Module, device: str | None) -> Iterator[None]:
         block.to(device)
         yield
     finally:
-        for parameter, own in memory.items():  # what was there stays theirs: it may be a file
+        for parameter, own in memory.items():  # back into the original memory, which may be a mapped file
             if parameter.data_ptr() != own.data_ptr():
                 parameter.data = own.copy_(parameter.data)
         block.to(home.pop() if len(home) == 1 else "cpu")

@@ -16,9 +16,9 @@ from watched import weights_of
 from sparsefit import PruningConfig, prune
 from sparsefit.calibration.batches import MicroBatch
 from sparsefit.errors import CalibrationError
-from sparsefit.pruning.groups import Parts, input_groups
-from sparsefit.pruning.inputs import collect
+from sparsefit.pruning.input_groups import Parts, input_groups
 from sparsefit.pruning.statistics import KINDS
+from sparsefit.pruning.statistics_collector import collect
 
 WIDTH, SHORTEST = 6, 3
 

@@ -1,4 +1,4 @@
-"""Weights that are files mapped into memory: of a model that is larger than it, what is in use is there and no more."""
+"""Weights in memory-mapped files: of a model that is larger than memory, only the weights in use are loaded."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _DTYPES |= {"BOOL": torch.bool}
 
 
 class MappedWeights:
-    """The tensors of some safetensors files, which are these files: what is written to one is written to its file.
+    """Memory-mapped tensors of safetensors files: what is written to a tensor is written to its file.
 
-    The system reads from the disk what is touched, and keeps it as long as there is room. `let_go` says that some
-    tensors are not in use, so that their files leave the memory of the process; nothing is lost, whenever it is called.
+    The system reads from disk what is accessed, and caches it while there is room. `let_go` says that some tensors are
+    not in use, so that their files leave the memory of the process; it loses no data, whenever it is called.
 
     Attributes:
-        tensors: By their names in the files.
+        tensors: The tensors, by their names in the files.
 
     Args:
-        files: The files. They must not change as long as the tensors are in use, but by them.
+        files: The files. While the tensors are in use, nothing else may change them.
 
     >>> import tempfile
     >>> from safetensors.torch import load_file, save_file
@@ -65,18 +65,18 @@ class MappedWeights:
             self._map_of[flat.data_ptr()] = mapped
 
     def let_go(self, tensors: Iterable[Tensor]) -> None:
-        """Have the files of some tensors leave the memory of the process until they are used again.
+        """Release the memory of the files of some tensors until they are used again.
 
-        Whole files, as the system reads ahead of what is touched. Tensors that are no files are left alone.
+        Whole files are released, as the system reads ahead. Tensors that are not in a file are ignored.
         """
         found = (self._map_of.get(tensor.data_ptr()) for tensor in tensors)
         files = {id(mapped): mapped for mapped in found if mapped is not None}
-        for mapped in files.values() if hasattr(mmap, "MADV_DONTNEED") else ():  # Windows finds out by itself
+        for mapped in files.values() if hasattr(mmap, "MADV_DONTNEED") else ():  # not on Windows, which needs no advice
             mapped.madvise(mmap.MADV_DONTNEED)
 
     @contextmanager
     def following(self, blocks: Iterable[nn.Module]) -> Iterator[None]:
-        """While this lasts the weights of a block are let go when the model goes on to another one."""
+        """Inside the context, the weights of a block are released when the model calls the next one."""
         current: nn.Module | None = None
 
         def enter(block: nn.Module, _: Any) -> None:
@@ -93,6 +93,6 @@ class MappedWeights:
                 handle.remove()
 
     def flush(self) -> None:
-        """Bring all that was written to the disk."""
+        """Write all changes to disk."""
         for mapped in self._maps:
             mapped.flush()

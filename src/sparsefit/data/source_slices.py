@@ -1,4 +1,4 @@
-"""Parts of a source: `SOURCE[start:stop]`."""
+"""Parsing slices of a source: `SOURCE[start:stop]`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ _LIKE_A_SLICE = re.compile(r"\[[^\[\]]*:[^\[\]]*\]$")
 
 
 def split_slice(source: str, what: str) -> tuple[str, int, int | None]:
-    """The source without its slice, the number of the first item that it takes, and of the first that it no longer does
-    (None: all to the end).
+    """Split a source into its name, start and stop (None: to the end); `what` is the word for an item in errors.
 
     Raises:
-        ConfigError: for a source without a name, a slice that takes nothing, or one that is none of these; `what` is
-            what an item is called.
+        ConfigError: for a source without a name, an empty slice, or an invalid one.
     """
     match = _SLICE.search(source)
     if not source[: match.start() if match else None].strip():  # as a path it would be the current folder

@@ -1,4 +1,4 @@
-"""What a text that a model writes begins with."""
+"""The first tokens of the windows that a model generates."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BUFFER = 10_000
 
 
 def start_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that begins a text; of a tokenizer without one, that which ends the text before it."""
+    """The id of the token that begins a text; without one, that of the token that ends the previous text."""
     return end_of(tokenizer) if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
@@ -31,19 +31,19 @@ def from_prompts(
     length: int,
     generator: torch.Generator,
 ) -> list[list[int]]:
-    """The first tokens of documents drawn at random, special tokens included; those that have fewer are passed over.
+    """The first tokens of randomly drawn documents, including special tokens; shorter documents are skipped.
 
     Args:
         shards: the documents.
-        tokenizer: of the model.
-        tokens: how many of each document.
-        windows: no more documents than these are taken.
-        length: tokens of a window.
-        generator: draws.
+        tokenizer: the model's tokenizer.
+        tokens: how many tokens of each document.
+        windows: the maximum number of documents.
+        length: tokens in a window.
+        generator: the random number generator.
 
     Raises:
-        ConfigError: where they would fill a window.
-        DataError: where no document has so many.
+        ConfigError: if the first tokens would fill a window.
+        DataError: if no document has that many tokens.
     """
     if tokens >= length:
         raise ConfigError(f"prompt_tokens is {tokens}, and a window has only {length} tokens: set fewer")

@@ -1,4 +1,4 @@
-"""A LightningDataModule that knows how far training has come."""
+"""A LightningDataModule that saves and restores the position in its training data."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
-from sparsefit.data.position import Place, Settings, check_same_data
+from sparsefit.data.data_position import Place, Settings, check_same_data
 
 
 class ResumableDataModule(LightningDataModule):
-    """Saves the position in the training data, so that a resumed run goes on with the batches that it has not seen.
+    """Saves the position in the training data, so that a resumed run continues with the batches it has not seen.
 
-    The loader that `train_dataloader` returns must ask for `position` whenever it is iterated, and share out among the
-    ranks what others, `Place.before`, have left.
+    The loader that `train_dataloader` returns must call `position` whenever it is iterated, and divide among the ranks
+    what earlier numbers of ranks, `Place.before`, have left of the epoch.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._resumed_at = Place(0, 0)
-        self._counted = 0  # batches that the loops count as done where the ranks of now begin
-        self._epoch = 0  # the one that is read now
+        self._counted = 0  # batches that the loops count as done before the current number of ranks began
+        self._epoch = 0  # the epoch that is being read
 
     @property
     def deciding(self) -> Settings:
-        """The settings that decide which batches a position stands for."""
+        """The settings that decide which batches a position in the training data refers to."""
         return {}
 
     def batches_in_epoch(self, ranks: int) -> float:
-        """Of each of so many ranks; infinity where the data are a stream."""
+        """The number of batches per rank in an epoch; infinite if the data are a stream."""
         return math.inf
 
     def state_dict(self) -> dict[str, Any]:
-        """How far training has come, and the settings that decide what that means."""
+        """The position in the training data, and the settings that decide what it refers to."""
         if self.trainer is None:
             return {}
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
@@ -54,16 +54,15 @@ class ResumableDataModule(LightningDataModule):
         return {"epoch": place.epoch, "batches": place.batches} | others | {"settings": settings}
 
     def share_anew(self, state_dict: Mapping[str, Any], ranks: int) -> dict[str, Any]:
-        """What `state_dict` saved on another number of ranks, as those of now go on from it.
+        """Convert a state that was saved with another number of ranks to the current number.
 
-        They share out among themselves what of the epoch is left: nothing is trained on twice. `counted` in what is
-        returned are the batches of each of them that stand for what was done, rounded up to whole optimizer steps:
-        where the data have a length, less than that is left out of the epoch. Where no step of it is left, the next
-        epoch begins.
+        The current ranks divide the rest of the epoch among themselves: nothing is trained on twice. `counted` in the
+        result is the number of batches per rank that stands for what was done, rounded up to whole optimizer steps. If
+        the data have a length, less than one step is left out of the epoch. If no step is left, the next epoch begins.
 
         Args:
-            state_dict: What was saved.
-            ranks: By so many.
+            state_dict: The saved state.
+            ranks: The number of ranks that saved it.
         """
         now = self.rank_and_world_size()[1]
         epoch, batches = state_dict.get("epoch", 0), state_dict.get("batches", 0)
@@ -75,23 +74,23 @@ class ResumableDataModule(LightningDataModule):
         return {**state_dict, "epoch": epoch, "batches": 0, "before": before, "counted": counted}
 
     def check_resumable(self, state_dict: Mapping[str, Any]) -> None:
-        """See that the position in what `state_dict` saved means the same batches here.
+        """Check that the position in a saved state refers to the same batches in this run.
 
         Raises:
-            ConfigError: if settings that decide it are others; names them. A state that knows none is taken as it is.
+            ConfigError: if settings that decide it differ; names them. A state without settings is accepted.
         """
         if saved := state_dict.get("settings"):
             check_same_data(saved, self.deciding)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up what `state_dict` saved.
+        """Restores a saved state.
 
         Raises:
-            ConfigError: as `check_resumable`, where training is to go on.
+            ConfigError: as `check_resumable`, if training continues.
         """
         if self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
             self.check_resumable(state_dict)
-        # Lightning looks for the position in the loader, and does not see that it is kept here
+        # Lightning expects the position in the loader, and does not see that it is saved here
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
         before = tuple((ranks, batches) for ranks, batches in state_dict.get("before", []))
         self._resumed_at = Place(state_dict.get("epoch", 0), state_dict.get("batches", 0), before)
@@ -99,14 +98,14 @@ class ResumableDataModule(LightningDataModule):
         self._epoch = self._resumed_at.epoch
 
     def position(self) -> Place:
-        """Where a loader that starts now begins."""
+        """The position where a loader that is iterated now must start."""
         resumed = self._resumed_at
-        # a run resumed at the end of an epoch still counts that one when it asks for the next one's data
+        # a run resumed at the end of an epoch still counts that epoch when it requests the next one's data
         self._epoch = current = max(resumed.epoch, self.trainer.current_epoch if self.trainer is not None else 0)
         return resumed if current == resumed.epoch else Place(current, 0)
 
     def rank_and_world_size(self) -> tuple[int, int]:
-        """Of this process."""
+        """The rank of this process and the number of processes."""
         if self.trainer is not None:
             return self.trainer.global_rank, self.trainer.world_size
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -114,7 +113,7 @@ class ResumableDataModule(LightningDataModule):
         return 0, 1
 
     def _trained_in_epoch(self, ranks: int) -> float:
-        """Batches of each rank that a Trainer takes of an epoch."""
+        """The number of batches per rank that the Trainer uses of an epoch."""
         batches = self.batches_in_epoch(ranks)
         limit = None if self.trainer is None else self.trainer.limit_train_batches
         if isinstance(limit, float):

@@ -1,4 +1,4 @@
-"""What decides which batches a position in the training data stands for, and whether it is as it was."""
+"""Positions in the training data, and checks that a saved position refers to the same batches in a resumed run."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Settings = Mapping[str, tuple[Any, Any]]
-"""Name of a setting -> (its value as it was given, what is compared)."""
+"""Name of a setting -> (its value as given by the user, the value that is compared)."""
 
 Dealt = tuple[tuple[int, int], ...]
-"""What an epoch's data were dealt to before the ranks of now: (number of ranks, batches of each), in turn."""
+"""How an epoch's data were divided before the number of ranks changed: (number of ranks, batches of each), in order."""
 
 
 class Place(NamedTuple):
-    """Where training goes on in its data.
+    """The position in the training data where training continues.
 
     Attributes:
         epoch: The epoch.
-        batches: Of each rank, that are done since the ranks were as many as they are.
-        before: What other numbers of ranks trained on before, in the same epoch.
+        batches: Batches per rank that are done in this epoch with the current number of ranks.
+        before: What was done in this epoch with other numbers of ranks.
     """
 
     epoch: int
@@ -37,10 +37,10 @@ class Place(NamedTuple):
 
 
 def samples_dealt(before: Dealt, batch_size: int, worker: int = 0, workers: int = 1) -> int:
-    """How many samples the ranks of before took together, of those that a worker of a loader reads.
+    """How many samples of those that one worker of a loader reads were taken by earlier numbers of ranks together.
 
-    Workers give a loader their batches in turn. Where one of them had come to the end of its share, the others gave
-    more than is counted here.
+    Workers yield their batches to a loader in rotation. If one worker had reached the end of its share, the others
+    yielded more than is counted here.
 
     >>> samples_dealt(((2, 3),), batch_size=4), samples_dealt(((2, 3),), batch_size=4, worker=1, workers=2)
     (24, 8)
@@ -49,14 +49,14 @@ def samples_dealt(before: Dealt, batch_size: int, worker: int = 0, workers: int 
 
 
 def check_same_data(saved: Mapping[str, Iterable[Any]], now: Settings) -> None:
-    """See that a position that was saved means the same batches here.
+    """Check that a saved position refers to the same batches in this run.
 
     Args:
-        saved: `Settings` as a checkpoint has them; a name that one of the two does not know is not compared.
+        saved: `Settings` from a checkpoint; names that are in only one of the two are not compared.
         now: The settings of this run.
 
     Raises:
-        ConfigError: if it means others; names the settings, with their old and new values.
+        ConfigError: if it refers to other batches; names the settings, with their old and new values.
     """
     then = {name: tuple(pair) for name, pair in saved.items()}
     others = [name for name in now if name in then and then[name][1] != now[name][1]]
@@ -74,12 +74,12 @@ def check_same_data(saved: Mapping[str, Iterable[Any]], now: Settings) -> None:
 
 
 def text_digest(shards: Iterable[Shard]) -> str:
-    """A digest of the files of a text: their names without folders, which may have moved, sizes and slices."""
+    """A digest of a text's files: their names (without folders, which may have moved), sizes and slices."""
     return _digest([[*_file(shard.location), shard.kind, shard.start, shard.stop] for shard in shards])
 
 
 def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A digest of a tokenizer's tokens and their numbers."""
+    """A digest of a tokenizer's tokens and their ids."""
     return _digest(sorted(tokenizer.get_vocab().items()))
 
 

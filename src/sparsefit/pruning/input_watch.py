@@ -1,4 +1,4 @@
-"""Seeing what a model's weights are multiplied by while it runs: at the product itself, whoever computes it."""
+"""Observing the inputs of a model's weights while it runs, at the matrix product itself, whatever code computes it."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from sparsefit.pruning.layers.sharded import ShardedWeight
 from sparsefit.quantized import plain_layout
 
 Rows = tuple[int, int] | None
-Key = tuple[str, Rows]  # a weight and which of its rows
+Key = tuple[str, Rows]  # the name of a weight and which of its rows
 
 
 class Seen(NamedTuple):
-    """What a weight is multiplied by in one product.
+    """The input of a weight in one product.
 
     Attributes:
-        weight: Which weight.
-        rows: Which of its rows, (start, stop); None is all. Those for query, key and value of attention can differ.
-        inputs: The tensor as the product was given it.
-        version: Grows when that tensor is changed in place.
-        tokens: What the matrix multiplies.
-        key: Tells apart what is taken from one tensor in different ways.
-        real: Which of the tokens are no padding, (tokens,) bool; None if all are; or why that cannot be told.
+        weight: The weight.
+        rows: Which of its rows, (start, stop); None means all. Query, key and value of attention can differ in inputs.
+        inputs: The tensor that was passed to the product.
+        version: The version of that tensor, which grows when it is changed in place.
+        tokens: Gives the rows that the matrix multiplies.
+        key: Distinguishes different views of one input tensor, such as the strides of a convolution.
+        real: Which of the tokens are not padding, (tokens,) bool; None if all; or a reason why that is unknown.
     """
 
     weight: PrunableWeight
@@ -46,25 +46,25 @@ class Seen(NamedTuple):
 
     @property
     def weight_rows(self) -> Key:
-        """Names the weight, and which of its rows."""
+        """The name of the weight, and which of its rows."""
         return self.weight.name, self.rows
 
     def same_input(self, other: Seen | None) -> bool:
-        """Whether another weight is multiplied by the very same."""
+        """Whether the input of another weight is the same."""
         if other is None or self.inputs is not other.inputs:
             return False
         return (self.version, self.key) == (other.version, other.key)
 
 
 class _Watch(TorchFunctionMode):
-    """While active, hands a `Seen` to `record` just before each product; it is what the handlers call `see`."""
+    """While active, calls `record` with a `Seen` just before each product. It is the `see` of the handlers."""
 
     def __init__(self, weights: Iterable[PrunableWeight], record: Callable[[Seen], None]) -> None:
         super().__init__()
         self._record = record
         self._by_storage: dict[int, list[PrunableWeight]] = {}
-        self._sharded: list[PrunableWeight] = []  # whole ones have other memory each time that they are gathered,
-        self._gathered: dict[int, tuple[Tensor, list[PrunableWeight]]] = {}  # but are the same parameters, by id
+        self._sharded: list[PrunableWeight] = []  # their gathered parameters have new memory each time,
+        self._gathered: dict[int, tuple[Tensor, list[PrunableWeight]]] = {}  # but are the same objects: by id
         for weight in weights:
             if isinstance(weight, ShardedWeight):
                 self._sharded.append(weight)
@@ -79,7 +79,7 @@ class _Watch(TorchFunctionMode):
         return bool(self._found(tensor))
 
     def _found(self, tensor: Tensor) -> list[PrunableWeight]:
-        """The weights that a tensor is a view of, or of which it is one."""
+        """The weights with which a tensor shares memory."""
         storage = _storage(tensor)
         if not storage or not self._sharded or storage in self._by_storage:
             return self._by_storage.get(storage, [])
@@ -102,10 +102,10 @@ class _Watch(TorchFunctionMode):
 
 @contextmanager
 def watching(weights: Iterable[PrunableWeight], record: Callable[[Seen], None]) -> Iterator[None]:
-    """Hand what each weight is multiplied by to `record` while this lasts.
+    """Inside the context, call `record` with each input of each weight.
 
-    A layer that is called and whose product is not seen, as bitsandbytes computes it in kernels of its own, counts
-    with what it was called with. All hooks are gone afterwards, whatever happens.
+    If the product of a called layer is not seen, because bitsandbytes computes it in its own kernels, the layer's
+    argument is recorded. All hooks are removed afterwards, even after an error.
 
     >>> layer, seen = nn.Linear(2, 3), []
     >>> with watching([PrunableWeight("weight", layer.weight, (layer,))], seen.append):
@@ -140,8 +140,8 @@ def watching(weights: Iterable[PrunableWeight], record: Callable[[Seen], None]) 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and nothing that would hide a layer's input or compute with weights of before: no key-value
-    caches, fused attention, compiled blocks or autocast copies of weights. All as it was afterwards.
+    """Evaluation mode, without anything that would hide a layer's input or use stale weights: no key-value caches,
+    fused attention, compiled blocks or cached autocast copies of weights. Everything is restored afterwards.
 
     >>> with evaluating(model := nn.Dropout()): print(model.training)
     False
@@ -174,21 +174,21 @@ def version_of(tensor: Tensor) -> int:
 
 
 def _flat(inputs: Tensor) -> Iterator[Tensor]:
-    """(..., in) as one piece of (tokens, in)."""
+    """Yield (..., in) inputs as one (tokens, in) tensor."""
     yield inputs.detach().reshape(-1, inputs.shape[-1])
 
 
 def _storage(tensor: object) -> int:
-    """What a view shares with its parameter; 0 if it is empty or no plain tensor (quantized, sparse, distributed)."""
+    """The address of a tensor's storage, which views share; 0 if it is empty or not a plain dense tensor."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
     return tensor.untyped_storage().data_ptr() if plain else 0
 
 
 def _rows_in(part: Tensor, whole: Tensor) -> Rows:
-    """Which rows of an (out, in, ...) view another one is; None if it is none."""
+    """The rows (start, stop) of the (out, in, ...) view `whole` that `part` is; None if it is not some of its rows."""
     if part.ndim != whole.ndim:  # the kernels of a convolution as a matrix, or the other way round
         flat = as_matrix(part), as_matrix(whole)
-        if any(_storage(matrix) != _storage(part) for matrix in flat):  # what is no view is a copy
+        if any(_storage(matrix) != _storage(part) for matrix in flat):  # flattening made a copy
             return None
         part, whole = flat
     if part.dtype != whole.dtype or part.shape[1:] != whole.shape[1:]:
@@ -202,8 +202,8 @@ def _rows_in(part: Tensor, whole: Tensor) -> Rows:
 
 
 def real_rows(mask: PaddingMask, seen: Seen) -> Tensor | str | None:
-    """Which of the rows that a weight multiplies are no padding, (tokens,) bool in their order; None if the inputs are
-    none of the mask's sequences; a word for why it cannot be told.
+    """Which of the rows that a weight multiplies are not padding, (tokens,) bool in their order; None if the mask does
+    not apply to these inputs; a string with the reason if it is unknown.
 
     >>> import torch
     >>> from sparsefit.pruning.layers import matrices_of
@@ -215,14 +215,14 @@ def real_rows(mask: PaddingMask, seen: Seen) -> Tensor | str | None:
     real, layer, inputs = mask.real, seen.weight.layers[0], seen.inputs
     if seen.weight.index is not None:
         return "experts get tokens in an order of their own"
-    if isinstance(layer, nn.RNNBase | nn.MultiheadAttention):  # these give theirs sequence by sequence
+    if isinstance(layer, nn.RNNBase | nn.MultiheadAttention):  # their tokens come sequence by sequence
         return real.flatten() if inputs.ndim == 3 and inputs.shape[:2] in (real.shape, real.t().shape) else None
     if seen.weight.view.ndim > 2:  # (batch, channels, positions)
         lead = (inputs.shape[0], *inputs.shape[2:])
         return real.flatten() if lead == real.shape else "of a signal" if mask.of_signal else None
     lead = tuple(inputs.shape[:-1])
     if mask.of_signal and len(lead) == 2 and lead[0] == len(real) and real.shape[1] % lead[1] == 0:
-        real = real[:, :: real.shape[1] // lead[1]]  # as a convolution of that stride goes over them
+        real = real[:, :: real.shape[1] // lead[1]]  # as a convolution with that stride samples them
     return _expanded(real, lead, mask)
 
 

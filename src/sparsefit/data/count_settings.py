@@ -1,4 +1,4 @@
-"""Settings of datamodules that count something, or draw."""
+"""Checks of data module settings that are counts or seeds, and of the settings of generated text."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from sparsefit.settings import number
 
 
 def check_counts(settings: Mapping[str, Any], counts: tuple[str, ...], optional: tuple[str, ...]) -> None:
-    """Refuses counts below 1, and a negative `num_workers`.
+    """Check that counts are at least 1, and that `num_workers` and `seed` are not negative.
 
     Args:
-        settings: by their names.
-        counts: names of those that must be there.
-        optional: names of those that may be None.
+        settings: the settings by name.
+        counts: names of counts that are required.
+        optional: names of counts that may be None.
 
     Raises:
         ConfigError: naming the setting.
@@ -29,7 +29,7 @@ def check_counts(settings: Mapping[str, Any], counts: tuple[str, ...], optional:
 
 
 def check_writing(settings: Mapping[str, Any]) -> None:
-    """Refuses settings of text that a model is to write which cannot work.
+    """Check the settings of text that a model is to generate.
 
     Raises:
         ConfigError: naming the setting.

@@ -1,4 +1,4 @@
-"""Modules whose figures are metrics of torchmetrics: in validation, in tests and in `evaluate` the same ones."""
+"""The base class of modules that use the same torchmetrics metrics in validation, in tests and in `evaluate`."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ Batch = Mapping[str, Tensor]
 
 
 class MeasuredModule(RecoverableModule):
-    """A transformers model and its figures; a subclass says what a batch adds to them.
+    """A transformers model with its metrics, which are called figures; a subclass defines them and adds batches.
 
     Attributes:
         tokenizer: the model's tokenizer; None for a model without one, or built in Python.
     """
 
     metrics: ClassVar[dict[str, str]] = {}
-    """What `evaluate` measures, and which way is better."""
+    """What `evaluate` measures, and whether higher or lower is better."""
 
     def new_figures(self) -> nn.ModuleDict:
-        """The metrics by name, with nothing in them: all of `metrics`, and whatever else is logged."""
+        """New, empty metrics by name: all of `metrics`, and any others that are logged."""
         raise NotImplementedError
 
     def measure(self, figures: nn.ModuleDict, batch: Batch) -> None:
@@ -41,7 +41,7 @@ class MeasuredModule(RecoverableModule):
     def take_named(
         self, model: str | nn.Module, kind: str, num_labels: int | None = None, new_head: bool = False
     ) -> None:
-        """Load a model of a kind, or take the one that is given; with its tokenizer, where there is one."""
+        """Load a model of a kind and its tokenizer, if it has one; or take a model that is given."""
         self.tokenizer: PreTrainedTokenizerBase | None = None
         new: list[str] = []
         if isinstance(model, str):
@@ -52,14 +52,14 @@ class MeasuredModule(RecoverableModule):
                 base = load_model(model, *settings, kind=kind)
             self.tokenizer = find_tokenizer(model)
             if self.tokenizer is not None and getattr(base.config, "pad_token_id", None) is None:
-                # A decoder that classifies a text looks for its last token that is no padding.
+                # A decoder that classifies texts needs it to find the last token that is not padding.
                 base.config.pad_token_id = padding_of(self.tokenizer)
         else:
             base = model
         self.take_model(base, new)
 
     def take_model(self, base: nn.Module, new_modules: Iterable[str] = ()) -> None:
-        """As `RecoverableModule`; and make its metrics."""
+        """As in `RecoverableModule`; also creates the metrics."""
         super().take_model(base, new_modules)
         self.figures = nn.ModuleDict({"val": self.new_figures(), "test": self.new_figures()})
 
@@ -68,19 +68,19 @@ class MeasuredModule(RecoverableModule):
         return self.model(**batch)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds a batch to the figures of the validation."""
+        """Adds a batch to the validation metrics."""
         self.measure(self.figures["val"], batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs them as `val_` and their names."""
+        """Logs the validation metrics with the prefix `val_`."""
         self._log_figures("val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds a batch to the figures of the test."""
+        """Adds a batch to the test metrics."""
         self.measure(self.figures["test"], batch)
 
     def on_test_epoch_end(self) -> None:
-        """Logs them as `test_` and their names."""
+        """Logs the test metrics with the prefix `test_`."""
         self._log_figures("test")
 
     def predict_step(self, batch: Batch, batch_idx: int = 0) -> Any:
@@ -89,10 +89,10 @@ class MeasuredModule(RecoverableModule):
 
     @torch.no_grad()
     def evaluate(self, loader: Iterable[Batch], progress: Callable[[int], None] | None = None) -> dict[str, float]:
-        """The figures of `metrics` over a loader's batches; `progress` is called with the number of batches done.
+        """The values of `metrics` over a loader's batches; `progress` is called with the number of batches done.
 
         Raises:
-            DataError: where there is no batch, or labels do not fit the model.
+            DataError: if there is no batch, or labels do not fit the model.
         """
         device = next(self.model.parameters()).device
         figures, number = self.new_figures().to(device), 0
@@ -113,7 +113,7 @@ class MeasuredModule(RecoverableModule):
 
 
 def padding_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The number of the token that pads; of a tokenizer without one, as of many decoders, that which ends a text."""
+    """The id of the padding token, or of the end-of-text token if there is none, as with many decoders."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
@@ -126,7 +126,7 @@ def labels_of(batch: Batch) -> Tensor:
     """The labels of a batch.
 
     Raises:
-        DataError: where it has none.
+        DataError: if it has none.
     """
     labels = batch.get("labels", batch.get("label"))
     if labels is None:
@@ -135,10 +135,10 @@ def labels_of(batch: Batch) -> Tensor:
 
 
 def check_loss(loss: Tensor, batch_idx: int) -> None:
-    """See that a loss is a number.
+    """Check that a loss is not NaN.
 
     Raises:
-        SparsefitError: where it is not.
+        SparsefitError: if it is.
     """
     if bool(loss.isnan()):
         raise SparsefitError(
