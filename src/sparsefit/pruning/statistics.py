@@ -30,8 +30,8 @@ def all_finite(values: Tensor) -> bool:
 class InputStatistics:
     """Statistics of `KINDS`, always including the squared norm, over the tokens of a layer's inputs; read as float32.
 
-    Per-feature sums are accumulated in float64, so that they do not depend on how micro-batches are divided among
-    ranks; Gram matrices in float32, as they are large.
+    Sums over micro-batches are accumulated in float64 (float32 on Apple's GPUs). Rounded to float32 they do not depend
+    on the order of the micro-batches, nor on how these are divided among ranks.
 
     >>> statistics = InputStatistics(2, torch.device("cpu"))
     >>> statistics.add(torch.tensor([[3.0, 1.0], [4.0, 1.0]]))
@@ -41,11 +41,8 @@ class InputStatistics:
 
     def __init__(self, features: int, device: torch.device, kinds: Iterable[str] = ("squared_norm",)) -> None:
         shapes = {kind: (features, features) if kind == "gram" else (features,) for kind in {"squared_norm", *kinds}}
-        dtypes = {"gram": torch.float32, "abs_max": torch.float32}
-        self._sums = {
-            kind: torch.zeros(shapes[kind], dtype=dtypes.get(kind, precise_dtype(device)), device=device)
-            for kind in sorted(shapes)
-        }
+        dtype = precise_dtype(device)
+        self._sums = {kind: torch.zeros(shapes[kind], dtype=dtype, device=device) for kind in sorted(shapes)}
         self.tokens = 0
 
     def __getitem__(self, kind: str) -> Tensor:
@@ -62,10 +59,10 @@ class InputStatistics:
         if "abs_sum" in self._sums:
             self._sums["abs_sum"] += torch.linalg.vector_norm(inputs, 1, dim=0, dtype=torch.float32).to(device)
         if "abs_max" in self._sums and len(inputs):
-            largest = inputs.abs().amax(dim=0).float().to(device)
-            torch.maximum(self._sums["abs_max"], largest, out=self._sums["abs_max"])
+            largest = self._sums["abs_max"]
+            torch.maximum(largest, inputs.abs().amax(dim=0).to(largest), out=largest)
         if "gram" in self._sums:
-            _add_gram(self._sums["gram"], inputs.to(device))
+            self._sums["gram"] += _gram(inputs.to(device))
         self.tokens += len(inputs)
 
     def is_finite(self) -> Tensor:
@@ -109,11 +106,10 @@ def _squared_norms(inputs: Tensor) -> Tensor:
     return total
 
 
-def _add_gram(gram: Tensor, inputs: Tensor) -> None:
-    """Add X^T X of (tokens, in) inputs to a float32 (in, in) matrix."""
+def _gram(inputs: Tensor) -> Tensor:
+    """X^T X of (tokens, in) inputs: (in, in), float32."""
     # A GPU multiplies half-precision inputs directly: their products are exact in float32, in which they are summed.
     if inputs.device.type == "cuda" and inputs.dtype in (torch.float16, torch.bfloat16):
-        torch.addmm(gram, inputs.t(), inputs, out_dtype=torch.float32, out=gram)
-    else:
-        values = inputs.float()
-        gram.addmm_(values.t(), values)
+        return torch.mm(inputs.t(), inputs, out_dtype=torch.float32)
+    values = inputs.float()
+    return values.t() @ values
