@@ -161,7 +161,7 @@ def test_a_resumed_run_keeps_its_masks(tmp_path, late, same_callback):
 def test_resuming_with_other_settings_says_that_they_change_nothing(tmp_path):
     trainer = fit(Classifier(), labelled(), WandaPruning(), max_steps=1)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    with pytest.warns(UserWarning, match="stays pruned as the checkpoint has it"):
+    with pytest.warns(UserWarning, match="stays pruned as in the checkpoint"):
         trainer_with(WandaPruning(sparsity=0.2), max_steps=2).fit(
             Classifier(), labelled(), ckpt_path=tmp_path / "a.ckpt"
         )
