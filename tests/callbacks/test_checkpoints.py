@@ -260,7 +260,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(RunFolderError, match=r"cannot be written: .*No space left on device.*is as it was\. Free"):
+    with pytest.raises(RunFolderError, match=r"cannot be written: .*No space left on device.*are unchanged\. Free"):
         writer.save_checkpoint({"step": 2}, path)
     assert writer.load_checkpoint(path) == {"step": 1}
     assert [file.name for file in path.parent.iterdir()] == ["a.ckpt"]
