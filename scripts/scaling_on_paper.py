@@ -74,7 +74,7 @@ def stages(model: Model, ranks: int) -> dict[str, float]:
         "reading the model": size * (1 if model.sharded else ranks) / SHARED_FOLDER,
         "calibration, 2 passes": 2 * 2 * model.weights * own_samples * LENGTH / speed + 3 * gathers,
         "sums of inputs": 4 * model.blocks * collective,
-        "Gram matrices": apart * 2 * 4 * model.blocks * sum(n * n for n, _ in model.groups) / bandwidth,
+        "Gram matrices": apart * 2 * 8 * model.blocks * sum(n * n for n, _ in model.groups) / bandwidth,
         "solving (SparseGPT)": SOLVING_7B * model.blocks * _largest_share(model.solving, ranks) / _solving_7b(),
         "masks and values": apart * model.weights * (1 / 8 + 2 / 2) / bandwidth + 8 * model.blocks * collective,
         f"training, {STEPS * STEP_TOKENS / 1e6:.0f} M tokens": STEPS
