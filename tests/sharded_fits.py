@@ -1,57 +1,14 @@
-"""Fits on several ranks whose model is sharded (FSDP2), on a CPU: processes that talk over gloo.
-
-Lightning's ModelParallelStrategy takes a CPU as it is, and no launcher of its own where the environment says that the
-processes were made by someone else; so a test makes them, as torchrun would.
-"""
+"""Fits whose model is sharded (FSDP2) over several ranks, on a CPU: see `ranks.on_ranks`."""
 
 from __future__ import annotations
 
-import os
-import pickle
-import socket
-import tempfile
-import warnings
-from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-
-
-def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """Call a function in several processes, and return what it returns in each, rank by rank.
-
-    Each costs some 8 s before it does anything, so a fixture (`scope="module"`) makes them once and has one function
-    do all the fits that its tests look at: the process group of the first fit serves those after it.
-
-    Args:
-        ranks: How many processes.
-        function: Of a module, by name: the processes import it. Trainers in it take `sharded(ranks)`, or
-            `{"strategy": "ddp", "devices": ranks}`.
-        *args: What it is called with.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_rank, (ranks, port, folder, function, args), nprocs=ranks)
-        return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(ranks)]
-
-
-def _rank(rank: int, ranks: int, port: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
-    os.environ |= {"WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    result = function(*args)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    (Path(folder) / str(rank)).write_bytes(pickle.dumps(result))
 
 
 def sharded(ranks: int, **settings: Any) -> dict[str, Any]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-
-from sparsefit.callbacks import WandaPruning
 
 QUIET = {
     "accelerator": "cpu",
@@ -105,22 +102,6 @@ class RankedData(Data):
     def calibration_dataloader(self):
         batches = list(labelled(32, seed=4))
         return batches[self.trainer.global_rank :: self.trainer.world_size]
-
-
-class Record(Callback):
-    def __init__(self, folder) -> None:
-        self.folder = folder
-
-    def on_train_end(self, trainer, pl_module):
-        pruning = next(c for c in trainer.callbacks if isinstance(c, WandaPruning))
-        pruning.masks.verify(pl_module)
-        record = {
-            "digest": pruning.masks.digest(),
-            "samples": pruning.summary["samples"],
-            "tokens": pruning.summary["tokens"],
-            "weights": [float(p.detach().double().sum()) for p in pl_module.parameters()],
-        }
-        (self.folder / f"{trainer.world_size}-{trainer.global_rank}.json").write_text(json.dumps(record))
 
 
 def trainable(parameters):

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback
+from ranks import on_ranks
 from resumed_runs import WORDS, assert_same, callbacks, data, every_step, fit, module, weights
-from sharded_fits import on_ranks
 
 from sparsefit.callbacks.trainer_lookup import budget_of
 

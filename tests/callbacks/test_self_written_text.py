@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from small_runs import fit, trainer_with
+from ranks import ddp, on_ranks
+from small_runs import fit
 from tokenizers import Tokenizer, models
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -306,32 +306,21 @@ def test_a_module_of_ones_own_writes_too(tiny_model, tmp_path):
     pruning.masks.verify(own)
 
 
-class Record(Callback):
-    def __init__(self, folder):
-        self.folder, self.windows = folder, []
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.windows += batch["input_ids"].tolist()
-
-    def on_train_end(self, trainer, pl_module):
-        pruning = next(c for c in trainer.callbacks if isinstance(c, WandaPruning))
-        record = {"windows": self.windows, "digest": pruning.masks.digest()}
-        (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps(record))
+def windows_and_masks(module, folder, sizes):
+    pruning, seen = WandaPruning(0.5), Seen()
+    fit(module, data_of(folder, **sizes), pruning, GPUHourBudget(1.0), seen, **ddp(2), max_epochs=1)
+    return seen.windows, pruning.masks.digest()
 
 
 def test_ranks_write_their_shares_of_the_same_text(module, tiny_model, tmp_path):
-    settings = {"devices": 2, "strategy": "ddp_spawn", "max_epochs": 1}
     # Two batches to calibrate on, and one to train on, which the first rank writes while the second has nothing to do.
     sizes = {"calibration_samples": 24, "writing_batch_size": 12}
-    callbacks = [WandaPruning(0.5), GPUHourBudget(1.0), Record(tmp_path)]
-    trainer_with(*callbacks, **settings).fit(module(), data_of(tmp_path / "text", **sizes))
-    shares = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    (first, digest), (second, other) = on_ranks(2, windows_and_masks, module(), tmp_path / "text", sizes)
     alone = data_of(tmp_path / "alone", **sizes)
     alone.write_with(tiny_model("llama"))
-    trained = [tuple(window) for share in shares for window in share["windows"]]
-    assert sorted(trained) == sorted(windows(alone.train_dataloader()))
-    assert len(shares[0]["windows"]) == len(shares[1]["windows"]) == 6
-    assert shares[0]["digest"] == shares[1]["digest"]
+    assert sorted(first + second) == sorted(windows(alone.train_dataloader()))
+    assert len(first) == len(second) == 6
+    assert digest == other
     assert sorted(f.name for f in (tmp_path / "text").iterdir()) == sorted(
         f.name for f in (tmp_path / "alone").iterdir()
     )

@@ -7,8 +7,9 @@ import shutil
 import pytest
 import torch
 from lightning.pytorch import Callback
+from ranks import on_ranks
 from resumed_runs import Stop, every_step, fit
-from sharded_fits import ShardsItself, on_ranks, sharded, whole, whole_weights
+from sharded_fits import ShardsItself, sharded, whole, whole_weights
 from small_runs import Classifier
 from torch.utils.data import DataLoader, TensorDataset
 

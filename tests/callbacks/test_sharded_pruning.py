@@ -8,7 +8,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
-from sharded_fits import ShardsItself, on_ranks, sharded, whole_weights
+from ranks import on_ranks
+from sharded_fits import ShardsItself, sharded, whole_weights
 from small_runs import Classifier, RankedData, fit, labelled
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard

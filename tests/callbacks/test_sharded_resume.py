@@ -7,8 +7,9 @@ import shutil
 import pytest
 import torch
 from lightning.pytorch import Callback
+from ranks import on_ranks
 from resumed_runs import Stop, callbacks, data, every_step, fit, module
-from sharded_fits import on_ranks, sharded, whole_weights
+from sharded_fits import sharded, whole_weights
 
 from sparsefit.callbacks.run_report import RunReport
 from sparsefit.callbacks.trainer_lookup import masks_of

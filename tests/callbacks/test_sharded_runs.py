@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from ranks import on_ranks
 from safetensors.torch import load_file
-from sharded_fits import on_ranks, sharded
+from sharded_fits import sharded
 from sharded_runs import Drifts, Own, Spoils, Writes, gpt2, llama, run
 from small_runs import Net
 from transformers import AutoModelForCausalLM

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from ranks import on_ranks
 
 from sparsefit import PruningConfig, collect_statistics, prune, prune_from_statistics
 from sparsefit.pruning.scores import SCORES, Score
@@ -89,14 +89,9 @@ def failures(model, rank):
     return told
 
 
-def _rank(rank, ranks, models, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
-    try:
-        found = pruned_by_all_methods(models, rank, ranks)
-        torch.save((*found, failures(models["llama"], rank)), f"{folder}/{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
+def pruned_together(models, ranks):
+    torch.distributed.init_process_group("gloo")
+    return *pruned_by_all_methods(models, own_rank(), ranks), failures(models["llama"], own_rank())
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +105,9 @@ def alone(dense_models):
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def together(request, dense_models, tmp_path_factory):
+def together(request, dense_models):
     """What each rank has found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    arguments = (request.param, dense_models, str(folder))
-    mp.start_processes(_rank, arguments, nprocs=request.param, start_method="fork")
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(request.param)]
+    return on_ranks(request.param, pruned_together, dense_models, request.param)
 
 
 POINTS = [*((model, method) for model in MODELS for method in METHODS)]

@@ -7,8 +7,9 @@ import re
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from image_models import image_model, images
+from ranks import on_ranks
+from tiny_models import make_tiny_model
 from torch import nn
 from torch.distributed import device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -19,6 +20,7 @@ from sparsefit import PruningConfig, collect_statistics, prune, prune_from_stati
 from sparsefit.errors import MaskError
 from sparsefit.pruning import MaskSet
 from sparsefit.pruning.blocks import find_block_lists
+from sparsefit.ranks import own_rank
 
 SAMPLES = torch.randint(3, 61, (9, 12), generator=torch.Generator().manual_seed(0))
 SHARES = {1: [9], 2: [6, 3], 4: [4, 2, 2, 1]}  # samples of each rank
@@ -98,10 +100,9 @@ class Padded(nn.Module):
         return x
 
 
-@pytest.fixture(scope="module")
-def dense_models(tiny_model):
+def make_models():
     torch.manual_seed(0)
-    models = {name: tiny_model(name) for name in ("llama", "mixtral", "gpt2")}
+    models = {name: make_tiny_model(name) for name in ("llama", "mixtral", "gpt2")}
     models |= {"llama in one unit": models["llama"], "llama in small units": models["llama"]}
     models |= {"convnext": image_model("ConvNext"), "plain": Plain(), "in between": InBetween(), "padded": Padded()}
     models["sparse"] = copy.deepcopy(models["llama"])
@@ -248,22 +249,20 @@ def refused(models, rank):
     return told
 
 
-def _rank(rank, ranks, models, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
-    try:
-        found = {"pruned": pruned(models, rank, ranks)}
-        if ranks == 2:
-            found |= {"broken off": broken_off(models, rank), "masks": masks_on_shards(models, rank)}
-            found |= {"refused": refused(models, rank)}
-        torch.save(found, f"{folder}/{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
+def pruned_together(ranks):
+    models = make_models()
+    torch.distributed.init_process_group("gloo")
+    rank = own_rank()
+    found = {"pruned": pruned(models, rank, ranks)}
+    if ranks == 2:
+        found |= {"broken off": broken_off(models, rank), "masks": masks_on_shards(models, rank)}
+        found |= {"refused": refused(models, rank)}
+    return found
 
 
-def on_ranks(ranks, models, folder):
-    mp.start_processes(_rank, (ranks, models, str(folder)), nprocs=ranks, start_method="fork")
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
+@pytest.fixture(scope="module")
+def dense_models():
+    return make_models()
 
 
 @pytest.fixture(scope="module")
@@ -272,14 +271,14 @@ def alone(dense_models):
 
 
 @pytest.fixture(scope="module")
-def two_ranks(dense_models, tmp_path_factory):
+def two_ranks():
     """What each rank has found."""
-    return on_ranks(2, dense_models, tmp_path_factory.mktemp("two"))
+    return on_ranks(2, pruned_together, 2)
 
 
 @pytest.fixture(scope="module")
-def four_ranks(dense_models, tmp_path_factory):
-    return on_ranks(4, dense_models, tmp_path_factory.mktemp("four"))
+def four_ranks():
+    return on_ranks(4, pruned_together, 4)
 
 
 def check_same_as_alone(expected, first, *others):

@@ -9,10 +9,11 @@ from itertools import islice
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from ranks import on_ranks
 from reconstructed import BATCHES, IDS, Block, Net, assert_state, changed, pruned, snapshot, state
 from torch import nn
 
+from sparsefit.ranks import own_rank
 from sparsefit.recovery.reconstruct import ReconstructSettings, reconstruct
 
 
@@ -230,27 +231,21 @@ SHARES = {"even": [slice(0, 12), slice(12, 24)], "uneven": [slice(0, 16), slice(
 SETTINGS = ReconstructSettings(3, 1e-2, 8)
 
 
-def _rank(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    try:
-        found = {}
-        for name, shares in SHARES.items():
-            model, mine = Net(), [ROWS[shares[rank]]]
-            dense, masks = pruned(model, mine)
-            errors = reconstruct(model, mine, dense, masks, SETTINGS)
-            masks.verify(model)
-            found[name] = [model.state_dict(), [(error.before, error.after, error.steps) for error in errors]]
-        torch.save(found, f"{folder}/{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
+def reconstructed_together():
+    torch.distributed.init_process_group("gloo")
+    found = {}
+    for name, shares in SHARES.items():
+        model, mine = Net(), [ROWS[shares[own_rank()]]]
+        dense, masks = pruned(model, mine)
+        errors = reconstruct(model, mine, dense, masks, SETTINGS)
+        masks.verify(model)
+        found[name] = [model.state_dict(), [(error.before, error.after, error.steps) for error in errors]]
+    return found
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(_rank, (str(folder),), nprocs=2, start_method="fork")
-    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+def two_ranks():
+    return on_ranks(2, reconstructed_together)
 
 
 @pytest.mark.parametrize(("shares", "steps"), [("even", 9), ("uneven", 12)])

@@ -1,0 +1,60 @@
+"""Several processes that talk over gloo, for the tests of runs on several devices.
+
+The processes are forked from a server that has imported the libraries once (`multiprocessing`'s forkserver): a spawned
+process takes some 6 s before it does anything, a forked one none, and no thread or state of the tests is in it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+multiprocessing.set_forkserver_preload(
+    ["torch.distributed.fsdp", "lightning.pytorch", "transformers", "peft", "sparsefit.callbacks", "sparsefit.modules"]
+)
+
+
+def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Call a function in several processes, and return what it returns in each, rank by rank.
+
+    Args:
+        ranks: How many processes.
+        function: Of a module, by name: the processes import it. Trainers in it take `ddp(ranks)` or
+            `sharded_fits.sharded(ranks)`; without a trainer, `torch.distributed.init_process_group("gloo")`
+            makes the group. The group of the first fit serves those after it.
+        *args: What it is called with; each process has a copy.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (ranks, port, folder, pickle.dumps((function, args)))
+        torch.multiprocessing.start_processes(_rank, arguments, nprocs=ranks, start_method="forkserver")
+        return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(ranks)]
+
+
+def _rank(rank: int, ranks: int, port: int, folder: str, task: bytes) -> None:
+    # As torchrun would tell them, so that Lightning takes the processes as they are.
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
+    os.environ |= {"WORLD_SIZE": str(ranks), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    function, args = pickle.loads(task)
+    result = function(*args)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    (Path(folder) / str(rank)).write_bytes(pickle.dumps(result))
+
+
+def ddp(ranks: int) -> dict[str, Any]:
+    """What a Trainer in a function of `on_ranks` takes, to train with so many ranks."""
+    return {"accelerator": "cpu", "devices": ranks, "strategy": "ddp"}
