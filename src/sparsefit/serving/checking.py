@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparsefit.errors import ExportError
 from sparsefit.serving.decoders import Decoder, TorchDecoder
-from sparsefit.serving.graphs import Graph
+from sparsefit.serving.graphs import Graph, sample_logits
 
 ALLOWED = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """The largest difference of a logit, as a share of the largest logit, by the dtype of the model."""
@@ -36,7 +36,7 @@ def decoder_difference(model: nn.Module, decoder: Decoder) -> float:
 @torch.inference_mode()
 def graph_difference(model: nn.Module, graph: Graph) -> float:
     """The same of a model that reads its inputs once."""
-    return difference(graph.exported(**graph.sample).logits, model(**graph.sample).logits)
+    return difference(sample_logits(graph), model(**graph.sample).logits)
 
 
 def difference(found: Tensor, expected: Tensor) -> float:

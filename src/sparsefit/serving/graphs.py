@@ -7,6 +7,7 @@ cache goes in and out of the graph; an OpenVINO graph keeps it as its state.
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import logging
 import warnings
@@ -23,8 +24,13 @@ from sparsefit.errors import ConfigError
 from sparsefit.serving.zeros import Array
 
 if TYPE_CHECKING:
+    from openvino import Core
     from transformers import PreTrainedModel
     from transformers.exporters import ExportedModel
+    from transformers.exporters.runners import ModelRunner
+
+
+_EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,11 @@ class Graph:
     exported: ExportedModel
     sample: dict[str, Any]
     generates: bool
+
+    @property
+    def kind(self) -> str:
+        """The library that reads it: "onnx" or "openvino"."""
+        return str(self.exported.export_format)
 
 
 def export_graph(model: PreTrainedModel, kind: str, fused: bool = False) -> Graph:
@@ -108,13 +119,13 @@ class GraphDecoder:
     """
 
     def __init__(self, graph: Graph, threads: int, settings: dict[str, Any] | None = None) -> None:
-        self._kind = str(graph.exported.export_format)
+        self._kind = graph.kind
         self._layers = graph.sample["past_key_values"]
         self.weight_bytes = sum(array.nbytes for array in weights_of(graph.exported))
         if self._kind == "openvino":
             precision = {"float16": "f16", "bfloat16": "bf16"}.get(str(graph.exported.dtype).split(".")[1], "f32")
             config = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision} | (settings or {})
-            graph.exported.to("cpu", config=config)
+            self._request = _openvino_runner(graph, config).request
         else:
             import onnxruntime
 
@@ -153,9 +164,32 @@ class GraphDecoder:
         self._cache = out.past_key_values
         return out.logits
 
-    @property
-    def _request(self) -> Any:
-        return next(iter(self._exported.runners.values())).request
+
+def sample_logits(graph: Graph) -> Tensor:
+    """What a graph makes of the inputs that it was traced with: the logits, in float32 where OpenVINO computes."""
+    run = _openvino_runner(graph, _EXACT) if graph.kind == "openvino" else graph.exported
+    return run(**graph.sample).logits
+
+
+def _openvino_runner(graph: Graph, config: dict[str, Any]) -> ModelRunner:
+    from transformers.exporters.runners import OpenVINOModelRunner
+
+    (component,) = graph.exported.components.values()
+    settings = {"PERFORMANCE_HINT": "LATENCY"} | config
+    return OpenVINOModelRunner(_core().compile_model(component.program, "CPU", settings), component.metadata)
+
+
+@functools.cache
+def _core() -> Core:
+    """The one OpenVINO `Core` of this process.
+
+    Each `Core` gives the thread a stack for signal handlers and, once it is gone, gives back the stack of the one
+    before, which may be gone, too: the next signal (the end of a subprocess, say) then ends the process. transformers
+    makes a `Core` for each model that it runs, so models are compiled here.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 def _emptied(cache: Any, batch: int) -> Any:
@@ -183,11 +217,16 @@ def weights_of(exported: ExportedModel) -> Iterator[Array]:
 
 def load_graph(folder: Path, like: Graph) -> Graph:
     """A saved graph as its library reads it."""
-    from transformers.exporters import ExportedModel
+    from transformers.exporters import ExportedComponent, ExportedModel, OpenVINOExporter
 
-    settings = {} if str(like.exported.export_format) == "onnx" else {"config": {"INFERENCE_PRECISION_HINT": "f32"}}
     with _silenced():
-        exported = ExportedModel.from_pretrained(folder, device="cpu", local_files_only=True, **settings)
+        if like.kind == "onnx":
+            exported = ExportedModel.from_pretrained(folder, device="cpu", local_files_only=True)
+        else:  # which from_pretrained would compile, too: see _core
+            ((name, component),) = like.exported.components.items()
+            file = folder / f"{OpenVINOExporter.program_prefix}{name}{OpenVINOExporter.program_suffix}"
+            read = ExportedComponent(OpenVINOExporter.load_program(file), component.metadata)
+            exported = ExportedModel({name: read}, like.kind)
     return Graph(exported, like.sample, like.generates)
 
 
