@@ -19,7 +19,14 @@ from typing import Any
 import torch
 
 multiprocessing.set_forkserver_preload(
-    ["torch.distributed.fsdp", "lightning.pytorch", "transformers", "peft", "sparsefit.callbacks", "sparsefit.modules"]
+    [
+        "torch.distributed.fsdp",
+        "lightning.pytorch.cli",
+        "transformers.models.llama",
+        "peft",
+        "datasets",
+        "matplotlib.pyplot",
+    ]
 )
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import ast
 import importlib
-import os
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from commands import Command
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
@@ -107,16 +105,7 @@ def test_an_example_prints_what_it_shows(script, tmp_path):
     assert script.stem in EXPECTED, "say here what the new example is expected to print"
     expected = EXPECTED[script.stem]
     # Folders that an example leaves for its reader to look at.
-    environment = os.environ | {"TMPDIR": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
-    run = subprocess.run(
-        [sys.executable, str(script)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    run = Command(["python", script], ROOT, {"TMPDIR": str(tmp_path)}).wait()
     assert run.returncode == 0, run.stderr[-3000:]
     for line in expected.lines:
         assert re.search(line, run.stdout), f"no line like {line!r} in:\n{run.stdout}"

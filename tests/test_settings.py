@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import Command
 
 import sparsefit
 from sparsefit import AdapterSettings, DistillSettings, GPUHourBudget, PruningConfig, RunReport, WandaPruning
@@ -70,7 +70,8 @@ def test_an_unquoted_pattern_in_a_recipe(tmp_path):
         "callbacks = fit.call_args.args[0].callbacks\n"
         "print('config', next(c.config.pattern for c in callbacks if type(c).__name__ == 'WandaPruning'))\n"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    (tmp_path / "told.py").write_text(code, encoding="utf-8")
+    run = Command(["python", tmp_path / "told.py"], Path(__file__).parents[1]).wait()
     assert "config 2:4" in run.stdout, run.stdout + run.stderr
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from commands import Command
 from resumed_runs import SIZES, assert_same, text_file, tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -85,28 +83,20 @@ def command(workplace, run, *arguments):
     run.parent.mkdir(exist_ok=True)
     file = workplace / f"{run.name}.yaml"
     file.write_text(yaml.safe_dump(recipe))
-    return [sys.executable, str(workplace / "run.py"), "fit", "--config", str(file), *arguments]
+    return ["python", workplace / "run.py", "fit", "--config", file, *arguments]
 
 
 def started(workplace, run, *arguments, kill_at=""):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment |= {"KILL_AT": kill_at} if kill_at else {}
-    return subprocess.Popen(
-        command(workplace, run, *arguments),
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    environment = {"CUDA_VISIBLE_DEVICES": "", "KILL_AT": kill_at or "0 0"}
+    return Command(command(workplace, run, *arguments), workplace, environment)
 
 
 def resumed(workplace, run):
     """Goes on from the last checkpoint; the weights at the end, and the step that the checkpoint was from."""
     last = run / "checkpoints/last.ckpt"
     step = torch.load(last, weights_only=True)["global_step"]
-    process = started(workplace, run, f"--ckpt_path={last}")
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+    done = started(workplace, run, f"--ckpt_path={last}").wait()
+    assert done.returncode == 0, done.stderr
     return ended(run), step
 
 
@@ -120,18 +110,16 @@ def ended(run):
 @pytest.fixture(scope="module")
 def straight(workplace):
     run = workplace / "straight"
-    process = started(workplace, run)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+    done = started(workplace, run).wait()
+    assert done.returncode == 0, done.stderr
     return ended(run)
 
 
 @pytest.mark.parametrize(("number", "share"), [(4, 0.5), (7, 1.0)])
 def test_killed_while_a_checkpoint_is_written(workplace, straight, number, share):
     run = workplace / f"written-{number}"
-    process = started(workplace, run, kill_at=f"{number} {share}")
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == -signal.SIGKILL, output
+    killed = started(workplace, run, kill_at=f"{number} {share}").wait()
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     base = {file: file.stat().st_mtime_ns for file in [*(run / "base").iterdir(), run / "masks.safetensors"]}
     assert list((run / "checkpoints").glob(".*.partial"))
     weights, step = resumed(workplace, run)
@@ -143,12 +131,12 @@ def test_killed_while_a_checkpoint_is_written(workplace, straight, number, share
 
 def test_killed_at_any_moment(workplace, straight):
     run, chance = workplace / "any", random.Random()
-    process, last = started(workplace, run), run / "checkpoints/last.ckpt"
-    while not last.exists() and process.poll() is None:
+    command, last = started(workplace, run), run / "checkpoints/last.ckpt"
+    while not last.exists() and command.process.is_alive():
         time.sleep(0.005)
     time.sleep(chance.uniform(0, 0.3))
-    process.kill()
-    process.communicate()
+    command.process.kill()
+    command.wait()
     weights, _ = resumed(workplace, run)
     assert_same(weights, straight)
     for file in Path(run / "checkpoints").glob("*.ckpt"):

@@ -1,0 +1,64 @@
+"""Commands and scripts as a user starts them, in processes forked from a server that has imported the libraries.
+
+A new interpreter takes some 6 s to import them; see `ranks`, whose server this is.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import ranks  # noqa: F401 - tells the server what to import
+
+
+class Command:
+    """A command that has been started.
+
+    Args:
+        arguments: `sparsefit` and its arguments, or `python` with a script and its arguments.
+        folder: Where it runs.
+        environment: Variables beside those of the tests.
+    """
+
+    def __init__(self, arguments: Sequence[object], folder: Path, environment: Mapping[str, str] | None = None) -> None:
+        self.arguments = [str(argument) for argument in arguments]
+        self._told = Path(tempfile.mkdtemp())
+        task = (self.arguments, str(folder), dict(environment or {}), str(self._told))
+        self.process = multiprocessing.get_context("forkserver").Process(target=_run, args=task)
+        self.process.start()
+
+    def wait(self, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+        """Its status and what it has printed, once it has ended, which it must within a time."""
+        self.process.join(timeout)
+        in_time = self.process.exitcode is not None
+        if not in_time:
+            self.process.kill()
+            self.process.join()
+        output, errors = ((self._told / name).read_text(encoding="utf-8") for name in ("1", "2"))
+        shutil.rmtree(self._told)
+        assert in_time, f"{self.arguments} goes on after {timeout} s; it has printed: {output}\n{errors}"
+        return subprocess.CompletedProcess(self.arguments, self.process.exitcode, output, errors)
+
+
+def _run(arguments: list[str], folder: str, environment: dict[str, str], told: str) -> None:
+    for number in (1, 2):
+        os.dup2(os.open(f"{told}/{number}", os.O_WRONLY | os.O_CREAT), number)
+    os.chdir(folder)
+    os.environ |= environment
+    program, *rest = arguments
+    if program == "sparsefit":
+        from sparsefit.cli import main
+
+        sys.argv = [str(Path(sys.executable).with_name("sparsefit")), *rest]
+        sys.exit(main())
+    assert program == "python", program
+    sys.argv = rest
+    sys.path.insert(0, str(Path(rest[0]).parent))
+    runpy.run_path(rest[0], run_name="__main__")
