@@ -51,7 +51,7 @@ def texts(shared_data, kind):
         batch_size=8,
         calibration="pack",
         calibration_samples=64,
-        test_windows=32,
+        test_windows=16,
     )
 
 
@@ -59,13 +59,13 @@ def texts(shared_data, kind):
 def test_a_real_model_is_pruned_recovered_and_exported_exactly_sparse(shared_data, tmp_path, kind, pattern, capsys):
     folder = tmp_path / "run"
     model = str(shared_data / "tinystories656K")
-    _, data, report = run(folder, model, texts(shared_data, kind), steps=60, pattern=pattern)
+    _, data, report = run(folder, model, texts(shared_data, kind), steps=30, pattern=pattern)
 
     figures = report["perplexity"]
     assert figures["dense"] < figures["pruned"]
     assert figures["recovered"] < figures["pruned"]  # below dense, even, where the text is new to the model
     assert report["status"] == "finished"
-    assert report["training"]["steps"] == 60
+    assert report["training"]["steps"] == 30
     assert 0 < report["gpu_hours"]["total"] < 1
 
     # What the saved file holds, counted here by hand.
@@ -117,7 +117,13 @@ def test_full_fine_tuning_keeps_the_masks_to_the_bit(shared_data, tmp_path):
 def test_the_embedded_model_is_real_small_and_recovers(tmp_path):
     model = load_causal_lm("tiny-llama")
     assert 2_000_000 <= model.num_parameters() <= 5_000_000
-    data = {"calibration": "pack", "calibration_samples": 32, "batch_size": 8, "test_windows": 16}
+    data = {
+        "calibration": "pack",
+        "calibration_samples": 16,
+        "batch_size": 8,
+        "test_windows": 16,
+        "sequence_length": 256,
+    }
     figures = {}
     for score, steps in (("wanda", 15), ("magnitude", 0)):
         _, _, report = run(tmp_path / score, "tiny-llama", PythonDocsDataModule(**data), steps, score=score)

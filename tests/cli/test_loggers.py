@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
 import sys
 
 import pytest
 import yaml
+from commands import Command
 
 from sparsefit import RunReport
 from sparsefit.callbacks.loggers import has_wandb_key
@@ -106,11 +105,14 @@ def test_wandb_is_offline_without_a_key(recipe, tmp_path):
     recipe["run"] |= {"name": "mine", "logger": "wandb"}
     recipe["control"] = True
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    code = "import sys; sys.path.insert(0, 'stand_in'); from sparsefit.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, "fit", "--config", "recipe.yaml"]
-    known = {name: value for name, value in os.environ.items() if not name.startswith("WANDB") and name != "NETRC"}
-    environment = known | {"HOME": str(tmp_path)}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    code = (
+        "import os, sys; sys.path.insert(0, 'stand_in')\n"
+        "for name in list(os.environ):\n    if name.startswith('WANDB') or name == 'NETRC': del os.environ[name]\n"
+        "from sparsefit.cli import main; sys.exit(main())\n"
+    )
+    (tmp_path / "run.py").write_text(code)
+    command = ["python", tmp_path / "run.py", "fit", "--config", "recipe.yaml"]
+    done = Command(command, tmp_path, {"HOME": str(tmp_path)}).wait()
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "run/report.json").read_text())
     assert report["control"]["status"] == "finished"

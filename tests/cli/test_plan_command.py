@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import ranks  # noqa: F401 - tells the server of forked processes what to import
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparsefit.cli import plan
+from sparsefit.cli import plan, probing
 from sparsefit.cli.plan_recipe import devices_of
 from sparsefit.modules.loading import load_tokenizer
 
@@ -27,6 +29,12 @@ def deep(tmp_path, recipe):
     tokenizer.save_pretrained(tmp_path / "deep")
     recipe["model"]["init_args"]["model"] = str(tmp_path / "deep")
     return recipe, model
+
+
+@pytest.fixture
+def forked_miniature(monkeypatch):
+    """Forks the process of the miniature run from one that has imported the libraries."""
+    monkeypatch.setattr(probing, "get_context", lambda method: multiprocessing.get_context("forkserver"))
 
 
 def number(pattern: str, text: str) -> float:
@@ -59,6 +67,7 @@ def test_a_plan_tells_what_the_run_then_takes(sparsefit, deep, tmp_path):
     assert number(r"files: ([\d.,]+)", told) * unit == pytest.approx(files, rel=0.1)
 
 
+@pytest.mark.usefixtures("forked_miniature")
 def test_a_budget_that_buys_no_step_is_told(sparsefit, recipe):
     recipe["budget"] = {"gpu_hours": 1e-5}
     status, told, _ = sparsefit("plan", recipe=recipe)
@@ -80,6 +89,7 @@ def test_a_gpu_by_its_data_sheet(sparsefit, deep):
     assert "'abacus': use one of" in errors
 
 
+@pytest.mark.usefixtures("forked_miniature")
 def test_what_fails_in_the_miniature_is_one_sentence(sparsefit, recipe):
     recipe["model"]["init_args"]["adapter"]["target_modules"] = ["no_such_layer"]
     status, _, errors = sparsefit("plan", recipe=recipe)
@@ -88,6 +98,7 @@ def test_what_fails_in_the_miniature_is_one_sentence(sparsefit, recipe):
     assert "Traceback" not in errors
 
 
+@pytest.mark.usefixtures("forked_miniature")
 def test_validations_are_planned_and_the_line_opens_the_fit(sparsefit, recipe, tmp_path, caplog):
     recipe["data"]["init_args"] |= {"val_source": str(tmp_path / "test"), "val_windows": 6}
     recipe["trainer"] |= {"val_check_interval": 2, "check_val_every_n_epoch": None, "max_steps": 5}
@@ -101,6 +112,7 @@ def test_validations_are_planned_and_the_line_opens_the_fit(sparsefit, recipe, t
     assert said == [line]
 
 
+@pytest.mark.usefixtures("forked_miniature")
 def test_a_recipe_that_is_only_pruned(sparsefit, recipe):
     status, told, errors = sparsefit("plan", "--trainer.max_steps", "0", recipe=recipe)
     assert status == 0, errors
@@ -108,6 +120,7 @@ def test_a_recipe_that_is_only_pruned(sparsefit, recipe):
     assert "calibration and pruning" in told
 
 
+@pytest.mark.usefixtures("forked_miniature")
 def test_what_does_not_fit_is_told_with_the_setting_to_change(sparsefit, recipe, monkeypatch):
     monkeypatch.setattr(plan, "memory_of", lambda accelerator: 2**20)
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda place: SimpleNamespace(free=2**10))
@@ -148,6 +161,7 @@ def test_a_model_that_is_to_write_its_text_first(sparsefit, recipe):
     assert "the model writes this recipe's text" in errors
 
 
+@pytest.mark.usefixtures("forked_miniature")
 def test_a_model_without_blocks_to_count_is_measured_whole(sparsefit, recipe):
     sizes = {"num_channels": 1, "patch_size": 2, "num_stages": 2, "hidden_sizes": [8, 16], "depths": [1, 1]}
     arguments = {"model": "convnext", "config": sizes, "num_classes": 10}

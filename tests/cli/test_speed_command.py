@@ -13,6 +13,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsefit import PruningConfig, prune
+from sparsefit.modules.loading import load_model
 from sparsefit.recovery.export import export_base
 from sparsefit.serving.comparison import Row, verdict
 from sparsefit.serving.dense_twin import dense_twin
@@ -73,11 +74,12 @@ def test_other_runtimes_compute_the_same_model(sparsefit, run, tmp_path, runtime
     assert max(row["logits_difference"] for row in rows) < 1e-3
 
 
-def test_signals_are_handled_once_models_of_openvino_are_gone(tiny_model):
+def test_signals_are_handled_once_models_of_openvino_are_gone(run):
     # OpenVINO gives the thread a stack for signal handlers: on one that is gone, a signal ends the process.
     if why := missing_for("openvino"):
         pytest.skip(why)
-    first, second = (GraphDecoder(export_graph(tiny_model("llama"), "openvino"), threads=1) for _ in range(2))
+    graph = export_graph(load_model(str(run / "base")), "openvino")
+    first, second = GraphDecoder(graph, threads=1), GraphDecoder(graph, threads=1)
     del first
     gc.collect()
     del second

@@ -29,6 +29,13 @@ METHODS = {
 MODELS = ("llama", "mixtral", "gpt2")
 
 
+def pairs(ranks):
+    """Models and methods: all of them, but by four ranks each model with one of the methods that share work out."""
+    return [
+        (model, method) for model in MODELS for method in METHODS if ranks < 4 or model == "llama" or method == "swaps"
+    ]
+
+
 def share_of(rank, ranks):
     shares = SHARES[ranks]
     return [{"input_ids": one} for one in SAMPLES[sum(shares[:rank]) : sum(shares[: rank + 1])].split(2)]
@@ -50,10 +57,9 @@ def pruned_by_all_methods(models, rank, ranks):
 
     SCORES["counting"] = Score(counting, plain.granularity, plain.needs)
     methods = METHODS | {"counting": {"score": "counting", "swaps": 2}}
-    for name, model in models.items():
-        for method, settings in methods.items():
-            one = copy.deepcopy(model)
-            found[name, method] = state_of(one, prune(one, share_of(rank, ranks), PruningConfig(**settings)))
+    for name, method in [*pairs(ranks), ("llama", "counting")]:
+        one = copy.deepcopy(models[name])
+        found[name, method] = state_of(one, prune(one, share_of(rank, ranks), PruningConfig(**methods[method])))
     one, runs = copy.deepcopy(models["llama"]), []
     one.model.layers[0].register_forward_hook(lambda *_: runs.append(1))
     same = [{"input_ids": part} for part in SAMPLES.split(3)]  # on every rank
@@ -110,13 +116,15 @@ def together(request, dense_models):
     return on_ranks(request.param, pruned_together, dense_models, request.param)
 
 
-POINTS = [*((model, method) for model in MODELS for method in METHODS)]
-POINTS += [("llama", "statistics"), ("llama", "same data")]
+@pytest.mark.parametrize("model", MODELS)
+def test_the_masks_and_values_are_those_of_one_process(alone, together, model):
+    points = [point for point in together[0][0] if point[0] == model]
+    assert len(points) >= 1 if len(together) == 4 else len(points) >= len(METHODS)
+    for point in points:
+        check_same_as_alone(alone[0][point], *(found[point] for found, _, _ in together))
 
 
-@pytest.mark.parametrize("point", POINTS, ids="-".join)
-def test_the_masks_and_values_are_those_of_one_process(alone, together, point):
-    expected, (first, *others) = alone[0][point], (found[point] for found, _, _ in together)
+def check_same_as_alone(expected, first, *others):
     assert first["digest"] == expected["digest"]
     for name, weight in expected["weights"].items():
         torch.testing.assert_close(first["weights"][name], weight, atol=1e-4, rtol=1e-3)
