@@ -26,7 +26,7 @@ from torch import nn
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/pruning")]
 
-from conftest import ARCHITECTURES  # noqa: E402
+from tiny_models import ARCHITECTURES  # noqa: E402
 from image_models import MODELS, image_model, images  # noqa: E402
 from moe import FAMILIES, SIZES  # noqa: E402
 from passes import spread_weights  # noqa: E402
