@@ -21,8 +21,9 @@ from sparsefit.callbacks.resume_checks import data_name
 def carry_over(checkpoint: dict[str, Any], saved: dict[str, Any], trainer: Trainer, path: str | Path) -> bool:
     """Convert a checkpoint to the current number of devices, with one warning that says what will differ.
 
-    The number of batches done in the epoch is converted to the current devices, rounded down to whole optimizer steps.
-    A datamodule with a method `share_anew` continues after the samples that all devices together have trained on.
+    A datamodule with a method `share_anew` continues after the samples that all devices together have trained on. For
+    other data, the number of batches done in the epoch is converted to the current devices, rounded down to whole
+    optimizer steps; the state of their datamodule, if it has one, is restored as it is.
 
     Args:
         checkpoint: The checkpoint as it was read; changed in place.
@@ -53,8 +54,9 @@ def carry_over(checkpoint: dict[str, Any], saved: dict[str, Any], trainer: Train
             step = trainer.accumulate_grad_batches
             batches = done * then // (now * step) * step
             place = (
-                f"the data cannot be redistributed, so the rest of this epoch, of which {batches} batches count as "
-                "done, begins at the start of the data: some samples are seen twice, and some not at all"
+                "the data cannot be redistributed (no datamodule with a method `share_anew`), so the rest of this "
+                f"epoch, of which {batches} batches count as done, begins at the start of the data: some samples "
+                "are seen twice, and some not at all"
             )
         set_batches_done(loops, batches)
         saved["between_epochs"] = batches is None

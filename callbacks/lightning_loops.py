@@ -1,4 +1,4 @@
-"""All code that depends on the internals of Lightning's loops: the position of a run, and ending a run.
+"""The callbacks' code that depends on the internals of Lightning's loops: the position of a run, and ending a run.
 
 Lightning resumes exactly only from the loop state of a few moments. A `Position` is recorded at each of these, and a
 checkpoint always holds the last recorded position, whenever it is saved:

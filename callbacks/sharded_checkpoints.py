@@ -23,9 +23,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from sparsefit.callbacks.checkpoint_io import check_whole
 from sparsefit.callbacks.resume_checks import check_same_optimizers, check_same_run
-from sparsefit.errors import RunFolderError
 from sparsefit.files import replacing
-from sparsefit.ranks import from_all
+from sparsefit.ranks import errors_on_all_ranks
 from sparsefit.recovery.recipe_checks import check_same_recipe
 
 
@@ -47,14 +46,9 @@ def check_read(trainer: Trainer, module: LightningModule, checkpoint: Mapping[st
         RunFolderError: if it is damaged.
         ConfigError: if it is from another recipe, or from an optimizer of another class.
     """
-    damage = None
-    if trainer.is_global_zero:
-        try:
+    with errors_on_all_ranks():
+        if trainer.is_global_zero:
             check_whole(path)
-        except RunFolderError as error:
-            damage = str(error)
-    if damage := from_all(damage)[0]:
-        raise RunFolderError(damage)
     saved = checkpoint.get("sparsefit")
     if saved is None:
         return
@@ -68,21 +62,25 @@ def check_read(trainer: Trainer, module: LightningModule, checkpoint: Mapping[st
 def save_aside(trainer: Trainer, path: Path) -> None:
     """Save a checkpoint, file or folder, next to `path`, and move it to `path` when it is complete."""
     new = path.with_name(f"{path.name}.new")
-    if trainer.is_global_zero:
-        _remove(new)  # left by a killed run
-    trainer.strategy.barrier()
+    with errors_on_all_ranks():
+        if trainer.is_global_zero:
+            _remove(new)  # left by a killed run
     trainer.save_checkpoint(new)
-    if trainer.is_global_zero:
-        if new.is_dir():
-            with replacing(path) as place:
-                for part in new.iterdir():
-                    os.replace(part, place / part.name)
-            _remove(new)
-        else:
-            if path.is_dir():  # from a run that saved folders
-                _remove(path)
-            os.replace(new, path)
-    trainer.strategy.barrier()
+    with errors_on_all_ranks():
+        if trainer.is_global_zero:
+            _move(new, path)
+
+
+def _move(new: Path, path: Path) -> None:
+    if new.is_dir():
+        with replacing(path) as place:
+            for part in new.iterdir():
+                os.replace(part, place / part.name)
+        _remove(new)
+    else:
+        if path.is_dir():  # from a run that saved folders
+            _remove(path)
+        os.replace(new, path)
 
 
 def _shapes_in(folder: Path) -> dict[str, Tensor]:

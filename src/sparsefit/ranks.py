@@ -28,23 +28,30 @@ def errors_on_all_ranks() -> Iterator[None]:
     """Raise an error of one rank on all ranks, as the remaining ranks would otherwise wait for it forever.
 
     Errors of sparsefit keep their class on all ranks; other errors become a `RuntimeError` with the message on the
-    ranks that did not fail.
+    ranks that did not fail. If ranks fail in different ways, all raise the error of the same rank, so that code that
+    catches one of the classes does so on all ranks or on none.
 
     >>> from sparsefit.errors import CalibrationError
     >>> with errors_on_all_ranks(): raise CalibrationError("no data")
     Traceback (most recent call last):
     sparsefit.errors.CalibrationError: no data
     """
+    own: Exception | None = None
     try:
         yield
     except Exception as error:
-        ours = type(error).__module__.startswith("sparsefit.")
-        from_all((type(error), str(error)) if ours else (RuntimeError, f"{type(error).__name__}: {error}"))
-        raise
-    for rank, failure in enumerate(from_all(None)):
-        if failure is not None:
-            kind, text = failure
-            raise kind(f"on rank {rank}: {text}")
+        own = error
+    ours = type(own).__module__.startswith("sparsefit.")
+    told = from_all(own and ((type(own), str(own)) if ours else (RuntimeError, f"{type(own).__name__}: {own}")))
+    failed = [rank for rank, failure in enumerate(told) if failure is not None]
+    if not failed:
+        return
+    # An error that nobody expects is told rather than one that may be caught.
+    rank = min(failed, key=lambda rank: (told[rank][0] is not RuntimeError, rank))
+    if own is not None and rank == own_rank():
+        raise own
+    kind, text = told[rank]
+    raise kind(f"on rank {rank}: {text}") from own
 
 
 def add_up(values: Tensor, largest: bool = False) -> None:

@@ -114,8 +114,8 @@ def passes(model: nn.Module | None, run: Callable[[int], object], count: int, pa
     """Call run(0) to run(count - 1), each of which runs a model, or one part of it, once.
 
     In each pass through a sharded model all ranks gather its units. A rank with fewer passes, or with an error,
-    therefore keeps gathering until all ranks are done, and raises its error then. Afterwards each rank holds only its
-    shards.
+    therefore keeps gathering until all ranks are done, and raises its error then. It gathers the units in the order of
+    its last complete pass, or before the first one in module order. Afterwards each rank holds only its shards.
 
     >>> passes(nn.Linear(3, 5), print, count=2)
     0
@@ -168,6 +168,8 @@ def _gather(units: list[nn.Module]) -> None:
     """Gather units one after the other, as a pass does; the last stays gathered. (A unit of several modules is gathered
     with its first module.)"""
     for unit, before in zip(units, [None, *units], strict=False):
+        if before is unit:  # called twice in a row: a pass gathers it again
+            unit.reshard()
         unit.unshard()
         if before is not None and before is not unit:
             before.reshard()

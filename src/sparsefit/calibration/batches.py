@@ -183,11 +183,7 @@ def calibration_data(
     with errors_on_all_ranks():
         if batches is None:
             raise CalibrationError(f"{needed_by} needs calibration data and there is none: give `batches`")
-        if isinstance(batches, Mapping | Tensor | str) or not isinstance(batches, Iterable):
-            raise CalibrationError(
-                f"`batches` is {type(batches).__name__}; it must be an iterable of batches: for a single one, give "
-                "[batch]"
-            )
+        batches = checked_batches(batches)
         if forward is None:
             batches = (with_names(model, batch) for batch in batches)
         configs = (getattr(module, "config", None) for module in model.modules())
@@ -203,6 +199,22 @@ def calibration_data(
     return _own_share(data)
 
 
+def checked_batches(batches: Any) -> Iterable[Any]:
+    """The batches, if they are an iterable of batches.
+
+    Raises:
+        CalibrationError: if they are a single one, or nothing to iterate over.
+
+    >>> checked_batches([torch.zeros(1)])
+    [tensor([0.])]
+    """
+    if isinstance(batches, Mapping | Tensor | str) or not isinstance(batches, Iterable):
+        raise CalibrationError(
+            f"`batches` is {type(batches).__name__}; it must be an iterable of batches: for a single one, give [batch]"
+        )
+    return batches
+
+
 def _own_share(data: list[MicroBatch]) -> list[MicroBatch]:
     ranks = number_of_ranks()
     if ranks == 1:
@@ -212,9 +224,10 @@ def _own_share(data: list[MicroBatch]) -> list[MicroBatch]:
 
 
 def _digest(data: Iterable[MicroBatch]) -> str:
-    """A digest of the values, shapes and dtypes of data."""
+    """A digest of the values, shapes and dtypes of data, and of what they hold beside tensors."""
     sha = hashlib.sha256()
     for batch in data:
+        sha.update(repr(map_tensors(lambda tensor: tensor[:0], batch.data)).encode())
         for tensor in tensors_in(batch.data):
             sha.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
             sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

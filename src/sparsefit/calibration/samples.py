@@ -74,8 +74,8 @@ def count_samples(batch: Any) -> int:
 
 
 def split_samples(batch: Any) -> list[Any] | None:
-    """Split a batch into batches of one sample. None if its structure is ambiguous: its tensors differ in their first
-    dimension, one is a scalar, or a list of numbers might belong to each sample or to the whole batch.
+    """Split a batch into batches of one sample. None if it has no tensors or an ambiguous structure: its tensors differ
+    in their first dimension, one is a scalar, or a list of numbers might belong to each sample or to the whole batch.
 
     >>> split_samples({"x": torch.tensor([[1], [2]]), "text": ["a", "b"]})
     [{'x': tensor([[1]]), 'text': ['a']}, {'x': tensor([[2]]), 'text': ['b']}]
@@ -83,7 +83,7 @@ def split_samples(batch: Any) -> list[Any] | None:
     True
     """
     size, listed = count_samples(batch), _listed(batch) is not None
-    if not _can_be_split(batch, size, listed):
+    if not any(True for _ in tensors_in(batch)) or not _can_be_split(batch, size, listed):
         return None
     return [_cut(batch, size, listed, index, index + 1) for index in range(size)]
 

@@ -7,11 +7,11 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
 from sparsefit.data.data_position import Place, Settings, check_same_data
+from sparsefit.ranks import number_of_ranks, own_rank
 
 
 class ResumableDataModule(LightningDataModule):
@@ -99,6 +99,10 @@ class ResumableDataModule(LightningDataModule):
 
     def position(self) -> Place:
         """The position where a loader that is iterated now must start."""
+        if (
+            self.trainer is not None and self.trainer.ckpt_path is None
+        ):  # another fit with this datamodule, from the start
+            self._resumed_at, self._counted = Place(0, 0), 0
         resumed = self._resumed_at
         # a run resumed at the end of an epoch still counts that epoch when it requests the next one's data
         self._epoch = current = max(resumed.epoch, self.trainer.current_epoch if self.trainer is not None else 0)
@@ -108,9 +112,7 @@ class ResumableDataModule(LightningDataModule):
         """The rank of this process and the number of processes."""
         if self.trainer is not None:
             return self.trainer.global_rank, self.trainer.world_size
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return torch.distributed.get_rank(), torch.distributed.get_world_size()
-        return 0, 1
+        return own_rank(), number_of_ranks()
 
     def _trained_in_epoch(self, ranks: int) -> float:
         """The number of batches per rank that the Trainer uses of an epoch."""

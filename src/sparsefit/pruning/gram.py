@@ -1,8 +1,8 @@
 """The Gram matrix G = X X^T of a layer's inputs: scaling, Cholesky factors, and the reconstruction error.
 
 A layer's error ||(W' - W) X||_F^2 over the calibration tokens is a sum over rows, one for each output, and depends on
-X through G alone. G is accumulated in float32: if less than `RESOLUTION` of an input's power is independent of the
-other inputs, the remainder is rounding noise, and dividing by it would fit weights to that noise.
+X through G alone. The products of a micro-batch are summed in float32: if less than `RESOLUTION` of an input's power is
+independent of the other inputs, the remainder is rounding noise, and dividing by it would fit weights to that noise.
 """
 
 from __future__ import annotations

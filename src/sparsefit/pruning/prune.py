@@ -21,6 +21,7 @@ from sparsefit.pruning.results import DenseStatistics, PruningResult, checksums
 from sparsefit.pruning.run import PruningRun
 from sparsefit.pruning.steps import ByWeight, Solution, Steps
 from sparsefit.pruning.work_sharing import solutions
+from sparsefit.ranks import errors_on_all_ranks
 
 Progress = Callable[[int, int], None]
 
@@ -106,8 +107,16 @@ def _block_by_block(run: PruningRun) -> None:
 
 def _prune_weights(run: PruningRun, weights: Sequence[PrunableWeight], parts: Parts) -> None:
     """Prune weights, in groups that have the same inputs; the groups are divided among ranks."""
+    failure: Exception | None = None
     for group, solution in solutions(input_groups(weights, parts), partial(_solve, run)):
-        run.apply(group, solution)
+        try:
+            if failure is None:
+                run.apply(group, solution)
+        except Exception as error:  # raised when this rank has sent the others what they wait for
+            failure = error
+    with errors_on_all_ranks():
+        if failure is not None:
+            raise failure
 
 
 def _solve(run: PruningRun, group: InputGroup, dense: ByWeight) -> Solution:

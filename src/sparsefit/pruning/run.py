@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsefit.calibration.batches import Forward, MicroBatch, calibration_data, forward_of, passing
+from sparsefit.calibration.batches import (
+    Forward,
+    MicroBatch,
+    calibration_data,
+    checked_batches,
+    forward_of,
+    passing,
+)
 from sparsefit.calibration.padding import PaddingWatch
 from sparsefit.errors import ConfigError
 from sparsefit.pruning.allocation import allocate
@@ -88,7 +95,8 @@ class PruningRun:
         try:
             with self._mapped.following(self._blocks) if self._mapped else nullcontext():
                 yield
-            self.finish()
+            with errors_on_all_ranks():
+                self.finish()
         except BaseException:
             with torch.no_grad():
                 self._undo.restore()
@@ -98,7 +106,10 @@ class PruningRun:
         """Read the calibration data; if none is needed, one batch of what was given, to trace the model."""
         config = self.config
         if not config.needs_inputs:
-            batches = list(itertools.islice(batches or (), 1))
+            with errors_on_all_ranks():
+                batches = list(itertools.islice([] if batches is None else checked_batches(batches), 1))
+            if not all(from_all(bool(batches))):  # the model is traced on all ranks or on none
+                batches = []
         self._data: list[MicroBatch] = []
         if config.needs_inputs or batches:
             needed_by = _what_needs_inputs(config)
@@ -169,7 +180,7 @@ class PruningRun:
         to_the_end: bool = False,
         part: nn.Module | None = None,
     ) -> Parts:
-        """Collect statistics of the inputs of some weights (see `inputs.collect`).
+        """Collect statistics of the inputs of some weights (see `statistics_collector.collect`).
 
         By default the whole model runs, or nothing if there are no weights. A pass may stop at the last of the weights
         unless `to_the_end`. `part` is the part of the model that `run` runs, if not all of it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from sparsefit.pruning.input_groups import Part, Parts
 from sparsefit.pruning.input_watch import Key, Rows, Seen, real_rows, version_of, watching
 from sparsefit.pruning.layers.base import PrunableWeight
 from sparsefit.pruning.statistics import InputStatistics, all_finite
-from sparsefit.ranks import errors_on_all_ranks, from_all
+from sparsefit.ranks import errors_on_all_ranks, from_all, own_rank
 from sparsefit.sharded import passes
 
 
@@ -204,7 +205,7 @@ class _Collector:
         return [piece[own] for piece, own in zip(pieces, real, strict=True)]
 
     def parts(self) -> Parts:
-        """The statistics of every weight, summed over all ranks of a distributed run."""
+        """The statistics of every weight, summed in place over all ranks of a distributed run: to be called once."""
         found: dict[str, dict[Rows, InputStatistics]] = {name: {} for name in self._weights}
         for (name, rows), statistics in self._of_all_ranks().items():
             found[name][rows] = statistics
@@ -217,11 +218,14 @@ class _Collector:
         of_ranks = from_all({key: numbers[statistics] for key, statistics in found.items()})
         if len(of_ranks) == 1:
             return found
+        signatures = {key: tuple(own.get(key) for own in of_ranks) for key in sorted(set().union(*of_ranks), key=str)}
+        users = Counter(signature[own_rank()] for signature in set(signatures.values()))
         together: dict[tuple[int | None, ...], InputStatistics] = {}
-        for key in sorted(set().union(*of_ranks), key=str):
-            signature = tuple(own.get(key) for own in of_ranks)
+        for key, signature in signatures.items():
             if signature not in together:
-                here = found[key].clone() if key in found else self._no_statistics(self._weights[key[0]])
+                here = found[key] if key in found else self._no_statistics(self._weights[key[0]])
+                if users[signature[own_rank()]] > 1:  # this rank's own sum is needed again
+                    here = here.clone()
                 here.reduce_over_ranks()
                 together[signature] = here
             found[key] = together[signature]

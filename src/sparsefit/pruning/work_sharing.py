@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from math import prod
 
 import torch
 
@@ -60,7 +61,7 @@ def _cost(group: InputGroup) -> int:
     for statistics, rows in group.by_statistics().items():
         width, height = len(statistics["squared_norm"]), sum(own.stop - own.start for _, own in rows)
         cost += width * width * (width + height) if statistics.has("gram") else width * height
-    return cost
+    return cost or sum(prod(weight.shape) for weight in group.weights)  # without statistics
 
 
 def _exchanged(groups: Sequence[InputGroup], solvers: Sequence[int], solved: dict[int, Solution]) -> Iterator[Solution]:

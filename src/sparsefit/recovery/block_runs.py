@@ -105,11 +105,12 @@ def _captured(
     """The calling order of the blocks and, for each micro-batch, their calls and the hidden state before the first."""
     with errors_on_all_ranks(), weights, torch.no_grad():
         shown = [capture_calls(found.blocks, lambda b=b: forward(b.data), simple=found.simple) for b in data]
-    calls = [capture.calls for capture in shown]
-    try:
-        return order_of(calls), calls, [capture.hidden for capture in shown]
-    except BlocksNotSequential as reason:
-        raise _refused(reason) from reason
+        calls = [capture.calls for capture in shown]
+        try:
+            order = order_of(calls)
+        except BlocksNotSequential as reason:
+            raise _refused(reason) from reason
+    return order, calls, [capture.hidden for capture in shown]
 
 
 def _refused(reason: BlocksNotSequential) -> ConfigError:

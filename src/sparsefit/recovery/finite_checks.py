@@ -92,11 +92,16 @@ class FiniteWatch:
         Raises:
             DivergenceError: if they, or on a GPU those of the step before, are not finite.
         """
-        gradients = [*gradients]
-        flag = _zero_or_nan(gradients)
-        losses = torch.zeros(()) if self._losses is None else self._losses
+        gradients, losses = [*gradients], self._losses
         self._losses = None
-        found = _sum_over_ranks(torch.stack([losses.to(flag.device), flag]), gradients).isfinite()  # (2,)
+        if gradients:
+            flag = _zero_or_nan(gradients)
+            found = torch.stack([torch.zeros_like(flag) if losses is None else losses.to(flag.device), flag])
+            found = _sum_over_ranks(found, gradients)  # gradients that are not sharded hold the NaN of any rank
+        else:
+            found = torch.zeros(2) if losses is None else torch.stack([losses, torch.zeros_like(losses)])
+            add_up(found)
+        found = found.isfinite()  # (2,): the losses, the gradients
         self.settle()
         if found.device.type == "cuda":
             found, event = found.to("cpu", non_blocking=True), torch.cuda.Event()

@@ -6,12 +6,12 @@ Models without sharded parameters are not changed, and pay no overhead.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from sparsefit.ranks import own_rank
+from sparsefit.ranks import errors_on_all_ranks, own_rank
 from sparsefit.sharded import is_sharded, reshard, shard_of
 
 _Places = Sequence[tuple[nn.Module, str]]
@@ -52,9 +52,10 @@ def whole(module: nn.Module) -> Iterator[None]:
 def whole_on_first_rank(model: nn.Module) -> Iterator[None]:
     """Gather a model in the CPU memory of rank 0, to be written from there; changes to the weights are discarded.
 
-    Parameters are gathered one at a time, and the other ranks keep none of them. Collective.
+    Parameters are gathered one at a time, and the other ranks keep none of them. An error of
+    one rank is raised on all. Collective.
     """
-    with _gathered(model, first_rank_only=True):
+    with _gathered(model, first_rank_only=True) as places, errors_on_all_ranks() if places else nullcontext():
         yield
 
 

@@ -119,11 +119,12 @@ def reconstruct(
     tuner = _Tuner(model, dense, masks, settings, seconds)
     errors: list[BlockError] = []
     with evaluating(model), tuner.model_frozen(), adapters_off(model):
-        lists = runnable_lists(find_block_lists(model), lambda: pass_on(data[0].first_sample()))
-        if not lists:
-            raise ConfigError(
-                "the model has no repeated blocks to reconstruct one by one; leave out the reconstruction"
-            )
+        with errors_on_all_ranks():
+            lists = runnable_lists(find_block_lists(model), lambda: pass_on(data[0].first_sample()))
+            if not lists:
+                raise ConfigError(
+                    "the model has no repeated blocks to reconstruct one by one; leave out the reconstruction"
+                )
         tuner.expect([block for found in lists for block in found.blocks])
         for number, found in enumerate(lists):
             # Blocks before a later list are tuned already, but the targets must come from the dense network.
