@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Runs the linter and the tests, a process on each core. Arguments go to pytest: bash scripts/test.sh tests/pruning
+# Runs the linter and the tests, a process on each core. Arguments go to pytest:
+#   bash scripts/test.sh tests/pruning
+#   bash scripts/test.sh -m "not slow"   # the quick ones, in less than a fifth of the time
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 # One thread each: more would wait for one another. A file stays in one process, as its tests share models and runs.
-OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" .venv/bin/python -m pytest --numprocesses auto --dist loadfile "$@"
+OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" .venv/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder "$@"

@@ -11,6 +11,12 @@ from torch import nn
 SHARED_DATA = Path(__file__).parents[1] / "../shared/data"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that none is left to a single process at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data and models beside the repository; tests that need it are skipped where it is absent."""

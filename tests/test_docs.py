@@ -52,6 +52,7 @@ def test_the_reference_has_the_names_of_sparsefit_and_no_others_that_are_not_the
         assert hasattr(importlib.import_module(module), attribute), name
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning_and_fetches_nothing(tmp_path):
     command = [sys.executable, "scripts/build_docs.py", "--site-dir", str(tmp_path / "site")]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -17,6 +17,7 @@ MODULES = sorted({f.name for p in PACKAGES for f in pkgutil.walk_packages(p.__pa
 ENGINE = ("sparsefit.pruning.", "sparsefit.bare_model", "sparsefit.quantized")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sparsefit", *(name for name in MODULES if not name.endswith("__main__"))])
 def test_examples_hold(name):
     assert doctest.testmod(importlib.import_module(name)).failed == 0

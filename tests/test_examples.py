@@ -100,6 +100,7 @@ EXPECTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_an_example_prints_what_it_shows(script, tmp_path):
     assert script.stem in EXPECTED, "say here what the new example is expected to print"

@@ -19,6 +19,7 @@ BLOCK = re.compile(r'^```(?P<language>\w+)(?: title="(?P<file>[^"]+)")?\n(?P<tex
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_runs_and_prints_what_it_shows(page, tmp_path):
     (tmp_path / "configs").symlink_to(ROOT / "configs")

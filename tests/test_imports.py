@@ -163,12 +163,14 @@ def test_no_module_imports_itself_in_a_circle():
         pytest.fail(" imports ".join(reversed(error.args[1])))
 
 
+@pytest.mark.slow
 def test_the_engine_alone_is_light():
     code = f"import sparsefit, sys; print(*[name for name in {HEAVY} if name in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == []
 
 
+@pytest.mark.slow
 def test_a_script_beside_a_checkout_of_the_same_name_imports_the_package(tmp_path):
     (tmp_path / "sparsefit").symlink_to(ROOT, target_is_directory=True)
     (tmp_path / "mine.py").write_text(

@@ -17,6 +17,8 @@ from sparsefit.pruning import MaskSet
 from sparsefit.recovery.adapters import AdapterSettings
 from sparsefit.reporting.report import read_json
 
+pytestmark = pytest.mark.slow
+
 LORA = AdapterSettings(r=8, alpha=16, dropout=0.05, target_modules="all-linear")
 
 

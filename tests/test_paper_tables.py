@@ -55,6 +55,7 @@ def points_in(folder):
     return [json.loads(line) for line in (folder / "points.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_all_tables_are_written_and_a_second_command_measures_only_what_is_missing(paper, tmp_path, capsys):
     wanted = ("--tables", "perplexity", "time", "speedup", "finetuning", "groups", "updates", "sparsities", "samples",
               "seeds", *OTHERS, "--rows", *ROWS, "--columns", *COLUMNS)  # fmt: skip
@@ -112,6 +113,7 @@ def points_in_spite_of_a_cut(folder):
     return [json.loads(line) for line in (folder / "points.jsonl").read_text().splitlines() if line.endswith("}")]
 
 
+@pytest.mark.slow
 def test_a_cell_is_the_perplexity_of_a_model_pruned_by_hand(paper, tmp_path):
     assert paper(tmp_path, "--tables", "perplexity", "--rows", "Wanda", "--columns", "2:4") == 0
     data = PythonDocsDataModule(sequence_length=24, calibration="pack", calibration_samples=2, test_windows=2)
@@ -123,6 +125,7 @@ def test_a_cell_is_the_perplexity_of_a_model_pruned_by_hand(paper, tmp_path):
     assert f"| Wanda | {figures['perplexity']:.2f} |" in (tmp_path / "tables.md").read_text()
 
 
+@pytest.mark.slow
 def test_other_sizes_are_other_points(paper, tmp_path):
     wanted = ("--tables", "perplexity", "--rows", "Wanda", "magnitude", "--columns", "50%")
     paper(tmp_path, *wanted)

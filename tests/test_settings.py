@@ -59,6 +59,7 @@ def test_patterns_as_they_are_quoted_and_as_yaml_reads_them_unquoted(given, patt
     assert WandaPruning(pattern=given).config == config
 
 
+@pytest.mark.slow
 def test_an_unquoted_pattern_in_a_recipe(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("pruning:\n  pattern: 2:4\n", encoding="utf-8")

@@ -42,6 +42,7 @@ def adapted(tiny_model, kind, **settings):
     return LanguageModel(peft.get_peft_model(tiny_model("llama"), getattr(peft, kind)(**settings)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_the_files_are_the_model_and_a_merged_one_has_every_zero(tmp_path, tiny_model, name):
     kind, settings, merges = KINDS[name]

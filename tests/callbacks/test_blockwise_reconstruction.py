@@ -161,6 +161,7 @@ def test_a_resumed_run_does_not_tune_again(tmp_path, fresh):
     assert differing(straight.state_dict(), module.state_dict()) == set()
 
 
+@pytest.mark.slow
 def test_the_budget_gives_it_its_share():
     budget = GPUHourBudget(8 / 3600, split={"reconstruction": 0.2, "training": 0.8})
     blocks = BlockwiseReconstruction(10**6, 1e-3, 8)
@@ -214,5 +215,6 @@ def reconstructed_base():
     return state.state
 
 
+@pytest.mark.slow
 def test_two_ranks_train_the_same_base():
     assert differing(*on_ranks(2, reconstructed_base)) == set()

@@ -119,6 +119,7 @@ def seen_in_training(make, pruning: list[Callback]) -> list[torch.Tensor]:
     return module.seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOADERS)
 def test_training_sees_what_it_would_have_seen(name):
     expected = seen_in_training(LOADERS[name], [])

@@ -151,6 +151,7 @@ def resumed(folder, path, cls, kind, limit):
     return weights(trained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", FITS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("moment", MOMENTS)

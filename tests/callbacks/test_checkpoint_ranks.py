@@ -15,6 +15,8 @@ from resumed_runs import WORDS, assert_same, callbacks, data, every_step, fit, m
 
 from sparsefit.callbacks.trainer_lookup import budget_of
 
+pytestmark = pytest.mark.slow
+
 TWO, FOUR = ({"devices": ranks, "strategy": "ddp"} for ranks in (2, 4))
 STEPS, EPOCH = {"max_steps": 6}, {"max_epochs": 1}
 

@@ -93,6 +93,7 @@ RUNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_resumed_run_ends_with_the_same_weights(straight, name):
     settings, step = RUNS[name]
@@ -101,6 +102,7 @@ def test_a_resumed_run_ends_with_the_same_weights(straight, name):
     assert_same(resume(folder, folder / f"run/checkpoints/step={step}.ckpt", **resumed), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulated", [2, 3])  # 5 and 8 are amid either
 def test_a_checkpoint_amid_the_batches_of_a_step_goes_back_to_its_start(straight, tmp_path, accumulated):
     settings = {"accumulate_grad_batches": accumulated, "max_steps": 5}
@@ -130,6 +132,7 @@ INTERRUPTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", INTERRUPTS)
 def test_a_run_goes_on_after_an_interrupt_as_if_there_had_been_none(straight, tmp_path, name):
     hook, number, settings = INTERRUPTS[name]
@@ -155,6 +158,7 @@ def test_weights_half_changed_are_told(straight, tmp_path):
     assert (checkpoint["whole_step"], checkpoint["between_epochs"]) == (False, False)
 
 
+@pytest.mark.slow
 def test_what_was_saved_after_the_end_goes_on_within_the_epoch(tmp_path):
     """The command's two ModelCheckpoints write last.ckpt anew when training has ended."""
 

@@ -156,6 +156,7 @@ def test_a_run_of_which_a_gradient_scaler_leaves_out_every_step_is_stopped(tmp_p
         trainer.fit(module, **loaders)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("report_first", [True, False])
 def test_a_short_run_of_which_every_step_was_left_out_is_not_reported_as_trained(tmp_path, report_first):
     report = RunReport(str(tmp_path / "run"))

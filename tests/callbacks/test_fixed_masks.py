@@ -53,6 +53,7 @@ TRAININGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pruning_first", [True, False])
 @pytest.mark.parametrize("name", TRAININGS)
 def test_masks_hold_whatever_trains(tmp_path, name, pruning_first):

@@ -110,6 +110,7 @@ TRAININGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("name", TRAININGS)
 def test_no_weight_comes_back(tmp_path, kind, name):
@@ -162,6 +163,7 @@ def test_the_masks_are_those_of_prune(kind):
     assert pruning.masks.digest() == expected.renamed(lambda name: f"model.{name}").digest()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_run_reports_accuracies_and_leaves_a_folder_that_loads(tmp_path, kind):
     module = module_of(kind, learning_rate=3e-3)

@@ -77,6 +77,7 @@ class PredictsOthers(Tuples):
         return self.model(batch["input_ids"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [4, 3])
 @pytest.mark.parametrize(
     "module",

@@ -59,6 +59,7 @@ def collated(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {**texts, "pixel_values": pixels, "image_grid_thw": grids, "labels": texts["input_ids"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("asked", "used"), [(12, 12), (6, 6), (8, 12), (None, 12)])
 @pytest.mark.parametrize("update", ["block", "none"])
 def test_patches_of_images_are_no_samples(asked, used, update):
@@ -74,6 +75,7 @@ def test_patches_of_images_are_no_samples(asked, used, update):
     assert all(torch.equal(pruning.masks[f"model.{name}"], mask) for name, mask in expected.masks.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 6, 7])
 def test_training_on_patches_does_not_break_off_at_any_batch_size(batch_size):
     loader = DataLoader(seen_by_qwen(), batch_size=batch_size, collate_fn=collated)

@@ -26,6 +26,8 @@ from sparsefit.recovery.adapters import AdapterSettings
 from sparsefit.recovery.distill import DistillSettings
 from sparsefit.recovery.merge import merge
 
+pytestmark = pytest.mark.slow
+
 BERT = {
     "vocab_size": 61,
     "hidden_size": 16,

@@ -175,6 +175,7 @@ BAD = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spoil", BAD)
 def test_what_cannot_be_gone_on_from_says_why_and_nothing_is_overwritten(copied, spoil):
     folder, path, resume = copied

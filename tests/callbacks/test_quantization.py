@@ -36,6 +36,7 @@ class Watch(PrunedRunCallback):
         self.seen["end"] = len(held_layers(module))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_the_base_is_quantized_after_pruning_wherever_the_callback_stands(order, late):

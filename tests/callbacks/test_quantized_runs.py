@@ -23,6 +23,8 @@ from sparsefit.recovery.inspection import inspect_folder
 from sparsefit.recovery.merge import merge
 from sparsefit.recovery.quantize import dequantize_base
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: no quantized base")
 
 

@@ -88,6 +88,7 @@ KILLS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saver_first", [True, False])
 @pytest.mark.parametrize("name", KILLS)
 def test_a_killed_run_goes_on_to_the_same_weights(straight, tmp_path, killed, name, saver_first):
@@ -112,6 +113,7 @@ ENDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ENDS)
 def test_whatever_ends_a_run_its_end_is_made_up_for(straight, tmp_path, end, killed, caplog):
     settings, more = ENDS[end]
@@ -144,6 +146,7 @@ def test_whatever_ends_a_run_its_end_is_made_up_for(straight, tmp_path, end, kil
         assert report_of(run)["training"]["steps"] == STEPS + 1
 
 
+@pytest.mark.slow
 def test_nothing_finished_is_lost_by_a_failure_after_it(tmp_path, monkeypatch):
     """A disk that is full when the report is written, after the model was."""
     run, opened = tmp_path / "run", open

@@ -106,6 +106,7 @@ def zeros_of_files(folder, part="base"):
 # What a run leaves.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("report_first", [True, False])
 @pytest.mark.parametrize("lora", [True, False])
 def test_the_folder_of_a_run(tmp_path, measured, lora, report_first):
@@ -144,6 +145,7 @@ def test_the_folder_of_a_run(tmp_path, measured, lora, report_first):
     assert "first" in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [True, False])
 def test_pruning_alone(tmp_path, measured, lora):
     module = measured(lora)
@@ -281,6 +283,7 @@ def test_the_folder_of_a_run_that_was_killed_before_it_had_a_base_is_free(tmp_pa
 # Runs that break off.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_budget", [True, False])
 @pytest.mark.parametrize(
     ("error", "raised", "status"),

@@ -17,6 +17,8 @@ from sparsefit.modules import CausalLMModule
 from sparsefit.modules.loading import load_causal_lm, load_tokenizer
 from sparsefit.recovery.adapters import AdapterSettings
 
+pytestmark = pytest.mark.slow
+
 ITEM = {"sentence1": "It rains.", "sentence2": "It is wet.", "label": 0}
 STAGES = ["dense", "pruned", "recovered"]
 

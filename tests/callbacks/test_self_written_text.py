@@ -312,6 +312,7 @@ def windows_and_masks(module, folder, sizes):
     return seen.windows, pruning.masks.digest()
 
 
+@pytest.mark.slow
 def test_ranks_write_their_shares_of_the_same_text(module, tiny_model, tmp_path):
     # Two batches to calibrate on, and one to train on, which the first rank writes while the second has nothing to do.
     sizes = {"calibration_samples": 24, "writing_batch_size": 12}

@@ -153,6 +153,7 @@ def one(two):
     return on_ranks(1, on_one, two[0])[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_two_ranks_go_on_to_the_same_weights(two, form):
     for rank in two[1]:
@@ -176,6 +177,7 @@ def test_the_start_and_the_end_are_saved(two, form):
     assert not [path for path in stage.parent.iterdir() if path.suffix != ".ckpt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_one_rank_goes_on_from_two(two, one, form):
     straight, others = (rank[form] for rank in two[1])

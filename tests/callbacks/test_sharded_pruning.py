@@ -136,6 +136,7 @@ def ranks():
     return on_ranks(2, fits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*SETTINGS, "generating"])
 def test_masks_and_weights_are_those_of_a_fit_on_one_device(ranks, name):
     module, pruning = Classifier(), WandaPruning(**copy.deepcopy(SETTINGS.get(name, {})))

@@ -78,6 +78,7 @@ def runs(tmp_path_factory):
     return results | {"damaged": damaged, "on one rank": on_ranks(1, on_one, folder)[0]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resumed", RESUMED)
 def test_a_sharded_run_goes_on_and_is_not_pruned_again(runs, resumed):
     straight, run = runs["straight"], runs[resumed]

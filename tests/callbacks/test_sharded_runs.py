@@ -95,6 +95,7 @@ def command(monkeypatch, capsys, *arguments):
     return status, capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_two_ranks_come_to_the_weights_of_one(name, alone, two):
     expected, first, second = alone[name], two[0][name], two[1][name]
@@ -105,6 +106,7 @@ def test_two_ranks_come_to_the_weights_of_one(name, alone, two):
         assert torch.equal(first["weights"][key], second["weights"][key]), key
 
 
+@pytest.mark.slow
 def test_four_ranks_do_too(alone, four):
     expected, last = alone["masked_lora"], four[3]["masked_lora"]
     assert last["digest"] == expected["digest"]

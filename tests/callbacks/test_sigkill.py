@@ -21,6 +21,8 @@ SCRIPT = """
 import os, signal, sys
 from sparsefit.cli import main
 
+pytestmark = pytest.mark.slow
+
 number, share = (float(part) for part in os.environ.get("KILL_AT", "0 0").split())
 if number:
     import torch

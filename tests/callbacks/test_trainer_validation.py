@@ -136,6 +136,7 @@ class Taught(RecoveryMixin, Own):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["masked_lora", "hira", "full"])
 def test_adapters_and_a_dense_teacher_in_a_module_of_ones_own(tmp_path, form):
     dense, module = Own().eval(), Taught(form=form)

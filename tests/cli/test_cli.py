@@ -25,6 +25,7 @@ def test_help_names_the_commands(sparsefit, arguments):
     assert all(f"{command} " in output for command in ("fit", "prune", "inspect"))
 
 
+@pytest.mark.slow
 def test_help_comes_at_once():
     command = Path(sys.executable).with_name("sparsefit")
     if not command.exists():
@@ -53,6 +54,7 @@ def test_inspecting_what_is_not_there(sparsefit, tmp_path):
 # Recipes that cannot work.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("section", "key", "value", "message"),
     [
@@ -121,6 +123,7 @@ def damaged_checkpoint(recipe, folder):
     return "is damaged: it cannot be read"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -152,6 +155,7 @@ def test_a_checkpoint_with_objects_of_the_users_own_is_not_called_damaged(tmp_pa
 # Recipes that work.
 
 
+@pytest.mark.slow
 def test_a_recipe_from_start_to_resumed_end(sparsefit, recipe, tmp_path):
     run = tmp_path / "run"
     status, output, _ = sparsefit("fit", recipe=recipe)

@@ -9,6 +9,8 @@ import pytest
 
 from sparsefit.modules import CausalLMModule
 
+pytestmark = pytest.mark.slow
+
 TRAINER = {"max_steps": 3, "accumulate_grad_batches": 2, "gradient_clip_val": 1.0}
 
 

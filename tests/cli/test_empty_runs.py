@@ -9,6 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsefit.modules.loading import load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 
 def one_document(recipe, folder):
     recipe["data"]["init_args"]["train_source"] = str(folder / "train/0.txt")

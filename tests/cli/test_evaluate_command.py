@@ -52,6 +52,7 @@ def test_a_saved_model(sparsefit, model, folder, tmp_path):
     assert (found["dtype"], found["limit"], found["evaluated"]) == ("float32", 2, str(model))
 
 
+@pytest.mark.slow
 def test_of_a_run_the_recovered_model_is_measured(sparsefit, recipe, tmp_path):
     assert sparsefit("fit", recipe=recipe)[0] == 0
     run = tmp_path / "run"

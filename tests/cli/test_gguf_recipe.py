@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from gguf_files import tiny_llama, write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsefit.data import TextFilesDataModule
 from sparsefit.evaluation.perplexity import perplexity
 from sparsefit.modules.loading import load_tokenizer
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_gguf_file_in_a_recipe(sparsefit, recipe, tmp_path):

@@ -16,6 +16,8 @@ import sparsefit.cli.merge as merge_command
 from sparsefit.files import replacing
 from sparsefit.pruning import MaskSet
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def interrupt(monkeypatch):

@@ -57,6 +57,7 @@ def lasting(folder):
     return kept(json.loads((folder / "report.json").read_text())) | {"command": None, "folder": None}
 
 
+@pytest.mark.slow
 def test_each_logger_is_told_and_the_report_is_the_same(sparsefit, recipe, tmp_path):
     pytest.importorskip("tensorboard", reason="TensorBoard is not installed: pip install 'sparsefit[tensorboard]'")
     reports = []
@@ -79,6 +80,7 @@ def test_each_logger_is_told_and_the_report_is_the_same(sparsefit, recipe, tmp_p
     assert {"0", "1", "2"} <= {row["step"] for row in rows}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_what_was_logged(sparsefit, recipe, tmp_path):
     assert sparsefit("fit", recipe=recipe)[0] == 0  # csv, without being asked
     (first,) = (tmp_path / "run").rglob("metrics.csv")
@@ -89,6 +91,7 @@ def test_a_resumed_run_keeps_what_was_logged(sparsefit, recipe, tmp_path):
     assert {row["step"] for row in csv.DictReader(both[1].open())} >= {"4"}
 
 
+@pytest.mark.slow
 def test_wandb_is_offline_without_a_key(recipe, tmp_path):
     """In a process of its own, whose wandb is a stand-in."""
     stand_in = tmp_path / "stand_in/wandb"
@@ -164,6 +167,7 @@ def test_wrong_names(sparsefit, recipe):
         RunReport("run", logger="tensorbord")
 
 
+@pytest.mark.slow
 def test_loggers_of_the_trainer_stay_and_false_is_none(sparsefit, recipe, tmp_path):
     own = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path / "own")}}
     recipe["trainer"]["logger"] = own

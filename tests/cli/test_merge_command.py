@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sparsefit.pruning import MaskSet
 from sparsefit.recovery.adapter_files import load_adapter
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.arange(12)[None]
 
 

@@ -14,6 +14,8 @@ from transformers import AutoModel, T5ForConditionalGeneration
 from sparsefit.pruning import MaskSet
 from sparsefit.recovery.adapter_files import load_adapter
 
+pytestmark = pytest.mark.slow
+
 
 def report_of(run):
     return json.loads((run / "report.json").read_text())

@@ -39,6 +39,7 @@ def run(sparsefit, recipe, tmp_path):
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_a_run_is_pushed_with_its_card(sparsefit, run, server, tmp_path):
     status, output, errors = sparsefit("push", run, "me/sparse", "--private")
     assert status == 0, errors

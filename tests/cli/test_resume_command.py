@@ -11,6 +11,8 @@ import yaml
 
 from sparsefit.cli.resuming import move_paths
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def finished(sparsefit, recipe, tmp_path):

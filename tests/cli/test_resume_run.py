@@ -15,6 +15,8 @@ from sparsefit.errors import RunFolderError
 from sparsefit.files import changed_files, lock_folder
 from sparsefit.recovery.run_files import RunState, damaged_files, read_state
 
+pytestmark = pytest.mark.slow
+
 
 def report_of(run):
     return json.loads((run / "report.json").read_text())

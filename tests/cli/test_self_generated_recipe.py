@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def own(recipe):

@@ -37,6 +37,7 @@ def both(sparsefit, recipe, tmp_path):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "pruning",
     [
@@ -56,6 +57,7 @@ def test_masks_weights_and_settings_are_those_of_the_model_in_memory(both, pruni
     MaskSet.load(stream / "masks.safetensors").verify(AutoModelForCausalLM.from_pretrained(stream / "base"))
 
 
+@pytest.mark.slow
 def test_the_report_says_how_the_model_was_pruned(both):
     memory, stream = (json.loads((folder / "report.json").read_text()) for folder in both(swaps=2))
     assert stream["status"] == "finished"
@@ -66,6 +68,7 @@ def test_the_report_says_how_the_model_was_pruned(both):
     assert stream["seconds"]["total"] >= sum(stream["seconds"]["stages"].values())
 
 
+@pytest.mark.slow
 def test_other_commands_take_the_folder(both, sparsefit, tmp_path):
     _, run = both()
     status, output, _ = sparsefit("inspect", run)
@@ -81,6 +84,7 @@ def test_other_commands_take_the_folder(both, sparsefit, tmp_path):
     assert (run / "masks.safetensors").read_bytes() == (tmp_path / "2/masks.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ends", [KeyboardInterrupt, MemoryError])
 def test_what_is_broken_off_leaves_no_half_model(sparsefit, recipe, tmp_path, monkeypatch, ends):
     begun = []

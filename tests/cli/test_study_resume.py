@@ -88,6 +88,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 def test_a_study_of_other_settings_is_refused(sparsefit, recipe, tmp_path):
     assert sparsefit("study", recipe=recipe)[0] == 0
     before = files_of(tmp_path / "study")
@@ -108,6 +109,7 @@ def test_finetuning_may_come_later(sparsefit, recipe, tmp_path):
     assert [row["stage"] for row in rows(tmp_path / "study")] == ["dense", "pruned", "finetuned"]
 
 
+@pytest.mark.slow
 def test_a_model_that_comes_back_must_be_what_it_was(sparsefit, recipe):
     recipe["finetuning"] = {"epochs": 0}
     other = {"class_path": MODULE, "init_args": recipe["models"]["net"]["init_args"] | {"learning_rate": 0.1}}
@@ -146,6 +148,7 @@ def test_a_recipe_that_came_to_nothing_may_be_corrected(sparsefit, recipe, tmp_p
     assert sparsefit("study", recipe=recipe)[0] == 0
 
 
+@pytest.mark.slow
 def test_data_and_a_module_of_ones_own_give_the_same_table_after_an_interrupt(sparsefit, recipe, tmp_path, monkeypatch):
     recipe["models"] = {"net": {"class_path": f"{__name__}.OwnSteps"}}
     recipe["data"] = {"class_path": f"{__name__}.Scaled"}

@@ -18,6 +18,8 @@ from transformers import (
 from sparsefit.modules.loading import load_tokenizer
 from sparsefit.pruning import MaskSet
 
+pytestmark = pytest.mark.slow
+
 CLASSIFIERS = {
     "sequence_classification": ("BertForSequenceClassification", "SequenceClassifierModule"),
     "token_classification": ("BertForTokenClassification", "TokenClassifierModule"),

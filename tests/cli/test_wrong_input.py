@@ -7,6 +7,8 @@ import math
 import pytest
 import yaml
 
+pytestmark = pytest.mark.slow
+
 # What a recipe says, and words that must be in the answer. `...` takes a setting out.
 RECIPES = [
     ("trainer.max_steps", -5, "You passed in -5"),

@@ -78,6 +78,7 @@ def test_a_calibration_file_that_is_part_of_the_training_text(tokenizer, corpus)
     assert not calibrated & words(tokenizer, all_windows(data.train_dataloader()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_ranks_and_workers_share_the_text_out(tokenizer, corpus, world_size, workers, monkeypatch):
@@ -146,6 +147,7 @@ def fit(tokenizer, corpus, folder, checkpoint=None, workers=0, **limits):
     return seen.windows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_epochs_differ_and_a_resumed_run_goes_on_where_it_stopped(tokenizer, corpus, tmp_path, workers):
     whole = fit(tokenizer, corpus, tmp_path, workers=workers, max_epochs=2)
@@ -240,6 +242,7 @@ def test_c4_calibrates_on_its_first_shard_where_it_trains_on_the_others(tokenize
     assert C4DataModule(tokenizer, "mine.jsonl").hparams.calibration_source is None
 
 
+@pytest.mark.slow
 def test_the_parts_of_pythons_documentation_differ(tokenizer):
     data = PythonDocsDataModule(tokenizer, calibration_samples=4, test_windows=4)
     assert len(all_windows(data.calibration_dataloader())) == 4
@@ -247,6 +250,7 @@ def test_the_parts_of_pythons_documentation_differ(tokenizer):
     assert not set(all_windows(data.calibration_dataloader())) & set(all_windows(data.test_dataloader()))
 
 
+@pytest.mark.slow
 def test_pythons_documentation_does_not_depend_on_what_a_library_has_replaced(monkeypatch):
     before = documents("train")
     monkeypatch.setattr(sys, "excepthook", lambda *_: None)  # as Lightning does where it starts other processes

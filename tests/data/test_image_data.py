@@ -61,6 +61,7 @@ PROCESSORS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processor", PROCESSORS.values(), ids=PROCESSORS)
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_batches_are_what_the_processor_makes_of_each_image(tmp_path, processor, mode):
@@ -119,6 +120,7 @@ def test_a_processor_of_other_channels_than_wanted_is_told(tmp_path, twenty):
 # Calibration
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_calibration_draws_without_replacement_and_repeats_with_its_seed(twenty, workers, monkeypatch):
     monkeypatch.setattr("sparsefit.data.image_batches._KEPT_BYTES", 0 if workers else 2**30)
@@ -238,6 +240,7 @@ def test_an_epoch_has_every_image_once_and_the_next_has_another_order(twenty, tm
     assert first != second
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["", "stream:"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_resumed_run_goes_on_where_it_stopped(twenty, tmp_path, prefix, workers, monkeypatch):
@@ -359,6 +362,7 @@ def test_a_corrupt_file_of_a_class_folder_is_named_in_a_worker_too(tmp_path, mon
             list(data.test_dataloader())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["", "stream:"])
 @pytest.mark.parametrize(("batch_size", "workers"), [(1, 0), (2, 2), (6, 0)])
 @pytest.mark.filterwarnings("ignore:[1-4] images of")

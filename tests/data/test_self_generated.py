@@ -180,6 +180,7 @@ def test_evaluation_is_on_real_text_or_none(tokenizer, corpus, tmp_path):
     assert bare.val_dataloader() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_ranks_and_workers_share_the_windows_out_in_another_order_each_epoch(

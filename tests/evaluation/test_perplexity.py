@@ -134,6 +134,7 @@ def test_the_loss_is_that_of_transformers():
     assert perplexity(model, [batch]) == pytest.approx(math.exp(loss), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_pretrained_model_on_its_own_domain(shared_data):
     from sparsefit.data import TextFilesDataModule, WikiTextDataModule
     from sparsefit.modules.loading import load_causal_lm

@@ -45,6 +45,7 @@ def fit(module, folder, **settings):
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("adapter", [None, AdapterSettings(dropout=0.0)])
 def test_only_what_should_train_does_and_the_loss_falls(tmp_path, adapter, checkpointing):
@@ -114,6 +115,7 @@ def test_evaluate_tells_its_progress():
     assert done == [1, 2, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [None, AdapterSettings(r=2, target_modules=["q_proj"])])
 def test_a_checkpoint_loads_with_weights_only(tmp_path, adapter):
     llama().save_pretrained(tmp_path / "model")
@@ -224,6 +226,7 @@ class Rows(LightningDataModule):
         return batches()
 
 
+@pytest.mark.slow
 def test_it_is_configured_from_yaml(shared_data, tmp_path, monkeypatch):
     model = shared_data / "tinystories656K"
     config = tmp_path / "recipe.yaml"

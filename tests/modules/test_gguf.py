@@ -61,6 +61,7 @@ def check_plain(model, tokenizer, folder):
     assert float((logits(again, tokens) - logits(model, tokenizer)).abs().max()) == 0.0
 
 
+@pytest.mark.slow
 def test_a_gguf_file_is_the_model_that_it_was_written_from(file, original, tokenizer, tmp_path):
     model, tokens = load_causal_lm(str(file)), load_tokenizer(str(file))
     assert tokens(TEXT)["input_ids"] == tokenizer(TEXT)["input_ids"]
@@ -69,6 +70,7 @@ def test_a_gguf_file_is_the_model_that_it_was_written_from(file, original, token
     check_plain(model, tokens, tmp_path)
 
 
+@pytest.mark.slow
 def test_packed_weights_become_floats(original, tokenizer, tmp_path):
     file = write_gguf(original, tokenizer, tmp_path / "tiny.Q4_1.gguf", quantized=True)
     model = load_model(str(file))
@@ -77,6 +79,7 @@ def test_packed_weights_become_floats(original, tokenizer, tmp_path):
     check_plain(model, load_tokenizer(str(file)), tmp_path / "saved")
 
 
+@pytest.mark.slow
 def test_a_module_takes_it_with_its_tokenizer(file, tokenizer):
     module = CausalLMModule(str(file), dtype="bfloat16", attn_implementation="eager")
     assert module.tokenizer.get_vocab() == tokenizer.get_vocab()
@@ -86,6 +89,7 @@ def test_a_module_takes_it_with_its_tokenizer(file, tokenizer):
     assert find_tokenizer(str(file)) is not None
 
 
+@pytest.mark.slow
 def test_a_body_and_a_new_head_on_it(file, original):
     body = load_body(str(file))
     assert torch.equal(body.layers[0].mlp.up_proj.weight, original.model.layers[0].mlp.up_proj.weight)
@@ -96,6 +100,7 @@ def test_a_body_and_a_new_head_on_it(file, original):
     assert not module.model.is_quantized
 
 
+@pytest.mark.slow
 def test_a_file_inside_a_package_needs_no_path_and_runs_no_code(file, original, tokenizer, tmp_path, monkeypatch):
     (tmp_path / "some_models").mkdir()
     (tmp_path / "some_models/__init__.py").write_text("raise RuntimeError('imported')")

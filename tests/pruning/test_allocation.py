@@ -127,6 +127,7 @@ def test_the_share_of_outliers():
 # Through `prune`
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sparsity", [0.13, 0.5, 0.57, 0.901])
 @pytest.mark.parametrize(
     "allocation", ["uniform", "owl", {"down_proj": 0.3, "layers.1.self_attn.q_proj": 0.05}], ids=str

@@ -27,6 +27,7 @@ def pruned(name: str, **settings: str) -> tuple[nn.Module, nn.Module, PruningRes
     return dense, model, prune(model, samples_of(name), PruningConfig(**settings))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHORT)
 def test_masks_equal_those_of_the_brute_force(name):
     dense, model, result = pruned(name)

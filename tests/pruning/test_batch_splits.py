@@ -74,6 +74,7 @@ def one_by_one(method: str, size: int) -> tuple[str, list[Tensor]]:
     return pruned(list(samples()), **METHODS[method], micro_batch_size=size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @settings(max_examples=5, deadline=None)
 @given(cuts=st.sets(st.integers(1, len(LENGTHS) - 1)), size=st.sampled_from([1, 2, 3, 8]))

@@ -108,6 +108,7 @@ CONVOLUTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize(("dims", "settings"), CONVOLUTIONS.values(), ids=CONVOLUTIONS)
@@ -346,6 +347,7 @@ def assert_seen(layer, mode, expected):
         torch.testing.assert_close(tokens, rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("is_sorted", [True, False])
 def test_packed(layer, given, is_sorted):

@@ -82,6 +82,7 @@ class Bare(nn.Module):
         return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("update", ["block", "none"])
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("make", [Encoder, Bare])
@@ -103,6 +104,7 @@ def test_a_mask_of_torch_in_a_tuple(made):
     assert result.masks.digest() == expected.masks.digest()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [16, 8])  # as many tokens as samples in a micro-batch, too
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("make", [Encoder, Bare])
@@ -123,6 +125,7 @@ def test_padding_inside_a_sequence(make, batch_first, length):
     assert result.masks.digest() == other.masks.digest()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [16, 10])  # of texts and labels of one length, too
 @pytest.mark.parametrize("update", ["block", "none"])
 @pytest.mark.parametrize("form", ["mapping", "tuple"])
@@ -233,6 +236,7 @@ def llava(vision: int = 8) -> nn.Module:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [9, 5])  # 5: as many tokens as there are patches
 @pytest.mark.parametrize("update", ["block", "none"])
 def test_patches_carry_no_mask_and_no_note(length, update):

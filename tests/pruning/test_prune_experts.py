@@ -65,6 +65,7 @@ def check(model: nn.Module, config: PruningConfig, data: list[dict[str, Tensor]]
     result.masks.verify(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -87,6 +88,7 @@ def test_bfloat16(family):
     check(make(family).bfloat16(), PruningConfig(micro_batch_size=1), samples())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
 def test_weights_of_experts_are_updated_from_their_own_tokens(family):
     model = make(family, num_local_experts=3)
@@ -122,6 +124,7 @@ def test_unseen_experts_are_pruned_by_magnitude_and_named(family):
     assert unseen_in(result.notes) == unseen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_masks_lie_as_they_are_stored_and_come_back(family, tmp_path):
     model, other = make(family), make(family)

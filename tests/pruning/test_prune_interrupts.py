@@ -121,6 +121,7 @@ WRITES = [(Undo, "apply_mask"), (Undo, "set_values"), (PrunableWeight, "apply_ma
 RESTORES = [(Removed, "put_back"), (PrunableWeight, "set_values"), (PrunableWeight, "changed")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reconstruction", [None, "sequential"])
 @pytest.mark.parametrize("presses", [1, 5])
 @pytest.mark.parametrize("update", ["block", "none"])
@@ -166,6 +167,7 @@ def test_a_weight_of_which_half_is_written_is_put_back(tiny_model, monkeypatch, 
     assert same(weights(model), dense)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reconstruction", [None, "sequential"])
 @pytest.mark.parametrize("presses", [1, 3])
 @pytest.mark.parametrize("update", ["block", "none"])
@@ -249,6 +251,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("reconstruction", "dtype"), [(None, torch.float32), ("sequential", torch.float32), (None, torch.bfloat16)], ids=str
 )
@@ -302,6 +305,7 @@ class Files:
         return Limited()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reconstruction", [None, "sequential"])
 @pytest.mark.parametrize("room", [float("inf"), 5000, 1])
 def test_dense_weights_lie_in_a_temporary_file_and_where_that_is_full_in_memory(

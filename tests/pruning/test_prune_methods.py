@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from sparsefit import PruningConfig, prune
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"hidden_size": 20, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
 LENGTHS = (9, 12, 7)
 DTYPES = [torch.float32, torch.bfloat16]

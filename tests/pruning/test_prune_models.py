@@ -72,6 +72,7 @@ def assert_weights_masked(model: nn.Module, dense: nn.Module, result) -> None:
         assert torch.equal(parameter, torch.where(kept, before[name], 0)), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("update", ORDERS)
 @pytest.mark.parametrize("architecture", BLOCKS)
 def test_masks_equal_whole_model_passes_per_block(tiny_model, architecture, update):
@@ -111,6 +112,7 @@ def test_each_batch_keeps_its_own_arguments(tiny_model, architecture):
     assert_same_masks(result, reference_prune(slow, samples, stages(slow, architecture, "block")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("architecture", [*DECODERS, "bert"])
 def test_padding_counts_for_nothing(tiny_model, architecture, side):
@@ -166,6 +168,7 @@ def test_encoder_decoder_padding(tiny_model, update):
     assert padded.tokens == 9 + 14
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2", "t5"])
 def test_masks_do_not_depend_on_how_batches_were_cut(tiny_model, architecture):
     samples = samples_for(architecture)
@@ -225,6 +228,7 @@ def test_adapters_are_part_of_what_layers_see(tiny_model, update):
     assert all(torch.equal(model.get_parameter(name), value) for name, value in adapters.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", BLOCKS)
 def test_every_matrix_is_pruned_or_left_dense_for_a_reason(tiny_model, architecture):
     model = tiny_model(architecture)

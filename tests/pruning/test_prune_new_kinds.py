@@ -215,6 +215,7 @@ SELECTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("selection", SELECTIONS.values(), ids=SELECTIONS)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_masks_of_whole_networks(name, selection):
@@ -326,6 +327,7 @@ def convolution(kind: str) -> tuple[nn.Module, Tensor]:
     ).float()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("selection", [*SELECTIONS.values(), {"pattern": "2:4"}, {"pattern": "1:4"}])
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
@@ -734,6 +736,7 @@ def method_by_hand(dense: Tensor, tokens: Tensor, order: np.ndarray, config: Pru
     return mask[:, back], values[:, back]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", [None, "2:4"])
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 @pytest.mark.parametrize("kind", ["convolution", "groups", "line", "one point", "lstm", "gru"])
@@ -814,6 +817,7 @@ def as_batches(data: Any, size: int) -> list[Any]:
     return list(data.split(size))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["vgg", "mobile", "resnext", "line", "resnet basic", "lstm", "gru", "recurrent blocks"]
 )
@@ -883,6 +887,7 @@ class OwnError(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [OwnError, KeyboardInterrupt])
 @pytest.mark.parametrize(
     "settings", [{}, {"reconstruction": "sequential"}, {"update": "none", "sparsity": 0.8}], ids=str

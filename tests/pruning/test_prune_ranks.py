@@ -116,6 +116,7 @@ def together(request, dense_models):
     return on_ranks(request.param, pruned_together, dense_models, request.param)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_the_masks_and_values_are_those_of_one_process(alone, together, model):
     points = [point for point in together[0][0] if point[0] == model]

@@ -12,6 +12,8 @@ import torch
 
 from sparsefit import PruningConfig, prune
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 256
 
 

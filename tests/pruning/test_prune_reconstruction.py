@@ -54,6 +54,7 @@ def gram_matrix(inputs: list[Tensor]) -> Tensor:
     return torch.from_numpy(gram_of(inputs)).float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("pattern", [None, "2:4"])
 @pytest.mark.parametrize("swaps", [0, 3])

@@ -292,11 +292,13 @@ def check_same_as_alone(expected, first, *others):
         assert all(torch.equal(other["weights"][name], weight) for name, weight in first["weights"].items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", [*POINTS, ("llama", "statistics")], ids="-".join)
 def test_masks_weights_and_account_of_two_ranks_are_those_of_one_process(alone, two_ranks, point):
     check_same_as_alone(alone[point], *(found["pruned"][point] for found in two_ranks))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", ON_FOUR, ids="-".join)
 def test_so_are_those_of_four_ranks(alone, four_ranks, point):
     check_same_as_alone(alone[point], *(found["pruned"][point] for found in four_ranks))

@@ -157,6 +157,7 @@ def test_the_base_of_a_peft_model_stays_pruned_in_training(name: str, model_fold
         assert [held_bits(layer) for layer in layers] == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["int8", "nf4-nested"])
 def test_prune_of_a_quantized_model_end_to_end(name: str, model_folder: Path) -> None:
     from sparsefit import PruningConfig, prune

@@ -54,6 +54,7 @@ def check_against_reference(model: nn.Module, inputs: torch.Tensor, **settings) 
     np.testing.assert_array_equal(model[0].weight.detach().float().numpy(), np.where(expected, weight, 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True], ids=["random", "tied"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("granularity", ["output", "layer"])
@@ -160,6 +161,7 @@ def mask_of_stable_sort(scores: torch.Tensor, count: int) -> torch.Tensor:
     return torch.ones_like(scores, dtype=torch.bool).scatter_(1, order[:, :count], False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*KINDS, "outliers", "constant", "ascending"])
 @pytest.mark.parametrize("shape", [(150, 4096), (5, 1100), (2, 200_000), (1, 600_000)])
 def test_large_rows_equal_a_stable_sort(shape, kind):

@@ -37,6 +37,7 @@ def models(tiny_model) -> dict[str, tuple[nn.Module, list]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "mixtral", "convnext"])
 def test_each_pruning_is_that_of_its_own_pass(tiny_model, architecture):
     model, data = models(tiny_model)[architecture]

@@ -73,6 +73,7 @@ def llama(tmp_path_factory):
     return saved("Llama", tmp_path_factory.mktemp("llama"), max_shard_size="20KB")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_gives_the_masks_and_weights_of_the_model_in_memory(llama, tmp_path, method):
     assert len(list(llama.glob("*.safetensors"))) > 2
@@ -88,6 +89,7 @@ def test_the_copy_is_of_the_dtype_that_is_asked_for(llama, tmp_path, dtype):
     assert {tensor.dtype for tensor in weights_in(tmp_path / "copy").values()} == {wanted}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["GPT-2", "Gemma 2", "Bloom", "Mamba", "GPT-OSS", "Llama 4", *CONVERTED])
 def test_other_architectures(tmp_path, name):
     source = saved(name, tmp_path / "model")
@@ -106,6 +108,7 @@ def test_tied_weights_stay_tied_under_either_name(tmp_path):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+@pytest.mark.slow
 def test_blocks_leave_memory_when_their_turn_is_over(tmp_path):
     """Counted in pages that the process has of each file, at every step of the pruning."""
     if not Path("/proc/self/smaps").exists():

@@ -264,6 +264,7 @@ def disturb(model):
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["lora", "masked_lora", "hira"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_saved_adapter_is_one_of_peft_and_loads_on_the_sparse_base(tiny_model, tmp_path, name, form):

@@ -110,6 +110,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_it_answers_as_the_dense_model_to_the_bit_and_leaves_no_trace(tiny_model, case, tied):
@@ -256,6 +257,7 @@ class Begin(Callback):
         self.away = away(pl_module, self.dense)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("form", ["masked_lora", "hira", "full"])
 def test_a_pruned_model_comes_nearer_to_its_dense_self(tiny_model, form, precision):

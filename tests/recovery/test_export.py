@@ -37,6 +37,7 @@ def logits(model):
         return model.eval()(input_ids=IDS).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [0, 1, 2])
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize(

@@ -86,6 +86,7 @@ def reference_loss(model, masks, ids):
         return functional_call(model.get_base_model(), weights, kwargs={"input_ids": ids, "labels": ids}).loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "targets"),
     [

@@ -53,6 +53,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES)
 def test_zeros_are_exact_and_the_model_is_the_one_that_was_trained(tiny_model, case, dtype):
@@ -146,6 +147,7 @@ def other_zeros(masks):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reapply", [False, True])
 @pytest.mark.parametrize("of_another", [renamed, other_shape, other_zeros])
 @pytest.mark.parametrize("form", ["lora", "masked_lora", "hira", "full"])

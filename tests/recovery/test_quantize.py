@@ -81,6 +81,7 @@ def test_layers_compute_with_the_dequantized_weights(kind, double, hidden, inner
             torch.testing.assert_close(model(x), reference(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["lora", "masked_lora"])
 @pytest.mark.parametrize(("hidden", "inner"), [(64, 128), (48, 80)])
 @pytest.mark.parametrize(("kind", "double"), KINDS)

@@ -52,6 +52,7 @@ MODELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_errors_fall_masks_hold_and_nothing_else_changes(tiny_model, name):
     make, batches, blocks = MODELS[name]
@@ -199,6 +200,7 @@ def test_blocks_that_change_their_input_in_place():
 # A real model; several ranks.
 
 
+@pytest.mark.slow
 def test_a_real_model_recovers(shared_data):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -248,6 +250,7 @@ def two_ranks():
     return on_ranks(2, reconstructed_together)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shares", "steps"), [("even", 9), ("uneven", 12)])
 def test_two_ranks_end_with_equal_weights(two_ranks, shares, steps):
     (first, errors), (second, others) = (found[shares] for found in two_ranks)

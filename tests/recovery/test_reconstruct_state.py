@@ -28,6 +28,7 @@ def test_half_precision_is_kept(tiny_model, dtype):
     masks.verify(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["lora", "masked_lora", "hira"])
 def test_adapters_take_no_part(tiny_model, form):
     settings = AdapterSettings(form, target_modules=("q_proj", "down_proj"), train_norms=True)
@@ -52,6 +53,7 @@ def test_adapters_take_no_part(tiny_model, form):
     assert all(torch.equal(tuned[name], value) for name, value in bare.state_dict().items() if "norm" not in name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("at", ["forward", "step", "progress"])
 def test_an_interrupt_leaves_the_model_whole(tiny_model, monkeypatch, at, dtype):
@@ -157,6 +159,7 @@ def test_without_passes_or_time_nothing_changes(tiny_model, settings):
     assert changed(model, before) == set()
 
 
+@pytest.mark.slow
 def test_it_keeps_to_its_time_and_shares_it_out():
     model, x = Net(blocks=4), torch.randn(64, 6)
     dense, masks = pruned(model, [x])

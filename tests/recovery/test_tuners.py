@@ -50,6 +50,7 @@ def made(name):
     return CASES[name].make(dense_model(CASES[name].model)).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_tuner_comes_back_from_its_files_or_is_refused_with_nothing_changed(name):
     found = Findings()
@@ -69,6 +70,7 @@ def test_the_cases_are_all_tuners_of_the_installed_peft():
     assert tried == set(peft.PeftType)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(REFUSED) - {"LoRA KaSA", "X-LoRA"}))  # PEFT reads no router of X-LoRA
 def test_the_way_out_leads_out(name, tmp_path):
     case = CASES[name]
@@ -219,6 +221,7 @@ def test_an_error_leaves_the_magnitudes_as_they_were():
 # Merging.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CASES if name not in REFUSED | VARIANTS.keys()])
 def test_it_merges_where_no_zero_is_filled(name):
     case = CASES[name]
@@ -276,6 +279,7 @@ MAMBAS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["lora", "masked_lora", "hira"])
 @pytest.mark.parametrize("kind", MAMBAS)
 def test_all_linear_leaves_out_what_peft_forbids(kind, form):

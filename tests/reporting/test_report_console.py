@@ -149,6 +149,7 @@ def test_the_machine_is_described():
     assert found["memory_bytes"] > 2**28
 
 
+@pytest.mark.slow
 def test_peak_memory_sees_what_was_held():
     code = "from sparsefit.reporting import peak_memory as peak; before, _ = peak(); held = bytearray(200 * 2**20);"
     code += "print(peak()[0] - before, peak()[1])"
@@ -160,6 +161,7 @@ def test_peak_memory_sees_what_was_held():
     assert peak_memory()[0] > 0
 
 
+@pytest.mark.slow
 def test_importing_the_package_loads_nothing_heavy():
     code = "import sys, sparsefit; before = set(sys.modules); import sparsefit.reporting;"
     code += "print(sorted((set(sys.modules) - before) & {'torch', 'matplotlib', 'numpy', 'transformers', 'lightning'}))"

@@ -11,6 +11,7 @@ from sparsefit.reporting import render_html
 from sparsefit.reporting.run_figures import loss, sparsity, timeline
 
 
+@pytest.mark.slow
 def test_the_page_is_self_contained_and_well_formed(any_report):
     html = render_html(any_report)
     page = Page(html)
@@ -58,6 +59,7 @@ def test_the_errors_of_layers_are_told_as_their_mean(report):
     assert ["mean error of outputs", "3.00%"] in Page(render_html(report)).rows["Pruning"]
 
 
+@pytest.mark.slow
 def test_a_control_has_its_figures_and_costs_apart(report, controlled):
     page = Page(render_html(controlled))
     text = page.text
@@ -148,6 +150,7 @@ PATHS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS, ids=".".join)
 def test_whatever_is_missing_the_rest_is_shown(report, path):
     report["sparsity"]["layers"] = report["sparsity"]["layers"][:2]

@@ -46,6 +46,7 @@ def test_values_that_lie_far_apart_get_a_log_scale(reconstructed, pruned, log):
     assert any("log scale" in text for text in texts(timeline(reconstructed))) == log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("entries", "shown"),
     [

@@ -32,6 +32,7 @@ def whole():
     return render_study(vision_study(), rows)
 
 
+@pytest.mark.slow
 def test_the_page_is_self_contained_and_well_formed(whole):
     page = Page(whole)
     assert not {"script", "link", "iframe", "img", "object", "embed", "base", "form"} & set(page.tags)

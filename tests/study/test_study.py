@@ -96,6 +96,7 @@ def test_finetuned_points_are_measured_twice_and_all_is_put_back(results):
     assert all(parameter.requires_grad and parameter.grad is None for parameter in net.module.parameters())
 
 
+@pytest.mark.slow
 def test_a_stopped_study_goes_on_where_it_was(tmp_path, results):
     points = GRID.points()
     whole, data = subject(finetune=finetune, epochs=1)

@@ -99,9 +99,7 @@ class ResumableDataModule(LightningDataModule):
 
     def position(self) -> Place:
         """The position where a loader that is iterated now must start."""
-        if (
-            self.trainer is not None and self.trainer.ckpt_path is None
-        ):  # another fit with this datamodule, from the start
+        if self.trainer is not None and self.trainer.ckpt_path is None:  # a fit from the start, after a resumed one
             self._resumed_at, self._counted = Place(0, 0), 0
         resumed = self._resumed_at
         # a run resumed at the end of an epoch still counts that epoch when it requests the next one's data
