@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparsefit.calibration.batches import regroup
 from sparsefit.calibration.samples import count_samples, cut_batch, join_samples, split_samples, tensors_in
 
 
@@ -52,3 +53,8 @@ def test_what_cannot_be_cut_stays_whole(name):
     assert count_samples(batch) == size
     assert split_samples(batch) is None
     assert cut_batch(batch, 1) is batch
+
+
+def test_batches_without_tensors_are_not_joined():
+    batches = [{"text": ["a", "b"]}, {"text": ["c", "d"]}]
+    assert [batch.data for batch in regroup(batches, size=8)] == batches

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -109,6 +111,19 @@ def split(ranks, form, **settings):
     return sharded(ranks, save_distributed_checkpoint=form == "folder") | settings
 
 
+def disk_full(folder, **settings):
+    """What a fit says whose first rank cannot move a checkpoint into place."""
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    with patch.object(os, "replace", os.replace if torch.distributed.get_rank() else full):
+        try:
+            train(folder, **settings)
+        except Exception as error:
+            return str(error)
+
+
 def on_two(folder):
     results = {}
     for form in FORMS:
@@ -129,6 +144,7 @@ def on_two(folder):
             torch.distributed.barrier()
             results["damaged"] = refused(more, checkpoint=damaged, **split(2, form))
             results["fewer"] = refused(more, checkpoint=step, cls=FewerBlocks, **split(2, form))
+        results[f"{form} on a full disk"] = disk_full(folder / f"full {form}", **split(2, form, max_steps=STEPS))
     return results
 
 
@@ -151,6 +167,14 @@ def two(tmp_path_factory):
 def one(two):
     """The rest of an epoch on one rank, after three steps on two."""
     return on_ranks(1, on_one, two[0])[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_a_checkpoint_that_cannot_be_moved_into_place_ends_all_ranks(two, form):
+    first, second = (rank[f"{form} on a full disk"] for rank in two[1])
+    assert "cannot be written: No space left on device" in first
+    assert second == f"on rank 0: {first}"
 
 
 @pytest.mark.slow

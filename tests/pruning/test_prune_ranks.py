@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+from unittest.mock import patch
 
 import pytest
 import torch
 from ranks import on_ranks
 
 from sparsefit import PruningConfig, collect_statistics, prune, prune_from_statistics
+from sparsefit.calibration.batches import calibration_data
+from sparsefit.errors import MaskError
 from sparsefit.pruning.scores import SCORES, Score
-from sparsefit.ranks import own_rank
+from sparsefit.pruning.undo import Undo
+from sparsefit.ranks import errors_on_all_ranks, own_rank
 
 SAMPLES = torch.randint(3, 61, (9, 12), generator=torch.Generator().manual_seed(0))
 SHARES = {1: [9], 2: [6, 3], 4: [4, 2, 2, 1]}  # samples of each rank
@@ -72,8 +76,49 @@ def pruned_by_all_methods(models, rank, ranks):
     return found, len(scored)
 
 
+def told_apart(rank, ranks):
+    """How many batches each rank keeps of texts that are its own, and of texts that all ranks have."""
+    kept = []
+    for texts in ([f"{rank}{number}" for number in range(8)], [str(number) for number in range(8)]):
+        batches = [{"text": [text]} for text in texts]
+        kept.append(len(calibration_data(torch.nn.Flatten(), batches, 1, print, "the test")))
+    return kept
+
+
+def scored_without_data(model):
+    """How many matrices this rank scores where the score needs no data."""
+    scored = []
+
+    def counting(weight):
+        scored.append(1)
+        return weight.abs()
+
+    SCORES["counting magnitude"] = Score(counting, "output", ())
+    prune(copy.deepcopy(model), config=PruningConfig(score="counting magnitude"))
+    return len(scored)
+
+
+def failing_apart(rank):
+    """What each rank raises if the first two fail in different ways."""
+    try:
+        with errors_on_all_ranks():
+            if rank == 0:
+                raise MaskError("one that may be caught")
+            if rank == 1:
+                raise MemoryError("no memory is left")
+    except Exception as error:
+        return str(error)
+
+
 def failures(model, rank):
     """What each rank raises where one of them fails, and whether its model is dense again."""
+
+    def no_memory(*_):
+        raise MemoryError("no memory is left")
+
+    def last_step(done, total):
+        if rank == 1 and done == total:
+            raise TimeoutError("time is up")
 
     def failing_score(weight, norms):
         if rank == 1:
@@ -82,13 +127,17 @@ def failures(model, rank):
 
     SCORES["failing"] = Score(failing_score, "output", ("squared_norm",))
     told = {}
-    for name, settings in {"score": {"score": "failing"}, "data": {"swaps": 1}}.items():
+    cases = {"score": {"score": "failing"}, "data": {"swaps": 1}, "writing": {}, "the last step": {}}
+    for name, settings in cases.items():
         one = copy.deepcopy(model)
         batches = share_of(rank, 4)
         if name == "data" and rank == 1:
             batches = [{"input_ids": torch.full((1, 4), 99)}]  # no such token
+        progress = last_step if name == "the last step" else None
+        write = no_memory if name == "writing" and rank == 1 else Undo.apply_mask
         try:
-            prune(one, batches, PruningConfig(**settings))
+            with patch.object(Undo, "apply_mask", write):
+                prune(one, batches, PruningConfig(**settings), progress=progress)
         except Exception as error:
             dense = all(torch.equal(a, b) for a, b in zip(one.parameters(), model.parameters(), strict=True))
             told[name] = type(error).__name__, str(error), dense
@@ -97,7 +146,13 @@ def failures(model, rank):
 
 def pruned_together(models, ranks):
     torch.distributed.init_process_group("gloo")
-    return *pruned_by_all_methods(models, own_rank(), ranks), failures(models["llama"], own_rank())
+    rank, llama = own_rank(), models["llama"]
+    others = {
+        "texts": told_apart(rank, ranks),
+        "scored": scored_without_data(llama),
+        "first error": failing_apart(rank),
+    }
+    return *pruned_by_all_methods(models, rank, ranks), failures(llama, rank) | others
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +209,24 @@ def test_a_rank_that_fails_ends_all_with_its_reason(together):
     assert first["score"] == ("RuntimeError", "on rank 1: MemoryError: no memory is left", True)
     assert first["data"][1].startswith("on rank 1: ")
     assert (first["data"][2], second["data"][2]) == (True, True)
+    for case, own in {"writing": "MemoryError: no memory is left", "the last step": "TimeoutError: time is up"}.items():
+        assert second[case] == (*own.split(": "), True)
+        assert first[case] == ("RuntimeError", f"on rank 1: {own}", True)
+
+
+def test_ranks_that_fail_in_different_ways_raise_one_error(together):
+    assert together[1][2]["first error"] == "no memory is left"
+    assert {told["first error"] for _, _, told in together} == {
+        "no memory is left",
+        "on rank 1: MemoryError: no memory is left",
+    }
+
+
+def test_texts_that_ranks_have_in_common_are_dealt_out_and_their_own_are_kept(together):
+    assert [told["texts"] for _, _, told in together] == [[8, 8 // len(together)]] * len(together)
+
+
+def test_scoring_without_data_is_shared_out(together):
+    scored = [told["scored"] for _, _, told in together]
+    assert sum(scored) == 21  # matrices of three blocks
+    assert max(scored) <= 21 / len(scored) + 3

@@ -21,6 +21,7 @@ from sparsefit.errors import MaskError
 from sparsefit.pruning import MaskSet
 from sparsefit.pruning.blocks import find_block_lists
 from sparsefit.ranks import own_rank
+from sparsefit.recovery.gather_shards import whole_on_first_rank
 
 SAMPLES = torch.randint(3, 61, (9, 12), generator=torch.Generator().manual_seed(0))
 SHARES = {1: [9], 2: [6, 3], 4: [4, 2, 2, 1]}  # samples of each rank
@@ -50,6 +51,7 @@ POINTS = {
     ("sparse", "keep"): {"existing_zeros": "keep", "sparsity": 0.6},
     ("sparse", "adopt"): {"existing_zeros": "adopt"},
     ("padded", "wanda"): {},
+    ("looped", "wanda"): {},
 }
 
 
@@ -58,6 +60,19 @@ ON_FOUR = [
     *(("llama", method) for method in ("owl", "swaps", "least_squares none")),
     *((name, "wanda") for name in ("llama in one unit", "plain", "in between", "padded")),
 ]
+
+
+class Looped(nn.Module):
+    """Calls its only block, a unit, several times in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 12))
+
+    def forward(self, x):
+        for _ in range(3):
+            x = x + self.block(x)
+        return x
 
 
 class Plain(nn.Module):
@@ -105,6 +120,7 @@ def make_models():
     models = {name: make_tiny_model(name) for name in ("llama", "mixtral", "gpt2")}
     models |= {"llama in one unit": models["llama"], "llama in small units": models["llama"]}
     models |= {"convnext": image_model("ConvNext"), "plain": Plain(), "in between": InBetween(), "padded": Padded()}
+    models["looped"] = Looped()
     models["sparse"] = copy.deepcopy(models["llama"])
     prune(models["sparse"], config=PruningConfig(score="magnitude", sparsity=0.3))
     return models
@@ -119,7 +135,7 @@ def batches_for(name, rank, ranks):
         ids = SAMPLES.clone()
         ids[::2, 9:] = 0
         return list(ids[own].split(2))
-    if name in ("plain", "in between"):
+    if name in ("plain", "in between", "looped"):
         return list(torch.randn(9, 12, generator=torch.Generator().manual_seed(1))[own].split(2))
     return [{"input_ids": one} for one in SAMPLES[own].split(2)]
 
@@ -129,6 +145,8 @@ def shard(model, name):
     parts = [block for blocks in find_block_lists(model) for block in blocks]
     if name.endswith("small units"):
         parts = [part for block in parts for part in (*block.children(), block) if any(True for _ in part.parameters())]
+    if name == "looped":
+        parts = [model.block]
     for part in parts if not name.endswith("one unit") else ():
         fully_shard(part)
     return fully_shard(model)
@@ -166,6 +184,12 @@ def raised(function, *args, **kwargs):
         function(*args, **kwargs)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
+
+
+def write_badly(model, rank):
+    with whole_on_first_rank(model):
+        if rank == 0:
+            raise OSError("the disk is full")
 
 
 def broken_off(models, rank):
@@ -209,6 +233,7 @@ def broken_off(models, rank):
         batches = [{"inputs_embeds": torch.full((1, 3, model.config.hidden_size), torch.nan if rank else 1.0)}]
     error = raised(prune, model, batches, config)
     told["data"] = error, all(torch.equal(dense[name], weight) for name, weight in whole(model).items())
+    told["writing"] = raised(write_badly, model, rank), True
     result = prune(model, batches_for("llama", rank, 2), PruningConfig(micro_batch_size=3))  # none has left a trace
     told["afterwards"] = result.masks.digest(), True
     return told
@@ -325,6 +350,12 @@ def test_data_and_progress_that_fail_on_one_rank_end_all(two_ranks):
     assert own.startswith("CalibrationError: the inputs of model.layers.0.self_attn.q_proj.weight are NaN")
     assert others == own.replace(": ", ": on rank 1: ", 1)
     assert (dense, own_dense) == (True, True)
+
+
+def test_an_error_of_the_rank_that_writes_ends_all(two_ranks):
+    first, second = (found["broken off"]["writing"][0] for found in two_ranks)
+    assert first == "OSError: the disk is full"
+    assert second == "RuntimeError: on rank 0: OSError: the disk is full"
 
 
 def test_a_model_that_was_given_back_is_pruned_as_if_nothing_had_been(alone, two_ranks):
