@@ -26,10 +26,10 @@ from torch import nn
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/pruning")]
 
-from tiny_models import ARCHITECTURES  # noqa: E402
 from image_models import MODELS, image_model, images  # noqa: E402
 from moe import FAMILIES, SIZES  # noqa: E402
 from passes import spread_weights  # noqa: E402
+from tiny_models import ARCHITECTURES  # noqa: E402
 
 from sparsefit import PruningConfig, prune  # noqa: E402
 from sparsefit.modules.loading import load_tokenizer  # noqa: E402
