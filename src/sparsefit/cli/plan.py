@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from sparsefit.planning import (
     Plan,
     Room,
     Shape,
+    blocks_within,
     estimated,
     gpu_called,
     plan_line,
@@ -35,9 +37,9 @@ from sparsefit.planning.gpus import GPU, REACHED
 from sparsefit.pruning.targets import count_weights
 from sparsefit.reporting.console import console
 from sparsefit.reporting.formats import hours, percent, seconds
-from sparsefit.reporting.machine import host_memory, memory_of
+from sparsefit.reporting.machine import free_host_memory, host_memory, memory_of
 
-_LONGEST = 8.0  # seconds that a training batch of the second miniature may take, as far as the first one tells
+_LONGEST = 8.0  # seconds that a training batch (or the pruning) of the second miniature may take, by the first one
 _OF_A_STUDY = {"study", "grid", "models"}
 
 
@@ -109,10 +111,18 @@ def _measured(recipe: Recipe) -> tuple[Measured, Measured | None, Measured | Non
     if whole:
         return small, None, further[0] if further else None
     # Of a small model all blocks, so that nothing is extrapolated.
-    blocks = int(FEWEST * _LONGEST / max(small.seconds.get("batch", 0.0), 1e-3))
+    by_time = int(FEWEST * _LONGEST / max(small.seconds.get("batch", small.seconds.get("pruning", 0.0)), 1e-3))
+    blocks = min(by_time, blocks_within(_free(recipe), recipe.work, small))
     two = replace(one, blocks=min(recipe.blocks, max(FEWEST + 1, blocks)))
     larger, *further = measure(two, _with_more_samples(two, recipe.calibration))
     return small, larger, further[0] if further else None
+
+
+def _free(recipe: Recipe) -> Room:
+    """What miniatures may use: free memory, and free disk space of the temporary folder that they write to."""
+    host, folder = free_host_memory(), tempfile.gettempdir()
+    device = host if recipe.work.host is None else float(torch.cuda.mem_get_info()[0])
+    return Room(device, host, shutil.disk_usage(folder).free, folder)
 
 
 def _with_more_samples(run: Miniature, calibration: list[Any]) -> Miniature | None:
