@@ -36,12 +36,14 @@ def plan_line_of(trainer: Trainer, module: LightningModule, config: PruningConfi
     """
     budget, pruned = budget_of(trainer), count_weights(module, config)
     parameters = {id(p): p for p in module.parameters()}
-    trained = [p for p in parameters.values() if p.requires_grad]
+    trains = 0 not in (trainer.max_steps, trainer.max_epochs)
+    trained = [p for p in parameters.values() if p.requires_grad and trains]
     counts = {"all": _count(parameters.values()), "pruned": pruned, "train": _count(trained)}
     # Optimizers exist before callbacks are called, but have their moments only after the first step.
-    moments = sum(_moments(group, optimizer) for optimizer in trainer.optimizers for group in optimizer.param_groups)
+    optimizers = trainer.optimizers if trains else []
+    moments = sum(_moments(group, optimizer) for optimizer in optimizers for group in optimizer.param_groups)
     held = sum(map(local_bytes, parameters.values())) + sum(map(local_bytes, trained)) + moments + pruned / 8
-    steps = trainer.max_steps if trainer.max_steps >= 0 else None
+    steps = (trainer.max_steps if trainer.max_steps >= 0 else None) if trains else 0
     return plan_line(counts, held, None if budget is None else budget.gpu_hours, trainer.world_size, steps)
 
 

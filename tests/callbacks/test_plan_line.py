@@ -63,6 +63,17 @@ def test_what_is_frozen_needs_no_gradient_and_plain_descent_no_moments(said):
     assert line.endswith("at most 2 steps")
 
 
+@pytest.mark.parametrize("limit", [{"max_steps": 0}, {"max_epochs": 0}])
+def test_a_fit_that_trains_nothing_holds_weights_and_masks(said, limit):
+    module = Classifier()
+    Trainer(**QUIET, callbacks=[WandaPruning(0.5, calibration_samples=8)], **limit).fit(module, data())
+    [line] = said()
+    everything, pruned = sum(p.numel() for p in module.parameters()), 2 * 2 * 8 * 16
+    assert "and 0 to train" in line
+    assert f"at least {(4 * everything + pruned / 8) / 1024:.2f} KiB" in line
+    assert line.endswith("at most 0 steps")
+
+
 def test_a_fit_that_goes_on_has_it_too(said, tmp_path):
     module = Classifier()
     pruning = WandaPruning(0.5, calibration_samples=8)

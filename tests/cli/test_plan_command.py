@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sparsefit.cli import plan, probing
 from sparsefit.cli.plan_recipe import devices_of
 from sparsefit.modules.loading import load_tokenizer
+from sparsefit.planning import Measured
 
 BLOCKS = 5
 
@@ -89,6 +90,18 @@ def test_a_gpu_by_its_data_sheet(sparsefit, deep):
     assert "'abacus': use one of" in errors
 
 
+@pytest.mark.parametrize(("form", "steps", "evaluations"), [("lora", 3, 3), ("masked_lora", 3, 4), ("lora", 0, 2)])
+def test_a_data_sheet_plans_the_evaluations_of_the_recipe(sparsefit, deep, form, steps, evaluations):
+    recipe, _ = deep
+    recipe["model"]["init_args"]["adapter"]["form"] = form
+    status, told, errors = sparsefit("plan", "--gpu", "h100", "--trainer.max_steps", steps, recipe=recipe)
+    assert status == 0, errors
+    assert re.search(rf"evaluation {evaluations} x \d+ batches", told)
+    assert ("training" in told.partition("memory")[2].partition(")")[0]) == bool(steps)
+    assert "not computed for a GPU by its data sheet: files" in told
+    assert "0 B" not in told
+
+
 @pytest.mark.usefixtures("forked_miniature")
 def test_what_fails_in_the_miniature_is_one_sentence(sparsefit, recipe):
     recipe["model"]["init_args"]["adapter"]["target_modules"] = ["no_such_layer"]
@@ -113,11 +126,17 @@ def test_validations_are_planned_and_the_line_opens_the_fit(sparsefit, recipe, t
 
 
 @pytest.mark.usefixtures("forked_miniature")
-def test_a_recipe_that_is_only_pruned(sparsefit, recipe):
+def test_a_recipe_that_is_only_pruned(sparsefit, recipe, caplog):
     status, told, errors = sparsefit("plan", "--trainer.max_steps", "0", recipe=recipe)
     assert status == 0, errors
     assert not re.search(r"training \d|training:", told)
     assert "calibration and pruning" in told
+    line = re.search(r"Plan: .* GPU-hours, at most 0 steps", told)[0]
+    assert "and 0 to train" in line
+    caplog.set_level(logging.INFO, logger="lightning.pytorch")
+    assert sparsefit("fit", "--trainer.max_steps", "0", recipe=recipe)[0] == 0
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("Plan: ")]
+    assert said == [line]
 
 
 @pytest.mark.usefixtures("forked_miniature")
@@ -129,6 +148,23 @@ def test_what_does_not_fit_is_told_with_the_setting_to_change(sparsefit, recipe,
     assert re.search(r"DOES NOT FIT: pruning takes .* of 1.00 MiB memory: set .*micro_batch_size", told)
     assert re.search(r"DOES NOT FIT: training takes .*gradient_checkpointing", told)
     assert re.search(r"DOES NOT FIT: the run folder takes .* has 1.00 KiB: set run.folder", told)
+
+
+@pytest.mark.parametrize(("free", "blocks"), [(2**40, BLOCKS), (2**10, 3)])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_the_second_miniature_has_the_blocks_that_fit(sparsefit, deep, monkeypatch, free, blocks, steps):
+    measured, counts = [], {"all": 9.0, "pruned": 8.0, "train": 1.0}
+
+    def measure(run, more):
+        measured.append(run.blocks)
+        one = Measured(run.blocks, run.samples, 2, {"pruning": 0.01}, {"pruning": 2.0**12}, {}, counts, 2.0**12)
+        return [one, *([one] if more else [])]
+
+    monkeypatch.setattr(plan, "measure", measure)
+    monkeypatch.setattr(plan, "free_host_memory", lambda: free)
+    status, _, errors = sparsefit("plan", "--trainer.max_steps", steps, recipe=deep[0])
+    assert status == 0, errors
+    assert measured == [2, blocks]
 
 
 def test_several_devices_are_reckoned_from_one(sparsefit, deep):

@@ -76,3 +76,9 @@ def test_a_host_holds_the_model_as_it_is_read_or_what_an_undo_and_a_teacher_take
     assert on(1, host=1000.0).host == pytest.approx(1000 + 100)
     # Of 16 pruned weights of 4 bytes the masks, all values, and a copy of the dense model.
     assert on(1, host=1000.0, removed=1.0, taught=True).host == pytest.approx(1000 + 2 + 64 + 100)
+
+
+def test_states_kept_on_the_host_are_not_on_the_device():
+    device, host = (on(1, samples=72, state_bytes=10, states_on_host=kept) for kept in (False, True))
+    assert device.peaks["pruning"] - host.peaks["pruning"] == (72 - 8) * 10
+    assert host.host - device.host == pytest.approx(2 + 0.5 * 16 * 100 / 25 + 72 * 10 - 100)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 
-from sparsefit.planning import Plan, Room, Work, plan_summary, unfit
+from sparsefit.planning import Measured, Plan, Room, Work, blocks_within, plan_summary, unfit
 
 GIB = 2**30
 WORK = Work(2, 8, 512, 4, 2, 2048, max_steps=5)
@@ -70,3 +71,13 @@ def test_it_is_told_and_so_is_a_budget_without_a_step():
     said = plan_summary(replace(PLAN, ends_by="budget", steps=0), WORK, ["the sky is low"])
     assert "DOES NOT FIT: the sky is low" in said
     assert any("raise budget.gpu_hours" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("free", "host", "blocks"),
+    [(Room(device=80), None, 8), (Room(device=80, disk=10), None, 2), (Room(80, 24), 5.0, 4), (Room(), None, math.inf)],
+)
+def test_a_miniature_takes_half_of_what_is_free(free, host, blocks):
+    tensors, peaks = {"weights": 6.0}, {"pruning": 7.0, "training": 10.0}
+    run = Measured(2, 8, 0, {}, peaks, tensors, {"all": 6.0, "pruned": 0.0}, disk=5.0)
+    assert blocks_within(free, replace(WORK, host=host, taught=True), run) == blocks

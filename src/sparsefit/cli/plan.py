@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from sparsefit.planning import (
     Plan,
     Room,
     Shape,
+    blocks_within,
     estimated,
     gpu_called,
     plan_line,
@@ -33,11 +35,12 @@ from sparsefit.planning import (
 )
 from sparsefit.planning.gpus import GPU, REACHED
 from sparsefit.pruning.targets import count_weights
+from sparsefit.recovery.adapters import LOSSLESS, AdapterSettings
 from sparsefit.reporting.console import console
 from sparsefit.reporting.formats import hours, percent, seconds
-from sparsefit.reporting.machine import host_memory, memory_of
+from sparsefit.reporting.machine import free_host_memory, host_memory, memory_of
 
-_LONGEST = 8.0  # seconds that a training batch of the second miniature may take, as far as the first one tells
+_LONGEST = 8.0  # seconds that a training batch (or the pruning) of the second miniature may take, by the first one
 _OF_A_STUDY = {"study", "grid", "models"}
 
 
@@ -61,6 +64,8 @@ def plan(arguments: list[str]) -> int:
         made, memory = _by_data_sheet(recipe, settings, gpu), gpu.memory
     room = _room(settings, recipe, memory, None if gpu is not None else host_memory())
     said = plan_summary(made, recipe.work, list(unfit(made, recipe.work, room)))
+    if gpu is not None:
+        said.append("not computed for a GPU by its data sheet: files of the run, export, zero-shot tasks")
     console.print(_opening(made, recipe), _table(made), *said, sep="\n", soft_wrap=True)
     return 0
 
@@ -82,24 +87,34 @@ def _by_data_sheet(recipe: Recipe, settings: Any, gpu: GPU) -> Plan:
             "--gpu plans for models by name whose blocks can be counted: leave it out to measure this one"
         )
     arguments, text = settings.model.as_dict()["init_args"], recipe.configuration.get_text_config()
+    if not hasattr(text, "vocab_size"):
+        raise ConfigError("--gpu plans for language models: leave it out to measure this one on the machine at hand")
     # Mixed precision keeps float32 weights.
     weight_bytes = 4 if arguments.get("dtype", "float32") == "float32" else 2
     checkpointing = bool(arguments.get("gradient_checkpointing"))
     shape = Shape(text.hidden_size, text.vocab_size, weight_bytes, checkpointing, recipe.work.taught)
     passes = settings.reconstruction.passes
-    evaluations = (3 + bool(passes)) * bool(recipe.work.test_batches)
+    evaluations = _evaluations(recipe, settings) * bool(recipe.work.test_batches)
     return predict(recipe.work, estimated(recipe.work, _counts(recipe), shape, gpu, passes, evaluations))
+
+
+def _evaluations(recipe: Recipe, settings: Any) -> int:
+    """Of the dense, pruned, reconstructed, recovered and merged model, as far as the recipe has them."""
+    adapter = settings.model.as_dict()["init_args"].get("adapter")
+    form = adapter.get("form", AdapterSettings().form) if isinstance(adapter, dict) else None
+    trains = recipe.miniature.train is not None
+    return 2 + bool(settings.reconstruction.passes) + trains * (1 + (form in LOSSLESS))
 
 
 def _counts(recipe: Recipe) -> dict[str, float]:
     """Weights of the recipe's model, of which no memory is taken: in all, to be pruned, and trained."""
     with torch.device("meta"):
         module = recipe.miniature.make_module(None, whole_skeleton=True)
-    parameters = list(module.parameters())
+    parameters, trains = list(module.parameters()), recipe.miniature.train is not None
     return {
         "all": float(sum(p.numel() for p in parameters)),
         "pruned": float(count_weights(module, recipe.config)),
-        "train": float(sum(p.numel() for p in parameters if p.requires_grad)),
+        "train": float(sum(p.numel() for p in parameters if p.requires_grad and trains)),
     }
 
 
@@ -109,10 +124,18 @@ def _measured(recipe: Recipe) -> tuple[Measured, Measured | None, Measured | Non
     if whole:
         return small, None, further[0] if further else None
     # Of a small model all blocks, so that nothing is extrapolated.
-    blocks = int(FEWEST * _LONGEST / max(small.seconds.get("batch", 0.0), 1e-3))
+    by_time = int(FEWEST * _LONGEST / max(small.seconds.get("batch", small.seconds.get("pruning", 0.0)), 1e-3))
+    blocks = min(by_time, blocks_within(_free(recipe), recipe.work, small))
     two = replace(one, blocks=min(recipe.blocks, max(FEWEST + 1, blocks)))
     larger, *further = measure(two, _with_more_samples(two, recipe.calibration))
     return small, larger, further[0] if further else None
+
+
+def _free(recipe: Recipe) -> Room:
+    """What miniatures may use: free memory, and free disk space of the temporary folder that they write to."""
+    host, folder = free_host_memory(), tempfile.gettempdir()
+    device = host if recipe.work.host is None else float(torch.cuda.mem_get_info()[0])
+    return Room(device, host, shutil.disk_usage(folder).free, folder)
 
 
 def _with_more_samples(run: Miniature, calibration: list[Any]) -> Miniature | None:

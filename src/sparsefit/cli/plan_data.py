@@ -103,13 +103,16 @@ def _timed(data: Data, stage: str) -> Iterator[None]:
 
 
 def _read_test(data: Data, source: Any) -> None:
+    if not is_overridden("test_dataloader", source):
+        return
     try:
         source.setup("test")
         loader = source.test_dataloader()
     except SparsefitError:  # a recipe may have no test data
         return
     if loader is not None:
-        data.test, data.test_batches = next(iter(loader), None), len(loader)
+        batches = _whole_length(loader)
+        data.test, data.test_batches = next(iter(loader), None), 0 if batches == math.inf else int(batches)
 
 
 def _validation(loaders: Any, trainer: Any) -> tuple[Any, int]:
@@ -124,11 +127,16 @@ def _validation(loaders: Any, trainer: Any) -> tuple[Any, int]:
 
 def _length(loader: Any, trainer: Any, kind: str) -> float:
     """Batches of a loader, as far as the Trainer lets it be read; infinity for a stream."""
-    try:
-        whole: float = len(loader)
-    except TypeError:
-        whole = math.inf
+    whole = _whole_length(loader)
     limit = trainer[f"limit_{kind}_batches"]
     if limit is None:
         return whole
     return min(whole, limit) if isinstance(limit, int) else whole if whole == math.inf else int(whole * limit)
+
+
+def _whole_length(loader: Any) -> float:
+    """Batches of a loader; infinity for a stream."""
+    try:
+        return len(loader)
+    except TypeError:
+        return math.inf

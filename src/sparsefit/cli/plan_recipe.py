@@ -119,6 +119,7 @@ def _work(settings: Any, data: Data, config: PruningConfig, trains: bool, on_gpu
         gram="gram" in config.statistics,
         micro_batch=config.micro_batch_size,
         control=settings.control,
+        states_on_host=on_gpu and config.states_on_cpu,
     )
 
 

@@ -131,7 +131,7 @@ def _measured(run: Miniature) -> Measured:
     counts = {
         "all": float(sum(p.numel() for p in module.parameters())),
         "pruned": float(bits_of(pruning.masks)),
-        "train": float(sum(p.numel() for p in module.parameters() if p.requires_grad)),
+        "train": float(sum(p.numel() for p in module.parameters() if p.requires_grad and run.train is not None)),
     }
     seconds |= watch.seconds()
     tasks: dict[str, Results] = report.report.get("tasks", {})

@@ -52,10 +52,11 @@ def least_bytes(work: Work, counts: Mapping[str, float], tensors: Mapping[str, f
 
 def bytes_of_a_host(work: Work, counts: Mapping[str, float], tensors: Mapping[str, float]) -> float | None:
     """Peak bytes of each process on the host of its GPU; None without a GPU. Counts the model while it is read, masks
-    of one bit per weight, and, until pruning is final, the removed weights and a teacher's copy."""
+    of one bit per weight, and, until pruning is final, the removed weights a teacher's copy and hidden states."""
     if work.host is None:
         return None
     weights = tensors.get("weights", 0.0)
     pruned = counts.get("pruned", 0.0) * weights / max(counts.get("all", 0.0), 1.0)
     kept = counts.get("pruned", 0.0) / 8 + work.removed * pruned + work.taught * weights
-    return work.host + max(weights, kept)
+    states = own_samples(work) * work.state_bytes if work.states_on_host else 0
+    return work.host + max(weights, kept + states)

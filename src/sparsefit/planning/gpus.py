@@ -86,13 +86,12 @@ def estimated(
     if passes:
         seconds["reconstruction"] = (3 * passes + 2) * forward * samples
     weights, trained = counts["all"] * shape.weight_bytes, counts["train"] * shape.weight_bytes
-    tensors = {"weights": weights, "gradients": trained, "moments": counts["train"] * 8, "block": weights / work.blocks}
+    tensors = {"weights": weights, "gradients": trained, "moments": 2 * trained, "block": weights / work.blocks}
     # Masks are kept in host memory.
-    peaks = {
-        "pruning": weights + work.samples * work.state_bytes,
-        "training": sum(tensors[key] for key in ("weights", "gradients", "moments"))
-        + beside_weights(counts, shape, work.blocks, work.batch_tokens),
-    }
+    peaks = {"pruning": weights + work.samples * work.state_bytes * (not work.states_on_host)}
+    if work.batch_tokens:
+        held = sum(tensors[key] for key in ("weights", "gradients", "moments"))
+        peaks["training"] = held + beside_weights(counts, shape, work.blocks, work.batch_tokens)
     return Measured(work.blocks, work.samples, evaluations, seconds, peaks, tensors, counts)
 
 

@@ -37,6 +37,7 @@ class Work:
         gram: Whether pruning solves with Gram matrices, which several devices divide among them.
         micro_batch: Calibration samples that go through the model at once.
         control: Whether the dense model is trained by the same recipe afterwards.
+        states_on_host: Whether hidden states are kept on the host of a GPU.
     """
 
     blocks: int
@@ -64,6 +65,7 @@ class Work:
     gram: bool = False
     micro_batch: int = 8
     control: bool = False
+    states_on_host: bool = False
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def plan_summary(plan: Plan, work: Work, unfit: Sequence[str]) -> list[str]:
     said = [
         f"memory{whose}: {size(max(plan.peaks.values()))} ({memory})"
         + (f"; on the host: {size(plan.host)}" if plan.host is not None else "")
-        + f"; files: {size(plan.disk)}",
+        + (f"; files: {size(plan.disk)}" if plan.disk else ""),
     ]
     if plan.step:
         ends = "without a limit" if plan.ends_by is None else f"limited by {plan.ends_by}"

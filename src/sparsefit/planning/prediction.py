@@ -55,7 +55,7 @@ def predict(work: Work, one: Measured, two: Measured | None = None, more: Measur
         stage: work.held + peak + tensors.get(stage, 0.0) - largest.tensors.get(stage, 0.0)
         for stage, peak in largest.peaks.items()
     }
-    if "pruning" in peaks:
+    if "pruning" in peaks and not work.states_on_host:
         peaks["pruning"] += (own_samples(work) - one.samples) * work.state_bytes
     if "training" in peaks and work.host is None:
         peaks["training"] *= 1 + GROWN

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sparsefit.planning.plan_data import Plan, Work
+from sparsefit.planning.device_sharing import bytes_of_a_host
+from sparsefit.planning.plan_data import Measured, Plan, Work
 from sparsefit.reporting.formats import size
 
 _WAYS = {
@@ -51,3 +53,24 @@ def unfit(plan: Plan, work: Work, room: Room) -> Iterator[str]:
         )
     if room.disk is not None and plan.disk > room.disk:
         yield f"the run folder takes {size(plan.disk)}, and {room.place} has {size(room.disk)}: set run.folder"
+
+
+def blocks_within(free: Room, work: Work, run: Measured) -> float:
+    """Number of blocks whose miniature run takes at most half of what is free; infinity if nothing limits it.
+
+    Each block is counted with its part of all bytes of `run`, which is more than it takes: embeddings exist once.
+
+    Args:
+        free: Free bytes.
+        work: The work of the recipe.
+        run: A miniature run with fewer blocks.
+    """
+    host = bytes_of_a_host(work, run.counts, run.tensors)
+    taken = {
+        "device": max(run.peaks.values(), default=0.0),
+        "host": 0.0 if host is None else host - (work.host or 0.0),
+        "disk": run.disk,
+    }
+    room = {name: getattr(free, name) for name in taken}
+    fits = [room[name] / 2 / taken[name] for name in taken if taken[name] > 0 and room[name] is not None]
+    return math.floor(run.blocks * min(fits)) if fits else math.inf

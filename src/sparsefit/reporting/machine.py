@@ -120,6 +120,14 @@ def host_memory() -> int | None:
     return None
 
 
+def free_host_memory() -> int | None:
+    """Bytes of memory of this machine that are free or can be freed; all of them if the platform does not tell."""
+    with suppress(OSError, StopIteration, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+    return host_memory()
+
+
 def _device_names() -> list[str]:
     import torch
 
