@@ -87,6 +87,7 @@ def copy_beside(base: Path, output: Path) -> None:
     """What lies beside the weights of the base and was not written anew: tokenizer, processor, settings."""
     for file in sorted(base.iterdir()):
         of_weights = file.name.endswith((".safetensors", ".safetensors.index.json", SUMS_FILE))
+        of_weights |= file.name.startswith("pytorch_model")
         if file.is_file() and not of_weights and not (output / file.name).exists():
             shutil.copyfile(file, output / file.name)
 

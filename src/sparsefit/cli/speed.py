@@ -25,6 +25,7 @@ from sparsefit.reporting.formats import size
 from sparsefit.reporting.machine import machine, versions
 from sparsefit.reporting.report import write_json
 from sparsefit.serving.comparison import Row, Settings, compare, verdict
+from sparsefit.serving.decoders import check_cache
 from sparsefit.serving.dense_twin import zeros_as_masks
 from sparsefit.serving.runtimes import RUNTIMES
 from sparsefit.serving.timing import PHASES, Speed
@@ -43,7 +44,10 @@ def speed(arguments: list[str]) -> int:
     check_ended(given.folder)
     source = weight_files(given.folder)[0].parent
     quieten()
-    model, masks = _model_of(given.folder, source, given.dtype, device)
+    model, masks = _model_of(source, given.dtype, device)
+    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if length is not None and given.prompt + given.tokens > length:
+        raise ConfigError(f"--prompt {given.prompt} and --tokens {given.tokens} exceed the {length} positions it has")
     clock = time.process_time if given.processor_time else time.perf_counter
     settings = Settings(given.batch_sizes, given.prompt, given.tokens, given.repeats, clock)
     kind = str(model.dtype).removeprefix("torch.")
@@ -57,13 +61,17 @@ def speed(arguments: list[str]) -> int:
             continue
         units = 2 * len(settings.batch_sizes) * (settings.repeats + 1)
         with stage_progress(name, units) as advance:
-            rows += compare(model, masks, RUNTIMES[name], settings, advance)
-    notes = [note for name in names if name not in not_run and (note := RUNTIMES[name].note(model))]
+            try:
+                for row in compare(model, masks, RUNTIMES[name], settings, advance):
+                    rows.append(row)
+            except Exception as error:  # each library has errors of its own, and the others shall still be measured
+                not_run[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    notes = list(dict.fromkeys(row.note for row in rows if row.note))
     sentence = verdict(rows)
     told = [f"{name}: not run, {why}" for name, why in not_run.items()] + notes + [sentence]
     if rows:
         console.print(_table(rows))
-        told.insert(0, _weights(rows))
+        told[:0] = [_weights(rows), _differences(rows)]
     console.print("\n".join(told), markup=False, highlight=False, soft_wrap=True)
     if given.json is not None:
         report: dict[str, Any] = {"command": shlex.join(["sparsefit", "speed", *arguments]), "model": str(source)}
@@ -120,16 +128,17 @@ def _runtimes(names: str | None) -> list[str]:
     return chosen
 
 
-def _model_of(folder: Path, source: Path, dtype: str, device: torch.device) -> tuple[Any, MaskSet]:
+def _model_of(source: Path, dtype: str, device: torch.device) -> tuple[Any, MaskSet]:
     from sparsefit.modules.loading import load_causal_lm
 
     model = load_causal_lm(str(source), dtype)
-    masks = masks_beside(source) or masks_beside(folder)
+    masks = masks_beside(source)
     if masks is None:
         masks = zeros_as_masks(model)
     masks.verify(model)
     if not masks:
         raise ConfigError(f"the model in {source} has no zeros: there is nothing that pruning could have gained")
+    check_cache(model)
     return model.to(device), masks
 
 
@@ -150,6 +159,13 @@ def _weights(rows: Iterable[Row]) -> str:
     by_runtime = {row.runtime: (row.dense_bytes, row.pruned_bytes) for row in rows}
     told = [f"{size(pruned)} in {name} (dense {size(dense)})" for name, (dense, pruned) in by_runtime.items()]
     return f"weights in memory: {', '.join(told)}"
+
+
+def _differences(rows: Iterable[Row]) -> str:
+    """How far the logits of each runtime are from plain torch's."""
+    found = {row.runtime: row.difference for row in rows}
+    told = ", ".join(f"{name} {difference:.1e}" for name, difference in found.items())
+    return f"largest difference of a logit from torch's, as a share of the largest: {told}"
 
 
 def _tokens(speed: Speed) -> str:

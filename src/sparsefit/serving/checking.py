@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
@@ -11,8 +9,8 @@ from sparsefit.errors import ExportError
 from sparsefit.serving.decoders import Decoder, TorchDecoder
 from sparsefit.serving.graphs import Graph, sample_logits
 
-ALLOWED = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""The largest difference of a logit, as a share of the largest logit, by the dtype of the model."""
+_ALLOWED = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""The largest difference of a logit, as a share of the largest logit, by the dtype that both sides compute in."""
 
 _PROMPT, _STEPS = 12, 3
 
@@ -49,16 +47,22 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
 
 
-def check_difference(found: float, dtype: torch.dtype, file: Path) -> None:
-    """See that an exported model computes what the model does.
+def check_difference(found: float, what: str, dtype: torch.dtype = torch.float32) -> None:
+    """See that an exported or converted model computes what the model does.
+
+    Args:
+        found: The largest difference of a logit as a share of the largest one.
+        what: The file or the runtime, for the message.
+        dtype: What both compute in. Exported files are checked in float32, runtimes in the dtype that they run.
 
     Raises:
         ExportError: if it does not, beyond what rounding in its dtype explains.
     """
-    if not found <= ALLOWED[dtype]:  # NaN is no difference that is allowed
+    allowed = _ALLOWED.get(dtype, _ALLOWED[torch.float32])
+    if not found <= allowed:  # NaN is no difference that is allowed
         raise ExportError(
-            f"{file} does not compute what the model does: a logit differs by {found:.2%} of the largest, and rounding "
-            f"explains {ALLOWED[dtype]:.1%}. Nothing was written"
+            f"{what} does not compute what the model does, so it is not used: a logit differs by {found:.2%} of the "
+            f"largest, and rounding explains {allowed:.1%}"
         )
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+from sparsefit.errors import ConfigError
 
 
 class Decoder(Protocol):
@@ -13,9 +16,11 @@ class Decoder(Protocol):
 
     Attributes:
         weight_bytes: What its weights take in memory, in the format that the runtime computes with.
+        note: What is to be known of its figures.
     """
 
     weight_bytes: int
+    note: str
 
     def start(self, ids: Tensor) -> Tensor:
         """Read a prompt (batch, tokens) into an empty cache; the logits (batch, tokens, vocabulary)."""
@@ -27,10 +32,16 @@ class Decoder(Protocol):
 
 
 class TorchDecoder:
-    """A model of transformers in torch, its weights in whatever tensors they are."""
+    """A model of transformers in torch, its weights in whatever tensors they are.
 
-    def __init__(self, model: nn.Module) -> None:
+    Raises:
+        ConfigError: if the model keeps its state elsewhere than in `past_key_values`.
+    """
+
+    def __init__(self, model: nn.Module, note: str = "") -> None:
+        check_cache(model)
         self.model = model
+        self.note = note
         self.weight_bytes = weight_bytes(model)
         self._cache = None
 
@@ -47,6 +58,19 @@ class TorchDecoder:
         """As of `Decoder`."""
         token = token.to(next(self.model.parameters()).device)
         return self.model(token, past_key_values=self._cache, use_cache=True).logits
+
+
+def check_cache(model: nn.Module) -> None:
+    """See that a model reads on from a cache of keys and values.
+
+    Raises:
+        ConfigError: if its forward takes none, as that of a Mamba or an RWKV.
+    """
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise ConfigError(
+            f"a {type(model).__name__} takes no past_key_values: only language models with a cache of keys and values "
+            "can be run token by token here"
+        )
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -32,7 +32,8 @@ def dense_twin(model: nn.Module, seed: int = 0) -> nn.Module:
                 continue
             spread = weight[~zero].float().std() if (~zero).sum() > 1 else torch.tensor(0.02)
             generator = torch.Generator().manual_seed(seed + number)
-            drawn = torch.randn(int(zero.sum()), generator=generator).clamp_(min=1e-3)
+            drawn = torch.randn(int(zero.sum()), generator=generator)
+            drawn = torch.where(drawn.abs() < 1e-3, 1e-3, drawn)  # none that rounds to zero
             weight[zero] = (drawn * spread.cpu()).to(weight.device, weight.dtype)
     return twin
 

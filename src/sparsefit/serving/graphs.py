@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from transformers.exporters.runners import ModelRunner
 
 
-_EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
+EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
+"""OpenVINO's settings to compute in float32, whatever the weights are held in."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def sample_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     """Small inputs of the kind that a model takes, one of them padded so that the padding mask is traced, too.
 
     Raises:
-        ConfigError: if it takes others than tokens or images, or is an encoder with a decoder.
+        ConfigError: if it takes others than tokens or images, is an encoder with a decoder, or has no head.
     """
     config = model.config
     main = model.main_input_name
@@ -100,9 +101,15 @@ def sample_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
             f"a {type(model).__name__} cannot be exported: ONNX and OpenVINO take decoders, and classifiers of images "
             "and texts"
         )
+    if model.base_model is model and not model.can_generate():
+        raise ConfigError(
+            f"a {type(model).__name__} has no head and gives no logits, by which an export is checked: export the "
+            "classifier that was built on it"
+        )
     if main == "pixel_values":
-        size = config.image_size if isinstance(getattr(config, "image_size", None), int) else 224
-        return {main: torch.randn(2, getattr(config, "num_channels", 3), size, size)}
+        size = getattr(config, "image_size", None) or 224
+        height, width = (size, size) if isinstance(size, int) else size
+        return {main: torch.randn(2, getattr(config, "num_channels", 3), height, width)}
     ids = torch.arange(12).view(2, 6) % config.get_text_config().vocab_size
     mask = torch.ones_like(ids)
     mask[0, 0] = 0
@@ -116,9 +123,16 @@ class GraphDecoder:
         graph: Of `export_graph`, of a model that generates.
         threads: CPU threads.
         settings: Further properties of OpenVINO's compilation.
+        note: What is to be known of its figures.
+
+    Raises:
+        ConfigError: if the graph has no cache.
     """
 
-    def __init__(self, graph: Graph, threads: int, settings: dict[str, Any] | None = None) -> None:
+    def __init__(self, graph: Graph, threads: int, settings: dict[str, Any] | None = None, note: str = "") -> None:
+        self.note = note
+        if "past_key_values" not in graph.sample:
+            raise ConfigError("the exported graph takes no cache (past_key_values), so it cannot go on from a prompt")
         self._kind = graph.kind
         self._layers = graph.sample["past_key_values"]
         self.weight_bytes = sum(array.nbytes for array in weights_of(graph.exported))
@@ -167,7 +181,7 @@ class GraphDecoder:
 
 def sample_logits(graph: Graph) -> Tensor:
     """What a graph makes of the inputs that it was traced with: the logits, in float32 where OpenVINO computes."""
-    run = _openvino_runner(graph, _EXACT) if graph.kind == "openvino" else graph.exported
+    run = _openvino_runner(graph, EXACT) if graph.kind == "openvino" else graph.exported
     return run(**graph.sample).logits
 
 
@@ -225,7 +239,7 @@ def load_graph(folder: Path, like: Graph) -> Graph:
         else:  # which from_pretrained would compile, too: see _core
             ((name, component),) = like.exported.components.items()
             file = folder / f"{OpenVINOExporter.program_prefix}{name}{OpenVINOExporter.program_suffix}"
-            read = ExportedComponent(OpenVINOExporter.load_program(file), component.metadata)
+            read = ExportedComponent(_core().read_model(file), component.metadata)
             exported = ExportedModel({name: read}, like.kind)
     return Graph(exported, like.sample, like.generates)
 

@@ -28,10 +28,10 @@ def why_not(model: nn.Module, masks: MaskSet) -> str:
 def prepare(model: nn.Module, masks: MaskSet) -> Decoder:
     """The model as an OpenVINO graph, with packed weights where the CPU has them."""
     settings = {"CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE": _LEAST_SPARSITY}
-    return GraphDecoder(export_graph(model, "openvino"), torch.get_num_threads(), settings)
+    return GraphDecoder(export_graph(model, "openvino"), torch.get_num_threads(), settings, _note(model))
 
 
-def note(model: nn.Module) -> str:
+def _note(model: nn.Module) -> str:
     """Why packed weights are not what is measured."""
     why = "" if _has_amx() else " and this CPU has no AMX"
     kind = str(next(model.parameters()).dtype).removeprefix("torch.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from sparsefit.bare_model import base_modules
+from sparsefit.errors import ConfigError
 from sparsefit.pruning import MaskSet
 from sparsefit.recovery.semi_structured import backend_of, to_semi_structured, why_dense
 from sparsefit.serving.decoders import Decoder, TorchDecoder
@@ -24,6 +25,15 @@ def why_not(model: nn.Module, masks: MaskSet) -> str:
 
 
 def prepare(model: nn.Module, masks: MaskSet) -> Decoder:
-    """The model with its 2:4 layers converted."""
-    to_semi_structured(model, masks)
-    return TorchDecoder(model)
+    """The model with its 2:4 layers converted.
+
+    Raises:
+        ConfigError: if none can be.
+    """
+    report = to_semi_structured(model, masks)
+    why = next(iter(report.dense.values()), "")
+    if not report.converted:
+        raise ConfigError(f"no layer could be converted: {why}")
+    count = len(report.converted) + len(report.dense)
+    note = f"{NAME}: {len(report.dense)} of {count} pruned weights stay dense, the first because {why}" if why else ""
+    return TorchDecoder(model, note)
