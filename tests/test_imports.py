@@ -65,7 +65,7 @@ ALLOWED = {
     "saved_models": {"sparsefit.recovery"},
     "hub": {"huggingface_hub"} | {f"sparsefit.{part}" for part in ("modules", "recovery", "reporting", "saved_models")},
     "planning": {"sparsefit.reporting"},
-    "serving": {"torch", "numpy", "transformers", "gguf", "onnxruntime", "openvino"}
+    "serving": {"torch", "numpy", "transformers", "gguf", "onnxruntime", "openvino", "onnx_ir"}
     | {"sparsefit.pruning", "sparsefit.recovery"},
     "study": {"torch", "sparsefit.calibration", "sparsefit.pruning", "sparsefit.reporting"},
     "callbacks": {

@@ -6,6 +6,7 @@ import copy
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from sparsefit.pruning import MaskSet
 
@@ -42,6 +43,8 @@ def zeros_as_masks(model: nn.Module) -> MaskSet:
     """Masks of the linear layers of a model that are sparse, for one that was saved without masks."""
     masks = MaskSet()
     for name, layer in model.named_modules():
-        if type(layer) is nn.Linear and (layer.weight == 0).float().mean() >= _LEAST_SPARSITY:
-            masks.add(f"{name}.weight", layer.weight.detach() != 0)
+        if isinstance(layer, nn.Linear | Conv1D) and (layer.weight == 0).float().mean() >= _LEAST_SPARSITY:
+            transposed = isinstance(layer, Conv1D)
+            mask = layer.weight.detach() != 0
+            masks.add(f"{name}.weight", mask.t() if transposed else mask, transposed)
     return masks

@@ -21,12 +21,16 @@ if TYPE_CHECKING:
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """What GGUF calls the model types that are written."""
 
-_PRE_TOKENIZERS = {
-    r"\p{N}{1,3}": "llama-bpe",
-    r"\p{N}+": "default",
-    r"\p{N}": "qwen2",
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_SPLITS = {
+    rf"{_WORDS}|\p{{N}}{{1,3}}|{_REST}": "llama-bpe",
+    rf"{_WORDS}|\p{{N}}|{_REST}": "qwen2",
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "tekken",
 }
-"""By the rule for digits in a tokenizer's own splitting expression, what llama.cpp calls the whole of it."""
+"""What llama.cpp calls the expressions by which tokenizers split text."""
 
 
 def write_gguf(model: PreTrainedModel, tokenizer_folder: Path, file: Path) -> None:
@@ -79,8 +83,11 @@ def check_model(model: PreTrainedModel, tokenizer_folder: Path) -> None:
         raise ConfigError(f"sliding windows of attention are not written as GGUF: {elsewhere}")
     if not (tokenizer_folder / "tokenizer.json").is_file():
         raise ConfigError(f"GGUF holds the tokenizer, too, and {tokenizer_folder} has no tokenizer.json: put it there")
-    if _tokenizer_of(tokenizer_folder)["model"]["type"] != "BPE":
+    tokenizer = _tokenizer_of(tokenizer_folder)
+    if tokenizer["model"]["type"] != "BPE":
         raise ConfigError(f"the tokenizer in {tokenizer_folder} is none of byte pairs (BPE), the kind that is written")
+    if not tokenizer["model"].get("byte_fallback"):
+        pre_tokenizer(tokenizer)
 
 
 def matrices_in(file: Path) -> Iterator[Array]:
@@ -159,19 +166,30 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
 def pre_tokenizer(saved: dict[str, Any]) -> str:
     """What llama.cpp calls the way in which a byte-level tokenizer splits text before it joins pairs.
 
+    Raises:
+        ConfigError: if it has no name for it: under another one, text would be split into other tokens.
+
     >>> pre_tokenizer({"pre_tokenizer": {"type": "ByteLevel", "use_regex": True}})
     'gpt-2'
     """
     found = saved.get("pre_tokenizer") or {}
-    parts = found.get("pretokenizers", [found])
-    if any(part.get("type") == "Digits" and part.get("individual_digits") for part in parts):
-        return "smollm"
-    for part in parts:
-        expression = str((part.get("pattern") or {}).get("Regex", ""))
-        for rule, name in _PRE_TOKENIZERS.items():
-            if rule in expression:
-                return name
-    return "gpt-2"
+    *first, last = found.get("pretokenizers") or [found]
+    name = None
+    if last.get("type") == "ByteLevel" and not last.get("add_prefix_space") and len(first) < 2:
+        splits = first[0] if first else {}
+        own_split = last.get("use_regex", True)  # GPT-2's
+        if not first and own_split:
+            name = "gpt-2"
+        elif splits.get("type") == "Digits" and splits.get("individual_digits") and own_split:
+            name = "smollm"
+        elif splits.get("type") == "Split" and not own_split:
+            name = _SPLITS.get((splits.get("pattern") or {}).get("Regex"))
+    if name is None:
+        raise ConfigError(
+            f"the tokenizer splits text in a way that is none of {', '.join(['gpt-2', 'smollm', *_SPLITS.values()])}, "
+            "the names of llama.cpp that are written to a GGUF file: its own convert_hf_to_gguf.py may know it"
+        )
+    return name
 
 
 def _tokenizer_of(folder: Path) -> dict[str, Any]:

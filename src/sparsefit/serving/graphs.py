@@ -78,7 +78,10 @@ def export_graph(model: PreTrainedModel, kind: str, fused: bool = False) -> Grap
                 traced, sample = parts["decode"]
             if kind == "onnx":
                 config = OnnxConfig(dynamic=True, ort_fusions="cpu" if fused else None)
-                return Graph(OnnxExporter().export(traced, copy.deepcopy(sample), config), sample, generates)
+                exported = OnnxExporter().export(traced, copy.deepcopy(sample), config)
+                for component in exported.components.values():
+                    _clear_metadata(component.program.model)
+                return Graph(exported, sample, generates)
             config = OpenVINOConfig(dynamic=True)
             return Graph(OpenVINOExporter().export(traced, copy.deepcopy(sample), config), sample, generates)
         except Exception as error:  # tracing fails in as many ways as there are models
@@ -86,6 +89,14 @@ def export_graph(model: PreTrainedModel, kind: str, fused: bool = False) -> Grap
             raise ConfigError(
                 f"a {type(model).__name__} cannot be exported to {kind} by the installed libraries: {told}"
             ) from error
+
+
+def _clear_metadata(model: Any) -> None:
+    """Drop what the tracing has noted in an ONNX model: a stack trace for each operator, with paths of this machine."""
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    ClearMetadataAndDocStringPass()(model)
+    model.metadata_props.clear()
 
 
 def sample_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
