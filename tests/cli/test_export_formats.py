@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, ViTConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    ViTConfig,
+)
 from transformers import ViTForImageClassification as ViT
 
+import sparsefit
 from sparsefit import prune
+from sparsefit.errors import ConfigError
 from sparsefit.modules.loading import load_tokenizer
 from sparsefit.recovery.export import export_base
 from sparsefit.recovery.inspection import inspect_folder
 from sparsefit.serving import libraries
+from sparsefit.serving.gguf_file import pre_tokenizer
+from sparsefit.serving.graphs import sample_inputs
 
+pytestmark = pytest.mark.slow
+
+ASSETS = Path(sparsefit.__file__).parent / "assets"
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 NEEDED = {kind: libraries.missing_for(kind) for kind in libraries.LIBRARIES}
 
@@ -145,3 +163,64 @@ def test_a_file_that_computes_something_else_is_not_written(sparsefit, tmp_path,
     status, _, errors = sparsefit("export", run, "--format", "gguf", "--output", tmp_path / "out")
     assert (status, "does not compute what the model does" in errors) == (2, True), errors
     assert not (tmp_path / "out").exists()
+
+
+@needs("onnx")
+def test_a_half_precision_model_is_written_as_onnx_in_float32_without_paths_of_this_machine(sparsefit, tmp_path):
+    run = pruned_run(small_llama().bfloat16(), tmp_path / "run")
+    status, output, errors = sparsefit("export", run, "--format", "onnx", "--output", tmp_path / "out")
+    assert status == 0, errors
+    assert "written in float32: the model is torch.bfloat16" in output
+    for file in (tmp_path / "out").glob("*.onnx"):
+        assert b"site-packages" not in file.read_bytes()
+
+
+@needs("gguf")
+def test_a_float64_model_is_refused(sparsefit, tmp_path):
+    run = pruned_run(small_llama().double(), tmp_path / "run")
+    status, _, errors = sparsefit("export", run, "--format", "gguf", "--output", tmp_path / "out")
+    assert (status, "float64" in errors) == (2, True), errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_inputs_of_models_to_be_traced():
+    with pytest.raises(ConfigError, match="BertModel has no head"):
+        sample_inputs(BertModel(BertConfig(vocab_size=20, **SIZES)))
+    classifier = ViT(ViTConfig(image_size=(16, 24), patch_size=8, **SIZES))
+    assert sample_inputs(classifier)["pixel_values"].shape == (2, 3, 16, 24)
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def split_by(expression):
+    parts = [{"type": "Split", "pattern": {"Regex": expression}}, BYTES]
+    return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": parts}}
+
+
+@pytest.mark.parametrize(
+    ("saved", "name"),
+    [
+        ({"pre_tokenizer": BYTES | {"use_regex": True}}, "gpt-2"),
+        (split_by(WORDS + r"|\p{N}{1,3}|" + REST), "llama-bpe"),
+        (split_by(WORDS + r"|\p{N}|" + REST), "qwen2"),
+        (split_by(TEKKEN), "tekken"),
+        (split_by(WORDS + r"|\p{N}{1,2}|" + REST), None),
+        ({"pre_tokenizer": None}, None),
+        ({"pre_tokenizer": BYTES}, None),
+    ],
+)
+def test_splitting_rules_are_named_or_refused(saved, name):
+    if name is None:
+        with pytest.raises(ConfigError, match="splits text in a way that is none of gpt-2"):
+            pre_tokenizer(saved)
+    else:
+        assert pre_tokenizer(saved) == name
+    assert pre_tokenizer(json.loads((ASSETS / "tiny_llama/tokenizer.json").read_text())) == "smollm"

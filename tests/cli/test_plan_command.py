@@ -17,6 +17,8 @@ from sparsefit.cli.plan_recipe import devices_of
 from sparsefit.modules.loading import load_tokenizer
 from sparsefit.planning import Measured
 
+pytestmark = pytest.mark.slow
+
 BLOCKS = 5
 
 

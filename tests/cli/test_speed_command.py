@@ -6,20 +6,26 @@ import gc
 import json
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from sparsefit import PruningConfig, prune
+from sparsefit.errors import ConfigError
 from sparsefit.modules.loading import load_model
 from sparsefit.recovery.export import export_base
 from sparsefit.serving.comparison import Row, verdict
-from sparsefit.serving.dense_twin import dense_twin
+from sparsefit.serving.decoders import TorchDecoder, check_cache
+from sparsefit.serving.dense_twin import dense_twin, zeros_as_masks
 from sparsefit.serving.graphs import GraphDecoder, export_graph
 from sparsefit.serving.libraries import missing_for
+from sparsefit.serving.runtimes import RUNTIMES
 from sparsefit.serving.timing import Speed, measure
+
+pytestmark = pytest.mark.slow
 
 QUICK = ("--prompt", 8, "--tokens", 2, "--repeats", 2, "--batch-sizes", 1, 3)
 
@@ -183,3 +189,47 @@ def test_the_sentence_is_honest(pruned, size, said):
 
 def test_without_a_runtime_nothing_is_said_of_speed():
     assert "nothing was measured" in verdict([])
+
+
+def replaced(monkeypatch, prepare):
+    monkeypatch.setitem(RUNTIMES, "torch-csr", replace(RUNTIMES["torch-csr"], prepare=prepare))
+
+
+def test_a_runtime_that_fails_is_named_and_the_others_are_measured(sparsefit, run, monkeypatch):
+    def fail(model, masks):
+        raise RuntimeError("CUDA out of memory\nmore")
+
+    replaced(monkeypatch, fail)
+    status, output, errors = sparsefit("speed", run, *QUICK, "--runtimes", "torch-csr,torch", "--device", "cpu")
+    assert status == 0, errors
+    assert "torch-csr: not run, CUDA out of memory" in output
+    assert "Below --repeats 4 no gain in speed is claimed" in output
+
+
+def test_a_runtime_that_computes_something_else_is_not_measured(sparsefit, run, monkeypatch):
+    def spoil(model, masks):
+        model.lm_head.weight.data.mul_(1.5)
+        return TorchDecoder(model)
+
+    replaced(monkeypatch, spoil)
+    _, output, _ = sparsefit("speed", run, *QUICK, "--runtimes", "torch-csr", "--device", "cpu")
+    assert "torch-csr: not run, torch-csr does not compute what the model does" in output
+
+
+def test_what_cannot_be_run_token_by_token_is_told(sparsefit, run):
+    status, _, errors = sparsefit("speed", run, "--prompt", 5000, "--tokens", 2)
+    assert (status, "positions" in errors) == (2, True), errors
+    with pytest.raises(ConfigError, match="takes no past_key_values"):
+        check_cache(MambaForCausalLM(MambaConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1)))
+
+
+def test_zeros_of_transposed_layers_are_found():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=8, n_embd=16, n_layer=1, n_head=2)).eval()
+    masks = prune(model, config=PruningConfig(score="magnitude")).masks
+    assert zeros_as_masks(model).digest() == masks.digest()
+
+
+def test_the_filled_weights_have_both_signs():
+    layer = nn.Linear(64, 64)
+    layer.weight.data[:, ::2] = 0
+    assert 0.45 < float((dense_twin(layer).weight[:, ::2] < 0).float().mean()) < 0.55

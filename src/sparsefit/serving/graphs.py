@@ -80,7 +80,7 @@ def export_graph(model: PreTrainedModel, kind: str, fused: bool = False) -> Grap
                 config = OnnxConfig(dynamic=True, ort_fusions="cpu" if fused else None)
                 exported = OnnxExporter().export(traced, copy.deepcopy(sample), config)
                 for component in exported.components.values():
-                    _clear_metadata(component.program.model)
+                    _clear_metadata(component.program)
                 return Graph(exported, sample, generates)
             config = OpenVINOConfig(dynamic=True)
             return Graph(OpenVINOExporter().export(traced, copy.deepcopy(sample), config), sample, generates)
