@@ -14,14 +14,14 @@ from commands import Command
 from resumed_runs import SIZES, assert_same, text_file, tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+pytestmark = pytest.mark.slow
+
 STEPS = 8
 
 # Runs the command; with KILL_AT="n share", kills itself when the n-th checkpoint is written by so much.
 SCRIPT = """
 import os, signal, sys
 from sparsefit.cli import main
-
-pytestmark = pytest.mark.slow
 
 number, share = (float(part) for part in os.environ.get("KILL_AT", "0 0").split())
 if number:
