@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the linter and the tests, a process on each core. Arguments go to pytest:
 #   bash scripts/test.sh tests/pruning
-#   bash scripts/test.sh -m "not slow"   # the quick ones, in less than a fifth of the time
+#   bash scripts/test.sh -m "not slow"   # the quick ones
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 .venv/bin/ruff check .

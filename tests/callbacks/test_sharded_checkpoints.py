@@ -24,6 +24,8 @@ from sparsefit.data.resumable_data import ResumableDataModule
 from sparsefit.errors import ConfigError, SparsefitError
 from sparsefit.recovery.run_files import checkpoint_damage, damaged_files, newest_checkpoint
 
+pytestmark = pytest.mark.slow
+
 ROWS, STEPS = 24, 6
 FORMS = ("folder", "file")
 
@@ -169,14 +171,12 @@ def one(two):
     return on_ranks(1, on_one, two[0])[0]
 
 
-@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_moved_into_place_ends_all_ranks(two):
     first, second = (rank["full disk"] for rank in two[1])
     assert "cannot be written: No space left on device" in first
     assert second == f"on rank 0: {first}"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_two_ranks_go_on_to_the_same_weights(two, form):
     for rank in two[1]:
@@ -200,7 +200,6 @@ def test_the_start_and_the_end_are_saved(two, form):
     assert not [path for path in stage.parent.iterdir() if path.suffix != ".ckpt"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_one_rank_goes_on_from_two(two, one, form):
     straight, others = (rank[form] for rank in two[1])

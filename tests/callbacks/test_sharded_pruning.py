@@ -17,6 +17,8 @@ from torch.distributed.tensor import Shard
 from sparsefit.callbacks import PrunedRunCallback, WandaPruning
 from sparsefit.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {
     "training data": {},
     "argument": {"calibration": list(labelled(15, seed=5)), "pattern": "2:4", "micro_batch_size": 3},
@@ -136,7 +138,6 @@ def ranks():
     return on_ranks(2, fits)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [*SETTINGS, "generating"])
 def test_masks_and_weights_are_those_of_a_fit_on_one_device(ranks, name):
     module, pruning = Classifier(), WandaPruning(**copy.deepcopy(SETTINGS.get(name, {})))

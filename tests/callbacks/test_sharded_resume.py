@@ -16,6 +16,8 @@ from sparsefit.callbacks.trainer_lookup import masks_of
 from sparsefit.errors import ConfigError
 from sparsefit.recovery.run_files import damaged_files, newest_checkpoint
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6
 RESUMED = ("from the start", "from step 3", "its end again", "on one rank")
 
@@ -78,7 +80,6 @@ def runs(tmp_path_factory):
     return results | {"damaged": damaged, "on one rank": on_ranks(1, on_one, folder)[0]}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("resumed", RESUMED)
 def test_a_sharded_run_goes_on_and_is_not_pruned_again(runs, resumed):
     straight, run = runs["straight"], runs[resumed]

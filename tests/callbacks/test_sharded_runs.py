@@ -22,6 +22,8 @@ from sparsefit.errors import ConfigError, DivergenceError
 from sparsefit.pruning import MaskSet
 from sparsefit.recovery.adapter_files import load_adapter
 
+pytestmark = pytest.mark.slow
+
 RUNS = {
     "masked_lora": lambda: llama("masked_lora"),
     "hira": lambda: llama("hira"),
@@ -95,7 +97,6 @@ def command(monkeypatch, capsys, *arguments):
     return status, capsys.readouterr().out
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_two_ranks_come_to_the_weights_of_one(name, alone, two):
     expected, first, second = alone[name], two[0][name], two[1][name]
@@ -106,7 +107,6 @@ def test_two_ranks_come_to_the_weights_of_one(name, alone, two):
         assert torch.equal(first["weights"][key], second["weights"][key]), key
 
 
-@pytest.mark.slow
 def test_four_ranks_do_too(alone, four):
     expected, last = alone["masked_lora"], four[3]["masked_lora"]
     assert last["digest"] == expected["digest"]

@@ -23,6 +23,8 @@ from sparsefit.pruning.blocks import find_block_lists
 from sparsefit.ranks import own_rank
 from sparsefit.recovery.gather_shards import whole_on_first_rank
 
+pytestmark = pytest.mark.slow
+
 SAMPLES = torch.randint(3, 61, (9, 12), generator=torch.Generator().manual_seed(0))
 SHARES = {1: [9], 2: [6, 3], 4: [4, 2, 2, 1]}  # samples of each rank
 METHODS = {
@@ -317,13 +319,11 @@ def check_same_as_alone(expected, first, *others):
         assert all(torch.equal(other["weights"][name], weight) for name, weight in first["weights"].items())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("point", [*POINTS, ("llama", "statistics")], ids="-".join)
 def test_masks_weights_and_account_of_two_ranks_are_those_of_one_process(alone, two_ranks, point):
     check_same_as_alone(alone[point], *(found["pruned"][point] for found in two_ranks))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("point", ON_FOUR, ids="-".join)
 def test_so_are_those_of_four_ranks(alone, four_ranks, point):
     check_same_as_alone(alone[point], *(found["pruned"][point] for found in four_ranks))
