@@ -59,15 +59,16 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def make_tiny_model(architecture: str, seed: int = 0, **changes: Any) -> nn.Module:
-    """A tiny random transformers model of an architecture, with changes of its configuration.
-
-    Its weights are spread wider than at a usual initialisation, so that every layer, head and mask matters.
-    """
+    """A tiny random transformers model of an architecture, with changes of its configuration."""
     import transformers
 
     family, head, settings = ARCHITECTURES[architecture]
     name = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
-    model = getattr(transformers, family + head)(getattr(transformers, name)(**(settings | changes)))
+    return spread(getattr(transformers, family + head)(getattr(transformers, name)(**(settings | changes))), seed)
+
+
+def spread(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Draw the weights of a model wider than at a usual initialisation, so that every layer, head and mask matters."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

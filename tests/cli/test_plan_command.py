@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import multiprocessing
 import re
@@ -10,9 +11,14 @@ from types import SimpleNamespace
 
 import pytest
 import ranks  # noqa: F401 - tells the server of forked processes what to import
-from transformers import LlamaConfig, LlamaForCausalLM
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 from sparsefit.cli import plan, probing
+from sparsefit.cli.plan_data import read_data
 from sparsefit.cli.plan_recipe import devices_of
 from sparsefit.modules.loading import load_tokenizer
 from sparsefit.planning import Measured
@@ -197,6 +203,47 @@ def test_a_model_that_is_to_write_its_text_first(sparsefit, recipe):
     status, _, errors = sparsefit("plan", recipe=recipe)
     assert status == 2
     assert "the model writes this recipe's text" in errors
+
+
+def test_an_image_classifier_is_not_planned_by_a_data_sheet(sparsefit, recipe, tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 4}
+    sizes |= {"num_channels": 1, "image_size": 32, "patch_size": 8}
+    ViTForImageClassification(ViTConfig(num_labels=10, **sizes)).save_pretrained(tmp_path / "vit")
+    arguments = {"model": str(tmp_path / "vit")}
+    recipe["model"] = {"class_path": "sparsefit.modules.ImageClassifierModule", "init_args": arguments}
+    settings = {"batch_size": 100, "calibration_samples": 32, "train_source": "digits:train[:1000]"}
+    recipe["data"] = {"class_path": "sparsefit.data.DigitsDataModule", "init_args": settings}
+    status, _, errors = sparsefit("plan", "--gpu", "h100", recipe=recipe)
+    assert (status, "--gpu plans for language models" in errors) == (2, True), errors
+
+
+class Without(LightningDataModule):
+    """Data without test data."""
+
+    def train_dataloader(self):
+        return DataLoader(torch.zeros(4, 2))
+
+    def calibration_dataloader(self):
+        return DataLoader(torch.zeros(4, 2))
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return itertools.repeat(torch.zeros(2))
+
+
+class Streamed(Without):
+    def test_dataloader(self):
+        return DataLoader(Stream())
+
+
+@pytest.mark.parametrize(("data", "has_test"), [(Without, False), (Streamed, True)])
+def test_data_without_test_data_or_without_a_length_are_read(data, has_test):
+    settings = Namespace(data=Namespace(class_path=f"{__name__}.{data.__name__}"), trainer=Namespace())
+    settings.trainer.limit_train_batches = None
+    settings.run = Namespace(tasks=None)
+    read = read_data(settings, evaluates=True)
+    assert (read.test is not None, read.test_batches, read.epoch_batches) == (has_test, 0, 4)
 
 
 @pytest.mark.usefixtures("forked_miniature")

@@ -171,6 +171,10 @@ def test_a_run_resumed_at_the_end_of_an_epoch_starts_the_next(tokenizer, corpus,
         Model(), data, ckpt_path=tmp_path / "epoch=0.ckpt", weights_only=True
     )
     assert again.windows == seen.windows[len(seen.windows) // 2 :]
+    # A fit from the start with the same datamodule reads all of it again.
+    anew = Seen()
+    Trainer(max_epochs=1, callbacks=[anew], default_root_dir=tmp_path / "anew", **settings).fit(Model(), data)
+    assert anew.windows == seen.windows[: len(seen.windows) // 2]
 
 
 def test_it_tests_on_another_text_than_it_trains_on(tokenizer, corpus, tmp_path):

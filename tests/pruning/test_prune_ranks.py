@@ -11,10 +11,11 @@ from ranks import on_ranks
 
 from sparsefit import PruningConfig, collect_statistics, prune, prune_from_statistics
 from sparsefit.calibration.batches import calibration_data
-from sparsefit.errors import MaskError
+from sparsefit.errors import DivergenceError, MaskError
 from sparsefit.pruning.scores import SCORES, Score
 from sparsefit.pruning.undo import Undo
 from sparsefit.ranks import errors_on_all_ranks, own_rank
+from sparsefit.recovery.finite_checks import FiniteWatch
 
 pytestmark = pytest.mark.slow
 
@@ -112,6 +113,16 @@ def failing_apart(rank):
         return str(error)
 
 
+def watched_losses(rank):
+    """What each rank raises if the loss of one is NaN, and a gradient scaler checks the gradients."""
+    watch = FiniteWatch()
+    watch.add_loss(torch.tensor(torch.nan if rank == 1 else 1.0))
+    try:
+        watch.check(7, [])
+    except DivergenceError as error:
+        return str(error)
+
+
 def failures(model, rank):
     """What each rank raises where one of them fails, and whether its model is dense again."""
 
@@ -152,6 +163,7 @@ def pruned_together(models, ranks):
     others = {
         "texts": told_apart(rank, ranks),
         "scored": scored_without_data(llama),
+        "loss": watched_losses(rank),
         "first error": failing_apart(rank),
     }
     return *pruned_by_all_methods(models, rank, ranks), failures(llama, rank) | others
@@ -222,6 +234,10 @@ def test_ranks_that_fail_in_different_ways_raise_one_error(together):
         "no memory is left",
         "on rank 1: MemoryError: no memory is left",
     }
+
+
+def test_a_loss_that_is_nan_on_one_rank_ends_all(together):
+    assert {told["loss"] for _, _, told in together} == {"the loss of optimizer step 7 is NaN or infinite"}
 
 
 def test_texts_that_ranks_have_in_common_are_dealt_out_and_their_own_are_kept(together):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from architecture_settings import IMAGE_TOKEN, VOCABULARY
 from architectures import ARCHITECTURES
+from tiny_models import spread
 from torch import Tensor, nn
 
 
@@ -17,15 +18,7 @@ def model_of(name: str) -> nn.Module:
     text = {"Gemma3": "Gemma3Text", "Llama4": "Llama4Text"}.get(prefix, prefix)
     config = getattr(transformers, f"{text}Config")(**architecture.settings)
     torch.manual_seed(0)
-    model = getattr(transformers, prefix + architecture.head)(config)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.3, generator=generator)
-            else:
-                parameter.add_(torch.empty_like(parameter).uniform_(-0.2, 0.2, generator=generator))
-    return model.eval()
+    return spread(getattr(transformers, prefix + architecture.head)(config))
 
 
 def samples_of(name: str, count: int = 5) -> list[dict[str, Tensor]]:

@@ -68,7 +68,9 @@ def speed(arguments: list[str]) -> int:
                 not_run[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
     notes = list(dict.fromkeys(row.note for row in rows if row.note))
     sentence = verdict(rows)
-    told = [f"{name}: not run, {why}" for name, why in not_run.items()] + notes + [sentence]
+    measured = {row.runtime for row in rows}
+    told = [f"{name}: {'broken off' if name in measured else 'not run'}, {why}" for name, why in not_run.items()]
+    told += [*notes, sentence]
     if rows:
         console.print(_table(rows))
         told[:0] = [_weights(rows), _differences(rows)]

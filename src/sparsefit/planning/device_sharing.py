@@ -52,7 +52,7 @@ def least_bytes(work: Work, counts: Mapping[str, float], tensors: Mapping[str, f
 
 def bytes_of_a_host(work: Work, counts: Mapping[str, float], tensors: Mapping[str, float]) -> float | None:
     """Peak bytes of each process on the host of its GPU; None without a GPU. Counts the model while it is read, masks
-    of one bit per weight, and, until pruning is final, the removed weights a teacher's copy and hidden states."""
+    of one bit per weight, and, until pruning is final, the removed weights, a teacher's copy and hidden states."""
     if work.host is None:
         return None
     weights = tensors.get("weights", 0.0)
