@@ -41,17 +41,28 @@ def errors_on_all_ranks() -> Iterator[None]:
         yield
     except Exception as error:
         own = error
-    ours = type(own).__module__.startswith("sparsefit.")
-    told = from_all(own and ((type(own), str(own)) if ours else (RuntimeError, f"{type(own).__name__}: {own}")))
-    failed = [rank for rank, failure in enumerate(told) if failure is not None]
-    if not failed:
-        return
-    # An error that nobody expects is told rather than one that may be caught.
-    rank = min(failed, key=lambda rank: (told[rank][0] is not RuntimeError, rank))
-    if own is not None and rank == own_rank():
-        raise own
-    kind, text = told[rank]
-    raise kind(f"on rank {rank}: {text}") from own
+    try:
+        told = from_all(_told(own))
+        failed = [rank for rank, failure in enumerate(told) if failure is not None]
+        if not failed:
+            return
+        # An error that nobody expects is raised rather than one that may be caught.
+        rank = min(failed, key=lambda rank: (told[rank][0] is not RuntimeError, rank))
+        if own is not None and rank == own_rank():
+            raise own
+        kind, text = told[rank]
+        raise kind(f"on rank {rank}: {text}") from own
+    finally:
+        del own  # its traceback holds this frame: together they would keep tensors alive
+
+
+def _told(error: Exception | None) -> tuple[type[Exception], str] | None:
+    """The class and message by which other ranks raise an error."""
+    if error is None:
+        return None
+    if type(error).__module__.startswith("sparsefit."):
+        return type(error), str(error)
+    return RuntimeError, f"{type(error).__name__}: {error}"
 
 
 def add_up(values: Tensor, largest: bool = False) -> None:

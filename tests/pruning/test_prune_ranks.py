@@ -83,7 +83,7 @@ def told_apart(rank, ranks):
     """How many batches each rank keeps of texts that are its own, and of texts that all ranks have."""
     kept = []
     for texts in ([f"{rank}{number}" for number in range(8)], [str(number) for number in range(8)]):
-        batches = [{"text": [text]} for text in texts]
+        batches = [{"text": [text], "scale": torch.tensor(2.0)} for text in texts]
         kept.append(len(calibration_data(torch.nn.Flatten(), batches, 1, print, "the test")))
     return kept
 

@@ -227,7 +227,7 @@ def _digest(data: Iterable[MicroBatch]) -> str:
     """A digest of the values, shapes and dtypes of data, and of what they hold beside tensors."""
     sha = hashlib.sha256()
     for batch in data:
-        sha.update(repr(map_tensors(lambda tensor: tensor[:0], batch.data)).encode())
+        sha.update(repr(map_tensors(lambda _: torch.empty(0), batch.data)).encode())
         for tensor in tensors_in(batch.data):
             sha.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
             sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

@@ -94,12 +94,15 @@ class FiniteWatch:
         """
         gradients, losses = [*gradients], self._losses
         self._losses = None
+        if losses is None and not gradients:
+            self.settle()
+            return
         if gradients:
             flag = _zero_or_nan(gradients)
             found = torch.stack([torch.zeros_like(flag) if losses is None else losses.to(flag.device), flag])
             found = _sum_over_ranks(found, gradients)  # gradients that are not sharded hold the NaN of any rank
         else:
-            found = torch.zeros(2) if losses is None else torch.stack([losses, torch.zeros_like(losses)])
+            found = torch.stack([losses, torch.zeros_like(losses)])
             add_up(found)
         found = found.isfinite()  # (2,): the losses, the gradients
         self.settle()

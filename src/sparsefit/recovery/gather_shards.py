@@ -52,8 +52,8 @@ def whole(module: nn.Module) -> Iterator[None]:
 def whole_on_first_rank(model: nn.Module) -> Iterator[None]:
     """Gather a model in the CPU memory of rank 0, to be written from there; changes to the weights are discarded.
 
-    Parameters are gathered one at a time, and the other ranks keep none of them. An error of
-    one rank is raised on all. Collective.
+    Parameters are gathered one at a time, and the other ranks keep none of them. An error of one rank is raised on all.
+    Collective.
     """
     with _gathered(model, first_rank_only=True) as places, errors_on_all_ranks() if places else nullcontext():
         yield
