@@ -8,6 +8,7 @@ import logging
 import runpy
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from sparsefit.data import PythonDocsDataModule
 from sparsefit.errors import MaskError
 from sparsefit.evaluation import perplexity
 from sparsefit.modules.loading import load_causal_lm
+from sparsefit.pruning.scores import SCORES
 
 SCRIPTS = Path(__file__).parents[1] / "scripts" / "reproduce"
 SIZES = "--samples 2 --most-samples 2 --length 24 --windows 2 --steps 2 --repeats 1 --limit 1 --seeds 0 1"
@@ -25,6 +27,13 @@ ROWS = ("Wanda", "magnitude, 50%", "l1", "Wanda, block", "OWL")
 COLUMNS = ("50%", "none", "sequential", "layer", "output")
 OTHERS = ("costs", "norms", "orders", "allocation")
 NOT_ON_A_CPU = "Not measured: it is on the cpu: 2:4 tensors need a GPU of compute capability 8.0 or newer."
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_scores():
+    """The scores that the scripts register do not outlast these tests."""
+    with patch.dict(SCORES):
+        yield
 
 
 @pytest.fixture(autouse=True)
