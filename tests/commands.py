@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import ranks  # noqa: F401 - tells the server what to import
+from ranks import start_server
 
 
 class Command:
@@ -29,6 +29,7 @@ class Command:
 
     def __init__(self, arguments: Sequence[object], folder: Path, environment: Mapping[str, str] | None = None) -> None:
         self.arguments = [str(argument) for argument in arguments]
+        start_server()
         self._told = Path(tempfile.mkdtemp())
         task = (self.arguments, str(folder), dict(environment or {}), str(self._told))
         self.process = multiprocessing.get_context("forkserver").Process(target=_run, args=task)

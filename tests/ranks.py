@@ -10,24 +10,25 @@ import multiprocessing
 import os
 import pickle
 import socket
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
-multiprocessing.set_forkserver_preload(
-    [
-        "torch.distributed.fsdp",
-        "lightning.pytorch.cli",
-        "transformers.models.llama",
-        "peft",
-        "datasets",
-        "matplotlib.pyplot",
-    ]
-)
+multiprocessing.set_forkserver_preload(["preloaded"])
+
+
+def start_server() -> None:
+    """Start the server that processes are forked from, unless it runs; it has no `sys.path` but the environment's."""
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, paths))):
+        forkserver.ensure_running()
 
 
 def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -43,6 +44,7 @@ def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    start_server()
     with tempfile.TemporaryDirectory() as folder:
         arguments = (ranks, port, folder, pickle.dumps((function, args)))
         torch.multiprocessing.start_processes(_rank, arguments, nprocs=ranks, start_method="forkserver")
@@ -55,6 +57,7 @@ def _rank(rank: int, ranks: int, port: int, folder: str, task: bytes) -> None:
     os.environ |= {"WORLD_SIZE": str(ranks), "RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    sys.modules["matplotlib"] = None  # reports without figures, as in most tests
     function, args = pickle.loads(task)
     result = function(*args)
     if torch.distributed.is_initialized():

@@ -17,6 +17,8 @@ from sparsefit.modules.loading import load_image_processor
 from sparsefit.reporting.pages import render_html
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.figures
+
 PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "lm_eval": "lm-eval"}
 
 

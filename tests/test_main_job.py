@@ -17,7 +17,7 @@ from sparsefit.pruning import MaskSet
 from sparsefit.recovery.adapters import AdapterSettings
 from sparsefit.reporting.report import read_json
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.figures]
 
 LORA = AdapterSettings(r=8, alpha=16, dropout=0.05, target_modules="all-linear")
 

@@ -20,6 +20,8 @@ from sparsefit.evaluation import perplexity
 from sparsefit.modules.loading import load_causal_lm
 from sparsefit.pruning.scores import SCORES
 
+pytestmark = pytest.mark.figures
+
 SCRIPTS = Path(__file__).parents[1] / "scripts" / "reproduce"
 SIZES = "--samples 2 --most-samples 2 --length 24 --windows 2 --steps 2 --repeats 1 --limit 1 --seeds 0 1"
 # Of each table at least a row and a column, and none that takes long.

@@ -13,6 +13,8 @@ from torch import nn
 from sparsefit.callbacks import RunReport, WandaPruning
 from sparsefit.errors import DivergenceError
 
+pytestmark = pytest.mark.figures
+
 
 class Spoiled(Classifier):
     """Something goes wrong in one batch of its training."""

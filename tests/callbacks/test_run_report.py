@@ -20,6 +20,8 @@ from sparsefit.evaluation.perplexity import perplexity
 from sparsefit.pruning import MaskSet
 from sparsefit.recovery.run_files import RunState
 
+pytestmark = pytest.mark.figures
+
 
 class Measured(LanguageModel):
     def __init__(self, model):

@@ -20,6 +20,8 @@ from sparsefit.recovery.adapters import AdapterSettings, attach_adapter
 from sparsefit.recovery.distill import DistillSettings
 from sparsefit.recovery.inspection import inspect_folder
 
+pytestmark = pytest.mark.figures
+
 
 class Own(Classifier):
     """A plain network with a validation of its own."""

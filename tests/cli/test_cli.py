@@ -15,6 +15,8 @@ from sparsefit.cli.resuming import check_checkpoint
 from sparsefit.modules.loading import load_tokenizer
 from sparsefit.pruning import MaskSet
 
+pytestmark = pytest.mark.figures
+
 # Without a recipe.
 
 

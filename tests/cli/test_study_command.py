@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 
 from sparsefit.modules import ImageClassifierModule
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.figures]
 
 CONFIG = {"num_channels": 1, "patch_size": 4, "num_stages": 2, "hidden_sizes": [8, 16], "depths": [1, 1]}
 

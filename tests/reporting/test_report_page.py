@@ -10,6 +10,8 @@ from html_page import Page
 from sparsefit.reporting import render_html
 from sparsefit.reporting.run_figures import loss, sparsity, timeline
 
+pytestmark = pytest.mark.figures
+
 
 @pytest.mark.slow
 def test_the_page_is_self_contained_and_well_formed(any_report):

@@ -10,6 +10,8 @@ from rich.console import Console
 from sparsefit.reporting import render_html, summary
 from sparsefit.reporting.run_figures import timeline
 
+pytestmark = pytest.mark.figures
+
 SVG = "{http://www.w3.org/2000/svg}"
 
 

@@ -12,6 +12,8 @@ from sparsefit.reporting import study_figures as figures
 from sparsefit.reporting.study_figures import draw_panels, study_figures
 from sparsefit.reporting.study_results import read_results
 
+pytestmark = pytest.mark.figures
+
 SVG = "{http://www.w3.org/2000/svg}"
 ONE = vision_study(("deit",))
 

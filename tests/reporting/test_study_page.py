@@ -13,6 +13,8 @@ from study_rows import plain, pruned, row, text_rows, text_study, vision_rows, v
 from sparsefit.reporting.console import study_summary
 from sparsefit.reporting.pages import render_study
 
+pytestmark = pytest.mark.figures
+
 ONE = vision_study(("deit",))
 
 

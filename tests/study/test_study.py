@@ -13,6 +13,8 @@ from sparsefit.errors import CalibrationError, SparsefitError
 from sparsefit.pruning.scores import SCORES
 from sparsefit.study import Grid, Results, study
 
+pytestmark = pytest.mark.figures
+
 GRID = Grid(["magnitude", "wanda"], ["output", "layer"], [0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
 
 
