@@ -1,11 +1,14 @@
-"""What becomes of a run that is killed, whose disk is full, whose files are damaged, or whose folder is hostile.
+"""Tests a run that is killed, whose disk is full, whose files are damaged, or whose folder is hostile.
 
     python scripts/fault_matrix.py --kills 50 --write docs/faults.md
 
-Runs the command on the smallest language model there is, once undisturbed and then once for each fault, and goes on
-with `sparsefit fit --resume RUN`. A fault is *gone on* from when the run then is finished, with the same weights to the
-bit as the undisturbed one, and every file as it was written. It is *told* when the command ended with a sentence. It is
-*lost* when the run cannot be gone on with, and *silent* when the command was content with what is wrong.
+Runs the command on a very small language model, once without a fault and then once for each fault, and resumes with
+`sparsefit fit --resume RUN`. The columns of the table:
+
+- resumed: the run then finishes with weights bit-identical to those of the run without a fault, and undamaged files;
+- reported: the command ended with a message, not with a traceback or in silence;
+- lost: the run could not be resumed;
+- silent: the command accepted what is wrong.
 """
 
 from __future__ import annotations
@@ -550,7 +553,7 @@ def matrix(folder: Path, kills: int, disk: int | None, bits: int, seed: int, onl
 
 def table(rows: list[Row]) -> str:
     """The rows as Markdown."""
-    lines = ["| fault | tried | gone on | told | lost | silent |", "|---|---|---|---|---|---|"]
+    lines = ["| fault | tried | resumed | reported | lost | silent |", "|---|---|---|---|---|---|"]
     for row in rows:
         counts = (row.tried, row.gone_on, row.told, len(row.lost), len(row.silent))
         lines.append(f"| {row.fault} | {' | '.join(map(str, counts))} |")
