@@ -1,11 +1,11 @@
-"""What pruning under an adapter does to it, for every tuner of the installed PEFT: measured on tiny random models.
+"""Measures on tiny random models how pruning the base affects an adapter, for every tuner of the installed PEFT.
 
     python scripts/peft_tuners.py            # the table of docs/adapters.md
     python scripts/peft_tuners.py lora osf   # some tuners only
 
-Each adapter is made on a dense model, given random values as if it had been trained, and its base is pruned under it to
-50% (Wanda). Base and adapter are written, and read again with plain transformers and PEFT: once with none of the
-package's rules for adapters, once with them.
+Each adapter is created on a dense model and given random values as if it had been trained. Then its base is pruned to
+50% (Wanda). Base and adapter are saved, and loaded with plain transformers and PEFT: once without the package's rules
+for adapters, once with them.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ def count_filled(adapted: nn.Module, masks: MaskSet, found: Findings) -> None:
 def row(case: Case, found: Findings) -> str:
     """A line of the table."""
     if found.without is None:
-        return f"| {case.name} | could not be made here: {found.error.splitlines()[0][:60]} | | | | |"
+        return f"| {case.name} | could not be created here: {found.error.splitlines()[0][:60]} | | | | |"
     without = found.without if isinstance(found.without, str) else f"{found.without:.2g}" if found.without else "0.0"
     here = "refused" if found.reload is None else str(found.reload)
     if found.unchanged is False or found.fits is False:
@@ -223,7 +223,8 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     print(
-        "| tuner | changes its base | takes from it | reload by PEFT alone | reload here | zeros that merging fills |"
+        "| tuner | changes its base | depends on base values | reload by PEFT alone | reload here "
+        "| zeros that merging fills |"
     )
     print("|---|---|---|---|---|---|")
     for case in cases():
