@@ -1,8 +1,8 @@
-"""Prunes tiny random models of many architectures of transformers, and holds the masks against a slow brute force.
+"""Prunes tiny random models of many architectures of transformers, and compares the masks with a slow brute force.
 
     python scripts/architectures.py                 # one line for each architecture
     python scripts/architectures.py --write         # and the table in docs/architectures.md
-    python scripts/architectures.py --only Mixtral  # those whose name has it in it
+    python scripts/architectures.py --only Mixtral  # only those with this in their name
 
 The models are made from configurations alone; nothing is downloaded. They are those of
 tests/pruning/architectures.py, the brute force is that of tests/pruning/brute_force.py.
@@ -34,25 +34,28 @@ from sparsefit.pruning.results import PruningResult  # noqa: E402
 PAGE = ROOT / "docs/architectures.md"
 HEAD = """# Architectures
 
-What `WandaPruning` makes of {count} architectures of transformers, as tiny random models, with its default settings
-(Wanda, half of each row, block by block) and five samples:
+`WandaPruning` was run on {count} architectures of transformers, as tiny models with random weights, with its default
+settings (Wanda, half of each row, block by block) and five samples:
 
     python scripts/architectures.py --write
 
-torch {torch}, transformers {transformers}, on a CPU. Masks equal those of the brute force in {agreeing} of {count}.
+Versions: torch {torch}, transformers {transformers}, on a CPU. In {agreeing} of {count} architectures the masks equal
+those of a brute-force implementation. The columns:
 
-- *pruned*: the share of the weights in the model's matrices that masks were chosen for (`result.coverage`). Embeddings
-  are no matrices here: nothing is multiplied by them. Tiny models have large heads and patch embeddings for their size;
-  in real ones the shares of these are smaller.
+- *pruned*: the share of the weights in the model's matrices that have a mask (`result.coverage`). Embeddings do not
+  count as matrices, because nothing is multiplied by them. Tiny models have large heads and patch embeddings for their
+  size; in real models these shares are smaller.
 - *zeros*: the share of zeros over all of these matrices (`result.overall_sparsity`).
-- *order*: `block`: one block after the other, each from what the pruned ones before it give. `none`: all from one pass
-  of the dense model. "the rest": some blocks come after the others, from one pass (see the notes).
-- *brute force*: whether every bit of every mask is that of a stable sort of |W| * ||x|| in each row, from passes of the
-  whole model, one sample at a time, once for each block. What a weight is multiplied by is seen where ATen's products
-  are called, below torch's functions, on which the engine relies. "yes" means all bits; where it is all but those whose
-  scores differ from the row's threshold by less than {tolerance:g} of it, which rounding decides, the share of equal
-  bits stands beside it. "no" names how many matrices have other bits.
-- *left dense*: every other matrix by reason, as a share of all.
+- *order*: `block`: blocks are pruned one after the other, each with the inputs that it gets from the pruned blocks
+  before it. `none`: everything is pruned from one pass of the dense model. "then the rest": some blocks are pruned
+  after the others, from one pass (see the notes).
+- *brute force*: whether every bit of every mask equals that of a stable sort of |W| * ||x|| in each row. The inputs x
+  come from passes of the whole model, one sample at a time, repeated for each block. They are observed at the calls of
+  ATen's products, a level below the torch functions on which the engine relies. "yes" means that all bits are equal,
+  except those whose scores differ from the row's threshold by less than {tolerance:g} of it, where rounding decides. If
+  there are such differences, the share of equal bits is given. "no" is followed by the number of matrices with other
+  differences.
+- *left dense*: all other matrices by reason, as a share of all weights in matrices.
 
 | architecture | class | pruned | zeros | order | brute force | left dense |
 |---|---|---:|---:|---|---|---|
@@ -108,7 +111,7 @@ class Row(NamedTuple):
         if unseen:
             first = re.split(" of the experts | saw ", unseen[0])[0]
             more = f" and {len(unseen) - 1} more" if unseen[1:] else ""
-            others.append(f"{first}{more} saw no calibration token, wholly or some experts; pruned by magnitude")
+            others.append(f"{first}{more} saw no calibration tokens, entirely or for some experts; pruned by magnitude")
         return others
 
 
@@ -138,7 +141,7 @@ def page(rows: list[Row]) -> str:
             text += f"| **{kind}** | | | | | | |\n"
         shares = f"{row.result.coverage:.1%} | {row.result.overall_sparsity:.1%}"
         text += f"| {row.name} | `{row.model_class}` | {shares} | {row.order} | {row.verdict} | {row.left_dense} |\n"
-    text += "\n## Notes of the reports\n\n"
+    text += "\n## Notes from the reports\n\n"
     text += "".join(f"- {row.name}: {note}.\n" for row in rows for note in row.notes)
     return text
 
