@@ -5,7 +5,6 @@ A new interpreter takes some 6 s to import them; see `ranks`, whose server this 
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import runpy
 import shutil
@@ -15,7 +14,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ranks import start_server
+from ranks import forking
 
 
 class Command:
@@ -29,10 +28,9 @@ class Command:
 
     def __init__(self, arguments: Sequence[object], folder: Path, environment: Mapping[str, str] | None = None) -> None:
         self.arguments = [str(argument) for argument in arguments]
-        start_server()
         self._told = Path(tempfile.mkdtemp())
         task = (self.arguments, str(folder), dict(environment or {}), str(self._told))
-        self.process = multiprocessing.get_context("forkserver").Process(target=_run, args=task)
+        self.process = forking().Process(target=_run, args=task)
         self.process.start()
 
     def wait(self, timeout: float = 600) -> subprocess.CompletedProcess[str]:

@@ -15,6 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,11 +25,12 @@ import torch
 multiprocessing.set_forkserver_preload(["preloaded"])
 
 
-def start_server() -> None:
-    """Start the server that processes are forked from, unless it runs; it has no `sys.path` but the environment's."""
-    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+def forking() -> ForkServerContext:
+    """The context of processes that are forked from the server, which it starts where it does not run."""
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]  # the server has no other `sys.path`
     with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, paths))):
         forkserver.ensure_running()
+    return multiprocessing.get_context("forkserver")
 
 
 def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -44,7 +46,7 @@ def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    start_server()
+    forking()
     with tempfile.TemporaryDirectory() as folder:
         arguments = (ranks, port, folder, pickle.dumps((function, args)))
         torch.multiprocessing.start_processes(_rank, arguments, nprocs=ranks, start_method="forkserver")

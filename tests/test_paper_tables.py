@@ -12,18 +12,20 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsefit import PruningConfig, prune
 from sparsefit.data import PythonDocsDataModule
 from sparsefit.errors import MaskError
 from sparsefit.evaluation import perplexity
-from sparsefit.modules.loading import load_causal_lm
+from sparsefit.modules.loading import load_causal_lm, load_tokenizer
 from sparsefit.pruning.scores import SCORES
 
 pytestmark = pytest.mark.figures
 
 SCRIPTS = Path(__file__).parents[1] / "scripts" / "reproduce"
 SIZES = "--samples 2 --most-samples 2 --length 24 --windows 2 --steps 2 --repeats 1 --limit 1 --seeds 0 1"
+TEXTS = "--train python-docs:train --calibration python-docs:calibration --test python-docs:test --drawing pack"
 # Of each table at least a row and a column, and none that takes long.
 ROWS = ("Wanda", "magnitude, 50%", "l1", "Wanda, block", "OWL")
 COLUMNS = ("50%", "none", "sequential", "layer", "output")
@@ -43,15 +45,28 @@ def reachable(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder with a Llama of two blocks and the tokenizer of the package's small model."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = load_tokenizer("tiny-llama")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture
-def paper(monkeypatch):
+def paper(monkeypatch, model):
     """Runs the command; gives what it returns to the shell. What it sets for its process does not outlast the test."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
 
     def run(output, *arguments):
         threads = torch.get_num_threads()
-        command = ["paper.py", "--output", str(output), "--device", "cpu", *SIZES.split(), *arguments]
+        options = [*SIZES.split(), *TEXTS.split(), *arguments]
+        command = ["paper.py", "--model", model, "--output", str(output), "--device", "cpu", *options]
         monkeypatch.setattr(sys, "argv", command)
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(str(SCRIPTS / "paper.py"), run_name="__main__")
@@ -91,7 +106,7 @@ def test_all_tables_are_written_and_a_second_command_measures_only_what_is_missi
     assert NOT_ON_A_CPU in page
     assert "2 windows of 24 tokens of python-docs:calibration (pack), seed 0" in page
     assert "these figures are of less" in page
-    assert f"paper.py --output {tmp_path} " in page
+    assert f" --output {tmp_path} " in page
     for line in ("| magnitude, 50% | ", "| LoRA | ", "| full | ", "| Wanda, block | "):
         assert line in page
 
@@ -126,7 +141,9 @@ def points_in_spite_of_a_cut(folder):
 
 @pytest.mark.slow
 def test_a_cell_is_the_perplexity_of_a_model_pruned_by_hand(paper, tmp_path):
-    assert paper(tmp_path, "--tables", "perplexity", "--rows", "Wanda", "--columns", "2:4") == 0
+    assert (
+        paper(tmp_path, "--model", "tiny-llama", "--tables", "perplexity", "--rows", "Wanda", "--columns", "2:4") == 0
+    )
     data = PythonDocsDataModule(sequence_length=24, calibration="pack", calibration_samples=2, test_windows=2)
     model = load_causal_lm("tiny-llama")
     prune(model, data.calibration_dataloader(), PruningConfig(pattern="2:4"))

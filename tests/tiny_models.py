@@ -58,6 +58,11 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
+def two_blocks(architecture: str) -> nn.Module:
+    """A tiny random model of two blocks, where three would only take longer."""
+    return make_tiny_model(architecture, **{"n_layer" if architecture == "gpt2" else "num_hidden_layers": 2})
+
+
 def make_tiny_model(architecture: str, seed: int = 0, **changes: Any) -> nn.Module:
     """A tiny random transformers model of an architecture, with changes of its configuration."""
     import transformers

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import itertools
 import logging
-import multiprocessing
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import ranks  # noqa: F401 - tells the server of forked processes what to import
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
+from ranks import forking
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
@@ -43,7 +42,7 @@ def deep(tmp_path, recipe):
 @pytest.fixture
 def forked_miniature(monkeypatch):
     """Forks the process of the miniature run from one that has imported the libraries."""
-    monkeypatch.setattr(probing, "get_context", lambda method: multiprocessing.get_context("forkserver"))
+    monkeypatch.setattr(probing, "get_context", lambda method: forking())
 
 
 def number(pattern: str, text: str) -> float:
@@ -52,6 +51,7 @@ def number(pattern: str, text: str) -> float:
     return float(found[1].replace(",", ""))
 
 
+@pytest.mark.usefixtures("forked_miniature")
 def test_a_plan_tells_what_the_run_then_takes(sparsefit, deep, tmp_path):
     recipe, model = deep
     recipe["reconstruction"] = {"passes": 1, "batch_size": 2}
@@ -246,8 +246,7 @@ def test_data_without_test_data_or_without_a_length_are_read(data, has_test):
     assert (read.test is not None, read.test_batches, read.epoch_batches) == (has_test, 0, 4)
 
 
-@pytest.mark.usefixtures("forked_miniature")
-def test_a_model_without_blocks_to_count_is_measured_whole(sparsefit, recipe):
+def test_a_model_without_blocks_to_count_is_measured_whole(sparsefit, recipe):  # in a new process, as for users
     sizes = {"num_channels": 1, "patch_size": 2, "num_stages": 2, "hidden_sizes": [8, 16], "depths": [1, 1]}
     arguments = {"model": "convnext", "config": sizes, "num_classes": 10}
     recipe["model"] = {"class_path": "sparsefit.modules.ImageClassifierModule", "init_args": arguments}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from image_models import image_model, images
 from ranks import on_ranks
-from tiny_models import make_tiny_model
+from tiny_models import two_blocks
 from torch import nn
 from torch.distributed import device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -59,7 +59,7 @@ POINTS = {
 
 ON_FOUR = [
     *((name, method) for name in ("llama", "gpt2", "mixtral") for method in ("wanda", "sparsegpt")),
-    *(("llama", method) for method in ("owl", "swaps", "least_squares none")),
+    *(("llama", method) for method in ("owl", "least_squares none")),
     *((name, "wanda") for name in ("llama in one unit", "plain", "in between", "padded")),
 ]
 
@@ -119,7 +119,7 @@ class Padded(nn.Module):
 
 def make_models():
     torch.manual_seed(0)
-    models = {name: make_tiny_model(name) for name in ("llama", "mixtral", "gpt2")}
+    models = {name: two_blocks(name) for name in ("llama", "mixtral", "gpt2")}
     models |= {"llama in one unit": models["llama"], "llama in small units": models["llama"]}
     models |= {"convnext": image_model("ConvNext"), "plain": Plain(), "in between": InBetween(), "padded": Padded()}
     models["looped"] = Looped()
@@ -365,7 +365,7 @@ def test_a_model_that_was_given_back_is_pruned_as_if_nothing_had_been(alone, two
 
 def test_masks_are_applied_and_verified_on_shards(dense_models, two_ranks):
     for found in (found["masks"] for found in two_ranks):
-        assert found["dense"].startswith("MaskError: pruned weights are not zero in 12 of 12 matrices")
+        assert found["dense"].startswith("MaskError: pruned weights are not zero in 8 of 8 matrices")
         error, adopted = found["applied"]
         masks, model = MaskSet.from_state_dict(found["masks"]), copy.deepcopy(dense_models["gpt2"])
         assert (error, adopted["digest"]) == (None, masks.digest())
