@@ -34,7 +34,7 @@ QUICK = ("--prompt", 8, "--tokens", 2, "--repeats", 2, "--batch-sizes", 1, 3)
 def run(tmp_path):
     """A run folder with a small Llama at 2:4 in float32."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).eval()
     masks = prune(model, [{"input_ids": torch.arange(3, 15).view(2, 6)}], PruningConfig(pattern="2:4")).masks
     export_base(model, masks, tmp_path / "run/base").save(tmp_path / "run/masks.safetensors")
