@@ -1,5 +1,7 @@
 """What the server of `ranks` and `commands` has imported and read once, so that no process that it forks has to."""
 
+import gc
+
 import bitsandbytes  # noqa: F401
 import datasets  # noqa: F401
 import lightning.pytorch.cli  # noqa: F401
@@ -12,3 +14,4 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 from sparsefit.data.python_docs import documents
 
 documents("train")  # parses the standard library
+gc.freeze()  # the libraries' objects are garbage of no process
