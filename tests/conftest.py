@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from tiny_models import make_tiny_model
 from torch import nn
 
+os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # before datasets is imported: it calls the hub for local files, too
 SHARED_DATA = Path(__file__).parents[1] / "../shared/data"
 
 

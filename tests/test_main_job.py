@@ -61,13 +61,13 @@ def texts(shared_data, kind):
 def test_a_real_model_is_pruned_recovered_and_exported_exactly_sparse(shared_data, tmp_path, kind, pattern, capsys):
     folder = tmp_path / "run"
     model = str(shared_data / "tinystories656K")
-    _, data, report = run(folder, model, texts(shared_data, kind), steps=30, pattern=pattern)
+    _, data, report = run(folder, model, texts(shared_data, kind), steps=15, pattern=pattern)
 
     figures = report["perplexity"]
     assert figures["dense"] < figures["pruned"]
     assert figures["recovered"] < figures["pruned"]  # below dense, even, where the text is new to the model
     assert report["status"] == "finished"
-    assert report["training"]["steps"] == 30
+    assert report["training"]["steps"] == 15
     assert 0 < report["gpu_hours"]["total"] < 1
 
     # What the saved file holds, counted here by hand.
@@ -121,13 +121,13 @@ def test_the_embedded_model_is_real_small_and_recovers(tmp_path):
     assert 2_000_000 <= model.num_parameters() <= 5_000_000
     data = {
         "calibration": "pack",
-        "calibration_samples": 16,
-        "batch_size": 8,
-        "test_windows": 16,
+        "calibration_samples": 8,
+        "batch_size": 4,
+        "test_windows": 8,
         "sequence_length": 256,
     }
     figures = {}
-    for score, steps in (("wanda", 15), ("magnitude", 0)):
+    for score, steps in (("wanda", 10), ("magnitude", 0)):
         _, _, report = run(tmp_path / score, "tiny-llama", PythonDocsDataModule(**data), steps, score=score)
         figures[score] = report["perplexity"]
     assert figures["wanda"]["dense"] < figures["wanda"]["recovered"] < figures["wanda"]["pruned"]

@@ -61,6 +61,7 @@ def recipe(tmp_path, model):
                 "sequence_length": 16,
                 "batch_size": 2,
                 "calibration_samples": 6,
+                "test_windows": 6,
                 "calibration": "pack",
             },
         },

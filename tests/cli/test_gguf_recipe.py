@@ -33,9 +33,8 @@ def test_a_gguf_file_in_a_recipe(sparsefit, recipe, tmp_path):
         assert config["architectures"] == ["LlamaForCausalLM"]
         assert "quantization_config" not in config
         tokens = AutoTokenizer.from_pretrained(run / folder)
-        data = TextFilesDataModule(
-            tokens, train_source=None, test_source=str(tmp_path / "test"), sequence_length=16, batch_size=2
-        )
+        settings = {"sequence_length": 16, "batch_size": 2, "test_windows": 6}
+        data = TextFilesDataModule(tokens, train_source=None, test_source=str(tmp_path / "test"), **settings)
         measured = perplexity(AutoModelForCausalLM.from_pretrained(run / folder), data.test_dataloader())
         assert measured == figures[stage]
 
