@@ -42,7 +42,7 @@ def texts(shared_data, kind):
     """Calibrated and trained on one corpus, evaluated on held-out text."""
     sources = {
         "tinystories": ("tinystories/train_sample.jsonl", f"{shared_data}/tinystories/val.jsonl[:300]"),
-        "c4": ("c4_sample/c4_train_1000.jsonl[:900]", f"wikitext:{shared_data}/wikitext2/test_raw.txt"),
+        "c4": ("c4_sample/c4_train_1000.jsonl[:300]", f"wikitext:{shared_data}/wikitext2/test_raw.txt"),
     }
     train, test = sources[kind]
     return TextFilesDataModule(

@@ -19,7 +19,7 @@ LENGTH = 256
 
 @pytest.fixture(scope="module")
 def stories(shared_data):
-    """The model, calibration windows (64, 256) and evaluation windows (48, 256) from other stories."""
+    """The model, calibration windows (64, 256) and evaluation windows (24, 256) from other stories."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = shared_data / "tinystories656K"
@@ -31,7 +31,7 @@ def stories(shared_data):
         ids = tokenizer("\n\n".join(texts), return_tensors="pt").input_ids[0, : count * LENGTH]
         return ids.view(count, LENGTH)
 
-    return model, windows("train_sample.jsonl", 64), windows("val.jsonl", 48)
+    return model, windows("train_sample.jsonl", 64), windows("val.jsonl", 24)
 
 
 @torch.no_grad()

@@ -115,7 +115,7 @@ def test_blocks_leave_memory_when_their_turn_is_over(tmp_path):
         pytest.skip("only Linux tells what of a file is in memory")
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 2}
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=61, **sizes)).save_pretrained(tmp_path / "model")
     for settings in ({}, {"allocation": "owl"}, {"update": "none"}, {"swaps": 2, "update": "none"}):
         copy = tmp_path / "copy"
@@ -126,11 +126,11 @@ def test_blocks_leave_memory_when_their_turn_is_over(tmp_path):
         def look(done, total, copy=copy):
             nonlocal most
             held = {Path(file).name: size for file, size in _in_memory(copy).items() if size > 0}
-            held.pop("model-00001-of-00007.safetensors", None)  # embeddings and head
+            held.pop("model-00001-of-00005.safetensors", None)  # embeddings and head
             most = max(most, sum(held.values()))
 
         prune(model, samples_of("Llama"), PruningConfig(**settings), progress=look, mapped=weights)
-        block = (copy / "model-00002-of-00007.safetensors").stat().st_size
+        block = (copy / "model-00002-of-00005.safetensors").stat().st_size
         assert 0 < most < 2 * block, settings
         shutil.rmtree(copy)
 
