@@ -91,6 +91,7 @@ class TextDataModule(ResumableDataModule):
         settings = {name: as_text(value) for name, value in locals().items() if name not in ("self", "__class__")}
         _check(settings)
         self._drawn: dict[int, Calibration] = {}  # by seed
+        self._evaluated: dict[tuple[str, int, int | None], list[Tensor]] = {}  # a run evaluates several models
         named = isinstance(tokenizer, str)
         self.save_hyperparameters(settings | {"tokenizer": tokenizer if named else type(tokenizer).__name__})
         if not named:
@@ -201,9 +202,12 @@ class TextDataModule(ResumableDataModule):
         return loader(Windows(windows), self.hparams.batch_size, num_workers=0)
 
     def _evaluation_windows(self, name: str, length: int, limit: int | None) -> list[Tensor]:
-        shards = self._shards(name)
-        self._check_text(name, shards)
-        return list(islice(evaluation_windows(shards, self.tokenizer, length), limit))
+        key = name, length, limit
+        if key not in self._evaluated:
+            shards = self._shards(name)
+            self._check_text(name, shards)
+            self._evaluated[key] = list(islice(evaluation_windows(shards, self.tokenizer, length), limit))
+        return self._evaluated[key]
 
     def _check_text(self, name: str, shards: list[Shard], excluded: frozenset[tuple[str, int]] = frozenset()) -> None:
         """Check that a source has text other than the excluded documents."""
