@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -221,7 +223,10 @@ class RunFolder:
         RunState(name, run, step, error, results, sums).write(self.path)
 
     def write_configuration(self, text: str) -> None:
-        """Write the recipe of the run."""
+        """Write the recipe of the run. A run that is killed before or after it is written can be resumed."""
+        if (state := self.state()) is not None and self.configuration.is_file():
+            both = f"{file_sum(self.configuration)} {hashlib.sha256(text.encode()).hexdigest()}"
+            replace(state, sums={self.configuration.name: both}).write(self.path)
         write_text(text, self.configuration)
 
     def write_report(self, report: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from sparsefit.callbacks import RunReport, run_folder
 from sparsefit.errors import RunFolderError
-from sparsefit.files import changed_files, lock_folder
+from sparsefit.files import changed_files, lock_folder, write_text
 from sparsefit.recovery.run_files import RunState, damaged_files, read_state
 
 pytestmark = pytest.mark.slow
@@ -139,6 +139,28 @@ def test_a_longer_run_takes_more_steps_and_its_own_place(sparsefit, recipe, tmp_
     settings = yaml.safe_load((moved / "config.yaml").read_text())
     assert settings["run"]["folder"] == str(moved)
     assert settings["run"]["resume"] is False
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_kill_as_a_resumed_run_replaces_its_recipe(sparsefit, recipe, tmp_path, monkeypatch, moment):
+    run = finished(sparsefit, recipe, tmp_path)
+
+    def killed(text, path):
+        if moment == "after":
+            write_text(text, path)
+        monkeypatch.setattr(RunReport, "on_exception", lambda self, *args: self.folder.release())
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("sparsefit.callbacks.run_folder.write_text", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            sparsefit("fit", "--resume", run, "--trainer.max_steps=5")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert not damaged_files(run)
+    status, _, errors = sparsefit("fit", "--resume", run, "--trainer.max_steps=5")
+    assert status == 0, errors
+    assert len(read_state(run).sums["config.yaml"].split()) == 1
 
 
 def test_a_run_goes_on_with_another_number_of_devices(sparsefit, recipe, tmp_path):

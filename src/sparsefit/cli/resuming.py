@@ -48,7 +48,7 @@ def resuming_arguments(path: Path, others: list[str]) -> list[str]:
             "trainer.fit(..., ckpt_path=report.checkpoint) go on"
         )
     expected = state.sums.get(run.configuration.name) if state is not None else None
-    if expected not in (None, file_sum(run.configuration)):
+    if expected is not None and file_sum(run.configuration) not in expected.split():
         raise RunFolderError(
             f"{run.configuration} is not what the run wrote: damaged, or changed since. Copy it again from where it is "
             f"whole; or, if you changed it on purpose, take it as a recipe (sparsefit fit --config {run.configuration} "

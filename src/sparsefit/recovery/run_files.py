@@ -52,7 +52,8 @@ class RunState:
         step: Optimizer steps taken when the state was written.
         error: The error that ended a failed run.
         results: The step at which the run last finished, for which the folder holds all results; 0 if it never did.
-        sums: File name -> sha256, for files that the run reads on resuming.
+        sums: File name -> sha256, for files that the run reads on resuming. While a file is being replaced, the sums
+            of both versions, separated by a space.
     """
 
     name: str
@@ -120,7 +121,7 @@ def damaged_files(folder: Path) -> dict[str, str]:
     except RunFolderError as error:
         damaged[STATE_FILE], state = str(error), None
     for name, expected in (state.sums if state is not None else {}).items():
-        if not (folder / name).is_file() or file_sum(folder / name) != expected:
+        if not (folder / name).is_file() or file_sum(folder / name) not in expected.split():
             damaged[name] = "not what was written"
     damaged |= damaged_results(folder)
     damaged |= _changed_in(folder, BASE_FOLDER)
