@@ -6,5 +6,7 @@ set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
+# The tests start many processes, each of which would compile the package again.
+unset PYTHONDONTWRITEBYTECODE
 # One thread each: more would wait for one another. A file stays in one process, as its tests share models and runs.
 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" .venv/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder "$@"
