@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,12 @@ def needs(kind):
 FORMATS = [pytest.param(kind, marks=needs(kind)) for kind in NEEDED]
 
 
+@cache
+def tokenizer():
+    """One of few entries, which gguf reads one by one."""
+    return load_tokenizer("tiny-llama").train_new_from_iterator(["the quick brown fox jumps over the lazy dog"], 300)
+
+
 def pruned_run(model, folder, batch=None):
     """A run folder with a model at 50%, its masks, and a tokenizer."""
     torch.manual_seed(0)
@@ -52,12 +59,12 @@ def pruned_run(model, folder, batch=None):
         torch.nn.init.normal_(parameter, std=0.3) if parameter.ndim > 1 else parameter.data.add_(0.1)
     masks = prune(model.eval(), [batch or {"input_ids": torch.arange(3, 15).view(2, 6)}]).masks
     export_base(model, masks, folder / "base").save(folder / "masks.safetensors")
-    load_tokenizer("tiny-llama").save_pretrained(folder / "base")
+    tokenizer().save_pretrained(folder / "base")
     return folder
 
 
 def small_llama(**changes):
-    size = len(load_tokenizer("tiny-llama"))
+    size = len(tokenizer())
     return LlamaForCausalLM(LlamaConfig(vocab_size=size, num_key_value_heads=2, **(SIZES | changes)))
 
 
@@ -85,13 +92,13 @@ def test_transformers_reads_the_gguf_file_as_the_same_model(sparsefit, tmp_path,
         expected = AutoModelForCausalLM.from_pretrained(run / "base", dtype=torch.float32)(ids).logits
         read = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf", dtype=torch.float32)
         assert torch.equal(read(ids).logits, expected)
-    assert load_tokenizer(str(tmp_path / "out/model.gguf")).get_vocab() == load_tokenizer("tiny-llama").get_vocab()
+    assert load_tokenizer(str(tmp_path / "out/model.gguf")).get_vocab() == tokenizer().get_vocab()
     assert sparsefit("inspect", tmp_path / "out/model.gguf")[0] == 0
 
 
 @needs("gguf")
 def test_a_model_whose_heads_are_not_turned_is_written_as_gguf_too(sparsefit, tmp_path):
-    size = len(load_tokenizer("tiny-llama"))
+    size = len(tokenizer())
     config = Qwen3Config(vocab_size=size, num_key_value_heads=2, head_dim=128, tie_word_embeddings=False, **SIZES)
     run = pruned_run(Qwen3ForCausalLM(config), tmp_path / "run")
     status, output, errors = sparsefit("export", run, "--format", "gguf", "--output", tmp_path / "out")
