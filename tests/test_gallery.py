@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -40,26 +38,21 @@ def test_a_page_runs_and_prints_what_it_shows(page, tmp_path):
 
 
 def output_of(commands: str, folder: Path) -> str:
-    """What commands print in a folder, with the `python` and the `sparsefit` of this environment."""
-    lines = commands.replace("\\\n", " ").splitlines()
-    if all(line.startswith(("sparsefit ", "python ")) for line in lines):
-        ended = [Command(shlex.split(line), folder, {"COLUMNS": "160"}).wait() for line in lines]
-        assert not any(one.returncode for one in ended), ended[-1].stderr[-3000:]
-        return "".join(one.stdout for one in ended)
-    # What needs a shell.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hub"), "COLUMNS": "160"}
-    run = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", commands],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return run.stdout
+    """What commands print in a folder, one on each line; `$!` is the last one that ran in the background."""
+    printed, last = "", None
+    for line in commands.replace("\\\n", " ").splitlines():
+        if line.startswith(("sparsefit ", "python ")):
+            started = Command(shlex.split(line.removesuffix(" &")), folder, {"COLUMNS": "160"})
+            if line.endswith(" &"):
+                last = started.process.pid
+                continue
+            ended = started.wait()
+        else:
+            shell = ["bash", "-euo", "pipefail", "-c", line.replace("$!", str(last))]
+            ended = subprocess.run(shell, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        printed += ended.stdout
+    return printed
 
 
 def assert_shown(shown: str, printed: str) -> None:

@@ -122,9 +122,9 @@ def test_the_embedded_model_is_real_small_and_recovers(tmp_path):
     data = {
         "calibration": "pack",
         "calibration_samples": 8,
-        "batch_size": 4,
-        "test_windows": 8,
-        "sequence_length": 256,
+        "batch_size": 8,
+        "test_windows": 16,
+        "sequence_length": 128,
     }
     figures = {}
     for score, steps in (("wanda", 10), ("magnitude", 0)):
