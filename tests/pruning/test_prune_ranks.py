@@ -38,9 +38,10 @@ MODELS = ("llama", "mixtral", "gpt2")
 
 
 def pairs(ranks):
-    """Models and methods: Llama with all of them, the others with those that share most work out, on four ranks one."""
+    """Models and methods: Llama with all of them, the others with those that share most work out; on four ranks few."""
+    some = ("wanda", "owl", "sparsegpt", "least_squares") if ranks == 4 else METHODS
     others = ("least_squares",) if ranks == 4 else ("wanda", "2:4", "sparsegpt", "least_squares")
-    return [(model, method) for model in MODELS for method in METHODS if model == "llama" or method in others]
+    return [(model, method) for model in MODELS for method in (some if model == "llama" else others)]
 
 
 def share_of(rank, ranks):
