@@ -8,7 +8,5 @@ source "$(dirname "$0")/setup.sh"
 .venv/bin/ruff format --check .
 # The tests start many processes, each of which would compile the package again.
 unset PYTHONDONTWRITEBYTECODE
-# glibc keeps the memory that is freed: the tests give back and take again many small models.
-export MALLOC_TRIM_THRESHOLD_=2147483648 MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TOP_PAD_=67108864
 # One thread each: more would wait for one another. A file stays in one process, as its tests share models and runs.
 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" .venv/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder "$@"

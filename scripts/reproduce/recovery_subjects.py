@@ -94,7 +94,7 @@ RATES = {
     "full": (1e-3, 3e-3, 1e-2),
 }
 RATES_OF_SMOLLM2 = {
-    "lora q, v (the paper's)": (3e-4, 1e-3, 3e-3, 1e-2),
+    "lora q, v (the paper's)": (1e-3, 3e-3, 1e-2, 3e-2),
     "lora, all linears": (3e-4, 1e-3, 3e-3, 1e-2),
     "masked_lora": (3e-4, 1e-3, 3e-3, 1e-2),
     "hira": (1e-3, 3e-3, 1e-2, 3e-2),
