@@ -46,6 +46,15 @@ def test_test_windows_are_the_text_in_order(tokenizer, corpus):
     assert all_windows(limited.test_dataloader()) == expected[:3]
 
 
+def test_the_test_text_is_read_once_for_all_evaluations_of_a_run(tokenizer, corpus, tmp_path):
+    copy = tmp_path / "test.jsonl"
+    copy.write_text(corpus.read_text())
+    data = C4DataModule(tokenizer, test_source=str(copy), **SETTINGS)
+    first = all_windows(data.test_dataloader())
+    copy.unlink()
+    assert all_windows(data.test_dataloader()) == first
+
+
 @pytest.mark.parametrize("method", ["crop", "pack"])
 def test_calibration_draws_exactly_the_samples_and_repeats_with_its_seed(tokenizer, corpus, method):
     def drawn(seed, batch_size=3):
