@@ -12,13 +12,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import save_llama
 
 from sparsefit import PruningConfig, prune
 from sparsefit.data import PythonDocsDataModule
 from sparsefit.errors import MaskError
 from sparsefit.evaluation import perplexity
-from sparsefit.modules.loading import load_causal_lm, load_tokenizer
+from sparsefit.modules.loading import load_causal_lm
 from sparsefit.pruning.scores import SCORES
 
 pytestmark = pytest.mark.figures
@@ -49,11 +49,7 @@ def reachable(monkeypatch):
 def model(tmp_path_factory):
     """A folder with a Llama of two blocks and the tokenizer of the package's small model."""
     folder = tmp_path_factory.mktemp("model")
-    tokenizer = load_tokenizer("tiny-llama")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 40, "intermediate_size": 80, "num_attention_heads": 2, "num_hidden_layers": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_llama(folder, hidden_size=40, intermediate_size=80)  # rows of which each tenth is a whole number
     return str(folder)
 
 

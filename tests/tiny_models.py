@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,6 +71,21 @@ def make_tiny_model(architecture: str, seed: int = 0, **changes: Any) -> nn.Modu
     family, head, settings = ARCHITECTURES[architecture]
     name = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
     return spread(getattr(transformers, family + head)(getattr(transformers, name)(**(settings | changes))), seed)
+
+
+def save_llama(folder: Path, **sizes: int) -> nn.Module:
+    """Save a random Llama of two blocks, or of other sizes, with the tokenizer of the package's small model."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from sparsefit.modules.loading import load_tokenizer
+
+    tokenizer = load_tokenizer("tiny-llama")
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **(small | sizes)))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
 
 
 def spread(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -7,12 +7,10 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-import torch
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import save_llama
 
 from sparsefit.cli import main
-from sparsefit.modules.loading import load_tokenizer
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards read the documentation of python aloud"
 
@@ -30,11 +28,7 @@ def lightning_speaks() -> Iterator[None]:
 def model(tmp_path_factory):
     """A folder with a tiny Llama and a tokenizer."""
     folder = tmp_path_factory.mktemp("model")
-    tokenizer = load_tokenizer("tiny-llama")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_llama(folder)
     return folder
 
 

@@ -13,13 +13,13 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
 from ranks import forking
+from tiny_models import save_llama
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
+from transformers import ViTConfig, ViTForImageClassification
 
 from sparsefit.cli import plan, probing
 from sparsefit.cli.plan_data import read_data
 from sparsefit.cli.plan_recipe import devices_of
-from sparsefit.modules.loading import load_tokenizer
 from sparsefit.planning import Measured
 
 pytestmark = pytest.mark.slow
@@ -30,11 +30,7 @@ BLOCKS = 5
 @pytest.fixture
 def deep(tmp_path, recipe):
     """The recipe with a model of more blocks than a miniature has."""
-    tokenizer = load_tokenizer("tiny-llama")
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": BLOCKS}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
-    model.save_pretrained(tmp_path / "deep")
-    tokenizer.save_pretrained(tmp_path / "deep")
+    model = save_llama(tmp_path / "deep", num_hidden_layers=BLOCKS)
     recipe["model"]["init_args"]["model"] = str(tmp_path / "deep")
     return recipe, model
 
