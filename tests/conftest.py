@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import lightning.pytorch  # noqa: F401 - and torchmetrics, which would not be imported without matplotlib
 import pytest
 import torch
 from tiny_models import make_tiny_model
