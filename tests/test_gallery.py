@@ -44,14 +44,16 @@ def output_of(commands: str, folder: Path) -> str:
         if line.startswith(("sparsefit ", "python ")):
             started = Command(shlex.split(line.removesuffix(" &")), folder, {"COLUMNS": "160"})
             if line.endswith(" &"):
-                last = started.process.pid
+                last = started
                 continue
             ended = started.wait()
         else:
-            shell = ["bash", "-euo", "pipefail", "-c", line.replace("$!", str(last))]
+            shell = ["bash", "-euo", "pipefail", "-c", line.replace("$!", str(last and last.process.pid))]
             ended = subprocess.run(shell, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
         assert ended.returncode == 0, ended.stderr[-3000:]
         printed += ended.stdout
+    if last is not None:
+        last.wait()
     return printed
 
 

@@ -57,7 +57,7 @@ def texts(shared_data, kind):
     )
 
 
-@pytest.mark.parametrize(("kind", "pattern"), [("tinystories", "2:4"), ("c4", None)])
+@pytest.mark.parametrize(("kind", "pattern"), [("tinystories", None), ("tinystories", "2:4"), ("c4", None)])
 def test_a_real_model_is_pruned_recovered_and_exported_exactly_sparse(shared_data, tmp_path, kind, pattern, capsys):
     folder = tmp_path / "run"
     model = str(shared_data / "tinystories656K")

@@ -78,7 +78,7 @@ def points_in(folder):
 
 
 @pytest.mark.slow
-def test_all_tables_are_written_and_a_second_command_measures_only_what_is_missing(paper, tmp_path, capsys):
+def test_all_tables_are_written_and_a_second_command_measures_only_what_is_missing(paper, model, tmp_path, capsys):
     wanted = ("--tables", "perplexity", "time", "speedup", "finetuning", "groups", "updates", "sparsities", "samples",
               "seeds", *OTHERS, "--rows", *ROWS, "--columns", *COLUMNS)  # fmt: skip
     assert paper(tmp_path, *wanted) == 1  # as the speed-up cannot be measured on a CPU
@@ -102,7 +102,7 @@ def test_all_tables_are_written_and_a_second_command_measures_only_what_is_missi
     assert NOT_ON_A_CPU in page
     assert "2 windows of 24 tokens of python-docs:calibration (pack), seed 0" in page
     assert "these figures are of less" in page
-    assert f" --output {tmp_path} " in page
+    assert f"paper.py --model {model} --output {tmp_path} " in page
     for line in ("| magnitude, 50% | ", "| LoRA | ", "| full | ", "| Wanda, block | "):
         assert line in page
 

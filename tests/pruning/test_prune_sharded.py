@@ -58,8 +58,9 @@ POINTS = {
 
 
 ON_FOUR = [
-    *((name, "wanda") for name in ("llama", "gpt2", "mixtral", "llama in one unit", "plain", "padded")),
-    *(("llama", method) for method in ("owl", "sparsegpt", "least_squares none")),
+    *((name, method) for name in ("llama", "gpt2", "mixtral") for method in ("wanda", "sparsegpt")),
+    *(("llama", method) for method in ("owl", "swaps", "least_squares none")),
+    *((name, "wanda") for name in ("llama in one unit", "plain", "in between", "padded")),
 ]
 
 
