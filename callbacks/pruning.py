@@ -49,9 +49,11 @@ class WandaPruning(DivergenceGuard):
         granularity: Which weights compete: "output", "layer", "input", "(output, 128)", "variant"; None uses the
             default of the score.
         update: "block" (one block after the other) or "none" (one pass of the dense network).
-        allocation: How sparsity is distributed over layers: None, "uniform", "owl", or sparsities by layer name.
+        allocation: How sparsity is distributed over layers: None, "uniform", "owl", "fisher", or sparsities by
+            layer name.
         owl_threshold: A score above this multiple of the mean score is an outlier, for OWL.
         owl_spread: Largest distance of a block's density from the mean, for OWL.
+        fisher_spread: Largest distance of a matrix's sparsity from the mean, for "fisher".
         swaps: Maximum number of swaps that refine the mask of a row (SparseSwaps).
         reconstruction: New values for the kept weights: None, "sequential", "iterative" (SparseGPT), "least_squares".
         damping: Added to the Gram matrix's diagonal, as a share of its mean.
@@ -79,6 +81,7 @@ class WandaPruning(DivergenceGuard):
         allocation: str | dict[str, float] | None = None,
         owl_threshold: float = 5.0,
         owl_spread: float = 0.08,
+        fisher_spread: float = 0.15,
         swaps: int = 0,
         reconstruction: str | None = None,
         damping: float = 0.01,

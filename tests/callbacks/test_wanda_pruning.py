@@ -51,6 +51,7 @@ def assert_equal_masks(masks, expected):
         {"sparsity": 0.3, "update": "none", "micro_batch_size": 3},
         {"pattern": "2:4", "targets": ["up", "gate_proj"]},
         {"score": "magnitude", "sparsity": 0.7},
+        {"allocation": "fisher"},
     ],
 )
 @pytest.mark.parametrize("kind", ["plain", "transformers", "peft"])

@@ -30,6 +30,7 @@ METHODS = {
     "sequential": {"reconstruction": "sequential"},
     "least_squares": {"reconstruction": "least_squares", "pattern": "2:4"},
     "owl": {"allocation": "owl"},
+    "fisher": {"allocation": "fisher"},
 }
 METHODS |= {name: METHODS[name.split(",")[0]] | {"update": "none"} for name in ("wanda, dense", "sparsegpt, dense")}
 

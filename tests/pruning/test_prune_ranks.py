@@ -28,6 +28,7 @@ METHODS = {
     "2:4": {"pattern": "2:4"},
     "layer": {"granularity": "layer"},
     "owl": {"allocation": "owl"},
+    "fisher": {"allocation": "fisher"},
     "magnitude": {"score": "magnitude"},
     "swaps": {"swaps": 5},
     "sparsegpt": {"score": "sparsegpt", "reconstruction": "iterative"},

@@ -70,3 +70,8 @@ def test_swaps_and_updates_win_back_what_wanda_loses(stories, selection):
 
 def test_blocks_with_outliers_keep_more(stories):
     assert pruned(stories, sparsity=0.7, allocation="owl") < pruned(stories, sparsity=0.7, allocation="uniform")
+
+
+def test_matrices_that_change_the_predictions_keep_more(stories):
+    by = {name: pruned(stories, allocation=name) for name in ("uniform", "owl", "fisher")}
+    assert by["fisher"] < by["owl"] < by["uniform"]

@@ -266,12 +266,13 @@ def refused(models, rank):
         "replicas": lambda model: fully_shard(model, mesh=grid),
         "products": lambda model: parallelize_module(model, mesh, {"blocks.0.2": ColwiseParallel()}),
         "device": lambda model: fully_shard(model, mesh=mesh),
+        "fisher": lambda model: fully_shard(model, mesh=mesh),
     }
     told = {}
     for name, split in layouts.items():
         model = split(copy.deepcopy(models["in between"]))
-        config = PruningConfig(device="cpu" if name == "device" else None)
-        error = raised(prune, model, batches_for("in between", rank, 2), config)
+        settings = {"device": {"device": "cpu"}, "fisher": {"allocation": "fisher"}}.get(name, {})
+        error = raised(prune, model, batches_for("in between", rank, 2), PruningConfig(**settings))
         told[name] = error, all(bool(p.detach().to_local().all()) for p in model.parameters() if isinstance(p, DTensor))
     return told
 
@@ -384,6 +385,7 @@ def test_masks_are_applied_and_verified_on_shards(dense_models, two_ranks):
         ("replicas", r"blocks.0.0.weight has the placements \(Replicate\(\), Shard\(dim=0\)\) on a mesh of \(2, 1\)"),
         ("products", r"blocks.0.2.weight has the placements \(Shard\(dim=0\),\), but is in no module"),
         ("device", "the model is sharded over ranks, whose devices compute: leave out device"),
+        ("fisher", "allocation 'fisher' needs gradients, and the model is sharded over ranks: use allocation 'owl'"),
     ],
 )
 def test_what_cannot_be_pruned_in_place_is_refused_before_anything_changes(two_ranks, layout, reason):

@@ -51,7 +51,7 @@ BAD_CONFIGS = [
         )
     ),
     *(
-        ({"allocation": form}, "unknown allocation .*; the choices are uniform, owl, a mapping")
+        ({"allocation": form}, "unknown allocation .*; the choices are uniform, owl, fisher, a mapping")
         for form in ("OWL", "", {}, 0.5, ["owl"], True)
     ),
     *(
@@ -61,6 +61,7 @@ BAD_CONFIGS = [
     ({"allocation": {3: 0.5}}, "allocation gives"),
     *(({"owl_threshold": value}, "owl_threshold") for value in (-1.0, float("inf"), "5", None)),
     *(({"owl_spread": value}, "owl_spread") for value in (-0.1, float("nan"), None)),
+    *(({"fisher_spread": value}, "fisher_spread") for value in (-0.1, "wide")),
     *(
         ({"reconstruction": name}, "unknown reconstruction .*; the choices are sequential, iterative, least_squares")
         for name in ("obs", "", True, "Sequential")
@@ -109,6 +110,7 @@ def test_weights_cannot_be_moved_to_where_they_have_no_values():
         {"pattern": "2:4", "granularity": "variant", "reconstruction": "iterative"},
         {"granularity": "variant", "reconstruction": "sequential", "swaps": 2},
         {"allocation": "owl", "reconstruction": "iterative"},
+        {"allocation": "fisher", "reconstruction": "iterative", "update": "none"},
         {"allocation": {"q_proj": 0}, "swaps": 0},
         {"device": "cuda:1", "states_on_cpu": True},
         {"damping": 0, "owl_threshold": 3},
@@ -165,4 +167,4 @@ def test_only_what_is_needed_is_gathered(settings, statistics):
     config = PruningConfig(**settings)
     assert config.statistics == statistics
     assert config.needs_inputs == bool(statistics)
-    assert PruningConfig(**settings, allocation="owl").needs_inputs
+    assert all(PruningConfig(**settings, allocation=name).needs_inputs for name in ("owl", "fisher"))

@@ -97,6 +97,12 @@ def test_other_architectures(tmp_path, name):
     assert not [left for left in (tmp_path / "copy").iterdir() if left.is_dir()]  # what a conversion needed is gone
 
 
+def test_gradients_of_a_model_in_files_cannot_be_had(llama, tmp_path):
+    model, weights = stream_causal_lm(str(llama), tmp_path)
+    with pytest.raises(ConfigError, match="memory-mapped files: use allocation 'owl'"):
+        prune(model, samples_of("Llama"), PruningConfig(allocation="fisher"), mapped=weights)
+
+
 def test_tied_weights_stay_tied_under_either_name(tmp_path):
     source = tmp_path / "model"
     saved("Gemma", source)

@@ -25,12 +25,14 @@ METHODS: dict[str, Settings] = {
     "Wanda, variant": {"granularity": "variant"},
     "RIA": {"score": "ria"},
     "Wanda, OWL": {"allocation": "owl"},
+    "Wanda, Fisher": {"allocation": "fisher"},
     "Wanda, 10 swaps": {"swaps": 10},
     "Wanda, 100 swaps": {"swaps": 100},
     "Wanda, sequential update": {"reconstruction": "sequential"},
     "Wanda, least squares": {"reconstruction": "least_squares"},
     "Wanda, 10 swaps, least squares": {"swaps": 10, "reconstruction": "least_squares"},
     "Wanda, OWL, 10 swaps, least squares": {"allocation": "owl", "swaps": 10, "reconstruction": "least_squares"},
+    "Wanda, Fisher, 10 swaps, least squares": {"allocation": "fisher", "swaps": 10, "reconstruction": "least_squares"},
 }
 COMPARED = ("magnitude", "SparseGPT", "Wanda", "Wanda, 10 swaps, least squares")
 """The paper's three methods, and the project's best one that also does N:M."""

@@ -48,7 +48,12 @@ ORDERS_GRID: Grid = {
 }
 ALLOCATION_GRID: Grid = {
     name: {f"{share:.0%}": {"allocation": how, "sparsity": share} for share in (0.5, 0.6, 0.7, 0.8)}
-    for name, how in (("per output, as in the paper", None), ("uniform", "uniform"), ("OWL", "owl"))
+    for name, how in (
+        ("per output, as in the paper", None),
+        ("uniform", "uniform"),
+        ("OWL", "owl"),
+        ("Fisher", "fisher"),
+    )
 }
 SEEDS_GRID: Grid = {name: {sparsity: METHODS_GRID[name][sparsity] for sparsity in PAPERS} for name in COMPARED[1:]}
 

@@ -219,18 +219,20 @@ def _own_share(data: list[MicroBatch]) -> list[MicroBatch]:
     ranks = number_of_ranks()
     if ranks == 1:
         return data
-    all_alike = len(set(from_all(_digest(data)))) == 1
+    all_alike = len(set(from_all(digest([batch.data for batch in data])))) == 1
     return data[own_rank() :: ranks] if all_alike and len(data) >= ranks else data
 
 
-def _digest(data: Iterable[MicroBatch]) -> str:
-    """A digest of the values, shapes and dtypes of data, and of what they hold beside tensors."""
-    sha = hashlib.sha256()
-    for batch in data:
-        sha.update(repr(map_tensors(lambda _: torch.empty(0), batch.data)).encode())
-        for tensor in tensors_in(batch.data):
-            sha.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-            sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+def digest(batch: Any) -> str:
+    """A hexadecimal digest of the values, shapes and dtypes of a batch's tensors, and of what it holds beside them.
+
+    >>> digest([torch.zeros(2)]) == digest([torch.zeros(2)]), digest([torch.zeros(2)]) == digest([torch.ones(2)])
+    (True, False)
+    """
+    sha = hashlib.sha256(repr(map_tensors(lambda _: torch.empty(0), batch)).encode())
+    for tensor in tensors_in(batch):
+        sha.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return sha.hexdigest()
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from math import floor, prod
 
+import torch
 from torch import Tensor
 
 from sparsefit.errors import ConfigError
@@ -123,6 +125,37 @@ def owl(
         low, high = (shift, high) if missing > 0 else (low, shift)
         shift = (low + high) / 2
     return _rounded(removed(shift), sizes, total)
+
+
+def by_change(
+    sizes: Mapping[str, int], changes: Mapping[str, Tensor], sparsity: Fraction, spread: float = 0.15
+) -> dict[str, int]:
+    """Remove the weights that change the model's predictions least: all matrices reach one change per further weight.
+
+    Args:
+        sizes: The number of weights of each matrix.
+        changes: For each matrix what `fisher.marginal_changes` gives, (in,) ascending.
+        sparsity: Of all weights together; floor(sparsity * all weights) are removed.
+        spread: How far a matrix's sparsity may lie from it.
+
+    >>> low, high = Tensor([1.0, 2.0, 3.0, 4.0]), Tensor([3.0, 6.0, 9.0, 12.0])
+    >>> by_change({"a": 8, "b": 8}, {"a": low, "b": high}, Fraction(1, 2), spread=0.5)
+    {'a': 6, 'b': 2}
+    """
+    total, spread = floor(sum(sizes.values()) * sparsity), Fraction(str(spread))
+    least, most = max(Fraction(0), sparsity - spread), min(Fraction(1), sparsity + spread)
+
+    def removed(level: Tensor | None) -> dict[str, Fraction]:
+        reached = {n: 0 if level is None else int(torch.searchsorted(c, level, right=True)) for n, c in changes.items()}
+        return {n: sizes[n] * min(most, max(least, Fraction(reached[n], len(changes[n])))) for n in sizes}
+
+    levels: list[Tensor | None] = [None, *torch.cat(list(changes.values())).unique()]
+    # The first level at which at least the total is removed.
+    place = bisect_left(range(1, len(levels) - 1), total, key=lambda place: sum(removed(levels[place]).values())) + 1
+    below, above = removed(levels[place - 1]), removed(levels[place])
+    step = sum(above.values()) - sum(below.values())
+    part = (total - sum(below.values())) / step if step else 0
+    return _rounded({name: below[name] + part * (above[name] - below[name]) for name in sizes}, sizes, total)
 
 
 def outlier_share(scores: list[Tensor], threshold: float = 5.0) -> float:

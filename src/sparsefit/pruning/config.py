@@ -18,7 +18,7 @@ from sparsefit.pruning.statistics import DERIVED
 from sparsefit.settings import as_number, named_settings, number
 
 REGEX = "re:"  # the prefix of a name pattern that is a regular expression
-ALLOCATIONS = ("uniform", "owl")
+ALLOCATIONS = {"uniform": 0, "owl": 1, "fisher": 2}  # and how many passes of the dense network each takes
 CHOICES = {
     "score": SCORES,
     "update": ("block", "none"),
@@ -83,10 +83,13 @@ class PruningConfig:
             network (the paper's order for image classifiers).
         allocation: How the sparsity is shared out. None: every comparison group loses floor(size * sparsity), as in
             the paper. "uniform": every matrix loses the same share, rounded so that the total is exact to the weight.
-            "owl": blocks with more outliers lose less. A mapping from layer names (as in `targets`) to sparsities:
-            those layers lose that share, the remaining ones what is left of the total.
+            "owl": blocks with more outliers lose less. "fisher": matrices whose removed weights would change the
+            predictions more lose less; needs logits and gradients, so one backward pass for each calibration sample
+            and a model that is neither sharded nor quantized. A mapping from layer names (as in `targets`) to
+            sparsities: those layers lose that share, the remaining ones what is left of the total.
         owl_threshold: M of OWL: how many times the mean score makes an outlier.
         owl_spread: Lambda of OWL: how far a block's density may lie from the mean.
+        fisher_spread: How far a matrix's sparsity may lie from `sparsity` with allocation "fisher".
         swaps: Refine each mask by at most this many swaps per row of a kept and a pruned weight, each of which lowers
             the layer's error (SparseSwaps). Weights keep their values. Rows keep their number of zeros, columns do not.
         reconstruction: None (kept weights keep their values), "sequential" (the mask first, then the OBS update of the
@@ -116,6 +119,7 @@ class PruningConfig:
     allocation: str | Mapping[str, float] | None = field(default=None, hash=False)
     owl_threshold: float = 5.0
     owl_spread: float = 0.08
+    fisher_spread: float = 0.15
     swaps: int = 0
     reconstruction: str | None = None
     damping: float = 0.01
@@ -149,7 +153,10 @@ class PruningConfig:
             "exclude": _checked_names("exclude", self.exclude),
             "micro_batch_size": number("micro_batch_size", self.micro_batch_size, least=1, whole=True),
             "swaps": number("swaps", self.swaps, least=0, whole=True),
-            **{name: number(name, getattr(self, name), least=0) for name in ("damping", "owl_threshold", "owl_spread")},
+            **{
+                name: number(name, getattr(self, name), least=0)
+                for name in ("damping", "owl_threshold", "owl_spread", "fisher_spread")
+            },
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -195,7 +202,17 @@ class PruningConfig:
     @property
     def needs_inputs(self) -> bool:
         """Whether calibration data is needed."""
-        return bool(self.statistics) or self.allocation == "owl"
+        return bool(self.statistics) or self.passes_to_allocate > 0
+
+    @property
+    def takes_statistics(self) -> bool:
+        """Whether statistics of the dense network are all that it needs, and neither later inputs nor gradients."""
+        return self.update == "none" and self.allocation != "fisher"
+
+    @property
+    def passes_to_allocate(self) -> int:
+        """How many passes of the calibration data through the dense network the allocation takes."""
+        return ALLOCATIONS.get(self.allocation, 0) if isinstance(self.allocation, str) else 0
 
 
 def _checked_sparsity(sparsity: object, pattern: Pattern | None) -> float:
@@ -218,7 +235,7 @@ def _check_device(device: object) -> None:
 
 
 def _checked_allocation(allocation: object) -> str | dict[str, float] | None:
-    if allocation is None or allocation in ALLOCATIONS:
+    if allocation is None or allocation in tuple(ALLOCATIONS):
         return allocation
     if not isinstance(allocation, Mapping) or not allocation:
         raise ConfigError(

@@ -89,7 +89,7 @@ def _block_by_block(run: PruningRun) -> None:
     if Gram matrices are needed, as those of all layers together are many times the size of the model.
     """
     dense, kinds = run.config.update == "none", run.config.statistics
-    if run.config.allocation == "owl":
+    if run.config.passes_to_allocate:
         run.allocate(run.collect(run.weights, ()))
     runners: Iterable[BlockRunner] = run.block_runners()  # lazily: a decoder's inputs come from the pruned encoder
     if dense:  # at once: all inputs come from the dense model
@@ -147,14 +147,14 @@ def collect_statistics(
 
     Each run is then `prune_from_statistics(model, statistics, config)`, which reads no data and does not run the model.
     If a configuration needs Gram matrices, those of all layers are held at once. The model is not changed; arguments
-    and errors are those of `prune`. Only configurations with update "none" are considered.
+    and errors are those of `prune`. Only configurations that `prune_from_statistics` takes are considered.
 
     >>> model, config = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)), PruningConfig(update="none")
     >>> statistics = collect_statistics(model, [torch.randn(16, 4)], [config])
     >>> prune_from_statistics(model, statistics, config).masks.sparsity
     0.5
     """
-    configs = [config for config in configs if config.update == "none"] or [PruningConfig(update="none")]
+    configs = [config for config in configs if config.takes_statistics] or [PruningConfig(update="none")]
     runs = [PruningRun(model, config, progress) for config in configs]
     kinds = frozenset({"squared_norm"}).union(*(config.statistics for config in configs))
     run = runs[0]
@@ -175,8 +175,8 @@ def prune_from_statistics(
 ) -> PruningResult:
     """Prune a model in place with the statistics of `collect_statistics`, without reading data or running the model.
 
-    The configuration must have update "none", or need no inputs. Raises a `ConfigError` if the statistics do not fit
-    it, or are of another model.
+    The configuration must have update "none", or need no inputs, and no allocation "fisher". Raises a `ConfigError` if
+    the statistics do not fit it, or are of another model.
 
     >>> model, config = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)), PruningConfig(update="none", pattern="2:4")
     >>> statistics = collect_statistics(model, [torch.randn(16, 4)], [config])

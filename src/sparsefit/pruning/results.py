@@ -105,6 +105,11 @@ class DenseStatistics:
                 f"statistics of the dense model can only be used with update 'none', not with '{config.update}': set "
                 "update='none' in the configuration, or call `prune` with `batches`"
             )
+        if config.allocation == "fisher":
+            raise ConfigError(
+                "allocation 'fisher' needs gradients of the model, which statistics do not hold: call `prune` with "
+                "`batches`"
+            )
         others = [name for name, own in checksums(weights).items() if self.checksums.get(name, own) != own]
         if others:
             raise ConfigError(

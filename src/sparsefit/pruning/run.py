@@ -22,10 +22,11 @@ from sparsefit.calibration.batches import (
 )
 from sparsefit.calibration.padding import PaddingWatch
 from sparsefit.errors import ConfigError
-from sparsefit.pruning.allocation import allocate
+from sparsefit.pruning.allocation import allocate, by_change
 from sparsefit.pruning.block_runner import BlockRunner
 from sparsefit.pruning.blocks import BlocksNotSequential, find_block_lists
 from sparsefit.pruning.config import PruningConfig
+from sparsefit.pruning.fisher import check_gradients, marginal_changes
 from sparsefit.pruning.input_groups import InputGroup, Parts
 from sparsefit.pruning.layers.base import PrunableWeight, is_dense
 from sparsefit.pruning.layers.sharded import counted
@@ -69,6 +70,9 @@ class PruningRun:
             raise ConfigError(
                 f"the model is sharded over ranks, whose devices compute: leave out device='{config.device}'"
             )
+        if config.allocation == "fisher" and (self._sharded or mapped is not None):
+            where = "sharded over ranks" if self._sharded else "read from memory-mapped files"
+            raise ConfigError(f"allocation 'fisher' needs gradients, and the model is {where}: use allocation 'owl'")
         self._block_lists = find_block_lists(model)
         self._blocks = [block for blocks in self._block_lists for block in blocks]
         find_candidates(model, config)  # raises errors in the names of targets before any data is read
@@ -118,7 +122,8 @@ class PruningRun:
         if config.needs_inputs:
             self.result.samples = sum(from_all(sum(len(batch.origin) for batch in self._data)))
             of_blocks = len(self._blocks) * (1 if config.update == "none" else 2) + len(self._block_lists)
-            passes = 1 if self.takes_one_pass else (of_blocks or 1) + (config.allocation == "owl")
+            collected = 1 if self.takes_one_pass else (of_blocks or 1) + min(1, config.passes_to_allocate)
+            passes = collected + (config.allocation == "fisher")
             self._steps_in_all = passes * len(self._data) + 1  # one more step at the end
 
     def _step(self) -> None:
@@ -136,7 +141,9 @@ class PruningRun:
         self.weights, self.result.left_dense = targets.weights, targets.left_dense
         self.result.dense_sizes, self.result.dense_zeros = targets.sizes, targets.zeros
         self._look_at_existing_zeros()
-        if self.config.allocation != "owl":
+        if self.config.allocation == "fisher":
+            check_gradients(self.weights)
+        if not self.config.passes_to_allocate:
             self.counts = allocate(self.weights, self.config)
 
     def _look_at_existing_zeros(self) -> None:
@@ -195,12 +202,17 @@ class PruningRun:
         return parts
 
     def allocate(self, parts: Parts) -> None:
-        """With allocation "owl", decide from statistics of the dense network how many weights each matrix loses."""
+        """With allocation "owl" or "fisher", decide from statistics of the dense network, and its gradients, how many
+        weights each matrix loses."""
         if self.config.allocation == "owl":
             owners = {module: number for number, block in enumerate(self._blocks) for module in block.modules()}
             # A weight outside the blocks is a group of its own.
             groups = {w.name: owners.get(w.layers[0], -1 - number) for number, w in enumerate(self.weights)}
             self.counts = allocate(self.weights, self.config, groups, parts, self._one_by_one)
+        elif self.config.allocation == "fisher":
+            changes = marginal_changes(self.weights, parts, self.config, self._data, self._forward, self._step)
+            sizes = {weight.name: prod(weight.shape) for weight in self.weights}
+            self.counts = by_change(sizes, changes, self.config.exact_sparsity, self.config.fisher_spread)
 
     def block_runners(self) -> Iterator[BlockRunner]:
         """A runner for each list of blocks. The inputs of its first block are computed with the model as it is when the

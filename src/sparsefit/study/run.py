@@ -177,7 +177,7 @@ def _pruned(
 ) -> tuple[PruningResult, dict[str, Any]]:
     """Prune the model; returns the result and the entries of its row."""
     config, module = point.config, subject.module
-    if config.update == "none" and statistics is not None:
+    if config.takes_statistics and statistics is not None:
         result = prune_from_statistics(module, statistics, config)
     else:
         batches = data.calibration_dataloader(seed) if config.needs_inputs else None
@@ -224,7 +224,7 @@ def _check_drawn(drawn: dict[int, list[Tensor]], seed: int, batches: Sequence[An
 
 def _calibrated(subject: Subject, batches: list[Any], points: Iterable[Point]) -> DenseStatistics | None:
     """The statistics of the dense network for the points that need them; None if none does."""
-    configs = [point.config for point in points if point.config.update == "none" and point.config.needs_inputs]
+    configs = [point.config for point in points if point.config.takes_statistics and point.config.needs_inputs]
     # A point that does not fit the model fails later, with its own error.
     configs = [config for config in configs if _fits(subject.module, config)]
     if not configs:

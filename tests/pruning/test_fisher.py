@@ -1,0 +1,255 @@
+"""Sparsity shared out by the Fisher information: what is measured, how it becomes counts, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+from fractions import Fraction
+from math import floor
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from image_models import image_model, images
+from peft import LoraConfig, get_peft_model
+from tiny_models import make_tiny_model, two_blocks
+from torch import nn
+
+from sparsefit import PruningConfig, collect_statistics, prune, prune_from_statistics
+from sparsefit.calibration.batches import MicroBatch, call_model
+from sparsefit.errors import CalibrationError, ConfigError
+from sparsefit.pruning.allocation import by_change, uniform
+from sparsefit.pruning.fisher import logits_of, prediction_changes
+from sparsefit.pruning.layers import matrices_of
+
+FISHER = PruningConfig(0.5, allocation="fisher")
+IDS = torch.randint(3, 61, (6, 12), generator=torch.Generator().manual_seed(1))
+
+
+def classifier() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).eval()
+
+
+def weights_of(model: nn.Module) -> list:
+    return [weight for name, module in model.named_modules() for weight in matrices_of(module, name)]
+
+
+def smallest_half(model: nn.Module) -> dict[str, torch.Tensor]:
+    matrices = {weight.name: weight.matrix() for weight in weights_of(model)}
+    return {name: matrix.abs() < matrix.abs().median(1, keepdim=True).values for name, matrix in matrices.items()}
+
+
+def micro_batches(inputs: torch.Tensor) -> list[MicroBatch]:
+    return [MicroBatch(part, (0,) * len(part)) for part in inputs.split(8)]
+
+
+def counts_of(result) -> dict[str, int]:
+    return {name: int((~mask).sum()) for name, mask in result.masks.items()}
+
+
+# What is measured
+
+
+def test_a_change_is_that_of_all_labels_weighted_by_their_probabilities():
+    """The exact mean over labels and samples, by enumeration, where the implementation draws one label for each."""
+    model, inputs = classifier(), torch.randn(600, 6, generator=torch.Generator().manual_seed(2))
+    removed = smallest_half(model)
+    found = prediction_changes(weights_of(model), removed, micro_batches(inputs), model)
+    for name, gone in removed.items():
+        parameter, exact = model.get_parameter(name), 0.0
+        for sample in inputs:
+            logs = model(sample).log_softmax(0)
+            for log in logs:
+                (gradient,) = torch.autograd.grad(log, parameter, retain_graph=True)
+                exact += float(log.exp() * (gradient * parameter)[gone].sum() ** 2) / 2 / len(inputs)
+        assert found[name] == pytest.approx(exact, rel=0.25)
+
+
+def test_it_is_close_to_the_divergence_that_pruning_causes():
+    model, inputs = classifier(), torch.randn(400, 6, generator=torch.Generator().manual_seed(3))
+    removed = smallest_half(model)
+    found = prediction_changes(weights_of(model), removed, micro_batches(inputs), model)
+    for name, gone in removed.items():
+        pruned = copy.deepcopy(model)
+        with torch.no_grad():
+            pruned.get_parameter(name).masked_fill_(gone, 0)
+            dense, now = model(inputs).log_softmax(1), pruned(inputs).log_softmax(1)
+        assert found[name] == pytest.approx(
+            float(F.kl_div(now, dense, log_target=True, reduction="batchmean")), rel=0.5
+        )
+
+
+def test_gradients_and_what_requires_them_are_left_as_they_were():
+    model, inputs = classifier(), torch.randn(4, 6)
+    model[0].weight.requires_grad_(False)
+    model[2].weight.grad, model[2].bias.grad = torch.ones(4, 5), torch.ones(4)
+    prediction_changes(weights_of(model), smallest_half(model), micro_batches(inputs), model)
+    assert [p.requires_grad for p in model.parameters()] == [False, True, True, True]
+    assert model[0].weight.grad is None
+    assert bool((model[2].weight.grad == 1).all())
+    assert bool((model[2].bias.grad == 1).all())
+
+
+def test_positions_of_padding_do_not_count():
+    logits = torch.randn(1, 3, 5, requires_grad=True)
+    mask = torch.tensor([[True, False, True]])
+    assert torch.equal(logits_of(SimpleNamespace(logits=logits), mask), logits[0, [0, 2]])
+
+
+# Counts
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 40), st.floats(0, 5)), min_size=1, max_size=8),
+    st.sampled_from(["0", "0.05", "0.37", "0.5", "0.9", "0.999"]),
+    st.sampled_from([0.0, 0.05, 0.15, 0.5, 1.0]),
+    st.randoms(use_true_random=False),
+)
+def test_totals_are_exact_and_shares_within_the_spread(matrices, sparsity, spread, random):
+    sizes = {str(number): rows * inputs for number, (rows, inputs, _) in enumerate(matrices)}
+    changes = {
+        str(number): torch.tensor(sorted(scale * random.random() for _ in range(inputs)), dtype=torch.float64)
+        for number, (_, inputs, scale) in enumerate(matrices)
+    }
+    share = Fraction(sparsity)
+    counts = by_change(sizes, changes, share, spread)
+    assert sum(counts.values()) == floor(sum(sizes.values()) * share)
+    for name, size in sizes.items():
+        assert 0 <= counts[name] <= size
+        assert abs(counts[name] - size * share) <= size * spread + 1
+
+
+def test_the_weights_that_change_least_go_first():
+    """Without a limit of the spread the matrices lose what a sort of all changes would take."""
+    generator = torch.Generator().manual_seed(0)
+    changes = {str(k): (torch.rand(50, generator=generator).double() * (k + 1)).sort().values for k in range(4)}
+    sizes = dict.fromkeys(changes, 3 * 50)  # three rows each
+    merged = sorted((float(change), name) for name, own in changes.items() for change in own)
+    for taken in (20, 100, 163):
+        counts = by_change(sizes, changes, Fraction(taken, 200), spread=1.0)
+        assert counts == {name: 3 * sum(one == name for _, one in merged[:taken]) for name in sizes}
+
+
+def test_equal_changes_or_no_spread_are_uniform():
+    sizes = {"a": 30, "b": 77}
+    changes = {"a": torch.zeros(10).double(), "b": torch.zeros(11).double()}
+    assert by_change(sizes, changes, Fraction(1, 2), 0.3) == uniform(sizes, Fraction(1, 2))
+    changes["a"] += 1
+    assert by_change(sizes, changes, Fraction(1, 2), 0.0) == uniform(sizes, Fraction(1, 2))
+
+
+# Through `prune`
+
+
+@pytest.mark.parametrize("update", ["block", "none"])
+@pytest.mark.parametrize("architecture", ["llama", "mixtral", "gpt2", "bert", "t5"])
+def test_language_models(architecture, update):
+    model = make_tiny_model(architecture)
+    batch = {"input_ids": IDS} | ({"decoder_input_ids": IDS[:, :5]} if architecture == "t5" else {})
+    config = PruningConfig(0.6, allocation="fisher", update=update, fisher_spread=0.1)
+    result = prune(model, [batch], config)
+    sizes = {name: mask.numel() for name, mask in result.masks.items()}
+    counts = counts_of(result)
+    assert sum(counts.values()) == floor(sum(sizes.values()) * Fraction("0.6"))
+    assert all(abs(counts[name] - 0.6 * size) <= 0.1 * size + 1 for name, size in sizes.items())
+    assert len({counts[name] / sizes[name] for name in sizes}) > 3
+    result.masks.verify(model)
+
+
+@pytest.mark.parametrize("architecture", ["ConvNext", "DeiT"])
+def test_image_classifiers(architecture):
+    model = image_model(architecture)
+    result = prune(model, [images(6)], PruningConfig(0.5, allocation="fisher", update="none", granularity="layer"))
+    shares = [float((~mask).float().mean()) for mask in result.masks.values()]
+    assert max(shares) - min(shares) > 0.05
+    assert result.masks.sparsity == pytest.approx(0.5, abs=1e-4)
+
+
+def test_under_autocast_and_an_adapter_the_base_is_measured():
+    model = get_peft_model(two_blocks("llama"), LoraConfig(target_modules=["q_proj", "v_proj"]))
+    with torch.autocast("cpu", torch.bfloat16):
+        adapted = prune(model, [{"input_ids": IDS}], FISHER)
+        plain = prune(two_blocks("llama"), [{"input_ids": IDS}], FISHER)
+    assert list(counts_of(adapted).values()) == list(counts_of(plain).values())
+    assert len({int((~mask).sum()) for mask in adapted.masks.values()}) > 5
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "lora" not in name)
+
+
+def test_the_same_samples_give_the_same_counts_however_they_are_cut():
+    alone = prune(two_blocks("llama"), [{"input_ids": row[None]} for row in IDS], FISHER)
+    joined = prune(two_blocks("llama"), [{"input_ids": IDS[:4]}, {"input_ids": IDS[4:]}], FISHER)
+    assert alone.masks.digest() == joined.masks.digest()
+
+
+def test_progress_counts_the_passes():
+    steps = []
+    prune(two_blocks("llama"), [{"input_ids": IDS}], FISHER, progress=lambda done, total: steps.append((done, total)))
+    assert [done for done, _ in steps] == sorted({done for done, _ in steps})
+    assert len({total for _, total in steps}) == 1
+
+
+# What cannot be measured
+
+
+class Hidden(nn.Module):
+    """A model with `forward` that returns what it is told."""
+
+    def __init__(self, output) -> None:
+        super().__init__()
+        self.net, self.output = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), output
+
+    def forward(self, x):
+        return self.output(self.net(x))
+
+
+@pytest.mark.parametrize(
+    ("output", "told"),
+    [
+        (lambda y: SimpleNamespace(last_hidden_state=y), "gets SimpleNamespace"),
+        (lambda y: y.sum(), r"gets a tensor \(\)"),
+        (lambda y: y[:, :1], r"gets a tensor \(6, 1\)|gets a tensor \(1, 1\)"),
+        (lambda y: y.detach(), "without a gradient"),
+        (lambda y: {"loss": y.sum()}, "gets dict"),
+    ],
+)
+def test_a_model_without_logits_is_refused_and_left_as_it_was(output, told):
+    model = Hidden(output)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ConfigError, match=f"needs the logits .*{told}.*use allocation 'owl'"):
+        prune(model, [torch.randn(6, 6)], PruningConfig(allocation="fisher", update="none", targets="*"))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_logits_that_are_not_finite_are_an_error():
+    model = Hidden(lambda y: y * torch.inf)
+    with pytest.raises(CalibrationError, match="logits for a calibration sample are NaN"):
+        prune(model, [torch.randn(6, 6)], PruningConfig(allocation="fisher", update="none", targets="*"))
+
+
+def test_statistics_hold_no_gradients():
+    model = image_model("DeiT")
+    statistics = collect_statistics(model, [images()], [])
+    with pytest.raises(ConfigError, match=r"'fisher' needs gradients .* call `prune`"):
+        prune_from_statistics(model, statistics, PruningConfig(allocation="fisher", update="none"))
+
+
+def test_a_quantized_model_is_refused():
+    quantized = pytest.importorskip("bitsandbytes")
+    model = nn.Sequential(quantized.nn.Linear4bit(64, 64), nn.Linear(64, 4)).to("cpu")
+    with pytest.raises(ConfigError, match=r"0\.weight is quantized: use allocation 'owl'"):
+        prune(model, [torch.randn(6, 64)], PruningConfig(allocation="fisher", update="none", targets="*"))
+
+
+def test_the_forward_that_is_given_makes_the_logits():
+    model = Hidden(lambda y: SimpleNamespace(last_hidden_state=y))
+
+    def forward(batch):
+        return call_model(model, batch).last_hidden_state
+
+    config = PruningConfig(allocation="fisher", update="none", targets="*")
+    assert prune(model, [torch.randn(6, 6)], config, forward=forward).masks.sparsity == 0.5
