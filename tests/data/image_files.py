@@ -72,3 +72,9 @@ def class_folders(folder, counts):
             (folder / name / f"{number}.png").write_bytes(encoded(pixels(number)))
             number += 1
     return str(folder)
+
+
+@pytest.fixture(name="twenty")
+def _twenty(tmp_path):
+    """A parquet file of the numbers 0 to 19."""
+    return parquet(tmp_path, rows(20))
