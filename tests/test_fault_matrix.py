@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import random
 import shutil
@@ -16,13 +16,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reas
 
 @pytest.fixture(scope="module")
 def faults():
-    path = Path(__file__).parents[1] / "scripts/fault_matrix.py"
-    spec = importlib.util.spec_from_file_location("fault_matrix", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["fault_matrix"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["fault_matrix"]
+    """The script: imported for these tests alone, as it needs to fork and sets variables of its process."""
+    with pytest.MonkeyPatch.context() as changed:
+        changed.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
+        yield importlib.import_module("fault_matrix")
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +78,13 @@ def test_nan_is_told_and_goes_nowhere(faults, undisturbed):
     assert row.told == row.gone_on == 3
 
 
-def test_what_is_wrong_is_seen(faults, undisturbed):
+def test_what_is_wrong_is_seen(undisturbed):
     """The matrix itself: a run that ended otherwise is none that was gone on with."""
+    from faults.outcomes import wrong_in
+
     place, run, expected, _ = undisturbed
-    assert faults.wrong_in(run, expected) is None
+    assert wrong_in(run, expected) is None
     other = shutil.copytree(run, place.folder / "other")
-    assert "other values" in faults.wrong_in(other, {name: value + 1 for name, value in expected.items()})
+    assert "other values" in wrong_in(other, {name: value + 1 for name, value in expected.items()})
     shutil.rmtree(other / "model")
-    assert faults.wrong_in(other, expected) is not None
+    assert wrong_in(other, expected) is not None
