@@ -21,8 +21,10 @@ from sparsefit import PruningConfig, collect_statistics, prune, prune_from_stati
 from sparsefit.calibration.batches import MicroBatch, call_model
 from sparsefit.errors import CalibrationError, ConfigError
 from sparsefit.pruning.allocation import by_change, uniform
-from sparsefit.pruning.fisher import logits_of, prediction_changes
+from sparsefit.pruning.fisher import Change, logits_of, prediction_changes, sensitivities, sensitivity
+from sparsefit.pruning.input_groups import Part
 from sparsefit.pruning.layers import matrices_of
+from sparsefit.pruning.statistics import InputStatistics
 
 FISHER = PruningConfig(0.5, allocation="fisher")
 IDS = torch.randint(3, 61, (6, 12), generator=torch.Generator().manual_seed(1))
@@ -59,13 +61,16 @@ def test_a_change_is_that_of_all_labels_weighted_by_their_probabilities():
     removed = smallest_half(model)
     found = prediction_changes(weights_of(model), removed, micro_batches(inputs), model)
     for name, gone in removed.items():
-        parameter, exact = model.get_parameter(name), 0.0
+        parameter, whole, rows = model.get_parameter(name), 0.0, torch.zeros(len(gone))
         for sample in inputs:
             logs = model(sample).log_softmax(0)
             for log in logs:
                 (gradient,) = torch.autograd.grad(log, parameter, retain_graph=True)
-                exact += float(log.exp() * (gradient * parameter)[gone].sum() ** 2) / 2 / len(inputs)
-        assert found[name] == pytest.approx(exact, rel=0.25)
+                change = (gradient * parameter * gone).detach().sum(1)
+                whole += float(log.exp() * change.sum().square()) / 2 / len(inputs)
+                rows += (log.exp() * change.square()).detach() / 2 / len(inputs)
+        assert found[name].whole == pytest.approx(whole, rel=0.25)
+        assert found[name].rows.tolist() == pytest.approx(rows.tolist(), rel=0.35)
 
 
 def test_it_is_close_to_the_divergence_that_pruning_causes():
@@ -77,9 +82,8 @@ def test_it_is_close_to_the_divergence_that_pruning_causes():
         with torch.no_grad():
             pruned.get_parameter(name).masked_fill_(gone, 0)
             dense, now = model(inputs).log_softmax(1), pruned(inputs).log_softmax(1)
-        assert found[name] == pytest.approx(
-            float(F.kl_div(now, dense, log_target=True, reduction="batchmean")), rel=0.5
-        )
+        divergence = float(F.kl_div(now, dense, log_target=True, reduction="batchmean"))
+        assert found[name].whole == pytest.approx(divergence, rel=0.5)
 
 
 def test_gradients_and_what_requires_them_are_left_as_they_were():
@@ -97,6 +101,28 @@ def test_positions_of_padding_do_not_count():
     logits = torch.randn(1, 3, 5, requires_grad=True)
     mask = torch.tensor([[True, False, True]])
     assert torch.equal(logits_of(SimpleNamespace(logits=logits), mask), logits[0, [0, 2]])
+
+
+def test_scales_weigh_rows_and_leave_the_sum_of_the_matrix():
+    squared, gone = torch.rand(7, 30), torch.rand(7, 30) < 0.4
+    change = Change(3.0, torch.rand(7))
+    curve, scales = sensitivity(squared, gone, change)
+    weighted = (squared * gone * scales[:, None].square()).sum(1)
+    assert float(weighted.sum()) == pytest.approx(float((squared * gone).sum()))
+    lost = (squared * gone).sum(1)
+    half = lost / lost.sum() / 2 + change.rows / change.rows.sum() / 2
+    torch.testing.assert_close(weighted / weighted.sum(), half)
+    per_weight = torch.sort((squared * scales[:, None].square()).flatten()).values.double() * 3 / float(lost.sum())
+    torch.testing.assert_close(curve, per_weight, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("rows", [torch.zeros(4), torch.tensor([0.0, 0.0, 0.0, 1.0])])
+def test_rows_without_a_change_or_without_inputs(rows):
+    curve, scales = sensitivity(torch.zeros(4, 5), torch.ones(4, 5).bool(), Change(0.0, rows))
+    assert bool(scales.isfinite().all())
+    assert bool((curve == 0).all())
+    _, scales = sensitivity(torch.ones(4, 5), torch.ones(4, 5).bool(), Change(1.0, rows))
+    assert bool((scales > 0).all())
 
 
 # Counts
@@ -183,6 +209,24 @@ def test_the_same_samples_give_the_same_counts_however_they_are_cut():
     alone = prune(two_blocks("llama"), [{"input_ids": row[None]} for row in IDS], FISHER)
     joined = prune(two_blocks("llama"), [{"input_ids": IDS[:4]}, {"input_ids": IDS[4:]}], FISHER)
     assert alone.masks.digest() == joined.masks.digest()
+
+
+def test_masks_remove_the_smallest_scaled_scores_of_each_matrix():
+    """By a stable sort of each whole matrix, with the statistics and scales of the dense network."""
+    model, inputs = classifier(), torch.randn(40, 6, generator=torch.Generator().manual_seed(4))
+    dense, config = copy.deepcopy(model), PruningConfig(allocation="fisher", update="none", targets="*")
+    masks = prune(model, [inputs], config).masks
+    seen = {"0.weight": inputs, "2.weight": dense[:2](inputs).detach()}
+    statistics = {name: InputStatistics(x.shape[1], x.device) for name, x in seen.items()}
+    for name, x in seen.items():
+        statistics[name].add(x)
+    weights = weights_of(dense)
+    parts = {weight.name: [Part(slice(0, weight.shape[0]), statistics[weight.name])] for weight in weights}
+    found = sensitivities(weights, parts, config, [MicroBatch(inputs, (0,) * 40)], dense)
+    for weight in weights:
+        scores = weight.matrix().abs() * seen[weight.name].norm(dim=0) * found[weight.name].scales[:, None]
+        going = scores.flatten().argsort(stable=True)[: int((~masks[weight.name]).sum())]
+        assert set(going.tolist()) == set((~masks[weight.name]).flatten().nonzero().flatten().tolist())
 
 
 def test_progress_counts_the_passes():

@@ -134,7 +134,7 @@ def by_change(
 
     Args:
         sizes: The number of weights of each matrix.
-        changes: For each matrix what `fisher.marginal_changes` gives, (in,) ascending.
+        changes: For each matrix the curve of its `fisher.Sensitivity`, (points,) ascending.
         sparsity: Of all weights together; floor(sparsity * all weights) are removed.
         spread: How far a matrix's sparsity may lie from it.
 

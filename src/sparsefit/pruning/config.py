@@ -77,15 +77,16 @@ class PruningConfig:
         granularity: Which weights compete: "output" (each row of a matrix), "layer" (the whole matrix), "input" (each
             column), "(output, 128)" or "(input, 128)" (that many rows or columns together), or "variant" (the Wanda
             variant: each row loses its smallest scores up to the same share of its sum of scores). None is what the
-            score's authors use. A pattern always compares within its groups of M, whatever the granularity.
+            score's authors use; with allocation "fisher" the rows of a matrix compete. A pattern always compares within
+            its groups of M, whatever the granularity.
         update: "block": blocks are pruned one after the other, and each one's statistics come from the outputs of the
             pruned blocks before it (the paper's order for language models). "none": all statistics come from the dense
             network (the paper's order for image classifiers).
         allocation: How the sparsity is shared out. None: every comparison group loses floor(size * sparsity), as in
             the paper. "uniform": every matrix loses the same share, rounded so that the total is exact to the weight.
-            "owl": blocks with more outliers lose less. "fisher": matrices whose removed weights would change the
-            predictions more lose less; needs logits and gradients, so one backward pass for each calibration sample
-            and a model that is neither sharded nor quantized. A mapping from layer names (as in `targets`) to
+            "owl": blocks with more outliers lose less. "fisher": matrices, and their rows, whose removed weights would
+            change the predictions more lose less; needs logits and gradients, so one backward pass for each calibration
+            sample and a model that is neither sharded nor quantized. A mapping from layer names (as in `targets`) to
             sparsities: those layers lose that share, the remaining ones what is left of the total.
         owl_threshold: M of OWL: how many times the mean score makes an outlier.
         owl_spread: Lambda of OWL: how far a block's density may lie from the mean.
@@ -142,6 +143,8 @@ class PruningConfig:
                 raise ConfigError(f"unknown {name} {getattr(self, name)!r}; the choices are {known}")
         _check_device(self.device)
         own = SCORES[self.score].granularity
+        if self.allocation == "fisher" and own == "output":
+            own = "layer"  # whose rows are scaled to be comparable
         granularity = Granularity.parse(own if self.granularity is None else self.granularity)
         pattern = None if self.pattern is None else Pattern.parse(self.pattern)
         checked = {

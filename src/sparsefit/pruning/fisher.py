@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import floor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,17 +23,32 @@ from sparsefit.pruning.selection import mask_of_smallest
 from sparsefit.pruning.statistics import all_finite
 from sparsefit.ranks import add_up, errors_on_all_ranks
 
+POINTS = 1000  # of the curve of a matrix
 
-def marginal_changes(
+
+class Change(NamedTuple):
+    """The change of the predictions when a matrix is pruned, in nats per prediction."""
+
+    whole: float  # by all removed weights together
+    rows: Tensor  # (out,) float64: by those of each row alone
+
+
+class Sensitivity(NamedTuple):
+    """What the weights of a matrix mean for the predictions."""
+
+    curve: Tensor  # (points,) float64, ascending: the change by each further weight, as more and more are removed
+    scales: Tensor  # (out,) float32: what makes the scores of different rows comparable
+
+
+def sensitivities(
     weights: Sequence[PrunableWeight],
     parts: Mapping[str, list[Part]],
     config: PruningConfig,
     data: Sequence[MicroBatch],
     forward: Forward,
     step: Callable[[], None] = lambda: None,
-) -> dict[str, Tensor]:
-    """For each matrix the change of the model's predictions by each further weight that its rows lose, (in,): see
-    `along_rows`. The change is measured where each row loses its share of the smallest Wanda scores.
+) -> dict[str, Sensitivity]:
+    """Measure the sensitivity of each matrix, where each row has lost its share of the smallest Wanda scores.
 
     Args:
         weights: The weights.
@@ -48,18 +63,47 @@ def marginal_changes(
     >>> layer, inputs = nn.Linear(2, 3), torch.tensor([[3.0, 4.0]])
     >>> (statistics := InputStatistics(2, inputs.device)).add(inputs)
     >>> parts, data = {"weight": [Part(slice(0, 3), statistics)]}, [MicroBatch(inputs, origin=(0,))]
-    >>> marginal_changes(matrices_of(layer), parts, PruningConfig(), data, layer)["weight"].shape
-    torch.Size([2])
+    >>> sensitivities(matrices_of(layer), parts, PruningConfig(), data, layer)["weight"].scales.shape
+    torch.Size([3])
     """
-    counts = {weight.name: max(1, floor(weight.shape[1] * config.exact_sparsity)) for weight in weights}
 
     def scores(weight: PrunableWeight) -> Tensor:
         matrix = weight.matrix()
         return torch.cat([wanda_score(matrix[rows], own["squared_norm"]).scores() for rows, own in parts[weight.name]])
 
-    removed = {weight.name: ~mask_of_smallest(scores(weight), counts[weight.name]) for weight in weights}
+    removed = {}
+    for weight in weights:
+        count = max(1, floor(weight.shape[1] * config.exact_sparsity))
+        removed[weight.name] = ~mask_of_smallest(scores(weight), count)
     changes = prediction_changes(weights, removed, data, forward, step)
-    return {w.name: along_rows(scores(w).square(), counts[w.name], changes[w.name]) for w in weights}
+    return {w.name: sensitivity(scores(w).square_(), removed[w.name], changes[w.name]) for w in weights}
+
+
+def sensitivity(squared_scores: Tensor, removed: Tensor, change: Change) -> Sensitivity:
+    """The sensitivity of a matrix. The change is taken to grow as the sum of the squared scores that are removed, each
+    weighted by what a row's removed scores have changed: half of it that of the row, half the mean of the matrix, as a
+    row's own is estimated from few samples.
+
+    Args:
+        squared_scores: (out, in): the squared change of an output by the removal of one weight (Wanda's score squared).
+        removed: (out, in) bool: what was removed where `change` was measured.
+        change: What `prediction_changes` gave.
+
+    >>> change = Change(10.0, torch.tensor([3.0, 1.0]))
+    >>> curve, scales = sensitivity(torch.tensor([[4.0, 1.0], [9.0, 1.0]]), torch.eye(2).bool().flip(1), change)
+    >>> scales.square(), curve
+    (tensor([4.2500, 0.6389]), tensor([ 0.6389,  4.2500,  5.7500, 17.0000], dtype=torch.float64))
+    """
+    precise = precise_dtype(squared_scores.device)
+    lost = (squared_scores * removed).sum(1, dtype=precise)
+    rows = change.rows.to(lost)
+    ratios = torch.where(lost > 0, rows / lost, 0) * (lost.sum() / rows.sum())
+    weights = ((ratios + 1) / 2).nan_to_num(1.0, 1.0).float()  # without any change all rows are alike
+    ordered = (squared_scores * weights[:, None]).flatten().sort().values
+    places = (torch.arange(min(len(ordered), POINTS)) + 0.5) * (len(ordered) / min(len(ordered), POINTS))
+    whole = float(lost.sum())
+    curve = ordered[places.long().to(ordered.device)].cpu().double() * (change.whole / whole if whole else 0.0)
+    return Sensitivity(curve, weights.sqrt())
 
 
 def prediction_changes(
@@ -68,8 +112,8 @@ def prediction_changes(
     data: Sequence[MicroBatch],
     forward: Forward,
     step: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-    """The change of a model's predictions when one matrix is pruned, for each matrix alone.
+) -> dict[str, Change]:
+    """The change of a model's predictions when one matrix is pruned, for each matrix and each of its rows alone.
 
     It is the Kullback-Leibler divergence from the dense model's predictions to second order, in nats per prediction:
     half the mean of (g . w)^2, where w are the removed weights and g is the gradient of the log-probability of labels
@@ -89,19 +133,19 @@ def prediction_changes(
 
     >>> from sparsefit.pruning.layers import matrices_of
     >>> layer, data = nn.Linear(2, 3), [MicroBatch(torch.tensor([[3.0, 0.0]]), origin=(0,))]
-    >>> changes = lambda column: prediction_changes(
-    ...     matrices_of(layer), {"weight": torch.arange(2).expand(3, 2) == column}, data, layer
+    >>> first, second = (
+    ...     prediction_changes(matrices_of(layer), {"weight": torch.arange(2).expand(3, 2) == column}, data, layer)
+    ...     for column in (0, 1)
     ... )
-    >>> changes(0)["weight"] > 0.0, changes(1)["weight"]  # the second input is 0
+    >>> first["weight"].whole > 0.0, second["weight"].whole  # the second input is 0
     (True, 0.0)
     """
-    squares = {
-        weight.name: torch.zeros((), dtype=precise_dtype(weight.device), device=weight.device) for weight in weights
-    }
+    squares = {w.name: torch.zeros(1 + w.shape[0], dtype=precise_dtype(w.device), device=w.device) for w in weights}
 
     def square(weight: PrunableWeight, gradient: Tensor) -> None:
         change = as_matrix(gradient, weight.transposed, weight.index).float() * weight.matrix()
-        squares[weight.name] += change.mul_(removed[weight.name]).sum(dtype=precise_dtype(weight.device)).square()
+        rows = change.mul_(removed[weight.name]).sum(1, dtype=precise_dtype(weight.device))
+        squares[weight.name] += torch.cat([rows.sum().view(1), rows]).square_()
 
     predictions = torch.zeros((), dtype=torch.float64)
     gradients = _gradients_to(weights, square)
@@ -121,30 +165,11 @@ def prediction_changes(
                 F.cross_entropy(logits, labels, reduction="sum").backward(inputs=parameters)
                 predictions += len(logits)
             step()
-    sums = torch.stack([predictions, *(total.cpu().double() for total in squares.values())])
+    sums = torch.cat([predictions.view(1), *(total.cpu().double() for total in squares.values())])
     add_up(sums)
-    # Rounded, so that the order of additions, which ranks and GPUs change, does not change what is made of them.
-    return {name: float(f"{total / (2 * sums[0]):.4g}") for name, total in zip(squares, sums[1:], strict=True)}
-
-
-def along_rows(squared_scores: Tensor, count: int, change: float) -> Tensor:
-    """The change of the predictions by each further weight that every row of a matrix loses, smallest scores first.
-
-    Args:
-        squared_scores: (out, in): the squared change of an output by the removal of one weight (Wanda's score squared).
-        count: How many weights each row lost when `change` was measured.
-        change: What `prediction_changes` gave. It is taken to grow as the sum of the squared scores that are removed.
-
-    Returns:
-        (in,) float64, ascending, divided by the number of rows: per weight.
-
-    >>> along_rows(torch.tensor([[9.0, 1.0, 4.0]]), count=2, change=10.0)
-    tensor([ 2.,  8., 18.], dtype=torch.float64)
-    """
-    ordered = squared_scores.sort(dim=1).values
-    ordered = ordered.mean(dim=0, dtype=precise_dtype(ordered.device)).cpu().double()
-    whole = float(ordered[:count].sum()) * len(squared_scores)
-    return ordered * (change / whole if whole else 0.0)
+    # Rounded, so that the order of additions, which depends on the ranks, does not change what is made of them.
+    means = (sums[1:] / (2 * sums[0])).to(torch.bfloat16).double().split([len(total) for total in squares.values()])
+    return {name: Change(float(found[0]), found[1:]) for name, found in zip(squares, means, strict=True)}
 
 
 def logits_of(output: Any, mask: Tensor | None = None) -> Tensor:

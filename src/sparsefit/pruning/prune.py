@@ -122,7 +122,7 @@ def _prune_weights(run: PruningRun, weights: Sequence[PrunableWeight], parts: Pa
 def _solve(run: PruningRun, group: InputGroup, dense: ByWeight) -> Solution:
     """Score the weights of a group and choose masks; if configured, refine the masks and update the kept weights."""
     config = run.config
-    steps = Steps(group, dense, config, run.counts)
+    steps = Steps(group, dense, config, run.counts, run.scales)
     if config.existing_zeros == "adopt":
         return steps.solution(steps.adopt())
     if config.statistics and not group.has_nonzero_inputs:

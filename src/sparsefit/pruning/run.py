@@ -10,7 +10,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsefit.calibration.batches import (
     Forward,
@@ -26,7 +26,7 @@ from sparsefit.pruning.allocation import allocate, by_change
 from sparsefit.pruning.block_runner import BlockRunner
 from sparsefit.pruning.blocks import BlocksNotSequential, find_block_lists
 from sparsefit.pruning.config import PruningConfig
-from sparsefit.pruning.fisher import check_gradients, marginal_changes
+from sparsefit.pruning.fisher import check_gradients, sensitivities
 from sparsefit.pruning.input_groups import InputGroup, Parts
 from sparsefit.pruning.layers.base import PrunableWeight, is_dense
 from sparsefit.pruning.layers.sharded import counted
@@ -50,6 +50,7 @@ class PruningRun:
     Attributes:
         weights: All weights to prune, in the order of the model.
         counts: How many weights each matrix loses, unless every comparison group loses the same share.
+        scales: Factors of the scores of the rows, (out,), with allocation "fisher".
         result: The result so far.
     """
 
@@ -80,6 +81,7 @@ class PruningRun:
             check(model, config)
         self.weights: list[PrunableWeight] = []
         self.counts: dict[str, int] = {}
+        self.scales: dict[str, Tensor] = {}
         self.result = PruningResult(config, "none" if self.takes_one_pass else config.update)
         self._mapped = mapped
         self._undo = Undo() if mapped is None else NoUndo()
@@ -210,9 +212,11 @@ class PruningRun:
             groups = {w.name: owners.get(w.layers[0], -1 - number) for number, w in enumerate(self.weights)}
             self.counts = allocate(self.weights, self.config, groups, parts, self._one_by_one)
         elif self.config.allocation == "fisher":
-            changes = marginal_changes(self.weights, parts, self.config, self._data, self._forward, self._step)
+            found = sensitivities(self.weights, parts, self.config, self._data, self._forward, self._step)
+            curves = {name: own.curve for name, own in found.items()}
             sizes = {weight.name: prod(weight.shape) for weight in self.weights}
-            self.counts = by_change(sizes, changes, self.config.exact_sparsity, self.config.fisher_spread)
+            self.counts = by_change(sizes, curves, self.config.exact_sparsity, self.config.fisher_spread)
+            self.scales = {name: own.scales for name, own in found.items()}
 
     def block_runners(self) -> Iterator[BlockRunner]:
         """A runner for each list of blocks. The inputs of its first block are computed with the model as it is when the

@@ -56,6 +56,17 @@ def computed(scores: Scores) -> Tensor:
     return scores.scores() if isinstance(scores, Products) else scores
 
 
+def scaled(scores: Scores, scales: Tensor) -> Scores:
+    """Scores with each row multiplied by its factor, (out,) >= 0.
+
+    >>> computed(scaled(Products(torch.ones(2, 1)), torch.tensor([1.0, 2.0])))
+    tensor([[1.],
+            [2.]])
+    """
+    factors = scales[:, None].to(scores.weight.device if isinstance(scores, Products) else scores.device)
+    return scores._replace(weight=scores.weight * factors) if isinstance(scores, Products) else scores * factors
+
+
 def _magnitude_score(weight: Tensor) -> Products:
     """|W|: the magnitude of each weight (Han et al. 2015, arXiv 1506.02626)."""
     return Products(weight)

@@ -17,7 +17,7 @@ from sparsefit.pruning.input_groups import InputGroup, Rows
 from sparsefit.pruning.layers.convolution import channels_side_by_side
 from sparsefit.pruning.least_squares import least_squares
 from sparsefit.pruning.refinement import swap
-from sparsefit.pruning.scores import SCORES, Products, Scores, computed, sparsegpt_score
+from sparsefit.pruning.scores import SCORES, Products, Scores, computed, scaled, sparsegpt_score
 from sparsefit.pruning.selection import Granularity, select, select_count, select_n_of_m
 from sparsefit.pruning.statistics import InputStatistics, all_finite
 
@@ -53,12 +53,18 @@ class Steps:
         config: The pruning configuration.
         counts: How many weights to remove from each matrix; for one that is not named, the sparsity applies to each
             comparison group.
+        scales: Factors of the scores of the rows of a matrix, (out,), if there are any.
     """
 
     def __init__(
-        self, group: InputGroup, dense: Mapping[str, Tensor], config: PruningConfig, counts: Mapping[str, int]
+        self,
+        group: InputGroup,
+        dense: Mapping[str, Tensor],
+        config: PruningConfig,
+        counts: Mapping[str, int],
+        scales: Mapping[str, Tensor],
     ) -> None:
-        self._config, self._counts, self._notes = config, counts, []
+        self._config, self._counts, self._scales, self._notes = config, counts, scales, []
         self._pattern, self._score = config.structure, SCORES[config.score]
         self._dense = dict(dense)
         self._order = channels_side_by_side(group.weights[0].view) if self._pattern else None
@@ -89,9 +95,10 @@ class Steps:
         """Masks by the scores of all weights; rows with different inputs are scored separately."""
         masks = {}
         for name, dense in self._dense.items():
-            parts = [(dense[rows], self._needed(own)) for rows, own in self._parts[name]]
-            parts = parts if self._score.needs else [(dense, [])]
-            masks[name] = self._mask(name, _joined([self._scores(name, *part) for part in parts]))
+            parts = [(rows, self._needed(own)) for rows, own in self._parts[name]]
+            parts = parts if self._score.needs else [(slice(None), [])]
+            scores = [self._scores(name, rows, dense[rows], needed) for rows, needed in parts]
+            masks[name] = self._mask(name, _joined(scores))
         return masks
 
     def refine(self, masks: ByWeight) -> ByWeight:
@@ -171,7 +178,7 @@ class Steps:
             masks = []
             for (name, own), part in zip(rows, block.split([own.stop - own.start for _, own in rows]), strict=True):
                 zeros = self._zeros[name][own, columns] if self._zeros else None
-                masks.append(self._select(self._scores(name, part, needed), due(name, own, columns), zeros))
+                masks.append(self._select(self._scores(name, own, part, needed), due(name, own, columns), zeros))
             return _joined(masks)
 
         return choose
@@ -193,7 +200,8 @@ class Steps:
             return select_count(scores, granularity, count)
         return select(scores, granularity, self._config.exact_sparsity)
 
-    def _scores(self, name: str, matrix: Tensor, needed: list[Tensor]) -> Scores:
+    def _scores(self, name: str, rows: slice, matrix: Tensor, needed: list[Tensor]) -> Scores:
+        """The scores of some rows of a matrix (and some of its columns)."""
         score = self._config.score
         scores = self._score.function(matrix, *needed)
         given = scores.weight if isinstance(scores, Products) else scores
@@ -209,7 +217,7 @@ class Steps:
                 "float32, or a score of your own divides by zero. The model was left as it was; look at the "
                 "calibration data, or exclude the layer"
             )
-        return scores
+        return scores if name not in self._scales else scaled(scores, self._scales[name][rows])
 
     def _needed(
         self, statistics: InputStatistics, columns: slice = slice(None), inverse: Tensor | None = None
