@@ -81,7 +81,7 @@ class WandaPruning(DivergenceGuard):
         allocation: str | dict[str, float] | None = None,
         owl_threshold: float = 5.0,
         owl_spread: float = 0.08,
-        fisher_spread: float = 0.15,
+        fisher_spread: float = 0.2,
         swaps: int = 0,
         reconstruction: str | None = None,
         damping: float = 0.01,

@@ -128,7 +128,7 @@ def owl(
 
 
 def by_change(
-    sizes: Mapping[str, int], changes: Mapping[str, Tensor], sparsity: Fraction, spread: float = 0.15
+    sizes: Mapping[str, int], changes: Mapping[str, Tensor], sparsity: Fraction, spread: float = 0.2
 ) -> dict[str, int]:
     """Remove the weights that change the model's predictions least: all matrices reach one change per further weight.
 
