@@ -67,7 +67,12 @@ def cut_at(cuts: set[int]) -> list[Tensor]:
 
 def pruned(batches: list[Tensor], **config) -> tuple[str, list[Tensor]]:
     model = network()
-    return prune(model, batches, PruningConfig(**config)).masks.digest(), [p.detach() for p in model.parameters()]
+
+    def forward(batch: Tensor) -> Tensor:
+        return model(batch).flatten(0, 1)  # (predictions, classes)
+
+    result = prune(model, batches, PruningConfig(**config), forward=forward)
+    return result.masks.digest(), [p.detach() for p in model.parameters()]
 
 
 @functools.cache

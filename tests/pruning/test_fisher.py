@@ -258,6 +258,8 @@ class Hidden(nn.Module):
         (lambda y: y[:, :1], r"gets a tensor \(6, 1\)|gets a tensor \(1, 1\)"),
         (lambda y: y.detach(), "without a gradient"),
         (lambda y: {"loss": y.sum()}, "gets dict"),
+        (lambda y: y.unflatten(0, (1, -1)), r"gets a tensor \(1, [16], 4\)"),
+        (lambda y: (y.unflatten(0, (1, -1)),), "gets tuple"),
     ],
 )
 def test_a_model_without_logits_is_refused_and_left_as_it_was(output, told):

@@ -173,8 +173,9 @@ def prediction_changes(
 
 
 def logits_of(output: Any, mask: Tensor | None = None) -> Tensor:
-    """The logits in the output of a model, (predictions, classes) float32: the output itself, its `logits`, or the
-    first of a tuple; `mask`, (batch, positions) bool, says which positions count.
+    """The logits in the output of a model, (predictions, classes) float32: its `logits`, (batch, classes) or (batch,
+    positions, classes), or the output itself, (batch, classes). A tensor of three dimensions may be hidden states or
+    embeddings, and is not taken for logits. `mask`, (batch, positions) bool, says which positions count.
 
     Raises:
         ConfigError: if there are none, or they have no gradient.
@@ -182,16 +183,16 @@ def logits_of(output: Any, mask: Tensor | None = None) -> Tensor:
     >>> logits_of({"logits": torch.zeros(2, 3, 5, requires_grad=True)}).shape
     torch.Size([6, 5])
     """
-    found = output[0] if isinstance(output, tuple | list) and output else output
-    found = found.get("logits") if isinstance(found, Mapping) else getattr(found, "logits", found)
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    found = output if found is None and isinstance(output, Tensor) and output.ndim == 2 else found
     is_logits = isinstance(found, Tensor) and found.ndim in (2, 3) and found.is_floating_point() and found.shape[-1] > 1
     if not is_logits or not found.requires_grad:
-        shape = f"a tensor {tuple(found.shape)}" if isinstance(found, Tensor) else type(output).__name__
-        told = f"{shape} without a gradient" if is_logits else shape
+        shape = f"a tensor {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise ConfigError(
-            "allocation 'fisher' needs the logits of the model's predictions, (batch, classes) or (batch, positions, "
-            f"classes), and their gradient; calibration runs the model and gets {told}: use allocation 'owl', or run "
-            "the model so that it returns logits (a LightningModule by a calibration_step(batch))"
+            "allocation 'fisher' needs the logits of the model's predictions, with a gradient: `logits`, (batch, "
+            "classes) or (batch, positions, classes), in the model's output, or a tensor (batch, classes). Calibration "
+            f"runs the model and gets {shape}{' without a gradient' if is_logits else ''}: use allocation 'owl', or "
+            "run the model so that it returns logits (a LightningModule by a calibration_step(batch))"
         )
     counted = found[mask.to(found.device)] if mask is not None and mask.shape == found.shape[:-1] else found
     return counted.float().flatten(0, -2)
