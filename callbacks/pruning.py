@@ -14,6 +14,7 @@ from sparsefit.callbacks.divergence import DivergenceGuard
 from sparsefit.callbacks.hooks import call_hook, check_split
 from sparsefit.callbacks.plan_line import log_plan_line
 from sparsefit.callbacks.report_entries import log_pruned, plain_config, pruned
+from sparsefit.callbacks.slow_precision import warn_of_slow_precision
 from sparsefit.callbacks.trainer_lookup import ledger_of
 from sparsefit.callbacks.weight_averages import restart_averages
 from sparsefit.errors import CalibrationError, ConfigError, DataError, MaskError
@@ -219,6 +220,7 @@ class WandaPruning(DivergenceGuard):
             )
 
     def _prune_if_dense(self, trainer: Trainer, module: LightningModule) -> None:
+        warn_of_slow_precision(trainer, module.parameters())
         if self.masks is None or (trainer.ckpt_path is None and not self._holds(module)):
             self._prune(trainer, module)
         else:

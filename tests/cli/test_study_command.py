@@ -9,6 +9,7 @@ import statistics
 import pytest
 from lightning.pytorch import LightningDataModule
 
+from sparsefit.callbacks import slow_precision
 from sparsefit.modules import ImageClassifierModule
 
 pytestmark = [pytest.mark.slow, pytest.mark.figures]
@@ -248,6 +249,14 @@ def test_what_cannot_work_is_told(sparsefit, recipe, tmp_path, change, words):
     assert status == 2
     assert words in errors
     assert not (tmp_path / "study/results.csv").exists() or not table(tmp_path)
+
+
+def test_a_precision_that_the_processor_is_slow_in_is_told(sparsefit, recipe, monkeypatch):
+    monkeypatch.setattr(slow_precision, "slowdown", lambda dtype: 20.0)
+    recipe["models"] = {"net": {"class_path": f"{__name__}.Unmeasured"}}
+    recipe["trainer"]["precision"] = "bf16-mixed"
+    with pytest.warns(UserWarning, match="20 times as long for a product of matrices in bfloat16"):
+        sparsefit("study", recipe=recipe)
 
 
 def test_a_folder_of_something_else_is_left_alone(sparsefit, recipe, tmp_path):

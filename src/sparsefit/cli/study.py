@@ -22,6 +22,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer, see
 from rich.markup import escape
 
 from sparsefit.callbacks.model_call import ModelCall
+from sparsefit.callbacks.slow_precision import warn_of_slow_precision
 from sparsefit.cli.fitting_data import check_data
 from sparsefit.cli.parsing import PlainErrors, check_recipes, check_seed, check_trainer, trainer_errors
 from sparsefit.cli.quiet import quieten
@@ -55,7 +56,7 @@ def run_study(arguments: list[str]) -> int:
     _check_trainer(settings.trainer.as_dict())
     new_trainer = partial(_trainer, settings.trainer.as_dict())
     with trainer_errors():  # before anything is read
-        new_trainer()
+        warn_of_slow_precision(new_trainer())
     seed_everything(settings.seed_everything, verbose=False)
     given = parser.instantiate(settings)
     given.finetuning.check(given.grid.points())
