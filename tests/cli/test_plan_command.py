@@ -94,6 +94,18 @@ def test_a_gpu_by_its_data_sheet(sparsefit, deep):
     assert "'abacus': use one of" in errors
 
 
+def test_a_data_sheet_counts_the_passes_and_gradients_of_the_allocation(sparsefit, deep):
+    recipe, _ = deep
+    found = {}
+    for allocation in ("uniform", "owl", "fisher"):
+        recipe["pruning"] = {"sparsity": 0.5, "allocation": allocation}
+        status, told, errors = sparsefit("plan", "--gpu", "h100", "--trainer.max_steps", 0, recipe=recipe)
+        assert status == 0, errors
+        found[allocation] = number(r"arithmetic: ([\d.e+-]+) ", told)
+    assert found["owl"] / found["uniform"] == pytest.approx(3 / 2, rel=0.1)
+    assert found["fisher"] / found["uniform"] == pytest.approx(6 / 2, rel=0.1)
+
+
 @pytest.mark.parametrize(("form", "steps", "evaluations"), [("lora", 3, 3), ("masked_lora", 3, 4), ("lora", 0, 2)])
 def test_a_data_sheet_plans_the_evaluations_of_the_recipe(sparsefit, deep, form, steps, evaluations):
     recipe, _ = deep

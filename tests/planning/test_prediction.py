@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from sparsefit.planning import Measured, Work, predict
+from sparsefit.planning import GPUS, Measured, Shape, Work, estimated, predict
 from sparsefit.planning.prediction import GROWN
 
 WORK = Work(
@@ -60,6 +60,23 @@ def test_what_grows_by_the_block_is_predicted_exactly(few, more):
     assert plan.gpu_hours == pytest.approx(sum(stage.seconds for stage in plan.stages) / 3600)
     # Two passes over the calibration samples; three, for a forward and a backward pass, over the trained tokens.
     assert plan.operations == pytest.approx(2 * 4000 * (2 * 32 * 512 + 3 * 50 * 2 * 2048))
+
+
+def test_the_passes_of_an_allocation_are_counted():
+    work = Work(30, 32, 512, 10, 2, 2048, 50)
+    plain, more = (predict(w, measured(2), measured(4)) for w in (work, replace(work, forwards=6)))
+    assert more.operations - plain.operations == pytest.approx(2 * 4000 * 4 * 32 * 512)
+
+
+@pytest.mark.parametrize("taught", [False, True])
+def test_gradients_of_one_calibration_sample_need_memory(taught):
+    work, counts = Work(30, 32, 512, 10, 2, 2048, 50, state_bytes=5), {"all": 4000, "pruned": 2100, "train": 2400}
+    shape = Shape(16, 100, 4, checkpointing=True, taught=taught)
+    plain, more = (
+        estimated(w, counts, shape, GPUS["h100"], 0, 1).peaks["pruning"] for w in (work, replace(work, gradients=True))
+    )
+    assert plain == 4 * 4000 + 32 * 5
+    assert more == 4 * 4000 + 34 * 30 * 512 * 16 + 512 * 100 * 10
 
 
 def test_a_model_whose_blocks_cannot_be_counted_is_measured_whole():

@@ -120,7 +120,15 @@ def _work(settings: Any, data: Data, config: PruningConfig, trains: bool, on_gpu
         micro_batch=config.micro_batch_size,
         control=settings.control,
         states_on_host=on_gpu and config.states_on_cpu,
+        forwards=_forwards(config),
+        gradients=config.allocation == "fisher",
     )
+
+
+def _forwards(config: PruningConfig) -> int:
+    """Forward passes of the calibration data, with a backward pass as two."""
+    of_blocks = 2 if config.update == "block" else int(config.needs_inputs)
+    return of_blocks + config.passes_to_allocate + 2 * (config.allocation == "fisher")
 
 
 def class_at(path: str) -> type:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sparsefit.errors import ConfigError
 from sparsefit.planning.device_sharing import own_samples
@@ -78,7 +78,7 @@ def estimated(
     forward = 2 * counts["all"] / (gpu.operations * REACHED)  # seconds for a token
     samples = work.samples * work.sample_tokens
     seconds = {
-        "pruning": 2 * forward * own_samples(work) * work.sample_tokens,
+        "pruning": work.forwards * forward * own_samples(work) * work.sample_tokens,
         "evaluation": forward * work.test_tokens,
         "validation": forward * work.test_tokens,
         "batch": (3 + shape.taught) * forward * work.batch_tokens,
@@ -88,7 +88,11 @@ def estimated(
     weights, trained = counts["all"] * shape.weight_bytes, counts["train"] * shape.weight_bytes
     tensors = {"weights": weights, "gradients": trained, "moments": 2 * trained, "block": weights / work.blocks}
     # Masks are kept in host memory.
-    peaks = {"pruning": weights + work.samples * work.state_bytes * (not work.states_on_host)}
+    calibrating = work.samples * work.state_bytes * (not work.states_on_host)
+    if work.gradients:  # of one sample, without a teacher
+        plain = replace(shape, checkpointing=False, taught=False)
+        calibrating = max(calibrating, beside_weights(counts, plain, work.blocks, work.sample_tokens))
+    peaks = {"pruning": weights + calibrating}
     if work.batch_tokens:
         held = sum(tensors[key] for key in ("weights", "gradients", "moments"))
         peaks["training"] = held + beside_weights(counts, shape, work.blocks, work.batch_tokens)

@@ -38,6 +38,8 @@ class Work:
         micro_batch: Calibration samples that go through the model at once.
         control: Whether the dense model is trained by the same recipe afterwards.
         states_on_host: Whether hidden states are kept on the host of a GPU.
+        forwards: Forward passes of the calibration samples in the pruning; a backward pass counts as two.
+        gradients: Whether the pruning takes gradients of calibration samples.
     """
 
     blocks: int
@@ -66,6 +68,8 @@ class Work:
     micro_batch: int = 8
     control: bool = False
     states_on_host: bool = False
+    forwards: int = 2
+    gradients: bool = False
 
 
 @dataclass(frozen=True)

@@ -145,5 +145,5 @@ def _steps(work: Work, around: float, step: float, validation: float) -> tuple[i
 
 
 def _operations(work: Work, weights: float, trained: float) -> float:
-    passes = 2 * work.samples * work.sample_tokens  # once with the dense blocks, once with the pruned ones
-    return 2 * weights * (passes + 3 * trained)  # a backward pass costs two forward ones
+    calibrated = work.forwards * work.samples * work.sample_tokens
+    return 2 * weights * (calibrated + 3 * trained)  # a backward pass costs two forward ones
