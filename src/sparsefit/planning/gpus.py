@@ -89,9 +89,10 @@ def estimated(
     tensors = {"weights": weights, "gradients": trained, "moments": 2 * trained, "block": weights / work.blocks}
     # Masks are kept in host memory.
     calibrating = work.samples * work.state_bytes * (not work.states_on_host)
-    if work.gradients:  # of one sample, without a teacher
+    if work.gradients:  # of one sample, without a teacher; with a byte for each weight that may be removed
         plain = replace(shape, checkpointing=False, taught=False)
-        calibrating = max(calibrating, beside_weights(counts, plain, work.blocks, work.sample_tokens))
+        gradients = counts["pruned"] + beside_weights(counts, plain, work.blocks, work.sample_tokens)
+        calibrating = max(calibrating, gradients)
     peaks = {"pruning": weights + calibrating}
     if work.batch_tokens:
         held = sum(tensors[key] for key in ("weights", "gradients", "moments"))
