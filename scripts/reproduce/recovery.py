@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -71,14 +72,18 @@ def refined(model: str, rates: dict[str, float], limit: Settings, pattern: str) 
 
 
 PAPERS: Settings = {"form": "lora q, v (the paper's)"}
-OURS: Settings = {"form": BEST, "passes": 2, "pruning": "refined"}
+
+
+def ours(pattern: str) -> Settings:
+    """The best recipe; an N:M pattern leaves nothing to share out between matrices."""
+    return {"form": BEST, "passes": 2, "pruning": "refined" if ":" in pattern else "refined, Fisher"}
 
 
 def headline(output: Path, model: str, steps: int, patterns: list[str], seeds: list[int]) -> list[Settings]:
     """The paper's recipe and ours, each at the best of its rates by the first seed, and their controls."""
     rows = []
     for pattern in patterns:
-        for recipe in (PAPERS, OURS):
+        for recipe in (PAPERS, ours(pattern)):
             settings = recipe | {"pattern": pattern, "seed": seeds[0]}
             tried = [
                 cached(output, point(model, rate=rate, limit={"steps": steps}, **settings))
@@ -143,10 +148,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the headline")
+    parser.add_argument("--precision", help="of the trainer, in place of the model's: use a new output folder for it")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")
     args.output.mkdir(parents=True, exist_ok=True)
+    if args.precision:
+        for model, subject in SUBJECTS.items():
+            SUBJECTS[model] = replace(subject, trainer=subject.trainer | {"precision": args.precision})
     for model in [args.model] if args.model else [name for name in SUBJECTS if name != "smollm2"]:
         rates = {} if args.stage == "headline" else best_rates(args.output, model, args.steps)
         print(model, rates, flush=True)

@@ -77,7 +77,12 @@ def documentation(seed: int) -> PythonDocsDataModule:
 PATTERNS: dict[str, Settings] = {"50%": {"sparsity": 0.5}, "2:4": {"pattern": "2:4"}}
 DENSE = "dense"  # in the place of a pattern: a control
 REFINED = {"swaps": 10, "reconstruction": "least_squares"}
-PRUNINGS: dict[str, Settings] = {"wanda": {}, "refined": REFINED, "refined, OWL": REFINED | {"allocation": "owl"}}
+PRUNINGS: dict[str, Settings] = {
+    "wanda": {},
+    "refined": REFINED,
+    "refined, OWL": REFINED | {"allocation": "owl"},
+    "refined, Fisher": REFINED | {"allocation": "fisher"},
+}
 RANK_16 = {"r": 16, "alpha": 32, "dropout": 0.0, "target_modules": "all-linear"}
 FORMS: dict[str, Settings] = {
     "lora q, v (the paper's)": {"form": "lora"},
