@@ -93,7 +93,7 @@ def headline(output: Path, model: str, steps: int, patterns: list[str], seeds: l
             for seed in seeds:
                 again = recipe | {"rate": best, "limit": {"steps": steps}, "seed": seed}
                 rows.append(point(model, pattern=pattern, **again))
-                rows.append(point(model, pattern=DENSE, **again | {"passes": 0}))
+                rows.append(point(model, pattern=DENSE, **again | {"passes": 0, "pruning": "wanda"}))  # a control
     return rows
 
 
