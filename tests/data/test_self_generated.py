@@ -8,34 +8,17 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from torch import nn
+from written_text import END, data_of, windows, written
 
-from sparsefit.data import SelfGeneratedDataModule
 from sparsefit.data.data_position import Place
 from sparsefit.errors import CalibrationError, ConfigError, DataError
 from sparsefit.modules.text_generation import sample_windows, weights_digest, writing
 from sparsefit.recovery.adapters import AdapterSettings, attach_adapter
 
-SETTINGS = {"sequence_length": 12, "train_tokens": 100, "calibration_samples": 5, "writing_batch_size": 3}
-END = 256
-
 
 @pytest.fixture
 def model(tiny_model):
     return tiny_model("llama", vocab_size=257)
-
-
-def data_of(tokenizer, folder, **settings):
-    return SelfGeneratedDataModule(tokenizer, folder=str(folder), **(SETTINGS | {"batch_size": 2} | settings))
-
-
-def written(tokenizer, folder, model, **settings):
-    data = data_of(tokenizer, folder, **settings)
-    data.write_with(model)
-    return windows(data.calibration_dataloader()), windows(data.train_dataloader())
-
-
-def windows(loader):
-    return [tuple(window) for batch in loader for window in batch["input_ids"].tolist()]
 
 
 def distances(counts, probabilities):

@@ -8,31 +8,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from written_text import data_of, windows, written
 
-from sparsefit.data import SelfGeneratedDataModule
 from sparsefit.errors import DataError
-
-SETTINGS = {"sequence_length": 12, "train_tokens": 100, "calibration_samples": 5, "writing_batch_size": 3}
-END = 256
 
 
 @pytest.fixture
 def model(tiny_model):
     return tiny_model("llama", vocab_size=257)
-
-
-def data_of(tokenizer, folder, **settings):
-    return SelfGeneratedDataModule(tokenizer, folder=str(folder), **(SETTINGS | {"batch_size": 2} | settings))
-
-
-def written(tokenizer, folder, model, **settings):
-    data = data_of(tokenizer, folder, **settings)
-    data.write_with(model)
-    return windows(data.calibration_dataloader()), windows(data.train_dataloader())
-
-
-def windows(loader):
-    return [tuple(window) for batch in loader for window in batch["input_ids"].tolist()]
 
 
 def test_what_is_written_is_read_by_all_who_ask_for_the_same(tokenizer, tmp_path, model, monkeypatch):

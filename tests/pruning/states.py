@@ -40,3 +40,13 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
         )
         for k in a
     )
+
+
+class OwnError(Exception):
+    """Raised by a test."""
+
+
+def at_the_end(done: int, total: int) -> None:
+    """Fails when all weights are pruned."""
+    if done == total:
+        raise OwnError

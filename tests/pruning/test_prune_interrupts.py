@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from states import same, sequences, state, weights
+from states import OwnError, at_the_end, same, sequences, state, weights
 from torch import nn
 
 from sparsefit import PruningConfig, prune
@@ -20,16 +20,6 @@ from sparsefit.pruning.undo import Removed, Undo
 
 TARGETS = ("q_proj", "o_proj", "down_proj")
 SMALL = {"num_hidden_layers": 2}  # with six weights of these names
-
-
-class OwnError(Exception):
-    pass
-
-
-def at_the_end(done: int, total: int) -> None:
-    """Fails when all weights are pruned."""
-    if done == total:
-        raise OwnError
 
 
 @pytest.mark.parametrize("reconstruction", [None, "sequential"])

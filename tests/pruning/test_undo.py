@@ -13,23 +13,13 @@ import pytest
 import torch
 from image_models import image_model, images
 from moe import FAMILIES, SIZES
-from states import same, sequences, weights
+from states import OwnError, at_the_end, same, sequences, weights
 from torch import nn
 
 from sparsefit import PruningConfig, collect_statistics, prune, prune_from_statistics
 
 TARGETS = ("q_proj", "o_proj", "down_proj")
 SMALL = {"num_hidden_layers": 2}  # with six weights of these names
-
-
-class OwnError(Exception):
-    pass
-
-
-def at_the_end(done: int, total: int) -> None:
-    """Fails when all weights are pruned."""
-    if done == total:
-        raise OwnError
 
 
 def recurrent() -> nn.Module:
