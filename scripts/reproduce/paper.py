@@ -33,7 +33,7 @@ from tables.store import Store
 
 from sparsefit.cli.quiet import interrupts, quieten
 from sparsefit.errors import ConfigError, SparsefitError
-from sparsefit.reporting.machine import machine, versions
+from sparsefit.machine import machine, versions
 
 ALL = TABLES | MORE_TABLES
 

@@ -20,6 +20,7 @@ from sparsefit.cli.plan_recipe import FEWEST, Recipe, recipe_of
 from sparsefit.cli.probing import Miniature, measure
 from sparsefit.cli.quiet import quieten
 from sparsefit.errors import ConfigError
+from sparsefit.machine import free_host_memory, host_memory, memory_of
 from sparsefit.planning import (
     Measured,
     Plan,
@@ -38,7 +39,6 @@ from sparsefit.pruning.targets import count_weights
 from sparsefit.recovery.adapters import LOSSLESS, AdapterSettings
 from sparsefit.reporting.console import console
 from sparsefit.reporting.formats import hours, percent, seconds
-from sparsefit.reporting.machine import free_host_memory, host_memory, memory_of
 
 _LONGEST = 8.0  # seconds that a training batch (or the pruning) of the second miniature may take, by the first one
 _OF_A_STUDY = {"study", "grid", "models"}

@@ -17,11 +17,11 @@ from torch import Tensor
 from sparsefit.calibration.samples import count_samples, tensors_in
 from sparsefit.cli.plan_data import Data, first_samples, read_data
 from sparsefit.cli.probing import Miniature
+from sparsefit.machine import memory_held, process_memory
 from sparsefit.modules.loading import configuration_of, find_tokenizer, load_skeleton
 from sparsefit.modules.model_classes import blocks_in
 from sparsefit.planning import Work
 from sparsefit.pruning import PruningConfig
-from sparsefit.reporting.machine import memory_held, process_memory
 
 FEWEST = 2  # blocks of the first miniature: a single one is no list of repeated blocks
 _TRAINER = ("accelerator", "precision", "gradient_clip_val", "gradient_clip_algorithm", "deterministic", "benchmark")

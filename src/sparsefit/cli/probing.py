@@ -25,8 +25,8 @@ from sparsefit.cli.probe_watch import Watch, bits_of
 from sparsefit.cli.quiet import quieten
 from sparsefit.errors import SparsefitError
 from sparsefit.evaluation.zero_shot import Results
+from sparsefit.machine import memory_held
 from sparsefit.planning import Measured
-from sparsefit.reporting.machine import memory_held
 
 STEPS = 3  # optimizer steps of a miniature run: the first one pays for what happens once
 
