@@ -42,14 +42,16 @@ def test_a_control_stands_beside_what_was_recovered(report, controlled):
     rows = [" ".join(row.split()) for row in printed(summary(controlled), width=120).splitlines()]
     # As before, and ln 20.5 - ln 16 beside it.
     assert "perplexity 18.25 26.75 20.50 16.00 69.6% +0.248 nats" in rows
-    assert "dense pruned recovered control won back above control" in rows
-    assert "control: finished, 200 steps, 0.0250 GPU-hours, which are no part of the run's, without the teacher" in rows
+    assert "dense pruned recovered control won back distance from control" in rows
+    assert (
+        "control: finished, 200 steps, 0.0250 GPU-hours, not counted in those of the run, without the teacher" in rows
+    )
     assert "total 2 min 29 s 0.0415 83.0%" in rows
     assert "control" not in printed(summary(report))
-    assert "hold recovery against dense" not in printed(summary(controlled))
+    assert "compare the recovered model" not in printed(summary(controlled))
     controlled["perplexity"]["control"] = 19.0  # above dense
     told = " ".join(printed(summary(controlled)).split())
-    assert "this recipe makes the dense model worse in perplexity: hold recovery against dense" in told
+    assert "makes the dense model worse in perplexity: compare the recovered model with the dense model instead" in told
 
 
 def test_a_summary_prints_whatever_is_missing(any_report):
