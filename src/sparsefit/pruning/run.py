@@ -168,9 +168,9 @@ class PruningRun:
     def finish(self) -> None:
         """Complete the result: its notes and the time; report the last step of progress."""
         for which in _by_parameter(self._unseen):
-            self.result.note(f"{which} saw no calibration token (no product with it was seen); pruned by magnitude")
+            self.result.note(f"{which} saw no calibration token; pruned by magnitude")
         for which in _by_parameter(self._dead):
-            self.result.note(f"the inputs of {which} were all zero and say nothing of it; pruned by magnitude")
+            self.result.note(f"the inputs of {which} were zero in all calibration data; pruned by magnitude")
         if self.config.existing_zeros == "keep" and self.result.masks.sparsity > self.config.sparsity + 0.001:
             self.result.note(
                 "the model had more zeros than were asked for, and they were kept: "

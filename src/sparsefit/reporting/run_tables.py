@@ -28,9 +28,7 @@ def quality(report: Mapping[str, Any]) -> Table:
         rows.append([f"{task.task} {task.metric}", *texts, formats.percent(share, 1), formats.MISSING])
     if text := reading.section(report, "evaluation").get("text"):
         notes.append(f"Measured on {text}.")
-    notes.append(
-        "Won back: the share of the loss from pruning that recovery regained (perplexities by their logarithms)."
-    )
+    notes.append("Won back: the share of the lost quality that recovery regained (perplexities: by their logarithms).")
     if reading.CONTROL in found:
         notes.append("Control: the dense model, trained by the same recipe.")
         notes.append("Distance from control: recovered - control; in nats, ln(recovered) - ln(control).")
