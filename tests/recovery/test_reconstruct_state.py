@@ -91,6 +91,23 @@ def test_an_interrupt_leaves_the_model_whole(tiny_model, monkeypatch, at, dtype)
     model(input_ids=IDS, labels=IDS).loss.backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_from_before_have_no_part_and_are_kept(tiny_model, dtype):
+    tuned = []
+    for stale in (False, True):
+        model = tiny_model("llama").to(dtype)
+        dense, masks = pruned(model)
+        if stale:
+            model(input_ids=IDS, labels=IDS).loss.backward()
+        held = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+        reconstruct(model, BATCHES, dense, masks, ReconstructSettings(2, 1e-3, 2))
+        tuned.append(snapshot(model))
+        for name, parameter in model.named_parameters():
+            kept = parameter.grad is None if held[name] is None else torch.equal(parameter.grad, held[name])
+            assert kept, name
+    assert all(torch.equal(value, tuned[1][name]) for name, value in tuned[0].items())
+
+
 # What cannot be, and time.
 
 

@@ -157,14 +157,20 @@ class _Tuner:
 
     @contextmanager
     def model_frozen(self) -> Iterator[None]:
-        """Freeze all parameters; `requires_grad` is restored at the end."""
-        trained = [(parameter, parameter.requires_grad) for parameter in self._model.parameters()]
+        """Freeze all parameters and set their gradients aside; `requires_grad` and gradients are restored at the end.
+
+        A gradient that was there before would be added to those of the first step.
+        """
+        before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in self._model.parameters()]
         try:
             self._model.requires_grad_(False)
+            for parameter, _, _ in before:
+                parameter.grad = None
             yield
         finally:
-            for parameter, requires_grad in trained:
+            for parameter, requires_grad, gradient in before:
                 parameter.requires_grad_(requires_grad)
+                parameter.grad = gradient
 
     def expect(self, blocks: list[nn.Module]) -> None:
         """Set the blocks to tune, after a check that all of them can be tuned."""
