@@ -12,6 +12,10 @@ callbacks, kept in a file of the output folder, so a run that was stopped goes o
 reconstruction gives is kept, too, and shared by the points that start from it. The model on TinyStories expects the
 folder data/ (see configs/tinystories.yaml), and so does SmolLM2 (see configs/smollm2-135m_c4.yaml): in bfloat16
 autocast, 128 calibration windows and batches of 4 x 512 tokens of C4, and 24 windows of WikiText-2.
+
+The column "seconds" is the time of the training, with loading the model, and of the reconstruction before it; the
+column "pruning s" is that of the pruning, which the point may share with others. Reading the data, evaluations and
+merging are in neither. The steps of the stage "seconds" follow from the first column.
 """
 
 from __future__ import annotations
@@ -46,13 +50,16 @@ def ways() -> list[tuple[str, int, float]]:
 
 
 def fitting(output: Path, model: str, rates: dict[str, float], pattern: str) -> list[Settings]:
-    """Each way with the steps that fit into the seconds, at the pace measured at 50%."""
-    rows = []
+    """Each way with the steps that fit into the seconds, at the pace measured at 50%; without those that have none."""
+    rows, seconds = [], SUBJECTS[model].seconds
     for form, passes, distill in ways():
         start = point(model, form, rates[form], {}, pattern=pattern, passes=passes)
         before = prepare(output, start)[1]["reconstruction_seconds"]
-        steps = int((SUBJECTS[model].seconds - before) / pace(output, model, form, rates[form], distill))
-        limit = {"seconds": SUBJECTS[model].seconds, "steps": steps}
+        steps = int((seconds - before) / pace(output, model, form, rates[form], distill))
+        if steps < 1:
+            print(f"{model}, {pattern}, {form}: left out, as {seconds - before:.0f} s of {seconds} s are left to train")
+            continue
+        limit = {"seconds": seconds, "steps": steps}
         rows.append(point(model, form, rates[form], limit, pattern=pattern, passes=passes, distill=distill))
     return rows
 
@@ -114,9 +121,9 @@ def points(args: argparse.Namespace, stage: str, model: str, rates: dict[str, fl
 def table(rows: list[Settings]) -> str:
     """Markdown: a line for each point."""
     lines = [
-        "| model | pattern | masks | form | passes | distilled | rate | seed | limit | steps | seconds | dense "
-        "| pruned | recovered | merged | nats lost | won back | zeros counted |",
-        "|" + "---|" * 18,
+        "| model | pattern | masks | form | passes | distilled | rate | seed | limit | steps | pruning s | seconds "
+        "| dense | pruned | recovered | merged | nats lost | won back | zeros counted |",
+        "|" + "---|" * 19,
     ]
     for f in rows:
         lost = math.log(f["merged"] / f["dense"])
@@ -129,6 +136,7 @@ def table(rows: list[Settings]) -> str:
             str(f.get("seed", 0)),
             limit,
             str(f["steps_taken"]),
+            f"{f.get('pruning_seconds', 0.0):.0f}",
             f"{seconds:.0f}",
             f"{f['dense']:.2f}",
         ]

@@ -48,7 +48,7 @@ class FromFolder(WandaPruning):
 
 
 class StepClock(Callback):
-    """The time of an optimizer step: the median of all but the first two."""
+    """The time of an optimizer step: the median of all but the first two, as far as there are more."""
 
     def __init__(self) -> None:
         self._times: list[float] = []
@@ -58,10 +58,10 @@ class StepClock(Callback):
         self._times.append(time.perf_counter())
 
     @property
-    def median(self) -> float:
-        """Seconds."""
+    def median(self) -> float | None:
+        """Seconds; None after fewer than two steps, as the first one has no start."""
         times = self._times[1:] if len(self._times) > 3 else self._times
-        return median(later - earlier for earlier, later in pairwise(times))
+        return median(later - earlier for earlier, later in pairwise(times)) if len(times) > 1 else None
 
 
 @cache
@@ -106,8 +106,8 @@ def prepare(output: Path, point: Settings) -> tuple[Path, Settings]:
     return folder, json.loads((folder / "figures.json").read_text())
 
 
-def fitted(output: Path, point: Settings) -> tuple[CausalLMModule, MaskSet | None, Trainer, float]:
-    """A model prepared and trained as a point says, its masks, and the seconds of an optimizer step."""
+def fitted(output: Path, point: Settings) -> tuple[CausalLMModule, MaskSet | None, Trainer, float | None]:
+    """A model prepared and trained as a point says, its masks, and the seconds of an optimizer step, if it has two."""
     subject, form = SUBJECTS[point["model"]], FORMS[point["form"]]
     data, _ = data_of(point["model"], point["seed"])
     seed_everything(point["seed"], verbose=False)
@@ -124,11 +124,16 @@ def fitted(output: Path, point: Settings) -> tuple[CausalLMModule, MaskSet | Non
 
 
 def run(output: Path, point: Settings) -> Settings:
-    """One point: a model prepared, trained, evaluated, merged and counted; a control is no more than evaluated."""
+    """One point: a model prepared, trained, evaluated, merged and counted; a control is no more than evaluated.
+
+    `training_seconds` is the time of the training and of loading the model and its pruned weights. It contains neither
+    reading the data nor the pruning and the reconstruction, which the first point that needs them makes for all others.
+    """
+    _, test = data_of(point["model"], point["seed"])
+    before = {} if point["pattern"] == DENSE else prepare(output, point)[1]
     start = time.perf_counter()
     module, masks, trainer, step = fitted(output, point)
     spent = time.perf_counter() - start
-    _, test = data_of(point["model"], point["seed"])
     recovered = module.evaluate(test)["perplexity"]
     figures = {"recovered": recovered, "steps_taken": trainer.global_step, "training_seconds": spent, "step": step}
     if masks is None:
@@ -143,7 +148,7 @@ def run(output: Path, point: Settings) -> Settings:
         )
         inspection = inspect_folder(saved)
     counted = {"merged": merged, "sparsity": inspection.sparsity, "masks_broken": len(inspection.broken)}
-    return point | prepare(output, point)[1] | figures | counted
+    return point | before | figures | counted
 
 
 def pace(output: Path, model: str, form: str, rate: float, distill: float) -> float:
