@@ -68,15 +68,54 @@ def test_the_passes_of_an_allocation_are_counted():
     assert more.operations - plain.operations == pytest.approx(2 * 4000 * 4 * 32 * 512)
 
 
+SIZES = {"all": 4000.0, "pruned": 2100.0, "train": 2400.0}
+
+
 @pytest.mark.parametrize("taught", [False, True])
-def test_gradients_of_one_calibration_sample_need_memory(taught):
-    work, counts = Work(30, 32, 512, 10, 2, 2048, 50, state_bytes=5), {"all": 4000, "pruned": 2100, "train": 2400}
-    shape = Shape(16, 100, 4, checkpointing=True, taught=taught)
+@pytest.mark.parametrize("element", [2, 4])
+def test_gradients_of_one_calibration_sample_need_memory(taught, element):
+    work = Work(30, 32, 512, 10, 2, 2048, 50, state_bytes=5)
+    shape = Shape(16, 100, 4, activation_bytes=element, checkpointing=True, taught=taught)
     plain, more = (
-        estimated(w, counts, shape, GPUS["h100"], 0, 1).peaks["pruning"] for w in (work, replace(work, gradients=True))
+        estimated(w, SIZES, shape, GPUS["h100"], 0, 1).peaks["pruning"] for w in (work, replace(work, gradients=True))
     )
     assert plain == 4 * 4000 + 32 * 5
-    assert more == 4 * 4000 + 2100 + 34 * 30 * 512 * 16 + 512 * 100 * 10
+    # Logits in the elements of the model, and four times in float32.
+    assert more == 4 * 4000 + 2100 + 17 * element * 30 * 512 * 16 + 512 * 100 * (element + 16)
+
+
+def test_activations_take_the_bytes_of_their_elements():
+    shapes = [Shape(16, 100, 4, activation_bytes=element) for element in (2, 4)]
+    half, single = (estimated(WORK, SIZES, shape, GPUS["h100"], 0, 1).peaks["training"] for shape in shapes)
+    assert half == 4 * (4000 + 3 * 2400) + 34 * 30 * 2048 * 16 + 2048 * 100 * 10
+    assert single - half == 34 * 30 * 2048 * 16 + 2048 * 100 * 2
+
+
+@pytest.mark.parametrize("state_bytes", [5, 10**6])
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("on_host", [False, True])
+def test_each_device_takes_gradients_or_holds_the_states_of_its_samples(state_bytes, devices, on_host):
+    work = Work(30, 32, 512, 10, 2, 2048, 50, state_bytes=state_bytes, devices=devices, gradients=True)
+    work = replace(work, states_on_host=on_host)
+    plan = predict(work, estimated(work, SIZES, Shape(16, 100, 2), GPUS["h100"], 0, 1))
+    backward = 2100 + 34 * 30 * 512 * 16 + 512 * 100 * 18
+    states = 0 if on_host else 32 // devices * state_bytes
+    assert plan.peaks["pruning"] == pytest.approx(2 * 4000 + max(backward, states))
+
+
+def test_measured_gradients_grow_with_the_blocks():
+    def with_gradients(blocks, samples=8):
+        whole = measured(blocks, samples)
+        return replace(whole, tensors={**whole.tensors, "backward": 100.0 + 20 * blocks})
+
+    few, more = measured(2), measured(4)
+    plain = predict(WORK, few, more).peaks["pruning"]
+    taken = predict(WORK, with_gradients(2), with_gradients(4)).peaks["pruning"]
+    assert taken - plain == pytest.approx(26 * 20)
+    # Hidden states of all samples, of which the miniatures held eight.
+    work = replace(WORK, state_bytes=50)
+    states = predict(work, with_gradients(2), with_gradients(4)).peaks["pruning"]
+    assert states - plain == pytest.approx(32 * 50 - max(8 * 50, 180))
 
 
 def test_a_model_whose_blocks_cannot_be_counted_is_measured_whole():

@@ -92,7 +92,9 @@ def _by_data_sheet(recipe: Recipe, settings: Any, gpu: GPU) -> Plan:
     # Mixed precision keeps float32 weights.
     weight_bytes = 4 if arguments.get("dtype", "float32") == "float32" else 2
     checkpointing = bool(arguments.get("gradient_checkpointing"))
-    shape = Shape(text.hidden_size, text.vocab_size, weight_bytes, checkpointing, recipe.work.taught)
+    activation_bytes = 2 if "16" in str(settings.trainer.precision) else weight_bytes  # "bf16-mixed", "16-true", ...
+    sizes = (text.hidden_size, text.vocab_size, weight_bytes, activation_bytes)
+    shape = Shape(*sizes, checkpointing, recipe.work.taught)
     passes = settings.reconstruction.passes
     evaluations = _evaluations(recipe, settings) * bool(recipe.work.test_batches)
     return predict(recipe.work, estimated(recipe.work, _counts(recipe), shape, gpu, passes, evaluations))

@@ -20,6 +20,18 @@ def own_samples(work: Work) -> int:
     return min(math.ceil(batches / work.devices) * work.micro_batch, work.samples)
 
 
+def calibration_bytes(work: Work, samples: int, backward: float) -> float:
+    """Bytes that calibration needs on a device in addition to the weights: its samples' hidden states between two
+    blocks or, if they are more, those of a backward pass of one sample, which are freed before.
+
+    Args:
+        work: The work of the recipe.
+        samples: Calibration samples of the device.
+        backward: Bytes of a backward pass of one sample; 0 if the pruning takes no gradients.
+    """
+    return max(0.0 if work.states_on_host else float(samples * work.state_bytes), backward)
+
+
 def bytes_of_a_device(work: Work, peaks: Mapping[str, float], tensors: Mapping[str, float]) -> dict[str, float]:
     """Peak bytes of each device in the stages "pruning" and "training".
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from sparsefit.errors import ConfigError
-from sparsefit.planning.device_sharing import own_samples
+from sparsefit.planning.device_sharing import calibration_bytes, own_samples
 from sparsefit.planning.plan_data import Measured, Work
 
 REACHED = 0.3
 """Assumed share of the peak performance. One pruning of LLaMA-7B's shapes in block order, two passes of 128 x 2,048
 tokens with 6.8e15 operations, took 24.0 s on an H100: 0.29 of its peak. Training was not measured."""
+
+KEPT = 17
+"""Elements that a block keeps for a backward pass, per token and hidden unit: the 34 bytes in half precision of
+Korthikanti et al. 2022 (arXiv 2205.05198, equation 2 without the attention matrix). With gradient checkpointing each
+block keeps one, and one block at a time all of them."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class Shape:
         hidden: Size of the hidden states.
         vocabulary: Size of the vocabulary.
         weight_bytes: Bytes per weight.
+        activation_bytes: Bytes per element of activations and logits: 2 with half-precision weights or autocast.
         checkpointing: Whether gradient checkpointing is used.
         taught: Whether the dense model is the teacher.
     """
@@ -47,6 +53,7 @@ class Shape:
     hidden: int
     vocabulary: int
     weight_bytes: int
+    activation_bytes: int = 2
     checkpointing: bool = False
     taught: bool = False
 
@@ -87,13 +94,10 @@ def estimated(
         seconds["reconstruction"] = (3 * passes + 2) * forward * samples
     weights, trained = counts["all"] * shape.weight_bytes, counts["train"] * shape.weight_bytes
     tensors = {"weights": weights, "gradients": trained, "moments": 2 * trained, "block": weights / work.blocks}
+    if work.gradients:
+        tensors["backward"] = backward_bytes(counts, shape, work.blocks, work.sample_tokens)
     # Masks are kept in host memory.
-    calibrating = work.samples * work.state_bytes * (not work.states_on_host)
-    if work.gradients:  # of one sample, without a teacher; with a byte for each weight that may be removed
-        plain = replace(shape, checkpointing=False, taught=False)
-        gradients = counts["pruned"] + beside_weights(counts, plain, work.blocks, work.sample_tokens)
-        calibrating = max(calibrating, gradients)
-    peaks = {"pruning": weights + calibrating}
+    peaks = {"pruning": weights + calibration_bytes(work, work.samples, tensors.get("backward", 0.0))}
     if work.batch_tokens:
         held = sum(tensors[key] for key in ("weights", "gradients", "moments"))
         peaks["training"] = held + beside_weights(counts, shape, work.blocks, work.batch_tokens)
@@ -101,10 +105,21 @@ def estimated(
 
 
 def beside_weights(counts: Mapping[str, float], shape: Shape, blocks: int, tokens: int) -> float:
-    """Bytes that training needs in addition to weights, gradients and moments: the teacher's removed weights, logits
-    and activations. Activations take 34 bytes per token, hidden unit and block in half precision (Korthikanti et al.
-    2022, arXiv 2205.05198, equation 2 without the attention matrix); with checkpointing 2, plus 34 for one block."""
+    """Bytes that training needs in addition to weights, gradients and moments: the teacher's removed weights,
+    activations, and logits with a float32 copy and its gradient."""
     removed = counts["pruned"] / 2 * shape.weight_bytes if shape.taught else 0
-    states = 34 * blocks if not shape.checkpointing else 2 * blocks + 34
-    logits = tokens * shape.vocabulary * (2 + 4 + 4) * (2 if shape.taught else 1)
-    return removed + states * tokens * shape.hidden + logits
+    states = KEPT * blocks if not shape.checkpointing else blocks + KEPT
+    logits = tokens * shape.vocabulary * (shape.activation_bytes + 2 * 4) * (2 if shape.taught else 1)
+    return removed + _activations(shape, states, tokens) + logits
+
+
+def backward_bytes(counts: Mapping[str, float], shape: Shape, blocks: int, tokens: int) -> float:
+    """Bytes that the gradients of one calibration sample need in addition to the weights: a byte for each weight that
+    may be removed, activations, and logits with a float32 copy, its log-probabilities and the gradients of both."""
+    logits = tokens * shape.vocabulary * (shape.activation_bytes + 4 * 4)
+    return counts["pruned"] + _activations(shape, KEPT * blocks, tokens) + logits
+
+
+def _activations(shape: Shape, elements: int, tokens: int) -> float:
+    """Bytes of activations with so many elements per token and hidden unit."""
+    return float(shape.activation_bytes * elements * tokens * shape.hidden)

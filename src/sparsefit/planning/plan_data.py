@@ -85,7 +85,8 @@ class Measured:
             "update" of the optimizer. Stages that the recipe does not have are missing.
         peaks: Peak bytes in the stages "pruning" and "training", without what was held before the model was loaded.
         tensors: Bytes of the tensors held in these stages, counted one by one, which is exact, unlike the memory of
-            the process; and of "weights", "gradients", "moments", and the weights of one "block".
+            the process; of "weights", "gradients", "moments", and the weights of one "block"; and, if the pruning takes
+            gradients, what the "backward" pass of one calibration sample needs in addition to the weights.
         counts: Number of weights: "all", "pruned", and "train" for those that train.
         disk: Bytes in its run folder.
         task_stages: Number of evaluations on the zero-shot tasks.

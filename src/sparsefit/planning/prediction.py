@@ -9,7 +9,13 @@ from __future__ import annotations
 
 import math
 
-from sparsefit.planning.device_sharing import bytes_of_a_device, bytes_of_a_host, least_bytes, own_samples
+from sparsefit.planning.device_sharing import (
+    bytes_of_a_device,
+    bytes_of_a_host,
+    calibration_bytes,
+    least_bytes,
+    own_samples,
+)
 from sparsefit.planning.plan_data import Measured, Plan, Stage, Work
 
 GROWN = 0.1
@@ -55,8 +61,9 @@ def predict(work: Work, one: Measured, two: Measured | None = None, more: Measur
         stage: work.held + peak + tensors.get(stage, 0.0) - largest.tensors.get(stage, 0.0)
         for stage, peak in largest.peaks.items()
     }
-    if "pruning" in peaks and not work.states_on_host:
-        peaks["pruning"] += (own_samples(work) - one.samples) * work.state_bytes
+    if "pruning" in peaks:
+        peaks["pruning"] += calibration_bytes(work, own_samples(work), tensors.get("backward", 0.0))
+        peaks["pruning"] -= calibration_bytes(work, largest.samples, largest.tensors.get("backward", 0.0))
     if "training" in peaks and work.host is None:
         peaks["training"] *= 1 + GROWN
     step = work.batches_in_step * seconds.get("batch", 0.0) + seconds.get("update", 0.0)
