@@ -22,6 +22,8 @@ from sparsefit.callbacks.budgeted_progress import paid_progress
 from sparsefit.callbacks.model_call import ModelCall
 from sparsefit.callbacks.trainer_lookup import ledger_of
 from sparsefit.errors import CalibrationError
+from sparsefit.pruning import PruningConfig
+from sparsefit.pruning.fisher_checks import check_sample
 from sparsefit.pruning.input_watch import evaluating
 from sparsefit.ranks import errors_on_all_ranks
 from sparsefit.sharded import passes
@@ -197,17 +199,26 @@ def calibration_forward(trainer: Trainer, module: LightningModule) -> Callable[[
 
 
 def checked_batches(
-    trainer: Trainer, forward: Callable[[Any], Any], source: Iterable[Any] | None, samples: int | None
+    trainer: Trainer,
+    forward: Callable[[Any], Any],
+    source: Iterable[Any] | None,
+    samples: int | None,
+    config: PruningConfig | None = None,
 ) -> tuple[list[Any], str]:
     """Like `calibration_batches`, and also sends one sample through the model to find errors early.
 
     Raises:
         CalibrationError: as `calibration_batches`, or if the sample fails; on all ranks if one rank fails.
+        ConfigError: if the allocation of `config` needs logits or gradients that this model does not have.
     """
     with errors_on_all_ranks():
         batches, name = calibration_batches(trainer, source, samples)
         first = (split_samples(batches[0]) or batches)[0]
     module, precision = trainer.lightning_module, trainer.precision_plugin.predict_step_context()
-    with errors_on_all_ranks(), torch.no_grad(), evaluating(module), precision, isolate_rng():
-        passes(module, lambda _: forward(first), count=1)
+    # `evaluating` comes last, as it turns off the cache of autocast, whose copies of weights have no gradients.
+    with torch.no_grad(), precision, evaluating(module), isolate_rng():
+        with errors_on_all_ranks():
+            passes(module, lambda _: forward(first), count=1)
+        if config is not None:
+            check_sample(module, config, first, forward)
     return batches, name

@@ -19,11 +19,13 @@ from sparsefit.callbacks.trainer_lookup import ledger_of
 from sparsefit.callbacks.weight_averages import restart_averages
 from sparsefit.errors import CalibrationError, ConfigError, DataError, MaskError
 from sparsefit.pruning import MaskSet, PruningConfig, PruningResult, prune
+from sparsefit.pruning.fisher_checks import check_whole_weights
 from sparsefit.recovery.adapters import bind_masks
 from sparsefit.recovery.dora_magnitudes import magnitudes_follow
 from sparsefit.recovery.mask_guard import MaskGuard
 from sparsefit.recovery.tuners import check_tuners
 from sparsefit.settings import named_settings, number
+from sparsefit.sharded import units_of
 
 
 @named_settings
@@ -230,6 +232,7 @@ class WandaPruning(DivergenceGuard):
         check_split(trainer, module)
         if trainer.ckpt_path is not None:
             rank_zero_info("The checkpoint holds no masks: it was saved before any pruning. The model is pruned now.")
+        check_whole_weights(self.config, sharded=bool(units_of(module)))
         check_tuners(module, self.config)
         bind_masks(module, None)  # remove the masks of an earlier fit
         self._bound = None
@@ -275,7 +278,7 @@ class WandaPruning(DivergenceGuard):
         needed = self.config.needs_inputs
         samples = self.calibration_samples if needed else 1
         try:
-            batches, source = checked_batches(trainer, forward, self.calibration, samples)
+            batches, source = checked_batches(trainer, forward, self.calibration, samples, self.config)
         except CalibrationError:
             if needed:
                 raise

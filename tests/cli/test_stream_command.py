@@ -138,6 +138,13 @@ def test_what_cannot_be_streamed_is_told(sparsefit, recipe, tmp_path, options, t
     assert not list(tmp_path.glob("run/base*"))
 
 
+def test_gradients_are_refused_before_the_model_is_copied(sparsefit, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "stream_causal_lm", None)
+    status, _, errors = sparsefit("prune", "--stream", "--pruning.allocation=fisher", recipe=recipe)
+    assert (status, "read from memory-mapped files: use allocation 'owl'" in errors) == (2, True), errors
+    assert not (tmp_path / "run").exists()
+
+
 def test_only_prune_streams(sparsefit, recipe):
     status, _, errors = sparsefit("fit", "--stream", recipe=recipe)
     assert (status, "no setting stream" in errors) == (2, True), errors

@@ -47,6 +47,22 @@ def test_an_interrupt_at_any_step_leaves_the_model_dense(tiny_model, update, rec
     result.masks.verify(model)
 
 
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({}, [1, 2, 3, 4, 5, 6, 8]),
+        # A pass of all three blocks, and with gradients three times that.
+        ({"allocation": "owl"}, [3, 4, 5, 6, 7, 8, 9, 11]),
+        ({"allocation": "fisher"}, [3, 12, 13, 14, 15, 16, 17, 18, 20]),
+        ({"allocation": "fisher", "update": "none"}, [1, 4, 5]),
+    ],
+)
+def test_progress_counts_the_blocks_of_a_pass_of_the_whole_model(tiny_model, settings, steps):
+    seen = []
+    prune(tiny_model("llama"), sequences(2), PruningConfig(**settings), progress=lambda *step: seen.append(step))
+    assert seen == [(done, steps[-1]) for done in steps]
+
+
 @pytest.mark.parametrize("reconstruction", [None, "sequential", "iterative", "least_squares"])
 @pytest.mark.parametrize("update", ["block", "none"])
 def test_all_weights_are_pruned_at_the_last_step_and_not_before(tiny_model, update, reconstruction):

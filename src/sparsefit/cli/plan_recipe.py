@@ -22,6 +22,7 @@ from sparsefit.modules.loading import configuration_of, find_tokenizer, load_ske
 from sparsefit.modules.model_classes import blocks_in
 from sparsefit.planning import Work
 from sparsefit.pruning import PruningConfig
+from sparsefit.pruning.fisher_checks import check_whole_weights
 
 FEWEST = 2  # blocks of the first miniature: a single one is no list of repeated blocks
 _TRAINER = ("accelerator", "precision", "gradient_clip_val", "gradient_clip_algorithm", "deterministic", "benchmark")
@@ -57,6 +58,9 @@ def recipe_of(settings: Any, on_gpu: bool) -> Recipe:
     Args:
         settings: Of the recipe.
         on_gpu: Whether the run would be on a GPU.
+
+    Raises:
+        ConfigError: if the run would refuse the recipe.
     """
     model_settings, pruning, trainer = settings.model.as_dict(), settings.pruning.as_dict(), settings.trainer
     arguments, passes = model_settings["init_args"], settings.reconstruction.passes
@@ -86,6 +90,7 @@ def recipe_of(settings: Any, on_gpu: bool) -> Recipe:
         tasks={key: settings.run[key] for key in ("tasks", "tasks_folder", "tasks_batch_size") if settings.run.tasks},
     )
     work = _work(settings, replace(data, calibration=calibration), config, trains, on_gpu)
+    check_whole_weights(config, sharded=work.splits)
     state_bytes = _state_bytes(configuration, calibration[0], bool(passes))
     work = replace(work, blocks=blocks or 1, state_bytes=state_bytes, taught=bool(arguments.get("distill")))
     return Recipe(configuration, blocks, config, miniature, calibration, work, devices_of(trainer, on_gpu))
@@ -127,8 +132,11 @@ def _work(settings: Any, data: Data, config: PruningConfig, trains: bool, on_gpu
 
 def _forwards(config: PruningConfig) -> int:
     """Forward passes of the calibration data, with a backward pass as two."""
-    of_blocks = 2 if config.update == "block" else int(config.needs_inputs)
-    return of_blocks + config.passes_to_allocate + 2 * (config.allocation == "fisher")
+    to_allocate = config.passes_to_allocate + 2 * (config.allocation == "fisher")
+    if config.takes_one_pass:  # which is the first one of an allocation, too
+        return max(int(config.needs_inputs), to_allocate)
+    # A block runs once for its statistics, and once more when it is pruned; a dense one gives both at once.
+    return to_allocate + (2 if config.update == "block" else 1)
 
 
 def class_at(path: str) -> type:

@@ -30,6 +30,7 @@ from sparsefit.modules import CausalLMModule
 from sparsefit.modules.loading import find_tokenizer
 from sparsefit.modules.streaming import stream_causal_lm
 from sparsefit.pruning import PruningConfig, PruningResult, prune
+from sparsefit.pruning.fisher_checks import check_whole_weights
 from sparsefit.pruning.mapped_weights import MappedWeights
 from sparsefit.recovery.export import exported_masks
 from sparsefit.recovery.finite_checks import nonfinite_count, nonfinite_message
@@ -78,12 +79,18 @@ def _check(settings: Any) -> None:
             f"{STREAM} does not reconstruct blocks: leave out `reconstruction` (`pruning.reconstruction`, which gives "
             "kept weights new values by SparseGPT or least squares, can be streamed)"
         )
+    check_whole_weights(_config_of(settings), mapped=True)
     precision = settings.trainer.precision
     if precision not in _PRECISIONS:
         raise ConfigError(
             f"trainer.precision is {precision!r}, and {STREAM} computes in the dtype of the weights: leave it out, and "
             "set model.init_args.dtype to 'bfloat16', 'float16', 'float32' or 'auto'"
         )
+
+
+def _config_of(settings: Any) -> PruningConfig:
+    given = settings.pruning.as_dict()
+    return PruningConfig(**{name: given[name] for name in PruningConfig.__dataclass_fields__})
 
 
 @contextmanager
@@ -104,13 +111,12 @@ def _claimed(folder: RunFolder) -> Iterator[str]:
 
 def _prune(settings: Any, report: RunReport, run: str, text: str) -> None:
     start, seconds, folder = time.monotonic(), {}, report.folder
-    given, arguments = settings.pruning.as_dict(), settings.model.as_dict()["init_args"]
-    config = PruningConfig(**{name: given[name] for name in PruningConfig.__dataclass_fields__})
+    config, arguments = _config_of(settings), settings.model.as_dict()["init_args"]
     name, dtype, attention = (arguments[key] for key in ("model", "dtype", "attn_implementation"))
     if (seed := settings.seed_everything) is not None and seed is not False:
         seed_everything(seed, workers=True)
     with _timed(seconds, "setup"):
-        data, batches = _calibration(settings.data, config, given["calibration_samples"], name)
+        data, batches = _calibration(settings.data, config, settings.pruning.calibration_samples, name)
     with replacing(folder.base) as base:
         with _timed(seconds, "copying the model"):
             model, weights = stream_causal_lm(name, base, dtype, attention)

@@ -208,6 +208,12 @@ class PruningConfig:
         return bool(self.statistics) or self.passes_to_allocate > 0
 
     @property
+    def takes_one_pass(self) -> bool:
+        """Whether all statistics are collected in one pass of the dense network, as they fit in memory."""
+        fits = "gram" not in self.statistics and self.device is None
+        return not self.statistics or (self.update == "none" and fits)
+
+    @property
     def takes_statistics(self) -> bool:
         """Whether statistics of the dense network are all that it needs, and neither later inputs nor gradients."""
         return self.update == "none" and self.allocation != "fisher"

@@ -67,7 +67,7 @@ def prune(
     with run.undone_by_errors(), torch.no_grad(), evaluating(model), watching_padding(model) as watch:
         run.read(batches, forward, watch)
         run.find_targets(run.trace())
-        if run.takes_one_pass:
+        if run.config.takes_one_pass:
             _in_one_pass(run)
         else:
             _block_by_block(run)

@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -27,6 +28,7 @@ from sparsefit.pruning.block_runner import BlockRunner
 from sparsefit.pruning.blocks import BlocksNotSequential, find_block_lists
 from sparsefit.pruning.config import PruningConfig
 from sparsefit.pruning.fisher import check_gradients, sensitivities
+from sparsefit.pruning.fisher_checks import check_whole_weights
 from sparsefit.pruning.input_groups import InputGroup, Parts
 from sparsefit.pruning.layers.base import PrunableWeight, is_dense
 from sparsefit.pruning.layers.sharded import counted
@@ -71,9 +73,7 @@ class PruningRun:
             raise ConfigError(
                 f"the model is sharded over ranks, whose devices compute: leave out device='{config.device}'"
             )
-        if config.allocation == "fisher" and (self._sharded or mapped is not None):
-            where = "sharded over ranks" if self._sharded else "read from memory-mapped files"
-            raise ConfigError(f"allocation 'fisher' needs gradients, and the model is {where}: use allocation 'owl'")
+        check_whole_weights(config, self._sharded, mapped is not None)
         self._block_lists = find_block_lists(model)
         self._blocks = [block for blocks in self._block_lists for block in blocks]
         find_candidates(model, config)  # raises errors in the names of targets before any data is read
@@ -82,18 +82,12 @@ class PruningRun:
         self.weights: list[PrunableWeight] = []
         self.counts: dict[str, int] = {}
         self.scales: dict[str, Tensor] = {}
-        self.result = PruningResult(config, "none" if self.takes_one_pass else config.update)
+        self.result = PruningResult(config, "none" if config.takes_one_pass else config.update)
         self._mapped = mapped
         self._undo = Undo() if mapped is None else NoUndo()
         self._unseen: list[str] = []
         self._dead: list[str] = []
-        self._steps_done, self._steps_in_all = 0, 1
-
-    @property
-    def takes_one_pass(self) -> bool:
-        """Whether all statistics are collected in one pass of the dense network, as they fit in memory."""
-        fits = "gram" not in self.config.statistics and self.config.device is None
-        return not self.config.statistics or (self.config.update == "none" and fits)
+        self._steps_done, self._steps_in_all, self._steps_of_model = 0, 1, 1
 
     @contextmanager
     def undone_by_errors(self) -> Iterator[None]:
@@ -124,12 +118,16 @@ class PruningRun:
         if config.needs_inputs:
             self.result.samples = sum(from_all(sum(len(batch.origin) for batch in self._data)))
             of_blocks = len(self._blocks) * (1 if config.update == "none" else 2) + len(self._block_lists)
-            collected = 1 if self.takes_one_pass else (of_blocks or 1) + min(1, config.passes_to_allocate)
-            passes = collected + (config.allocation == "fisher")
-            self._steps_in_all = passes * len(self._data) + 1  # one more step at the end
+            self._steps_of_model = 1 if config.takes_one_pass else max(1, len(self._blocks))
+            of_model = self._steps_of_model * (min(1, config.passes_to_allocate) + 3 * (config.allocation == "fisher"))
+            # A single pass is the first one of an allocation, too.
+            steps = max(1, of_model) if config.takes_one_pass else (of_blocks or 1) + of_model
+            self._steps_in_all = steps * len(self._data) + 1  # one more step at the end
 
-    def _step(self) -> None:
-        self._steps_done = min(self._steps_done + 1, self._steps_in_all - 1)
+    def _step(self, steps: int = 1) -> None:
+        """A micro-batch went through a block. A pass of the whole model is a step for each block, a backward pass two
+        of them, so that the time that is left can be told from the steps."""
+        self._steps_done = min(self._steps_done + steps, self._steps_in_all - 1)
         self._progress(self._steps_done, self._steps_in_all)
 
     def trace(self) -> Trace | None:
@@ -196,9 +194,10 @@ class PruningRun:
         """
         if run is None and not weights:
             return {}
+        step = self._step if run is not None else partial(self._step, self._steps_of_model)
         run = run or (lambda number: self._forward(self._data[number].data))
         shares = {} if to_the_end or self._sharded else self._shares  # all ranks go through all of a sharded model
-        parts = collect(weights, kinds, self._data, run, self.result.note, shares, self._step, self._model, part)
+        parts = collect(weights, kinds, self._data, run, self.result.note, shares, step, self._model, part)
         tokens = [part.statistics.tokens for found in parts.values() for part in found]
         self.result.tokens = max([self.result.tokens, *tokens])
         return parts
@@ -212,7 +211,8 @@ class PruningRun:
             groups = {w.name: owners.get(w.layers[0], -1 - number) for number, w in enumerate(self.weights)}
             self.counts = allocate(self.weights, self.config, groups, parts, self._one_by_one)
         elif self.config.allocation == "fisher":
-            found = sensitivities(self.weights, parts, self.config, self._data, self._forward, self._step)
+            step = partial(self._step, 3 * self._steps_of_model)  # forward and backward
+            found = sensitivities(self.weights, parts, self.config, self._data, self._forward, step)
             curves = {name: own.curve for name, own in found.items()}
             sizes = {weight.name: prod(weight.shape) for weight in self.weights}
             self.counts = by_change(sizes, curves, self.config.exact_sparsity, self.config.fisher_spread)

@@ -124,8 +124,21 @@ def count_weights(model: nn.Module, config: PruningConfig) -> int:
     >>> count_weights(nn.ModuleDict({"body": nn.Linear(4, 8), "top": nn.Linear(8, 2)}), PruningConfig())
     32
     """
+    return sum(math.prod(weight.shape) for weight in reached_weights(model, config, None))
+
+
+def reached_weights(model: nn.Module, config: PruningConfig, trace: Trace | None) -> list[PrunableWeight]:
+    """The weights that `find_weights` would choose; reads no weight values.
+
+    Raises:
+        ConfigError: as `find_candidates`, or if nothing would be pruned.
+
+    >>> model = nn.ModuleDict({"body": nn.Linear(4, 8), "top": nn.Linear(8, 2)})
+    >>> [weight.name for weight in reached_weights(model, PruningConfig(), None)]
+    ['body.weight']
+    """
     blocks = [block for blocks in find_block_lists(model) for block in blocks]
-    return sum(math.prod(weight.shape) for weight in _sorted_out(model, blocks, config, None)[0])
+    return _sorted_out(model, blocks, config, trace)[0]
 
 
 def _sorted_out(
