@@ -113,10 +113,17 @@ class BlockwiseReconstruction(PrunedRunCallback):
                     seconds=seconds,
                     progress=lambda done, total: advance(total=total),
                 )
-        self._dense = {}
+        self._release()
         self.account = {
             **asdict(self.settings),
             "source": source,
             "seconds": ledger.seconds["reconstruction"] - before,
             "blocks": [asdict(error) for error in errors],
         }
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Release the copy of the dense weights, as the pruning or the tuning may have raised the exception."""
+        self._release()
+
+    def _release(self) -> None:
+        self._dense, self._data = {}, None

@@ -11,7 +11,7 @@ from small_runs import Classifier, Data, LanguageModel, RankedData, fit, labelle
 from torch import nn
 
 from sparsefit import PruningConfig, prune
-from sparsefit.callbacks import BlockwiseReconstruction, GPUHourBudget, PrunedRunCallback, WandaPruning
+from sparsefit.callbacks import BlockwiseReconstruction, GPUHourBudget, PrunedRunCallback, WandaPruning, reconstruction
 from sparsefit.callbacks.trainer_lookup import ledger_of
 from sparsefit.errors import ConfigError
 from sparsefit.recovery.adapters import AdapterSettings, attach_adapter
@@ -54,6 +54,25 @@ def expected_state(module, data, **settings):
 
 def differing(first, second):
     return {name for name in first if not torch.equal(first[name], second[name])}
+
+
+class Fails(PrunedRunCallback):
+    def on_pruning_end(self, trainer, module, result):
+        raise RuntimeError("broken")
+
+
+@pytest.mark.parametrize("in_tuning", [False, True])
+def test_after_an_error_it_holds_no_dense_weights(in_tuning, monkeypatch):
+    blocks = BlockwiseReconstruction(**SETTINGS)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("broken")
+
+    if in_tuning:
+        monkeypatch.setattr(reconstruction, "reconstruct", fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        fit(Classifier(), labelled(), WandaPruning(), blocks, *([] if in_tuning else [Fails()]))
+    assert blocks._dense == {}
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 1, 0), (2, 0, 1)])
