@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from sparsefit.errors import CalibrationError, ConfigError
 from sparsefit.recovery.adapters import AdapterSettings, attach_adapter, bind_masks
 from sparsefit.recovery.block_reconstruction import ReconstructSettings, reconstruct
+from sparsefit.recovery.block_runs import adapters_off
 
 # Dtypes, adapters, interrupts.
 
@@ -106,6 +108,46 @@ def test_gradients_from_before_have_no_part_and_are_kept(tiny_model, dtype):
             kept = parameter.grad is None if held[name] is None else torch.equal(parameter.grad, held[name])
             assert kept, name
     assert all(torch.equal(value, tuned[1][name]) for name, value in tuned[0].items())
+
+
+class TwoAdapted(nn.Module):
+    """Two adapted models in one module."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.a, self.b = (attach_adapter(make("llama"), AdapterSettings(target_modules=("q_proj",))) for _ in range(2))
+
+    def forward(self, input_ids):
+        return self.a(input_ids=input_ids).logits + self.b(input_ids=input_ids).logits
+
+
+def test_adapters_of_all_parts_are_disabled(tiny_model):
+    model = TwoAdapted(tiny_model)
+    with torch.no_grad():
+        dense = model(IDS)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+        adapted = model(IDS)
+        with adapters_off(model):
+            assert torch.equal(model(IDS), dense)
+        assert torch.equal(model(IDS), adapted)
+    assert not torch.equal(adapted, dense)
+
+
+def test_a_matrix_that_blocks_share_is_tuned_once(tiny_model):
+    model = tiny_model("llama")
+    layers = model.model.layers
+    layers[1].mlp.down_proj.weight = layers[0].mlp.down_proj.weight
+    dense_model = copy.deepcopy(model)
+    dense, masks = pruned(model)
+    errors = reconstruct(model, BATCHES, dense, masks, ReconstructSettings(6, 3e-3, 2))
+    assert all(error.after < error.before for error in errors)
+    with torch.no_grad():
+        own, target = (m(input_ids=IDS, output_hidden_states=True).hidden_states for m in (model, dense_model))
+    real = [float((a - b).square().sum() / b.square().sum()) for a, b in zip(own[1:3], target[1:3], strict=True)]
+    assert [error.after for error in errors[:2]] == pytest.approx(real, rel=1e-4)
+    masks.verify(model)
 
 
 # What cannot be, and time.

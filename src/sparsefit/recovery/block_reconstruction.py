@@ -91,7 +91,8 @@ def reconstruct(
     seconds: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[BlockError]:
-    """Tune the kept weights of each block in place. A block whose error does not fall keeps its weights.
+    """Tune the kept weights of each block in place. A block whose error does not fall keeps its weights. A matrix that
+    several blocks share is tuned in the first of them.
 
     Args:
         model: A pruned model; its adapters are disabled.
@@ -154,6 +155,7 @@ class _Tuner:
         self._model, self._dense, self._masks, self._settings = model, dense, masks, settings
         self._deadline = None if seconds is None else time.monotonic() + seconds
         self.blocks = self._done = 0
+        self._names: set[str] = set()  # of the matrices of the blocks that are done
 
     @contextmanager
     def model_frozen(self) -> Iterator[None]:
@@ -199,7 +201,8 @@ class _Tuner:
         weights = self._weights_of(block)
         with torch.no_grad(), errors_on_all_ranks():
             run.dense = self._dense_outputs(block, run)
-        tuned = [weight for weight in weights.values() if weight.is_floating_point()]
+        tuned = [weight for name, weight in weights.items() if name not in self._names]
+        self._names.update(weights)
         before = after = self._error(block, run)
         steps = 0
         if tuned and self._settings.passes:

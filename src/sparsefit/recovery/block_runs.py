@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,13 +119,18 @@ def _refused(reason: BlocksNotSequential) -> ConfigError:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Disable the model's adapters, if it has any, inside the context."""
-    adapted = next((part for part in model.modules() if callable(getattr(part, "disable_adapter", None))), None)
-    if adapted is None:
+    """Disable all adapters in the model inside the context."""
+    with ExitStack() as stack:
+        for adapted in dict.fromkeys(_adapted_parts(model)):
+            stack.enter_context(adapted.disable_adapter())
         yield
-        return
-    with adapted.disable_adapter():
-        yield
+
+
+def _adapted_parts(model: nn.Module) -> list[nn.Module]:
+    """The outermost modules that can disable the adapters in them."""
+    if callable(getattr(model, "disable_adapter", None)):
+        return [model]
+    return [part for child in model.children() for part in _adapted_parts(child)]
 
 
 @contextmanager
