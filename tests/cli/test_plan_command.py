@@ -13,13 +13,14 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
 from ranks import forking
-from tiny_models import save_llama
+from tiny_models import make_tiny_model, save_llama
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import ViTConfig, ViTForImageClassification
 
+from sparsefit import PruningConfig, prune
 from sparsefit.cli import plan, probing
 from sparsefit.cli.plan_data import read_data
-from sparsefit.cli.plan_recipe import devices_of
+from sparsefit.cli.plan_recipe import _forwards, devices_of
 from sparsefit.planning import Measured
 
 pytestmark = pytest.mark.slow
@@ -104,6 +105,42 @@ def test_a_data_sheet_counts_the_passes_and_gradients_of_the_allocation(sparsefi
         found[allocation] = number(r"arithmetic: ([\d.e+-]+) ", told)
     assert found["owl"] / found["uniform"] == pytest.approx(3 / 2, rel=0.1)
     assert found["fisher"] / found["uniform"] == pytest.approx(6 / 2, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "passes"),
+    [
+        ({}, 2),
+        ({"update": "none"}, 1),
+        ({"update": "none", "swaps": 1}, 1),
+        ({"score": "magnitude"}, 0),
+        ({"existing_zeros": "adopt"}, 0),
+        ({"allocation": "owl"}, 3),
+        ({"allocation": "owl", "update": "none"}, 1),
+        ({"allocation": "owl", "score": "magnitude"}, 1),
+        ({"allocation": "fisher"}, 4 + 2),
+        ({"allocation": "fisher", "update": "none"}, 2 + 2),
+        ({"allocation": "fisher", "update": "none", "swaps": 1}, 3 + 2),
+        ({"allocation": "fisher", "score": "magnitude"}, 2 + 2),
+    ],
+)
+def test_the_passes_of_a_plan_are_those_of_the_pruning(settings, passes):
+    config, model, samples = PruningConfig(**settings), make_tiny_model("llama"), 8
+    if config.existing_zeros == "adopt":
+        with torch.no_grad():
+            model.model.layers[0].mlp.down_proj.weight[:, 0] = 0
+    seen = 0
+
+    def count(module, args):
+        nonlocal seen
+        seen += len(args[0])
+
+    # In any block but the first, which is computed once more when the calls of the blocks are recorded.
+    model.model.layers[1].input_layernorm.register_forward_pre_hook(count)
+    prune(model, [{"input_ids": torch.randint(3, 61, (samples, 12))}], config)
+    backward = 2 * (config.allocation == "fisher")
+    assert _forwards(config) == passes
+    assert seen // samples + backward == passes  # single samples also trace the model
 
 
 @pytest.mark.parametrize(("form", "steps", "evaluations"), [("lora", 3, 3), ("masked_lora", 3, 4), ("lora", 0, 2)])
@@ -196,6 +233,9 @@ def test_several_devices_are_reckoned_from_one(sparsefit, deep):
     recipe["trainer"]["num_nodes"] = 2
     split = sparsefit("plan", "--gpu", "h100", recipe=recipe)[1]
     assert "8 devices, each with its part of the weights" in split
+    recipe["pruning"] = {"sparsity": 0.5, "allocation": "fisher"}  # which the run refuses on shards
+    status, _, errors = sparsefit("plan", "--gpu", "h100", recipe=recipe)
+    assert (status, "sharded over ranks: use allocation 'owl'" in errors) == (2, True), errors
 
 
 def test_a_study_is_not_planned(sparsefit, recipe):

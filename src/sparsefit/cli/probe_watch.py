@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from sparsefit.bare_model import canonical_name
+from sparsefit.callbacks.calibration import calibration_forward, predicting
 from sparsefit.callbacks.hooks import PrunedRunCallback
 from sparsefit.machine import peak_memory, reset_peak_memory
 from sparsefit.pruning import MaskSet
 from sparsefit.pruning.blocks import find_block_lists
+from sparsefit.pruning.fisher_checks import requiring_gradients
+from sparsefit.pruning.input_watch import evaluating
 
 
 class Watch(PrunedRunCallback):
@@ -20,10 +25,11 @@ class Watch(PrunedRunCallback):
 
     Args:
         held: Bytes that the process held before.
+        sample: A batch of one calibration sample, if the pruning takes gradients; else None.
     """
 
-    def __init__(self, held: float) -> None:
-        self._held = held
+    def __init__(self, held: float, sample: Any = None) -> None:
+        self._held, self._sample = held, sample
         self.peaks: dict[str, float] = {}
         self.tensors: dict[str, float] = {}
         self._saved: SavedActivations | None = None
@@ -48,6 +54,23 @@ class Watch(PrunedRunCallback):
         self.tensors["block"] = max(blocks, default=0.0)
         self.tensors["pruning"] = self.tensors["weights"] + bits_of(masks) / 8
         self._take_peak("pruning")
+        if self._sample is not None:
+            self.tensors["backward"] = self._backward_bytes(trainer, pl_module, masks)
+            reset_peak_memory()
+
+    def _backward_bytes(self, trainer: Trainer, module: LightningModule, masks: MaskSet) -> float:
+        """Bytes that the gradients of the calibration sample take beside the weights: what autograd keeps for them,
+        and one for each weight that may be removed."""
+        forward, precision = calibration_forward(trainer, module), trainer.precision_plugin.predict_step_context()
+        named = module.named_parameters(remove_duplicate=False)
+        pruned = [parameter for name, parameter in named if canonical_name(name) in masks.parameters]
+        as_pruned = torch.enable_grad(), precision, evaluating(module), predicting(trainer), requiring_gradients(pruned)
+        with ExitStack() as stack:
+            for context in as_pruned:
+                stack.enter_context(context)
+            saved = stack.enter_context(SavedActivations(module))
+            forward(self._sample)
+        return saved.bytes + bits_of(masks)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """A batch begins; of the first one the activations are counted."""
@@ -108,6 +131,11 @@ class SavedActivations(torch.autograd.graph.saved_tensors_hooks):
             self._seen.add(storage.data_ptr())
             self.bytes += storage.nbytes()
         return tensor
+
+    def __enter__(self) -> SavedActivations:
+        """The forward pass begins."""
+        super().__enter__()
+        return self
 
     def __exit__(self, *error: Any) -> None:
         """The forward pass is over."""

@@ -18,6 +18,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
+from sparsefit.calibration.samples import cut_batch
 from sparsefit.callbacks import BlockwiseReconstruction, GPUHourBudget, RunReport, SparseCheckpoints, WandaPruning
 from sparsefit.callbacks.zero_shot_tasks import LEDGER_STAGE, METRIC
 from sparsefit.cli.fit import checkpoints_of_run
@@ -99,7 +100,8 @@ def _in_child(runs: list[Miniature], sender: Connection) -> None:
 
 def _measured(run: Miniature) -> Measured:
     held = memory_held()
-    module, watch = run.make_module(run.blocks), Watch(held)
+    sample = cut_batch(run.calibration[0], 1) if run.pruning.get("allocation") == "fisher" else None
+    module, watch = run.make_module(run.blocks), Watch(held, sample)
     evaluations = _timed(module)
     with tempfile.TemporaryDirectory() as folder:
         budget = GPUHourBudget(1e6, drive_learning_rate=False)
