@@ -53,7 +53,7 @@ class Steps:
         config: The pruning configuration.
         counts: How many weights to remove from each matrix; for one that is not named, the sparsity applies to each
             comparison group.
-        scales: Factors of the scores of the rows of a matrix, (out,), if there are any.
+        scales: Factors that make the rows of a matrix comparable, (out,), if there are any; for a score of degree 1.
     """
 
     def __init__(
@@ -217,7 +217,9 @@ class Steps:
                 "float32, or a score of your own divides by zero. The model was left as it was; look at the "
                 "calibration data, or exclude the layer"
             )
-        return scores if name not in self._scales else scaled(scores, self._scales[name][rows])
+        if name not in self._scales or self._score.degree is None:
+            return scores
+        return scaled(scores, self._scales[name][rows].pow(self._score.degree))
 
     def _needed(
         self, statistics: InputStatistics, columns: slice = slice(None), inverse: Tensor | None = None
