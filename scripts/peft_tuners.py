@@ -196,7 +196,7 @@ def count_filled(adapted: nn.Module, masks: MaskSet, found: Findings) -> None:
     except (NotImplementedError, AttributeError) as error:
         found.error = f"{type(error).__name__}: {error}"
         return
-    found.filled = sum(masks.alive(name, matrix) for name, matrix in masks.matrices_in(whole))
+    found.filled = sum(masks.alive(whole).values())
 
 
 def row(case: Case, found: Findings) -> str:

@@ -101,7 +101,7 @@ class Presses:
         return call
 
 
-WRITES = [(Undo, "apply_mask"), (Undo, "set_values"), (PrunableWeight, "apply_mask")]
+WRITES = [(Undo, "keep"), (PrunableWeight, "apply_mask")]
 RESTORES = [(Removed, "put_back"), (PrunableWeight, "set_values"), (PrunableWeight, "changed")]
 
 

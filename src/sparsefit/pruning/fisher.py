@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from math import ceil, floor, isfinite
 from typing import Any, NamedTuple
@@ -166,7 +166,7 @@ def prediction_changes(
 
     predictions = torch.zeros((), dtype=torch.float64)
     gradients = _gradients_to(weights, square)
-    with errors_on_all_ranks(), gradients as parameters, torch.enable_grad(), _without_cached_casts():
+    with errors_on_all_ranks(), gradients as parameters, torch.enable_grad():
         for batch in data:
             for sample, mask in _samples(batch):
                 logits = logits_of(forward(sample), mask, sample)
@@ -240,26 +240,8 @@ def _gradients_to(
                 take(weight, gradient)
         return gradient.new_zeros(()).expand_as(gradient)  # takes no memory in the place of the gradient
 
-    before = [(parameter, parameter.requires_grad) for parameter in users]
-    hooks = []
-    try:
+    with ExitStack() as stack:
         for parameter, own in users.items():
-            parameter.requires_grad_(True)
-            hooks.append(parameter.register_hook(partial(taken, own)))
+            stack.callback(parameter.requires_grad_, parameter.requires_grad)
+            stack.enter_context(parameter.requires_grad_(True).register_hook(partial(taken, own)))
         yield list(users)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter, required in before:
-            parameter.requires_grad_(required)
-
-
-@contextmanager
-def _without_cached_casts() -> Iterator[None]:
-    """Without autocast's cache, whose copies of weights may have been made without a gradient."""
-    enabled = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(enabled)

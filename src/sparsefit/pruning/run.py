@@ -37,7 +37,7 @@ from sparsefit.pruning.statistics_collector import collect
 from sparsefit.pruning.steps import Solution
 from sparsefit.pruning.targets import CHECKS, find_candidates, find_weights
 from sparsefit.pruning.tracing import Trace, trace
-from sparsefit.pruning.undo import NoUndo, Undo
+from sparsefit.pruning.undo import Undo
 from sparsefit.ranks import errors_on_all_ranks, from_all
 from sparsefit.sharded import check_layout, reshard, units_of
 
@@ -84,7 +84,7 @@ class PruningRun:
         self.scales: dict[str, Tensor] = {}
         self.result = PruningResult(config, "none" if self.takes_one_pass else config.update)
         self._mapped = mapped
-        self._undo = Undo() if mapped is None else NoUndo()
+        self._undo = Undo()
         self._unseen: list[str] = []
         self._dead: list[str] = []
         self._steps_done, self._steps_in_all = 0, 1
@@ -268,17 +268,20 @@ class PruningRun:
     def apply(self, group: InputGroup, solution: Solution) -> None:
         """Prune the weights of a group in place, and add the solution to the result."""
         if self.config.statistics and not group.has_nonzero_inputs:
-            (self._dead if group.seen else self._unseen).extend(solution.masks)
+            seen = any(statistics.tokens for statistics in group.by_statistics())
+            (self._dead if seen else self._unseen).extend(solution.masks)
         self.result.layer_errors |= solution.errors
         for note in solution.notes:
             self.result.note(note)
         for weight in group.weights:
             mask = solution.masks[weight.name]
             bits = self.result.masks.add(weight.name, mask, weight.transposed)
+            if self._mapped is None:  # mapped files are copies of the dense ones
+                self._undo.keep(weight, mask if solution.values is None else None, bits)
             if solution.values is None:
-                self._undo.apply_mask(weight, mask, bits)
+                weight.apply_mask(mask)
             else:
-                self._undo.set_values(weight, solution.values[weight.name])
+                weight.set_values(solution.values[weight.name])
         self._let_go(group.weights)
 
     def _one_by_one(self, weights: Iterable[PrunableWeight]) -> Iterator[PrunableWeight]:

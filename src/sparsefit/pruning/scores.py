@@ -67,11 +67,6 @@ def scaled(scores: Scores, scales: Tensor) -> Scores:
     return scores._replace(weight=scores.weight * factors) if isinstance(scores, Products) else scores * factors
 
 
-def _magnitude_score(weight: Tensor) -> Products:
-    """|W|: the magnitude of each weight (Han et al. 2015, arXiv 1506.02626)."""
-    return Products(weight)
-
-
 def wanda_score(weight: Tensor, squared_norm: Tensor) -> Products:
     """|W_ij| * ||X_j||_2 (Sun et al. 2023, arXiv 2306.11695, Equation 1); a constant factor changes no mask.
 
@@ -79,11 +74,6 @@ def wanda_score(weight: Tensor, squared_norm: Tensor) -> Products:
     tensor([[3., 4.]])
     """
     return Products(weight, squared_norm.sqrt())
-
-
-def _wanda_norm_score(weight: Tensor, norm: Tensor) -> Products:
-    """|W_ij| * ||X_j||: another norm of the inputs in place of Wanda's l2 (arXiv 2306.11695, its ablation of norms)."""
-    return Products(weight, norm)
 
 
 def sparsegpt_score(weight: Tensor, inverse_diagonal: Tensor) -> Tensor:
@@ -125,9 +115,9 @@ class Score(NamedTuple):
 
 SCORES: dict[str, Score] = {
     "wanda": Score(wanda_score, "output", ("squared_norm",)),
-    "magnitude": Score(_magnitude_score, "layer", ()),
-    "wanda_l1": Score(_wanda_norm_score, "output", ("abs_sum",)),
-    "wanda_linf": Score(_wanda_norm_score, "output", ("abs_max",)),
+    "magnitude": Score(Products, "layer", ()),  # |W| (Han et al. 2015, arXiv 1506.02626)
+    "wanda_l1": Score(Products, "output", ("abs_sum",)),  # |W_ij| * ||X_j||: the paper's ablation of norms
+    "wanda_linf": Score(Products, "output", ("abs_max",)),
     "sparsegpt": Score(sparsegpt_score, "(input, 128)", ("inverse_diagonal",), 2),
     "ria": Score(_ria_score, "output", ("squared_norm",)),
 }

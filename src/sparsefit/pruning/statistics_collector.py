@@ -87,7 +87,8 @@ def collect(
         note(f"{told[0]}; the statistics were taken again, for each weight by itself")
         with errors_on_all_ranks():
             collector = collected(kinds, apart=True)
-    finite = all(shared.statistics.is_finite() for shared in collector.shared.values())  # once: it waits for the GPU
+    # Once for all inputs, as it waits for the GPU.
+    finite = all(all_finite(shared.statistics["squared_norm"]) for shared in collector.shared.values())
     if not all(from_all(finite)):
         with errors_on_all_ranks():
             collected(("squared_norm",), apart=True)

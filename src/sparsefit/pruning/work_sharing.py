@@ -9,6 +9,7 @@ import torch
 
 from sparsefit.pruning.input_groups import InputGroup
 from sparsefit.pruning.layers.base import is_dense
+from sparsefit.pruning.layers.sharded import ShardedWeight
 from sparsefit.pruning.masks import pack_bits, unpack_bits
 from sparsefit.pruning.steps import ByWeight, Solution
 from sparsefit.ranks import errors_on_all_ranks, from_all, number_of_ranks, of_rank, own_rank, shared_out
@@ -48,10 +49,9 @@ def _own_matrices(groups: Sequence[InputGroup], solvers: Sequence[int]) -> dict[
     """The dense matrices of the groups that this rank solves, by number; sharded ones are gathered by all ranks."""
     own = {}
     for number, (group, solver) in enumerate(zip(groups, solvers, strict=True)):
-        if solver == own_rank():
-            own[number] = group.matrices()
-        elif group.is_sharded:
-            group.matrices()
+        mine = solver == own_rank()
+        dense = {w.name: w.matrix() for w in group.weights if mine or isinstance(w, ShardedWeight)}
+        own |= {number: dense} if mine else {}
     return own
 
 
@@ -69,11 +69,8 @@ def _exchanged(groups: Sequence[InputGroup], solvers: Sequence[int], solved: dic
     if number_of_ranks() == 1:
         yield from solved.values()
         return
-    told = {}
-    for accounts in from_all(
-        {number: (own.values is not None, own.errors, own.notes) for number, own in solved.items()}
-    ):
-        told |= accounts
+    accounts = from_all({number: (own.values is not None, own.errors, own.notes) for number, own in solved.items()})
+    told = {number: account for own in accounts for number, account in own.items()}
     for number, (group, solver) in enumerate(zip(groups, solvers, strict=True)):
         has_values, errors, notes = told[number]
         mine = solved.pop(number, None)
