@@ -12,14 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsefit.calibration.batches import (
-    Forward,
-    MicroBatch,
-    calibration_data,
-    checked_batches,
-    forward_of,
-    passing,
-)
+from sparsefit.calibration.batches import Forward, MicroBatch, calibration_data, checked_batches, forward_of, passing
 from sparsefit.calibration.padding import PaddingWatch
 from sparsefit.errors import ConfigError
 from sparsefit.pruning.allocation import allocate, by_change
@@ -189,11 +182,8 @@ class PruningRun:
         to_the_end: bool = False,
         part: nn.Module | None = None,
     ) -> Parts:
-        """Collect statistics of the inputs of some weights (see `statistics_collector.collect`).
-
-        By default the whole model runs, or nothing if there are no weights. A pass may stop at the last of the weights
-        unless `to_the_end`. `part` is the part of the model that `run` runs, if not all of it.
-        """
+        """Collect statistics of the inputs of some weights (see `statistics_collector.collect`). By default the whole
+        model runs, or nothing if there are no weights. A pass may stop at the last of them unless `to_the_end`."""
         if run is None and not weights:
             return {}
         run = run or (lambda number: self._forward(self._data[number].data))

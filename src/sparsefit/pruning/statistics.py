@@ -65,10 +65,6 @@ class InputStatistics:
             self._sums["gram"] += _gram(inputs.to(device))
         self.tokens += len(inputs)
 
-    def clone(self) -> InputStatistics:
-        """An independent copy."""
-        return copy.deepcopy(self)
-
     def merge(self, other: InputStatistics) -> None:
         """Add other statistics of the same kinds."""
         for kind, values in other._sums.items():

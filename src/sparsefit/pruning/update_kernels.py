@@ -11,31 +11,21 @@ from sparsefit.pruning.selection_kernels import jit, tl, triton
 
 @jit
 def _update_kernel(
-    work,
-    kept,
-    errors,
-    upper,
-    rows,
-    inputs,
-    width,
-    removed,
-    GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
+    work, kept, errors, upper, rows, inputs, size, removed, GROUP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):
     """Update the columns of some rows one after another; with a GROUP, also choose the mask of each group."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
-    inside = (row < rows) & (column < width)
-    place = row.to(tl.int64) * width + column
+    inside = (row < rows) & (column < size)
+    place = row.to(tl.int64) * size + column
     weight = tl.load(work + place, mask=inside, other=0)
     error = tl.zeros([ROWS, BLOCK], tl.float32)
     if GROUP == 0:
         goes = tl.load(kept + place, mask=inside, other=1) == 0
     else:
         goes = tl.zeros([ROWS, BLOCK], tl.int32) > 0
-    diagonal = tl.load(upper + column * (inputs + 1), mask=column < width, other=1)
-    for j in range(width):
+    diagonal = tl.load(upper + column * (inputs + 1), mask=column < size, other=1)
+    for j in range(size):
         if GROUP > 0:
             if j % GROUP == 0:
                 score = tl.div_rn(weight * weight, diagonal * diagonal + tl.zeros([ROWS, BLOCK], tl.float32))
@@ -44,7 +34,7 @@ def _update_kernel(
                     one = tl.sum(tl.where(column == j + other, score, 0), axis=1)[:, None]
                     rank += ((one < score) | ((one == score) & (column > j + other))).to(tl.int32)
                 goes = goes | ((column >= j) & (column < j + GROUP) & (rank < removed))
-        unit = tl.load(upper + j * inputs + column, mask=(column >= j) & (column < width), other=0)
+        unit = tl.load(upper + j * inputs + column, mask=(column >= j) & (column < size), other=0)
         pivot = tl.sum(tl.where(column == j, unit, 0), axis=1)
         lost = tl.sum(tl.where((column == j) & goes, weight, 0), axis=1)
         lost = tl.div_rn(lost, pivot + tl.zeros([ROWS], tl.float32))[:, None]

@@ -23,11 +23,8 @@ def solutions(groups: Sequence[InputGroup], solve: Solve) -> Iterator[tuple[Inpu
     """Yield each group with its solution, in the order given and identical on all ranks.
 
     One rank solves a group and sends the solution to the others. So the work is divided, and rounding on different
-    hardware cannot make the models differ. An error on one rank is raised on all.
-
-    Args:
-        groups: The groups, with statistics summed over all ranks.
-        solve: Called with a group and the dense matrices of its weights, on one of the ranks.
+    hardware cannot make the models differ. An error on one rank is raised on all. `solve` is called with a group and
+    the dense matrices of its weights, on one of the ranks.
 
     >>> from sparsefit.pruning.layers import matrices_of
     >>> group = InputGroup(matrices_of(torch.nn.Linear(2, 1)), {"weight": []})
