@@ -29,8 +29,8 @@ from sparsefit.modules.loading import load_tokenizer
 from sparsefit.recovery.export import export_base
 from sparsefit.recovery.inspection import inspect_folder
 from sparsefit.serving import libraries
+from sparsefit.serving.exported_graphs import sample_inputs
 from sparsefit.serving.gguf_file import pre_tokenizer
-from sparsefit.serving.graphs import sample_inputs
 
 pytestmark = pytest.mark.slow
 

@@ -17,8 +17,8 @@ from tiny_models import save_llama
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import ViTConfig, ViTForImageClassification
 
-from sparsefit.cli import plan, probing
-from sparsefit.cli.plan_data import read_data
+from sparsefit.cli import miniature_run, plan
+from sparsefit.cli.plan_reading import read_data
 from sparsefit.cli.plan_recipe import devices_of
 from sparsefit.planning import Measured
 
@@ -38,7 +38,7 @@ def deep(tmp_path, recipe):
 @pytest.fixture
 def forked_miniature(monkeypatch):
     """Forks the process of the miniature run from one that has imported the libraries."""
-    monkeypatch.setattr(probing, "get_context", lambda method: forking())
+    monkeypatch.setattr(miniature_run, "get_context", lambda method: forking())
 
 
 def number(pattern: str, text: str) -> float:

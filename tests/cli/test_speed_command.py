@@ -17,12 +17,12 @@ from sparsefit import PruningConfig, prune
 from sparsefit.errors import ConfigError
 from sparsefit.modules.loading import load_model
 from sparsefit.recovery.export import export_base
-from sparsefit.serving.comparison import Row, verdict
 from sparsefit.serving.decoders import TorchDecoder, check_cache
 from sparsefit.serving.dense_twin import dense_twin, zeros_as_masks
-from sparsefit.serving.graphs import GraphDecoder, export_graph
-from sparsefit.serving.libraries import missing_for
+from sparsefit.serving.export_libraries import missing_for
+from sparsefit.serving.exported_graphs import GraphDecoder, export_graph
 from sparsefit.serving.runtimes import RUNTIMES
+from sparsefit.serving.speed_comparison import Row, verdict
 from sparsefit.serving.timing import Speed, measure
 
 pytestmark = pytest.mark.slow

@@ -12,10 +12,10 @@ from rich import box
 from rich.table import Table
 
 from sparsefit.callbacks.run_folder import RunFolder
-from sparsefit.cli.fitting_data import check_vocabulary
+from sparsefit.cli.input_errors import Parser
+from sparsefit.cli.library_output import silence_libraries
 from sparsefit.cli.merge import recovered_model
-from sparsefit.cli.parsing import Parser
-from sparsefit.cli.quiet import quieten
+from sparsefit.cli.model_data_checks import check_vocabulary
 from sparsefit.errors import ConfigError, DataError
 from sparsefit.evaluation.perplexity import perplexity
 from sparsefit.evaluation.zero_shot import check_counts, load_tasks, mean_accuracy, zero_shot
@@ -34,7 +34,7 @@ _WINDOW = 2048  # of the papers, where the model's context has room for it
 def evaluate(arguments: list[str]) -> int:
     """Measure a model and print what was found; with `--output`, write it as JSON."""
     given = _parsed(arguments)
-    quieten()
+    silence_libraries()
     names = [name.strip() for name in (given.tasks or "").split(",") if name.strip()]
     if not names and given.perplexity is None:
         raise ConfigError("there is nothing to evaluate: give --tasks NAMES, --perplexity FILE, or both")

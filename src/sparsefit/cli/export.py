@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparsefit.cli.merge import copy_beside
-from sparsefit.cli.parsing import Parser
-from sparsefit.cli.quiet import quieten
+from sparsefit.cli.input_errors import Parser
+from sparsefit.cli.library_output import silence_libraries
+from sparsefit.cli.merge import copy_other_files
 from sparsefit.errors import ConfigError, RunFolderError
 from sparsefit.files import check_sums, replacing
 from sparsefit.recovery.inspection import (
@@ -20,7 +20,7 @@ from sparsefit.recovery.inspection import (
 )
 from sparsefit.recovery.run_files import check_ended
 from sparsefit.reporting.console import console
-from sparsefit.serving.libraries import LIBRARIES, check_libraries
+from sparsefit.serving.export_libraries import LIBRARIES, check_libraries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,7 +63,7 @@ def export(arguments: list[str]) -> int:
         raise RunFolderError(f"{output} exists and is not an empty folder: give another name, or remove it first")
     check_sums(source)
     check_libraries(given.format)
-    quieten()
+    silence_libraries()
     pruned = inspect_folder(given.folder).pruned
     from sparsefit.modules.loading import load_model
 
@@ -73,17 +73,17 @@ def export(arguments: list[str]) -> int:
     write = _write_gguf if given.format == "gguf" else _write_graph
     with replacing(output) as folder:
         found = write(model, source, folder, given.format, pruned)
-        copy_beside(source, folder)
+        copy_other_files(source, folder)
     _tell(given.folder, output, found)
     return 0
 
 
 def _write_gguf(model: PreTrainedModel, source: Path, folder: Path, kind: str, pruned: list[SavedMatrix]) -> Exported:
     from sparsefit.modules.loading import load_model
-    from sparsefit.serving.checking import check_difference, decoder_difference
     from sparsefit.serving.decoders import TorchDecoder
     from sparsefit.serving.gguf_file import matrices_in, write_gguf
-    from sparsefit.serving.zeros import check_zeros
+    from sparsefit.serving.logit_checks import check_difference, decoder_difference
+    from sparsefit.serving.zero_checks import check_zeros
 
     file = folder / GGUF_FILE
     write_gguf(model, source, file)
@@ -97,9 +97,9 @@ def _write_gguf(model: PreTrainedModel, source: Path, folder: Path, kind: str, p
 def _write_graph(model: PreTrainedModel, source: Path, folder: Path, kind: str, pruned: list[SavedMatrix]) -> Exported:
     import torch
 
-    from sparsefit.serving.checking import check_difference, decoder_difference, graph_difference
-    from sparsefit.serving.graphs import EXACT, GraphDecoder, export_graph, load_graph, weights_of
-    from sparsefit.serving.zeros import check_zeros
+    from sparsefit.serving.exported_graphs import EXACT, GraphDecoder, export_graph, load_graph, weights_of
+    from sparsefit.serving.logit_checks import check_difference, decoder_difference, graph_difference
+    from sparsefit.serving.zero_checks import check_zeros
 
     if kind == "onnx" and model.dtype != torch.float32:
         # ONNX Runtime has no products in bfloat16 on the CPU, and rounds those in float16.

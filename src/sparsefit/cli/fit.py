@@ -38,9 +38,16 @@ from sparsefit.callbacks import (
 from sparsefit.callbacks.loggers import end_loggers, loggers_of_run
 from sparsefit.callbacks.run_folder import LOGS, RunFolder
 from sparsefit.cli.class_paths import check_class_paths
-from sparsefit.cli.fitting_data import check_data
-from sparsefit.cli.parsing import PlainErrors, check_recipes, check_section, check_seed, check_trainer, trainer_errors
-from sparsefit.cli.quiet import clear_write_errors, interrupts, quieten
+from sparsefit.cli.input_errors import (
+    PlainErrors,
+    check_recipes,
+    check_section,
+    check_seed,
+    check_trainer,
+    trainer_errors,
+)
+from sparsefit.cli.library_output import clear_write_errors, interrupts, silence_libraries
+from sparsefit.cli.model_data_checks import check_data
 from sparsefit.cli.resuming import (
     check_checkpoint,
     is_complete,
@@ -61,7 +68,7 @@ _OF_THE_RUN += (GPUHourBudget, RunReport, SparseCheckpoints)
 
 def fit(arguments: list[str], train: bool) -> int:
     """Run a recipe; without training it is a fit that takes no step."""
-    quieten()
+    silence_libraries()
     resumed, arguments = split_resume(arguments)
     if resumed is not None:
         if not arguments and is_complete(resumed):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sparsefit.cli.parsing import Parser
+from sparsefit.cli.input_errors import Parser
 from sparsefit.recovery.inspection import Inspection, inspect_tensors
 from sparsefit.reporting.console import console, summary
 from sparsefit.saved_models import inspect_whole
@@ -39,8 +39,8 @@ def inspect(arguments: list[str]) -> int:
 
 
 def _inspect_gguf(file: Path) -> Inspection:
-    from sparsefit.cli.quiet import quieten
+    from sparsefit.cli.library_output import silence_libraries
     from sparsefit.modules.loading import load_model
 
-    quieten()
+    silence_libraries()
     return inspect_tensors(dict(load_model(str(file)).named_parameters()), file)

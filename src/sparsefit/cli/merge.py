@@ -13,8 +13,8 @@ import torch
 
 from sparsefit.callbacks.run_folder import RunFolder
 from sparsefit.cli.class_paths import named_class
-from sparsefit.cli.parsing import Parser
-from sparsefit.cli.quiet import quieten
+from sparsefit.cli.input_errors import Parser
+from sparsefit.cli.library_output import silence_libraries
 from sparsefit.errors import MaskError, RunFolderError, SparsefitError
 from sparsefit.files import SUMS_FILE, check_sums, replacing
 from sparsefit.pruning import MaskSet
@@ -45,7 +45,7 @@ def merge_run(arguments: list[str]) -> int:
     )
     parser.add_argument("--no-evaluation", action="store_true", help="do not measure quality before and after")
     given = parser.parse_args(arguments)
-    quieten()
+    silence_libraries()
     folder = RunFolder(given.run)
     check_ended(folder.path)
     if given.output is None and folder.model.is_dir() and not given.reapply_masks:
@@ -68,7 +68,7 @@ def _merge(folder: RunFolder, output: Path, reapply_masks: bool, evaluate: bool)
     merged: PreTrainedModel = merge(model, masks, reapply_masks)
     with replacing(output) as partial:
         merged.save_pretrained(partial)
-        copy_beside(base, partial)
+        copy_other_files(base, partial)
         masks.save(partial / MASKS_FILE)
     console.print(f"merged model: {output}", markup=False, soft_wrap=True)
     if measure is None or before is None:
@@ -83,7 +83,7 @@ def _merge(folder: RunFolder, output: Path, reapply_masks: bool, evaluate: bool)
     console.print(f"largest difference of an output in one batch: {away:.2g}", soft_wrap=True)
 
 
-def copy_beside(base: Path, output: Path) -> None:
+def copy_other_files(base: Path, output: Path) -> None:
     """What lies beside the weights of the base and was not written anew: tokenizer, processor, settings."""
     for file in sorted(base.iterdir()):
         of_weights = file.name.endswith((".safetensors", ".safetensors.index.json", SUMS_FILE))

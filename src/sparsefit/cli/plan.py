@@ -14,11 +14,11 @@ from rich.table import Table
 
 from sparsefit.calibration.samples import count_samples
 from sparsefit.cli.fit import read_recipe
-from sparsefit.cli.parsing import Parser, check_recipes
-from sparsefit.cli.plan_data import first_samples
+from sparsefit.cli.input_errors import Parser, check_recipes
+from sparsefit.cli.library_output import silence_libraries
+from sparsefit.cli.miniature_run import Miniature, measure
+from sparsefit.cli.plan_reading import first_samples
 from sparsefit.cli.plan_recipe import FEWEST, Recipe, recipe_of
-from sparsefit.cli.probing import Miniature, measure
-from sparsefit.cli.quiet import quieten
 from sparsefit.errors import ConfigError
 from sparsefit.planning import (
     Measured,
@@ -46,7 +46,7 @@ _OF_A_STUDY = {"study", "grid", "models"}
 
 def plan(arguments: list[str]) -> int:
     """Measure a recipe in miniature and print what all of it will take; nothing of it is run or written."""
-    quieten()
+    silence_libraries()
     parser = Parser(prog="sparsefit plan", add_help=False)
     parser.add_argument("--gpu", help="plan for this GPU, by its data sheet, and not for the machine at hand")
     given, arguments = parser.parse_known_args(arguments)

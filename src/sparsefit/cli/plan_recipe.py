@@ -15,8 +15,8 @@ from lightning.pytorch.cli import instantiate_class
 from torch import Tensor
 
 from sparsefit.calibration.samples import count_samples, tensors_in
-from sparsefit.cli.plan_data import Data, first_samples, read_data
-from sparsefit.cli.probing import Miniature
+from sparsefit.cli.miniature_run import Miniature
+from sparsefit.cli.plan_reading import Data, first_samples, read_data
 from sparsefit.modules.loading import configuration_of, find_tokenizer, load_skeleton
 from sparsefit.modules.model_classes import blocks_in
 from sparsefit.planning import Work

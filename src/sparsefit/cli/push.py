@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sparsefit.cli.parsing import Parser
+from sparsefit.cli.input_errors import Parser
 from sparsefit.hub import push_to_hub
 from sparsefit.reporting.console import console
 

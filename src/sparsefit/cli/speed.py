@@ -14,8 +14,8 @@ from rich import box
 from rich.table import Table
 
 from sparsefit.cli.evaluate import device_called
-from sparsefit.cli.parsing import Parser
-from sparsefit.cli.quiet import quieten
+from sparsefit.cli.input_errors import Parser
+from sparsefit.cli.library_output import silence_libraries
 from sparsefit.errors import ConfigError
 from sparsefit.pruning import MaskSet
 from sparsefit.recovery.inspection import masks_beside, weight_files
@@ -24,10 +24,10 @@ from sparsefit.reporting.console import console, stage_progress
 from sparsefit.reporting.formats import size
 from sparsefit.reporting.machine import machine, versions
 from sparsefit.reporting.report import write_json
-from sparsefit.serving.comparison import Row, Settings, compare, verdict
 from sparsefit.serving.decoders import check_cache
 from sparsefit.serving.dense_twin import zeros_as_masks
 from sparsefit.serving.runtimes import RUNTIMES
+from sparsefit.serving.speed_comparison import Row, Settings, compare, verdict
 from sparsefit.serving.timing import PHASES, Speed
 from sparsefit.settings import number
 
@@ -43,7 +43,7 @@ def speed(arguments: list[str]) -> int:
         torch.set_num_threads(given.threads)
     check_ended(given.folder)
     source = weight_files(given.folder)[0].parent
-    quieten()
+    silence_libraries()
     model, masks = _model_of(source, given.dtype, device)
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if length is not None and given.prompt + given.tokens > length:

@@ -20,9 +20,9 @@ from sparsefit.callbacks.calibration import first_samples
 from sparsefit.callbacks.report_entries import beginning, pruned
 from sparsefit.callbacks.run_folder import RunFolder
 from sparsefit.cli.fit import read_recipe
-from sparsefit.cli.fitting_data import check_data, check_vocabulary
-from sparsefit.cli.parsing import check_recipes
-from sparsefit.cli.quiet import clear_write_errors, quieten
+from sparsefit.cli.input_errors import check_recipes
+from sparsefit.cli.library_output import clear_write_errors, silence_libraries
+from sparsefit.cli.model_data_checks import check_data, check_vocabulary
 from sparsefit.errors import CalibrationError, ConfigError, DivergenceError, MaskError
 from sparsefit.files import replacing
 from sparsefit.modules import CausalLMModule
@@ -43,7 +43,7 @@ _PRECISIONS = (None, 32, "32", "32-true")
 
 def prune_streamed(arguments: list[str]) -> int:
     """Prune the model of a recipe without ever holding it; what `sparsefit prune` writes, without evaluation."""
-    quieten()
+    silence_libraries()
     arguments = [argument for argument in arguments if argument != STREAM]
     check_recipes(arguments)
     settings = read_recipe(arguments)

@@ -23,9 +23,9 @@ from rich.markup import escape
 
 from sparsefit.callbacks.model_call import ModelCall
 from sparsefit.callbacks.slow_precision import warn_of_slow_precision
-from sparsefit.cli.fitting_data import check_data
-from sparsefit.cli.parsing import PlainErrors, check_recipes, check_seed, check_trainer, trainer_errors
-from sparsefit.cli.quiet import quieten
+from sparsefit.cli.input_errors import PlainErrors, check_recipes, check_seed, check_trainer, trainer_errors
+from sparsefit.cli.library_output import silence_libraries
+from sparsefit.cli.model_data_checks import check_data
 from sparsefit.cli.study_data import StudyData
 from sparsefit.cli.study_folder import StudyFolder
 from sparsefit.cli.study_training import FinetuningSettings, NewTrainer, TrainingSettings, finetune, trained_dense
@@ -45,7 +45,7 @@ def run_study(arguments: list[str]) -> int:
     Returns:
         The exit status: 1 if a point failed.
     """
-    quieten()
+    silence_libraries()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # each training would say which devices there are
     check_recipes(arguments)
     parser = _parser()

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 
 from sparsefit.callbacks import GPUHourBudget, WandaPruning
-from sparsefit.cli.quiet import interrupts
+from sparsefit.cli.library_output import interrupts
 from sparsefit.cli.study_data import StudyData
 from sparsefit.errors import ConfigError, RunFolderError
 from sparsefit.pruning import MaskSet

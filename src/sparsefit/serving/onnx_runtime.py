@@ -7,8 +7,8 @@ from torch import nn
 
 from sparsefit.pruning import MaskSet
 from sparsefit.serving.decoders import Decoder
-from sparsefit.serving.graphs import GraphDecoder, export_graph
-from sparsefit.serving.libraries import missing_for
+from sparsefit.serving.export_libraries import missing_for
+from sparsefit.serving.exported_graphs import GraphDecoder, export_graph
 
 NAME = "onnxruntime"
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sparsefit.errors import ConfigError
-from sparsefit.serving.zeros import Array
+from sparsefit.serving.zero_checks import Array
 
 if TYPE_CHECKING:
     from openvino import Core

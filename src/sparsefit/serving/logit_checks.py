@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sparsefit.errors import ExportError
 from sparsefit.serving.decoders import Decoder, TorchDecoder
-from sparsefit.serving.graphs import Graph, sample_logits
+from sparsefit.serving.exported_graphs import Graph, sample_logits
 
 _ALLOWED = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """The largest difference of a logit, as a share of the largest logit, by the dtype that both sides compute in."""

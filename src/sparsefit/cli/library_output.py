@@ -19,7 +19,7 @@ from sparsefit.files import unwritable
 _IRRELEVANT = ("`isinstance\\(treespec, LeafSpec\\)`", "`is_gradient_checkpointing`", "Total length of `list`")
 
 
-def quieten() -> None:
+def silence_libraries() -> None:
     """Silence what has no bearing on the command that runs; and progress bars that would end up in a file."""
     from datasets import disable_progress_bars
     from transformers.utils.logging import disable_progress_bar

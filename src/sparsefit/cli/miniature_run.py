@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader
 from sparsefit.callbacks import BlockwiseReconstruction, GPUHourBudget, RunReport, SparseCheckpoints, WandaPruning
 from sparsefit.callbacks.zero_shot_tasks import LEDGER_STAGE, METRIC
 from sparsefit.cli.fit import checkpoints_of_run
-from sparsefit.cli.probe_watch import Watch, bits_of
-from sparsefit.cli.quiet import quieten
+from sparsefit.cli.library_output import silence_libraries
+from sparsefit.cli.miniature_measures import Watch, bits_of
 from sparsefit.errors import SparsefitError
 from sparsefit.evaluation.zero_shot import Results
 from sparsefit.planning import Measured
@@ -90,7 +90,7 @@ def _in_child(runs: list[Miniature], sender: Connection) -> None:
     silent = os.open(os.devnull, os.O_WRONLY)
     for output in (1, 2):  # what the run itself says is of no interest
         os.dup2(silent, output)
-    quieten()
+    silence_libraries()
     try:
         sender.send([_measured(run) for run in runs])
     except Exception as error:  # whatever it is, it is the recipe's

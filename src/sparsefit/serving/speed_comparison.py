@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from sparsefit.pruning import MaskSet
-from sparsefit.serving.checking import check_difference, decoder_difference, prompts
 from sparsefit.serving.dense_twin import dense_twin
+from sparsefit.serving.logit_checks import check_difference, decoder_difference, prompts
 from sparsefit.serving.runtimes import RUNTIMES, Runtime
 from sparsefit.serving.timing import LEAST_REPEATS, PHASES, Speed, gained, measure, ratio
 
