@@ -117,7 +117,7 @@ def test_a_model_without_tokenizer(sparsefit, model, tmp_path):
     load_causal_lm(str(model)).save_pretrained(tmp_path / "bare")
     status, _, errors = sparsefit("evaluate", tmp_path / "bare", "--perplexity", "x.txt")
     assert status == 2
-    assert "there is no tokenizer beside the model" in errors
+    assert "there is no tokenizer in the folder of the model" in errors
 
 
 def test_a_run_that_wrote_no_model(sparsefit, tmp_path):

@@ -76,7 +76,7 @@ def test_a_language_model_is_written_checked_and_counted(kind, sparsefit, tmp_pa
     counted = inspect_folder(run)
     zeros, weights = (sum(getattr(matrix, what) for matrix in counted.pruned) for what in ("zeros", "weights"))
     assert f"zeros: {zeros:,} of {weights:,} pruned weights" in output
-    assert float(re.search(r"at most (\S+) of the largest", output)[1]) < 1e-4
+    assert float(re.search(r"largest difference (\S+) of the largest logit", output)[1]) < 1e-4
     files = {file.name for file in (tmp_path / "out").iterdir()}
     assert {"tokenizer.json", "config.json", "SHA256SUMS"} <= files
     assert not any(name.endswith(".safetensors") for name in files)
@@ -132,7 +132,7 @@ def test_an_image_classifier_is_written(kind, sparsefit, tmp_path):
     model = ViT(ViTConfig(image_size=16, patch_size=8, num_labels=3, **(SIZES | {"num_hidden_layers": 1})))
     run = pruned_run(model, tmp_path / "run", {"pixel_values": torch.randn(4, 3, 16, 16)})
     status, output, errors = sparsefit("export", run, "--format", kind, "--output", tmp_path / "out")
-    assert (status, "pruned weights, counted on the file" in output) == (0, True), errors
+    assert (status, "pruned weights, counted in the file" in output) == (0, True), errors
 
 
 @needs("gguf")

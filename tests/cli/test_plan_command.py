@@ -114,7 +114,7 @@ def test_a_data_sheet_plans_the_evaluations_of_the_recipe(sparsefit, deep, form,
     assert status == 0, errors
     assert re.search(rf"evaluation {evaluations} x \d+ batches", told)
     assert ("training" in told.partition("memory")[2].partition(")")[0]) == bool(steps)
-    assert "not computed for a GPU by its data sheet: files" in told
+    assert "not computed from a data sheet: files" in told
     assert "0 B" not in told
 
 
@@ -222,7 +222,7 @@ def test_an_image_classifier_is_not_planned_by_a_data_sheet(sparsefit, recipe, t
     settings = {"batch_size": 100, "calibration_samples": 32, "train_source": "digits:train[:1000]"}
     recipe["data"] = {"class_path": "sparsefit.data.DigitsDataModule", "init_args": settings}
     status, _, errors = sparsefit("plan", "--gpu", "h100", recipe=recipe)
-    assert (status, "--gpu plans for language models" in errors) == (2, True), errors
+    assert (status, "--gpu needs a language model" in errors) == (2, True), errors
 
 
 class Without(LightningDataModule):

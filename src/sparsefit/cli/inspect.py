@@ -1,4 +1,4 @@
-"""`sparsefit inspect FOLDER`: the true sparsity of a saved model."""
+"""`sparsefit inspect FOLDER` counts the zeros of a saved model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sparsefit.saved_models import inspect_whole
 
 
 def inspect(arguments: list[str]) -> int:
-    """Print the zeros counted on the files of a model, and whether its masks hold; 1 if they do not."""
+    """Print the zeros in a model's files and whether its masks hold; return 1 if they do not, or if a weight is NaN."""
     parser = Parser(
         "sparsefit inspect", description="Count the zeros of a saved model and check them against its masks."
     )
@@ -22,12 +22,12 @@ def inspect(arguments: list[str]) -> int:
 
     is_gguf = folder.suffix.lower() == ".gguf" and not folder.is_dir()
     inspection = _inspect_gguf(folder) if is_gguf else inspect_whole(folder)
-    status = f"counted on {', '.join(str(file) for file in inspection.files)}"
+    status = f"counted in {', '.join(str(file) for file in inspection.files)}"
     console.print(summary({"name": str(folder), "status": status, "sparsity": inspection.account()}))
     for name, count in inspection.nonfinite.items():
         console.print(f"{name}: {count:,} numbers are NaN or infinite", markup=False)
     if inspection.masks is None:
-        console.print("There are no masks beside the model to check it against.")
+        console.print("The folder has no masks to check the model against.")
         return 1 if inspection.nonfinite else 0
     for name, count in inspection.broken.items():
         console.print(f"{name}: {count} weights that its mask prunes are not zero", markup=False)
