@@ -67,7 +67,7 @@ def test_help_does_not_wait_for_slow_imports(arguments):
 
 
 @pytest.mark.slow
-def test_the_installed_command_tells_its_version():
+def test_the_installed_command_prints_its_version():
     command = Path(sys.executable).with_name("sparsefit")
     if not command.exists():
         pytest.skip("the command is not installed beside this Python")
