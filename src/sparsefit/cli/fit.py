@@ -147,7 +147,7 @@ class SparsefitCLI(LightningCLI):
             default=None,
             help="Run folder whose run to resume with its own recipe, from its newest checkpoint.",
         )
-        parser.set_defaults({"reconstruction.passes": 0, "run.logger": "csv"})  # off unless the recipe requests it
+        parser.set_defaults({"reconstruction.passes": 0, "run.logger": "csv"})  # reconstruction only on request
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and check the checkpoint to resume from before anything is loaded."""
@@ -208,7 +208,7 @@ class SparsefitCLI(LightningCLI):
             seed_everything(seed, workers=True)
         fresh = self.parser.instantiate_classes(self.config).fit
         folder = report.folder.path
-        others = [callback for callback in _listed(fresh.trainer.callbacks) if not isinstance(callback, _ONCE_PER_RUN)]
+        others = [callback for callback in _as_list(fresh.trainer.callbacks) if not isinstance(callback, _ONCE_PER_RUN)]
         settings = {
             "callbacks": [*others, DenseControl(report)],
             "logger": loggers_of_run(report.loggers, folder / LOGS / "control", f"{report.name} control") or False,
@@ -231,8 +231,8 @@ class SparsefitCLI(LightningCLI):
         folder: Path = settings.run.folder.path
         if (own := settings.trainer.logger) is False:
             settings.run.loggers = ()
-        kwargs["logger"] = [*_listed(None if isinstance(own, bool) else own), *settings.run.new_loggers()] or False
-        callbacks, plugins = _listed(settings.trainer.callbacks), _listed(settings.trainer.plugins)
+        kwargs["logger"] = [*_as_list(None if isinstance(own, bool) else own), *settings.run.new_loggers()] or False
+        callbacks, plugins = _as_list(settings.trainer.callbacks), _as_list(settings.trainer.plugins)
         if settings.trainer.enable_checkpointing is not False and not any(isinstance(c, Checkpoint) for c in callbacks):
             callbacks += checkpoints_of_run(folder)
         if not any(isinstance(callback, SparseCheckpoints) for callback in callbacks):
@@ -289,5 +289,5 @@ class _ConfigurationOfRun(SaveConfigCallback):
                 callback.take_configuration(text)
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]

@@ -18,7 +18,7 @@ from sparsefit.cli.input_errors import check_recipes
 from sparsefit.cli.library_output import silence_libraries
 from sparsefit.cli.miniature_run import Miniature, measure
 from sparsefit.cli.plan_reading import first_samples
-from sparsefit.cli.plan_recipe import FEWEST, Recipe, recipe_of
+from sparsefit.cli.plan_recipe import FIRST_BLOCKS, Recipe, recipe_of
 from sparsefit.errors import ConfigError
 from sparsefit.planning import (
     Measured,
@@ -40,7 +40,7 @@ from sparsefit.reporting.console import console
 from sparsefit.reporting.formats import hours, percent, seconds
 from sparsefit.reporting.machine import free_host_memory, host_memory, memory_of
 
-_LONGEST = 8.0  # seconds that a training batch (or the pruning) of the second miniature may take, judged by the first
+_LONGEST_SECONDS = 8.0  # of a training batch (or the pruning) in the second miniature, estimated from the first
 _STUDY_SECTIONS = {"study", "grid", "models"}
 
 
@@ -72,7 +72,7 @@ def _has_gpu(accelerator: str) -> bool:
 
 
 def _first_line(prediction: Plan, recipe: Recipe) -> str:
-    """The first line of a fit, too."""
+    """The first line of the prediction, which a fit also prints first."""
     work = recipe.work
     steps = work.max_steps if recipe.miniature.train is not None else 0
     return plan_line(prediction.counts, prediction.least, work.gpu_hours, work.devices, steps)
@@ -121,9 +121,10 @@ def _measure(recipe: Recipe) -> tuple[Measured, Measured | None, Measured | None
     if whole:
         return small, None, further[0] if further else None
     # A small model is measured with all its blocks, so that nothing is extrapolated.
-    by_time = int(FEWEST * _LONGEST / max(small.seconds.get("batch", small.seconds.get("pruning", 0.0)), 1e-3))
+    taken = small.seconds.get("batch", small.seconds.get("pruning", 0.0))
+    by_time = int(FIRST_BLOCKS * _LONGEST_SECONDS / max(taken, 1e-3))
     blocks = min(by_time, blocks_within(_free(recipe), recipe.work, small))
-    two = replace(one, blocks=min(recipe.blocks, max(FEWEST + 1, blocks)))
+    two = replace(one, blocks=min(recipe.blocks, max(FIRST_BLOCKS + 1, blocks)))
     larger, *further = measure(two, _with_more_samples(two, recipe.calibration))
     return small, larger, further[0] if further else None
 

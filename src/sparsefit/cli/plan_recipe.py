@@ -23,7 +23,7 @@ from sparsefit.planning import Work
 from sparsefit.pruning import PruningConfig
 from sparsefit.reporting.machine import memory_held, process_memory
 
-FEWEST = 2  # blocks of the first miniature: one block alone is not recognized as a list of repeated blocks
+FIRST_BLOCKS = 2  # blocks of the first miniature: one block alone is not recognized as a list of repeated blocks
 _TRAINER = ("accelerator", "precision", "gradient_clip_val", "gradient_clip_algorithm", "deterministic", "benchmark")
 _SPLITTING = ("fsdp", "deepspeed", "modelparallel")  # in the names of strategies that split the weights
 
@@ -74,7 +74,7 @@ def recipe_of(settings: Any, on_gpu: bool) -> Recipe:
     trains = data.train is not None and 0 not in (trainer.max_steps, trainer.max_epochs)
     miniature = Miniature(
         make_module=partial(make_module, model_settings["class_path"], arguments),
-        blocks=None if blocks is None else min(blocks, FEWEST),
+        blocks=None if blocks is None else min(blocks, FIRST_BLOCKS),
         pruning=pruning | {"calibration": None, "calibration_samples": None},
         reconstruction=settings.reconstruction.as_dict() | {"calibration": None, "calibration_samples": None},
         trainer={key: trainer[key] for key in _TRAINER if trainer[key] is not None},

@@ -79,7 +79,7 @@ def speed(arguments: list[str]) -> int:
         report: dict[str, Any] = {"command": shlex.join(["sparsefit", "speed", *arguments]), "model": str(source)}
         report |= {"dtype": kind, "device": str(device), "threads": torch.get_num_threads()}
         report |= {"clock": "processor" if given.processor_time else "wall"}
-        report |= {"prompt": settings.prompt, "tokens": settings.tokens, "rows": [row.account() for row in rows]}
+        report |= {"prompt": settings.prompt, "tokens": settings.tokens, "rows": [row.as_json() for row in rows]}
         report |= {"not_run": not_run, "notes": notes, "verdict": sentence}
         report |= {"versions": versions(), "machine": machine()}
         console.print(f"written to {write_json(report, given.json)}", markup=False, soft_wrap=True)

@@ -130,7 +130,7 @@ def _prune(settings: Any, report: RunReport, run: str, text: str) -> None:
     if inspection.broken:
         raise MaskError(f"pruned weights are not zero in the files of {folder.base}: {', '.join(inspection.broken)}")
     total = time.monotonic() - start
-    report.report |= _account(result, inspection) | {"seconds": {"total": total, "stages": seconds}}
+    report.report |= _report_entries(result, inspection) | {"seconds": {"total": total, "stages": seconds}}
     report.write()
 
 
@@ -168,7 +168,7 @@ def _check_finite(weights: MappedWeights) -> None:
         raise DivergenceError(f"the pruned model is not written: {nonfinite_message(broken)}")
 
 
-def _account(result: PruningResult, inspection: Inspection) -> dict[str, Any]:
+def _report_entries(result: PruningResult, inspection: Inspection) -> dict[str, Any]:
     """Report entries of the pruning and of the zeros counted in the files."""
     needs = result.config.needs_inputs
     account = pruned(result, "the datamodule's calibration_dataloader()" if needs else "nothing: it needs no data")

@@ -68,7 +68,7 @@ def run_study(arguments: list[str]) -> int:
 def _run(given: Namespace, folder: StudyFolder, settings: Namespace, config: str, new_trainer: NewTrainer) -> int:
     """Study all models, write the report and return the exit status."""
     known = folder.open(config)
-    about = known | _account(settings, config, known)
+    about = known | _report_entries(settings, config, known)
     about["planned"] = len(given.models) * (1 + sum(_rows(given, point) for point in given.grid.points()))
     given.data.prepare_data()
     for stage in ("fit", "test"):
@@ -196,7 +196,7 @@ def _check_trainer(settings: Mapping[str, Any]) -> None:
         ConfigError: for objects, which trainings would share, and for settings that a study's evaluation ignores.
     """
     for name, value in settings.items():
-        if (name == "callbacks" and value) or any(isinstance(v, Mapping) for v in _listed(value)):
+        if (name == "callbacks" and value) or any(isinstance(v, Mapping) for v in _as_list(value)):
             raise ConfigError(
                 f"a study creates a trainer for each training and does not support trainer.{name}: leave it out; use "
                 "`sparsefit fit` for one training with your own callbacks and plugins"
@@ -209,7 +209,7 @@ def _check_trainer(settings: Mapping[str, Any]) -> None:
             )
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
@@ -223,7 +223,8 @@ def _check_names(models: Mapping[str, Any]) -> None:
         )
 
 
-def _account(settings: Namespace, config: str, known: Mapping[str, Any]) -> dict[str, Any]:
+def _report_entries(settings: Namespace, config: str, known: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of study.json about the study as a whole."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {
         "status": "running",

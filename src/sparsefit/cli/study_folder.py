@@ -19,7 +19,7 @@ from sparsefit.study.results import Results, Row
 
 _TIMED = ("selection", "evaluation", "finetuning")
 # Settings that may change in a continued study: they select the points, or have no effect on results.
-_OPEN = {
+_MAY_CHANGE = {
     "grid": {"scores", "granularities", "sparsities", "patterns", "updates"},
     "data": {"init_args.num_workers", "init_args.evaluation_batch_size", "init_args.calibration_batch_size"},
     "finetuning": {"epochs", "sparsities", "scores", "granularities", "seeds"},
@@ -105,10 +105,10 @@ class StudyFolder:
         tunes = [_epochs(config, "finetuning") for config in (before, now)]
         compared = ["seed_everything", "data", "grid", "training"]
         compared += ["finetuning"] * all(tunes) + ["trainer"] * all(trains)
-        check_same(_deciding(before, compared), _deciding(now, compared), "", self.path)
+        check_same_settings(_determining(before, compared), _determining(now, compared), "", self.path)
         for name, model in (self._before.get("models") or {}).items():
             if name in now["models"] and "settings" in model:  # its results were made with these settings
-                check_same(model["settings"], now["models"][name], f"models.{name}", self.path)
+                check_same_settings(model["settings"], now["models"][name], f"models.{name}", self.path)
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -136,7 +136,7 @@ class StudyFolder:
         return whole
 
 
-def check_same(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str, path: Path) -> None:
+def check_same_settings(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str, path: Path) -> None:
     """Check that the settings are those of a study's earlier rows.
 
     Raises:
@@ -155,13 +155,13 @@ def _epochs(config: Mapping[str, Any], part: str) -> int:
     return (config.get(part) or {}).get("epochs", 0)
 
 
-def _deciding(config: Mapping[str, Any], sections: Iterable[str]) -> dict[str, Any]:
+def _determining(config: Mapping[str, Any], sections: Iterable[str]) -> dict[str, Any]:
     """The settings that determine the rows, by their full names, without those of the models."""
     return {
         name: value
         for section in sections
         for name, value in _leaves(config.get(section), section)
-        if name.removeprefix(f"{section}.") not in _OPEN.get(section, ())
+        if name.removeprefix(f"{section}.") not in _MAY_CHANGE.get(section, ())
     }
 
 

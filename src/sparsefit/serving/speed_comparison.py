@@ -71,7 +71,7 @@ class Row:
         """Whether zeros make it faster beyond noise."""
         return RUNTIMES[self.runtime].uses_zeros and gained(self.pruned[phase], self.dense[phase])
 
-    def account(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """The row as JSON values."""
         models = {"dense": self.dense, "pruned": self.pruned}
         entries: dict[str, Any] = {"runtime": self.runtime, "batch": self.batch, "logits_difference": self.difference}
