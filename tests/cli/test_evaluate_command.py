@@ -97,7 +97,7 @@ def test_a_recipe_with_tasks_needs_the_harness(sparsefit, recipe, folder, tmp_pa
     ("arguments", "told"),
     [
         ([], "there is nothing to evaluate: give --tasks NAMES, --perplexity FILE, or both"),
-        (["--tasks-folder", "x", "--perplexity", "text.txt"], "name them by --tasks"),
+        (["--tasks-folder", "x", "--perplexity", "text.txt"], "name the tasks with --tasks"),
         (["--perplexity", "text.txt", "--batch-size", "0"], "batch_size is 0"),
         (["--perplexity", "nowhere.txt"], "nowhere.txt"),
         (["--perplexity", "text.txt", "--length", "1"], "a window needs at least 2 tokens"),

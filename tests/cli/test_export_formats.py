@@ -28,7 +28,7 @@ from sparsefit.errors import ConfigError
 from sparsefit.modules.loading import load_tokenizer
 from sparsefit.recovery.export import export_base
 from sparsefit.recovery.inspection import inspect_folder
-from sparsefit.serving import libraries
+from sparsefit.serving.export_libraries import LIBRARIES, missing_for
 from sparsefit.serving.exported_graphs import sample_inputs
 from sparsefit.serving.gguf_file import pre_tokenizer
 
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.slow
 
 ASSETS = Path(sparsefit.__file__).parent / "assets"
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-NEEDED = {kind: libraries.missing_for(kind) for kind in libraries.LIBRARIES}
+NEEDED = {kind: missing_for(kind) for kind in LIBRARIES}
 
 
 def needs(kind):
@@ -144,7 +144,7 @@ def test_what_gguf_has_no_words_for_is_told_before_anything_is_written(sparsefit
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", libraries.LIBRARIES)
+@pytest.mark.parametrize("kind", LIBRARIES)
 def test_a_missing_library_is_named_with_its_extra(kind, sparsefit, tmp_path, monkeypatch):
     run = pruned_run(small_llama(), tmp_path / "run")
     monkeypatch.setattr("sparsefit.extras.has", lambda library: False)
