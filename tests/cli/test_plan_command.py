@@ -210,7 +210,7 @@ def test_a_model_that_is_to_write_its_text_first(sparsefit, recipe):
     recipe["data"] = {"class_path": "sparsefit.data.SelfGeneratedDataModule", "init_args": settings}
     status, _, errors = sparsefit("plan", recipe=recipe)
     assert status == 2
-    assert "the model writes this recipe's text" in errors
+    assert "the model generates this recipe's text" in errors
 
 
 def test_an_image_classifier_is_not_planned_by_a_data_sheet(sparsefit, recipe, tmp_path):
