@@ -16,7 +16,7 @@ from sparsefit.callbacks.trainer_lookup import budget_of, ledger_of
 from sparsefit.errors import ConfigError
 from sparsefit.pruning import MaskSet
 from sparsefit.pruning.blocks import find_block_lists
-from sparsefit.recovery.reconstruct import ReconstructSettings, dense_weights, reconstruct
+from sparsefit.recovery.block_reconstruction import ReconstructSettings, dense_weights, reconstruct
 from sparsefit.reporting.console import stage_progress
 from sparsefit.settings import named_settings
 

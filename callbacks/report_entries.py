@@ -19,8 +19,8 @@ from torch import Tensor
 from sparsefit.callbacks.quantization import QuantizedBase
 from sparsefit.callbacks.reconstruction import BlockwiseReconstruction
 from sparsefit.callbacks.trainer_lookup import budget_of, ledger_of
+from sparsefit.machine import machine, peak_memory, versions
 from sparsefit.pruning import MaskSet, PruningConfig, PruningResult
-from sparsefit.reporting.machine import machine, peak_memory, versions
 
 
 def beginning(name: str, folder: Path, module: LightningModule) -> dict[str, Any]:

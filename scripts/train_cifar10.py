@@ -32,8 +32,8 @@ from transformers import ViTImageProcessorPil
 
 from sparsefit.callbacks import AtomicCheckpointIO, GPUHourBudget
 from sparsefit.data import ImageDataModule
+from sparsefit.machine import machine, versions
 from sparsefit.modules import ImageClassifierModule
-from sparsefit.reporting.machine import machine, versions
 
 HELD_OUT_FROM = 45_000
 CHECKPOINT_INTERVAL = timedelta(minutes=3)

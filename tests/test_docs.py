@@ -30,6 +30,34 @@ def test_the_navigation_names_every_page_once():
     assert sorted(pages_of(SETTINGS["nav"])) == sorted(pages)
 
 
+def package_sections() -> dict[str, str]:
+    """The sections of the page of files, by the folder in their heading; "" for files outside packages."""
+    _, *sections = re.split(r"^## ", (ROOT / "docs/files.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    heading = re.compile(r"`(\w+)/`")
+    return {found[1] if (found := heading.match(section)) else "": section for section in sections}
+
+
+def package_folders() -> dict[str, Path]:
+    """The folders with modules; those of files that the page lists in the section of a package belong to it."""
+    package = ROOT / "src/sparsefit"
+    folders = [path for path in package.iterdir() if (path / "__init__.py").exists() and path.name != "callbacks"]
+    return {"": package, "callbacks": ROOT / "callbacks"} | {path.name: path for path in folders}
+
+
+def test_the_page_of_files_has_a_section_for_each_package():
+    assert set(package_sections()) == set(package_folders())
+
+
+@pytest.mark.parametrize("folder", package_folders())
+def test_the_page_of_files_names_every_module_and_no_others(folder):
+    section, path = package_sections()[folder], package_folders()[folder]
+    files = path.glob("*.py") if folder in ("", "callbacks") else path.rglob("*.py")
+    modules = {file.stem for file in files} - {"__init__", "__main__"}
+    assert modules - set(re.findall(r"`(\w+)`", section)) == set()
+    first_columns = re.findall(r"^\| (`.+?) \|", section, re.MULTILINE)
+    assert {name for cell in first_columns for name in re.findall(r"`(\w+)`", cell)} - modules == set()
+
+
 def names_on(page: str) -> set[str]:
     """The names on a page of the reference, as they are imported."""
     text = (ROOT / f"docs/api/{page}.md").read_text(encoding="utf-8")

@@ -22,14 +22,14 @@ from torch import Tensor
 
 from sparsefit.pruning.gram import reconstruction_error
 from sparsefit.pruning.least_squares import least_squares
-from sparsefit.pruning.reconstruction import (
+from sparsefit.pruning.refinement import swap
+from sparsefit.pruning.selection import Granularity, Products, select, select_count, select_n_of_m
+from sparsefit.pruning.weight_updates import (
     inverse_factor,
     prune_iteratively,
     prune_n_of_m,
     update_sequentially,
 )
-from sparsefit.pruning.refinement import swap
-from sparsefit.pruning.selection import Granularity, Products, select, select_count, select_n_of_m
 
 BLOCKS = 32
 SWAPS = 10

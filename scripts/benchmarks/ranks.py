@@ -22,7 +22,7 @@ import torch.multiprocessing as mp
 from setting import add_size_options, make_model, make_samples  # beside this file
 
 from sparsefit import MaskSet, PruningConfig, prune
-from sparsefit.recovery.reconstruct import ReconstructSettings, dense_weights, reconstruct
+from sparsefit.recovery.block_reconstruction import ReconstructSettings, dense_weights, reconstruct
 
 METHODS: dict[str, dict[str, Any]] = {
     "wanda": {},

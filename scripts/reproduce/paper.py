@@ -33,7 +33,7 @@ from tables.store import Store
 
 from sparsefit.cli.library_output import interrupts, silence_libraries
 from sparsefit.errors import ConfigError, SparsefitError
-from sparsefit.reporting.machine import machine, versions
+from sparsefit.machine import machine, versions
 
 ALL = TABLES | MORE_TABLES
 

@@ -15,7 +15,7 @@ from sparsefit.callbacks import BlockwiseReconstruction, GPUHourBudget, PrunedRu
 from sparsefit.callbacks.trainer_lookup import ledger_of
 from sparsefit.errors import ConfigError
 from sparsefit.recovery.adapters import AdapterSettings, attach_adapter
-from sparsefit.recovery.reconstruct import ReconstructSettings, dense_weights, reconstruct
+from sparsefit.recovery.block_reconstruction import ReconstructSettings, dense_weights, reconstruct
 
 SETTINGS = {"passes": 5, "learning_rate": 5e-3, "batch_size": 4}
 

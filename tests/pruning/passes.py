@@ -216,7 +216,7 @@ def unseen_in(notes: Iterable[str]) -> set[str]:
     """The masks of which notes say that they were chosen by magnitude, as no token reached their weight."""
     found = set()
     for note in notes:
-        match = re.fullmatch(r"(\S+)(?: of the experts ([\d, ]+))? saw no calibration token .*by magnitude", note)
+        match = re.fullmatch(r"(\S+)(?: of the experts ([\d, ]+))? saw no calibration token; pruned by magnitude", note)
         assert match, note
         found |= {f"{match[1]}[{number}]" for number in match[2].split(", ")} if match[2] else {match[1]}
     return found

@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 
-from sparsefit.pruning import reconstruction, refinement
-from sparsefit.pruning.reconstruction import inverse_factor, prune_iteratively, prune_n_of_m, update_sequentially
+from sparsefit.pruning import refinement, weight_updates
 from sparsefit.pruning.selection import Products, select_n_of_m
+from sparsefit.pruning.weight_updates import inverse_factor, prune_iteratively, prune_n_of_m, update_sequentially
 
 pytest.importorskip("triton", reason="Triton is not installed; the tensor operations are tested without it")
 
@@ -186,7 +186,7 @@ def layer(outputs: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor, torch.
     return weight, scores > scores.median(), tokens.T @ tokens
 
 
-def factor_on_device(factor: reconstruction.Factor) -> reconstruction.Factor:
+def factor_on_device(factor: weight_updates.Factor) -> weight_updates.Factor:
     return factor._replace(upper=factor.upper.to(DEVICE), dead=factor.dead.to(DEVICE))
 
 
@@ -196,7 +196,7 @@ def test_the_update_is_the_loop_over_columns(monkeypatch, outputs, inputs, block
     weight, mask, gram = layer(outputs, inputs)
     factor = inverse_factor(gram)
     expected = update_sequentially(weight, mask, factor, block_size)
-    monkeypatch.setattr(reconstruction, "triton_works", lambda device: True)
+    monkeypatch.setattr(weight_updates, "triton_works", lambda device: True)
     found = update_sequentially(*on_device(weight, mask), factor_on_device(factor), block_size)
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-5)
     assert (found.cpu()[~mask] == 0).all()
@@ -212,7 +212,7 @@ def test_the_update_chooses_groups_as_they_come(monkeypatch, n, m, block_size):
         return select_n_of_m(weights.square() / diagonal.square(), n, m)
 
     mask, expected = prune_iteratively(weight, factor, choose, block_size, m)
-    monkeypatch.setattr(reconstruction, "triton_works", lambda device: True)
+    monkeypatch.setattr(weight_updates, "triton_works", lambda device: True)
     kept, found = prune_n_of_m(weight.to(DEVICE), factor_on_device(factor), n, m, block_size)
     assert torch.equal(kept.cpu(), mask)
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-5)

@@ -16,9 +16,9 @@ from unfolded import by_groups, gathered, matrix_of, side_by_side
 
 from sparsefit import PruningConfig, prune
 from sparsefit.pruning.least_squares import least_squares
-from sparsefit.pruning.reconstruction import inverse_factor, prune_iteratively, update_sequentially
 from sparsefit.pruning.refinement import swap
 from sparsefit.pruning.selection import Granularity, select, select_n_of_m
+from sparsefit.pruning.weight_updates import inverse_factor, prune_iteratively, update_sequentially
 
 
 def one_layer(kind: str) -> tuple[nn.Module, Any]:

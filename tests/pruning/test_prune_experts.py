@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparsefit import MaskSet, PruningConfig, prune
 from sparsefit.errors import MaskError
-from sparsefit.pruning.reconstruction import inverse_factor, update_sequentially
+from sparsefit.pruning.weight_updates import inverse_factor, update_sequentially
 
 EXPERTS = "mlp.experts"
 

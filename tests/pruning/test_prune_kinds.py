@@ -12,7 +12,7 @@ from reference import assert_mask, gram_of, score_of
 from torch import Tensor, nn
 
 from sparsefit import PruningConfig, prune
-from sparsefit.pruning.reconstruction import inverse_factor, update_sequentially
+from sparsefit.pruning.weight_updates import inverse_factor, update_sequentially
 
 ONE_PASS = {"update": "none", "micro_batch_size": 1}
 

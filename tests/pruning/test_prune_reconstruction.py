@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from sparsefit import PruningConfig, prune
 from sparsefit.pruning.least_squares import least_squares
-from sparsefit.pruning.reconstruction import inverse_factor, update_sequentially
 from sparsefit.pruning.refinement import swap
+from sparsefit.pruning.weight_updates import inverse_factor, update_sequentially
 
 METHODS = ["sequential", "iterative", "least_squares"]
 WIDE = 150  # more than the 128 columns that SparseGPT takes at once

@@ -9,7 +9,7 @@ from sparsefit.errors import CalibrationError
 from sparsefit.pruning import least_squares as least_squares_module
 from sparsefit.pruning.gram import reconstruction_error
 from sparsefit.pruning.least_squares import least_squares
-from sparsefit.pruning.reconstruction import (
+from sparsefit.pruning.weight_updates import (
     inverse_diagonal,
     inverse_factor,
     prune_iteratively,

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from sparsefit import PruningConfig, prune
-from sparsefit.recovery.reconstruct import dense_weights
+from sparsefit.recovery.block_reconstruction import dense_weights
 
 IDS = torch.randint(3, 61, (6, 9), generator=torch.Generator().manual_seed(0))
 BATCHES = [{"input_ids": IDS}]

@@ -14,7 +14,7 @@ from reconstructed import BATCHES, IDS, Block, Net, assert_state, changed, prune
 from torch import nn
 
 from sparsefit.ranks import own_rank
-from sparsefit.recovery.reconstruct import ReconstructSettings, reconstruct
+from sparsefit.recovery.block_reconstruction import ReconstructSettings, reconstruct
 
 
 def vit():

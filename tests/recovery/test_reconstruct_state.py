@@ -11,7 +11,7 @@ from torch import nn
 
 from sparsefit.errors import CalibrationError, ConfigError
 from sparsefit.recovery.adapters import AdapterSettings, attach_adapter, bind_masks
-from sparsefit.recovery.reconstruct import ReconstructSettings, reconstruct
+from sparsefit.recovery.block_reconstruction import ReconstructSettings, reconstruct
 
 # Dtypes, adapters, interrupts.
 

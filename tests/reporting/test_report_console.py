@@ -1,16 +1,14 @@
 from __future__ import annotations
 
 import io
-import os
 import subprocess
 import sys
 
 import pytest
-import torch
 from rich.console import Console
 
 from sparsefit.reporting import console as terminal
-from sparsefit.reporting import machine, peak_memory, stage_progress, summary, versions
+from sparsefit.reporting import stage_progress, summary
 
 
 def printed(renderable, width=100):
@@ -44,14 +42,16 @@ def test_a_control_stands_beside_what_was_recovered(report, controlled):
     rows = [" ".join(row.split()) for row in printed(summary(controlled), width=120).splitlines()]
     # As before, and ln 20.5 - ln 16 beside it.
     assert "perplexity 18.25 26.75 20.50 16.00 69.6% +0.248 nats" in rows
-    assert "dense pruned recovered control won back above control" in rows
-    assert "control: finished, 200 steps, 0.0250 GPU-hours, which are no part of the run's, without the teacher" in rows
+    assert "dense pruned recovered control won back distance from control" in rows
+    assert (
+        "control: finished, 200 steps, 0.0250 GPU-hours, not counted in those of the run, without the teacher" in rows
+    )
     assert "total 2 min 29 s 0.0415 83.0%" in rows
     assert "control" not in printed(summary(report))
-    assert "hold recovery against dense" not in printed(summary(controlled))
+    assert "compare the recovered model" not in printed(summary(controlled))
     controlled["perplexity"]["control"] = 19.0  # above dense
     told = " ".join(printed(summary(controlled)).split())
-    assert "this recipe makes the dense model worse in perplexity: hold recovery against dense" in told
+    assert "makes the dense model worse in perplexity: compare the recovered model with the dense model instead" in told
 
 
 def test_a_summary_prints_whatever_is_missing(any_report):
@@ -137,41 +137,9 @@ def test_a_terminal_gets_a_bar_and_stages_may_nest(monkeypatch):
     assert "1/1" in output.getvalue()
 
 
-def test_versions_name_what_is_installed():
-    assert {"python", "torch", "lightning", "rich"} & set(versions()) == {"python", "torch", "lightning"}
-    assert all(version and version[0].isdigit() for version in versions().values())
-
-
-def test_the_machine_is_described():
-    found = machine.machine()
-    assert set(found) == {"platform", "cpu", "cpu_count", "cpu_usable", "memory_bytes", "devices"}
-    assert 1 <= found["cpu_usable"] <= found["cpu_count"]
-    assert found["memory_bytes"] > 2**28
-
-
-@pytest.mark.slow
-def test_peak_memory_sees_what_was_held():
-    code = "from sparsefit.reporting import peak_memory as peak; before, _ = peak(); held = bytearray(200 * 2**20);"
-    code += "print(peak()[0] - before, peak()[1])"
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    grown, kind = done.stdout.split(maxsplit=1)
-    assert 150 * 2**20 < int(grown) < 300 * 2**20
-    assert kind.strip() == "process memory (CPU)"
-    assert peak_memory()[0] > 0
-
-
 @pytest.mark.slow
 def test_importing_the_package_loads_nothing_heavy():
     code = "import sys, sparsefit; before = set(sys.modules); import sparsefit.reporting;"
     code += "print(sorted((set(sys.modules) - before) & {'torch', 'matplotlib', 'numpy', 'transformers', 'lightning'}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_peak_memory_is_that_of_the_fullest_device(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: (5, 7)[device])
-    assert peak_memory() == (7, "device memory")

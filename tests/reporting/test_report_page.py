@@ -49,7 +49,7 @@ def test_the_page_shows_the_key_figures(report):
     for shown in (report["folder"], report["command"], "gpu_hours budget reached", "tied to the embedding", "2.8.0"):
         assert shown in text
     assert all(layer["name"] in text for layer in report["sparsity"]["layers"])
-    assert "Of all matrices of the model 20.00% are zero" in text
+    assert "20.00% of the elements of all matrices of the model are zero" in text
 
 
 def test_the_errors_of_layers_are_told_as_their_mean(report):
@@ -66,13 +66,13 @@ def test_a_control_has_its_figures_and_costs_apart(report, controlled):
     page = Page(render_html(controlled))
     text = page.text
     assert page.rows["Quality"] == [
-        ["", "dense", "pruned", "recovered", "control", "won back", "above control"],
+        ["", "dense", "pruned", "recovered", "control", "won back", "distance from control"],
         ["perplexity", "18.25", "26.75", "20.50", "16.00", "69.6%", "+0.248 nats"],
     ]
-    for shown in ("recovered above control", "0.0250", "without the teacher"):
+    for shown in ("distance from control", "0.0250", "without the teacher"):
         assert shown in text
     assert "of 0.0500 (83.0%)" in text
-    assert "recovered above control" not in Page(render_html(report)).text
+    assert "distance from control" not in Page(render_html(report)).text
     assert "made the dense model worse" not in text
     controlled["perplexity"]["control"] = 19.0  # above dense
     assert "made the dense model worse in perplexity" in Page(render_html(controlled)).text
@@ -80,7 +80,7 @@ def test_a_control_has_its_figures_and_costs_apart(report, controlled):
     controlled["control"] = {"status": "failed", "steps": 7, "error": "RuntimeError: no memory"}
     text = Page(render_html(controlled)).text
     assert "RuntimeError: no memory" in text
-    assert "recovered above control" not in text
+    assert "distance from control" not in text
 
 
 def test_accuracies_read_as_percentages():

@@ -156,7 +156,7 @@ def test_a_perplexity_that_exploded_is_off_the_scale(values, told):
 def test_all_infinite_values_can_be_drawn():
     study = ONE | {"metrics": {"perplexity": "lower"}}
     rows = [pruned("wanda", x, perplexity=math.inf) for x in (0.5, 0.6, 0.7, 0.8)]
-    assert "▲ off the scale: 4 points, to inf" in texts(draw_panels(score_panels(study, rows)))
+    assert "▲ off the scale: 4 points, up to inf" in texts(draw_panels(score_panels(study, rows)))
 
 
 @pytest.mark.parametrize("value", [None, math.nan, -math.inf, math.inf, "0.5"])

@@ -170,7 +170,7 @@ FAILED_ROW = pruned(sparsity=0.7, accuracy=None, error="x")
             started("interrupted", rows=[FAILED_ROW]),
             "5 of 12 rows measured, 1 failed, interrupted",
             "interrupted",
-            "goes on from there",
+            "continues where it stopped",
         ),
         # Rows of an earlier grid make up for those that are missing.
         (started("interrupted", planned=5), "2 points measured, interrupted", "interrupted", "was interrupted"),

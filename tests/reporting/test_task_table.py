@@ -53,6 +53,6 @@ def test_on_the_page():
     rows = page.rows["Zero-shot tasks"]
     assert rows[0] == ["task", "dense", "pruned", "recovered", "items", "version"]
     assert ["hellaswag acc_norm", "45.00% ± 2.00", "35.00% ± 2.00", "40.00% ± 2.00", "200", "1.0"] in rows
-    assert "3 requests of boolq lost their beginning" in page.text
+    assert "3 requests of boolq were longer than the context" in page.text
     assert "<i> acc" in [row[0] for row in rows]
     assert "<i>" not in html

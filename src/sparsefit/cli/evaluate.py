@@ -19,9 +19,9 @@ from sparsefit.cli.model_data_checks import check_vocabulary
 from sparsefit.errors import ConfigError, DataError
 from sparsefit.evaluation.perplexity import perplexity
 from sparsefit.evaluation.zero_shot import check_counts, load_tasks, mean_accuracy, zero_shot
+from sparsefit.machine import machine, versions
 from sparsefit.pruning import MaskSet
 from sparsefit.reporting.console import console, stage_progress
-from sparsefit.reporting.machine import machine, versions
 from sparsefit.reporting.report import write_json
 from sparsefit.reporting.run_tables import task_rows, truncated_notes, with_error
 

@@ -10,9 +10,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from sparsefit.callbacks.hooks import PrunedRunCallback
+from sparsefit.machine import peak_memory, reset_peak_memory
 from sparsefit.pruning import MaskSet
 from sparsefit.pruning.blocks import find_block_lists
-from sparsefit.reporting.machine import peak_memory, reset_peak_memory
 
 
 class MiniatureMeasures(PrunedRunCallback):

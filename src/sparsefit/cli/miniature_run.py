@@ -25,8 +25,8 @@ from sparsefit.cli.library_output import silence_libraries
 from sparsefit.cli.miniature_measures import MiniatureMeasures, masked_weights
 from sparsefit.errors import SparsefitError
 from sparsefit.evaluation.zero_shot import Results
+from sparsefit.machine import memory_held
 from sparsefit.planning import Measured
-from sparsefit.reporting.machine import memory_held
 
 STEPS = 3  # optimizer steps of a miniature run; the first includes one-time costs
 

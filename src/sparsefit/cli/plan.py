@@ -20,6 +20,7 @@ from sparsefit.cli.miniature_run import Miniature, measure
 from sparsefit.cli.plan_reading import first_samples
 from sparsefit.cli.plan_recipe import FIRST_BLOCKS, Recipe, recipe_of
 from sparsefit.errors import ConfigError
+from sparsefit.machine import free_host_memory, host_memory, memory_of
 from sparsefit.planning import (
     Measured,
     Plan,
@@ -38,7 +39,6 @@ from sparsefit.pruning.targets import count_weights
 from sparsefit.recovery.adapters import LOSSLESS, AdapterSettings
 from sparsefit.reporting.console import console
 from sparsefit.reporting.formats import hours, percent, seconds
-from sparsefit.reporting.machine import free_host_memory, host_memory, memory_of
 
 _LONGEST_SECONDS = 8.0  # of a training batch (or the pruning) in the second miniature, estimated from the first
 _STUDY_SECTIONS = {"study", "grid", "models"}

@@ -17,11 +17,11 @@ from torch import Tensor
 from sparsefit.calibration.samples import count_samples, tensors_in
 from sparsefit.cli.miniature_run import Miniature
 from sparsefit.cli.plan_reading import Data, first_samples, read_data
+from sparsefit.machine import memory_held, process_memory
 from sparsefit.modules.loading import configuration_of, find_tokenizer, load_skeleton
 from sparsefit.modules.model_classes import blocks_in
 from sparsefit.planning import Work
 from sparsefit.pruning import PruningConfig
-from sparsefit.reporting.machine import memory_held, process_memory
 
 FIRST_BLOCKS = 2  # blocks of the first miniature: one block alone is not recognized as a list of repeated blocks
 _TRAINER = ("accelerator", "precision", "gradient_clip_val", "gradient_clip_algorithm", "deterministic", "benchmark")

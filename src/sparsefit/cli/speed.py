@@ -17,12 +17,12 @@ from sparsefit.cli.evaluate import named_device
 from sparsefit.cli.input_errors import Parser
 from sparsefit.cli.library_output import silence_libraries
 from sparsefit.errors import ConfigError
+from sparsefit.machine import machine, versions
 from sparsefit.pruning import MaskSet
 from sparsefit.recovery.inspection import masks_beside, weight_files
 from sparsefit.recovery.run_files import check_ended
 from sparsefit.reporting.console import console, stage_progress
 from sparsefit.reporting.formats import size
-from sparsefit.reporting.machine import machine, versions
 from sparsefit.reporting.report import write_json
 from sparsefit.serving.decoders import check_cache
 from sparsefit.serving.dense_twin import zeros_as_masks

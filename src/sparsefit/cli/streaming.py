@@ -25,6 +25,7 @@ from sparsefit.cli.library_output import clear_write_errors, silence_libraries
 from sparsefit.cli.model_data_checks import check_data, check_vocabulary
 from sparsefit.errors import CalibrationError, ConfigError, DivergenceError, MaskError
 from sparsefit.files import replacing
+from sparsefit.machine import peak_memory
 from sparsefit.modules import CausalLMModule
 from sparsefit.modules.loading import find_tokenizer
 from sparsefit.modules.streaming import stream_causal_lm
@@ -35,7 +36,6 @@ from sparsefit.recovery.finite_checks import nonfinite_count, nonfinite_message
 from sparsefit.recovery.inspection import BASE_FOLDER, Inspection, inspect_folder
 from sparsefit.recovery.run_files import CLAIMED, FAILED, FINISHED, PRUNED
 from sparsefit.reporting.console import console, stage_progress, summary
-from sparsefit.reporting.machine import peak_memory
 
 STREAM = "--stream"
 _PRECISIONS = (None, 32, "32", "32-true")

@@ -30,8 +30,8 @@ from sparsefit.cli.study_data import StudyData
 from sparsefit.cli.study_folder import StudyFolder
 from sparsefit.cli.study_training import FinetuningSettings, NewTrainer, TrainingSettings, finetune, trained_dense
 from sparsefit.errors import ConfigError
+from sparsefit.machine import machine, versions
 from sparsefit.reporting.console import console, study_summary
-from sparsefit.reporting.machine import machine, versions
 from sparsefit.study import Grid, Point, Subject, study
 from sparsefit.study.results import Row
 

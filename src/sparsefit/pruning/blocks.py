@@ -215,7 +215,7 @@ def _check_no_other_stream(call: BlockCall, outputs: list[Any]) -> None:
         made_by_first = {id(tensor) for tensor in tensors_in(outputs[0])}
         taken = {id(tensor) for tensor in tensors_in(call.arguments)}
         if any(id(tensor) in taken - made_by_first for tensor in tensors_in(outputs[-1])):
-            raise BlocksNotSequential("blocks hand on more than one tensor that they change")
+            raise BlocksNotSequential("blocks pass on more than one tensor that they change")
 
 
 @contextmanager
@@ -241,5 +241,5 @@ def order_of(captured: Sequence[Sequence[BlockCall]]) -> list[int]:
     """
     first, *others = [[call.index for call in calls] for calls in captured]
     if not first or any(order != first for order in others):
-        raise BlocksNotSequential("batches take different ways through the blocks" if first else "no block is called")
+        raise BlocksNotSequential("batches call the blocks in different orders" if first else "no block is called")
     return first

@@ -143,7 +143,7 @@ class PruningConfig:
                 raise ConfigError(f"unknown {name} {getattr(self, name)!r}; the choices are {known}")
         _check_device(self.device)
         own = SCORES[self.score].granularity
-        if self.allocation == "fisher" and own == "output":
+        if self.allocation == "fisher" and own == "output" and SCORES[self.score].degree is not None:
             own = "layer"  # whose rows are scaled to be comparable
         granularity = Granularity.parse(own if self.granularity is None else self.granularity)
         pattern = None if self.pattern is None else Pattern.parse(self.pattern)

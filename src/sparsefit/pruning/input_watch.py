@@ -237,7 +237,7 @@ def _expanded(real: Tensor, lead: tuple[int, ...], mask: PaddingMask) -> Tensor 
     if math.prod(lead) == total:
         return (real.t() if mask.seq_first and len(lead) == 1 else real).flatten()
     if mask.of_signal:
-        return "several samples of a signal make one state"
+        return "several audio frames form one hidden state"
     if len(lead) == 1 and lead[0] < total and lead[0] not in (batch, int(real.sum())):
         return "only some tokens come"
     return None

@@ -27,7 +27,7 @@ from sparsefit.pruning.block_runner import BlockRunner
 from sparsefit.pruning.blocks import BlocksNotSequential, find_block_lists
 from sparsefit.pruning.config import PruningConfig
 from sparsefit.pruning.fisher import check_gradients, sensitivities
-from sparsefit.pruning.input_groups import InputGroup, Parts
+from sparsefit.pruning.input_groups import InputGroup, Parts, input_groups
 from sparsefit.pruning.layers.base import PrunableWeight, is_dense
 from sparsefit.pruning.layers.sharded import counted
 from sparsefit.pruning.mapped_weights import MappedWeights
@@ -144,7 +144,7 @@ class PruningRun:
         self.result.dense_sizes, self.result.dense_zeros = targets.sizes, targets.zeros
         self._look_at_existing_zeros()
         if self.config.allocation == "fisher":
-            check_gradients(self.weights)
+            check_gradients(self._model, self.weights)
         if not self.config.passes_to_allocate:
             self.counts = allocate(self.weights, self.config)
 
@@ -168,9 +168,9 @@ class PruningRun:
     def finish(self) -> None:
         """Complete the result: its notes and the time; report the last step of progress."""
         for which in _by_parameter(self._unseen):
-            self.result.note(f"{which} saw no calibration token (no product with it was seen); pruned by magnitude")
+            self.result.note(f"{which} saw no calibration token; pruned by magnitude")
         for which in _by_parameter(self._dead):
-            self.result.note(f"the inputs of {which} were all zero and say nothing of it; pruned by magnitude")
+            self.result.note(f"the inputs of {which} were zero in all calibration data; pruned by magnitude")
         if self.config.existing_zeros == "keep" and self.result.masks.sparsity > self.config.sparsity + 0.001:
             self.result.note(
                 "the model had more zeros than were asked for, and they were kept: "
@@ -212,7 +212,18 @@ class PruningRun:
             groups = {w.name: owners.get(w.layers[0], -1 - number) for number, w in enumerate(self.weights)}
             self.counts = allocate(self.weights, self.config, groups, parts, self._one_by_one)
         elif self.config.allocation == "fisher":
-            found = sensitivities(self.weights, parts, self.config, self._data, self._forward, self._step)
+            recurrent = any(isinstance(module, nn.RNNBase) for module in self._model.modules())
+            # cuDNN's recurrent layers have no backward pass in evaluation mode.
+            with torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext():
+                found = sensitivities(self.weights, parts, self.config, self._data, self._forward, self._step)
+            groups = [group for group in input_groups(self.weights, parts) if group.has_nonzero_inputs]
+            unknown = [weight.name for group in groups for weight in group.weights if weight.name not in found]
+            if unknown:
+                self.result.note(
+                    f"allocation 'fisher': no gradient of the predictions reaches {len(unknown)} of "
+                    f"{len(self.weights)} matrices, such as {unknown[0]} (the model may run them under "
+                    "torch.no_grad()); they lose the sparsity that was asked for"
+                )
             curves = {name: own.curve for name, own in found.items()}
             sizes = {weight.name: prod(weight.shape) for weight in self.weights}
             self.counts = by_change(sizes, curves, self.config.exact_sparsity, self.config.fisher_spread)

@@ -113,11 +113,14 @@ class Score(NamedTuple):
         function: Called with an (out, in) weight and one tensor for each name in `needs`; returns (out, in).
         granularity: The comparison group that its authors use.
         needs: Statistics of the inputs: names in `statistics.KINDS`, or "inverse_diagonal", (in,).
+        degree: The power with which it grows with a row of the weight: 1 for |W|, 2 for W^2. None if it is not known,
+            so that no factor of a row can be put on it.
     """
 
     function: Callable[..., Scores]
     granularity: str
     needs: tuple[str, ...]
+    degree: float | None = 1
 
 
 SCORES: dict[str, Score] = {
@@ -125,13 +128,17 @@ SCORES: dict[str, Score] = {
     "magnitude": Score(_magnitude_score, "layer", ()),
     "wanda_l1": Score(_wanda_norm_score, "output", ("abs_sum",)),
     "wanda_linf": Score(_wanda_norm_score, "output", ("abs_max",)),
-    "sparsegpt": Score(sparsegpt_score, "(input, 128)", ("inverse_diagonal",)),
+    "sparsegpt": Score(sparsegpt_score, "(input, 128)", ("inverse_diagonal",), 2),
     "ria": Score(_ria_score, "output", ("squared_norm",)),
 }
 
 
 def register_score(
-    name: str, function: Callable[..., Tensor], needs: Iterable[str] = ("squared_norm",), granularity: str = "output"
+    name: str,
+    function: Callable[..., Tensor],
+    needs: Iterable[str] = ("squared_norm",),
+    granularity: str = "output",
+    degree: float | None = None,
 ) -> None:
     """Add a custom score, for use as `PruningConfig(score=name)`.
 
@@ -141,6 +148,8 @@ def register_score(
             finite (out, in) scores. Weights with the largest scores are kept.
         needs: The input statistics that it takes, in order: see `Score`.
         granularity: The comparison group if the configuration does not set one.
+        degree: The power with which it grows with a row of the weight, if it does so: 1 for |W|, 2 for W^2. Allocation
+            "fisher" makes the rows of a matrix comparable by factors of their weights, and leaves other scores alone.
 
     Raises:
         ConfigError: if the name is taken by another function or a statistic does not exist.
@@ -160,4 +169,4 @@ def register_score(
     def on_copies(*tensors: Tensor) -> Scores:  # so that the function cannot change the model's weights
         return function(*(tensor.clone() for tensor in tensors))
 
-    SCORES[name] = Score(on_copies, granularity, needs)
+    SCORES[name] = Score(on_copies, granularity, needs, degree)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsefit.errors import CalibrationError, ConfigError
-from sparsefit.pruning import reconstruction
+from sparsefit.pruning import weight_updates
 from sparsefit.pruning.config import PruningConfig
 from sparsefit.pruning.gram import reconstruction_error
 from sparsefit.pruning.input_groups import InputGroup, Rows
@@ -53,7 +53,7 @@ class Steps:
         config: The pruning configuration.
         counts: How many weights to remove from each matrix; for one that is not named, the sparsity applies to each
             comparison group.
-        scales: Factors of the scores of the rows of a matrix, (out,), if there are any.
+        scales: Factors that make the rows of a matrix comparable, (out,), if there are any; for a score of degree 1.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Steps:
         kept = config.existing_zeros == "keep"
         self._zeros = {name: matrix == 0 for name, matrix in self._dense.items()} if kept else {}
         self._group, self._parts, self._by_statistics = group, group.parts, group.by_statistics()
-        self._factors: dict[InputStatistics, reconstruction.Factor] = {}
+        self._factors: dict[InputStatistics, weight_updates.Factor] = {}
 
     def select_by_magnitude(self) -> ByWeight:
         """Masks by magnitude, for weights whose inputs are unknown or all zero."""
@@ -115,7 +115,7 @@ class Steps:
         for statistics, rows in self._by_statistics.items():
             dense, mask = _stacked(self._dense, rows).float(), _stacked(masks, rows)
             if self._config.reconstruction == "sequential":
-                changed = reconstruction.update_sequentially(dense, mask, self._factor(statistics))
+                changed = weight_updates.update_sequentially(dense, mask, self._factor(statistics))
             else:
                 changed, damping = least_squares(dense, mask, statistics["gram"], self._config.damping)
                 self._note_damping(statistics, damping)
@@ -128,10 +128,10 @@ class Steps:
         for statistics, rows in self._by_statistics.items():
             dense, factor = _stacked(self._dense, rows), self._factor(statistics)
             if self._pattern and self._score.function is sparsegpt_score and not self._zeros:
-                mask, changed = reconstruction.prune_n_of_m(dense, factor, *self._pattern)
+                mask, changed = weight_updates.prune_n_of_m(dense, factor, *self._pattern)
             else:
                 choose, m = self._block_chooser(statistics, rows), self._pattern.m if self._pattern else None
-                mask, changed = reconstruction.prune_iteratively(dense, factor, choose, group=m)
+                mask, changed = weight_updates.prune_iteratively(dense, factor, choose, group=m)
             _unstack(mask, rows, masks)
             _unstack(changed, rows, values)
         return masks, values
@@ -159,7 +159,7 @@ class Steps:
     def _in_own_order(self, matrix: Tensor) -> Tensor:
         return matrix if self._order is None else matrix[:, self._order.argsort()]
 
-    def _block_chooser(self, statistics: InputStatistics, rows: Rows) -> reconstruction.Choose:
+    def _block_chooser(self, statistics: InputStatistics, rows: Rows) -> weight_updates.Choose:
         """The `choose` function for `prune_iteratively`, for some rows of several weights stacked."""
         width = len(statistics["squared_norm"])
 
@@ -217,7 +217,9 @@ class Steps:
                 "float32, or a score of your own divides by zero. The model was left as it was; look at the "
                 "calibration data, or exclude the layer"
             )
-        return scores if name not in self._scales else scaled(scores, self._scales[name][rows])
+        if name not in self._scales or self._score.degree is None:
+            return scores
+        return scaled(scores, self._scales[name][rows].pow(self._score.degree))
 
     def _needed(
         self, statistics: InputStatistics, columns: slice = slice(None), inverse: Tensor | None = None
@@ -226,14 +228,14 @@ class Steps:
 
         def one(need: str) -> Tensor:
             if need == "inverse_diagonal":
-                return reconstruction.inverse_diagonal(self._factor(statistics)) if inverse is None else inverse
+                return weight_updates.inverse_diagonal(self._factor(statistics)) if inverse is None else inverse
             return statistics[need][columns, columns] if need == "gram" else statistics[need][columns]
 
         return [one(need) for need in self._score.needs]
 
-    def _factor(self, statistics: InputStatistics) -> reconstruction.Factor:
+    def _factor(self, statistics: InputStatistics) -> weight_updates.Factor:
         if statistics not in self._factors:
-            factor = self._factors[statistics] = reconstruction.inverse_factor(statistics["gram"], self._config.damping)
+            factor = self._factors[statistics] = weight_updates.inverse_factor(statistics["gram"], self._config.damping)
             self._note_damping(statistics, factor.damping)
         return self._factors[statistics]
 

@@ -56,7 +56,7 @@ def _update_kernel(
 
 
 def update_columns(weights: Tensor, kept: Tensor, upper: Tensor, pattern: tuple[int, int] | None) -> Tensor:
-    """As `reconstruction._update_columns`: prune (columns, out) weights by their mask, in place, column by column. With
+    """As `weight_updates._update_columns`: prune (columns, out) weights by their mask, in place, column by column. With
     a pattern (N, M), M <= 64, the mask is filled in: the N of every M with the largest SparseGPT score are kept.
 
     >>> if torch.cuda.is_available():

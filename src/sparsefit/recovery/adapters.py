@@ -233,7 +233,7 @@ def _check_experts(targets: Iterable[str], model: nn.Module) -> None:
     for target in targets:
         if target.rpartition(".")[2] in _PARTS_OF_EXPERTS:
             raise ConfigError(
-                f"PEFT takes the target module {target!r} for a part of the stacked experts, whose adapters know "
+                f"PEFT takes the target module {target!r} for a part of the stacked experts, whose adapters support "
                 "neither masks nor dropout: name other layers, such as the attention's, or take form hira or full"
             )
 

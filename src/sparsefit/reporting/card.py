@@ -15,9 +15,9 @@ from sparsefit.reporting import run_tables, sentences
 Part = Literal["model", "base", "adapter"]
 """The part of a run that a card describes; each is a folder of the run."""
 _FILES = {
-    "model": ("the recovered model, with the zeros of its pruning", ("merged", "recovered")),
-    "base": ("the pruned model, without what was trained after it", ("reconstructed", "pruned")),
-    "adapter": ("the trained adapter alone, which goes on the pruned model of the same run", ("recovered",)),
+    "model": ("the recovered model, in which the pruned weights are zero", ("merged", "recovered")),
+    "base": ("the pruned model before recovery training", ("reconstructed", "pruned")),
+    "adapter": ("the trained adapter without the model: load it onto the pruned model of the same run", ("recovered",)),
 }
 _VERSIONS = ("sparsefit", "torch", "transformers", "peft")
 
@@ -52,7 +52,7 @@ def model_card(report: Mapping[str, Any], part: Part | None = None, library: str
 
 def _lines(report: Mapping[str, Any], part: Part | None) -> Iterator[str]:
     if report.get("status") != "finished":
-        yield f"**The run that this is from has not finished ({report.get('status') or 'unknown'}).**"
+        yield f"**The run that wrote these files has not finished ({report.get('status') or 'unknown'}).**"
     if name := reading.section(report, "model").get("name"):
         yield f"A pruned `{name if report['model'].get('hub') else PurePath(name).name}`."
     if part is not None:

@@ -47,7 +47,7 @@ def study_summary(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -
     """The final output of a study: how much was measured, the tables of results and differences, time and folder."""
     results = read_results(study, rows)
     state, spent = progress(study, results), sum(seconds_by_kind(study).values())
-    parts: list[RenderableType] = [Text.assemble((str(study.get("name") or "study"), "bold"), ": ", state.told)]
+    parts: list[RenderableType] = [Text.assemble((str(study.get("name") or "study"), "bold"), ": ", state.text)]
     parts += [Text(state.reason)] if state.reason else []
     for table in [*results_tables(results), differences(results)]:
         parts += _printed(table)

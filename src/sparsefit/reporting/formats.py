@@ -84,10 +84,10 @@ def value(value: Any, key: str = "") -> str:
         return ", ".join(map(str, value)) or MISSING
     if number(value) is None:
         return str(value)
-    told = {"seconds": seconds, "gpu_hours": hours, "sparsity": percent, "coverage": percent}
-    told |= {"overall_sparsity": percent, "memory_bytes": size, "peak_memory_bytes": size}
-    if key in told:
-        return told[key](value)
+    formatters = {"seconds": seconds, "gpu_hours": hours, "sparsity": percent, "coverage": percent}
+    formatters |= {"overall_sparsity": percent, "memory_bytes": size, "peak_memory_bytes": size}
+    if key in formatters:
+        return formatters[key](value)
     if "perplexity" in key or "accuracy" in key:
         return metric(key, value)
     return count(value) if isinstance(value, int) else f"{value:.6g}"

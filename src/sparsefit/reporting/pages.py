@@ -27,7 +27,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         name=report.get("name") or "run",
         badge=status,
         kind=status if status == "finished" or status in _STOPPED else "unknown",
-        notice=f"{_STOPPED[status]} Everything below covers what had run until then." if status in _STOPPED else "",
+        notice=f"{_STOPPED[status]} This page shows what had been measured by then." if status in _STOPPED else "",
         about=report,
         tiles=_run_tiles(report),
         figures=list(filter(None, figures)),
@@ -41,13 +41,13 @@ def _run_tiles(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     for metric in reading.metrics(report):
         distance = formats.distance(metric, reading.distance_from_control(report, metric))
         tiles.append(("won back by recovery", formats.percent(reading.won_back(report, metric), 1), metric))
-        tiles.append(("recovered above control", distance, metric))
+        tiles.append(("distance from control", distance, metric))
     sparsity, spent, memory = (reading.section(report, part) for part in ("sparsity", "gpu_hours", "memory"))
-    asked = f"asked {formats.percent(sparsity['asked'])}" if sparsity.get("asked") is not None else ""
+    requested = f"requested: {formats.percent(sparsity['asked'])}" if sparsity.get("asked") is not None else ""
     total, budget = reading.number(spent.get("total")), reading.number(spent.get("budget"))
     share = f"of {formats.hours(budget)} ({total / budget:.1%})" if budget and total is not None else "no budget set"
     share += f", devices: {formats.count(spent['devices'])}" if spent.get("devices") else ""
-    tiles.append(("sparsity", formats.percent(sparsity.get("total")), asked))
+    tiles.append(("sparsity", formats.percent(sparsity.get("total")), requested))
     tiles.append(("GPU-hours", formats.hours(total), share))
     tiles.append(("peak memory", formats.size(memory.get("peak_bytes")), str(memory.get("kind") or "")))
     return [tile for tile in tiles if tile[1] != formats.MISSING]
@@ -88,7 +88,7 @@ def _head(study: Mapping[str, Any], results: Results) -> dict[str, str]:
     kind = "finished" if state.whole and not results.failures else "interrupted"
     kind = "failed" if study.get("status") == "failed" or not done else kind
     notice = ["" if done else "No point of this study has been measured.", state.reason]
-    return {"badge": state.told, "kind": kind, "notice": " ".join(filter(None, notice))}
+    return {"badge": state.text, "kind": kind, "notice": " ".join(filter(None, notice))}
 
 
 def _study_tiles(study: Mapping[str, Any], results: Results) -> list[tuple[str, str, str]]:

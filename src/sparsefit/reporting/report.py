@@ -189,7 +189,8 @@ def won_back(report: Mapping[str, Any], metric: str) -> float | None:
 
 
 def distance_from_control(report: Mapping[str, Any], metric: str) -> float | None:
-    """How far the recovered model is above the control: the cost of the masks, as both were trained in the same way.
+    """How much the recovered model's value is above the control's. Both were trained in the same way, so this is the
+    cost of the masks.
 
     >>> report = {"metrics": {"accuracy": "higher"}, "accuracy": {"recovered": 0.75, "control": 1.0}}
     >>> distance_from_control(report, "accuracy")
@@ -200,8 +201,8 @@ def distance_from_control(report: Mapping[str, Any], metric: str) -> float | Non
 
 
 def control_harmed(report: Mapping[str, Any]) -> list[str]:
-    """The metrics in which the control is worse than the dense model: the recipe harmed it, so that recovery must be
-    compared with the dense model instead.
+    """The metrics in which the control is worse than the dense model: the recipe made it worse, so the recovered model
+    must be compared with the dense model instead.
 
     >>> control_harmed({"metrics": {"perplexity": "lower"}, "perplexity": {"dense": 20.0, "control": 25.0}})
     ['perplexity']

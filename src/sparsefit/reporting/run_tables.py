@@ -18,20 +18,21 @@ def quality(report: Mapping[str, Any]) -> Table:
     stages = [stage for stage in reading.ALL_STAGES if stage in found]
     columns, rows, notes = ["", *stages, "won back"], [], []
     for metric, values in measured.items():
-        told = [formats.metric(metric, values.get(stage)) for stage in stages]
+        texts = [formats.metric(metric, values.get(stage)) for stage in stages]
         distance = formats.distance(metric, reading.distance_from_control(report, metric))
-        row = [metric, *told, formats.percent(reading.won_back(report, metric), 1), distance]
+        row = [metric, *texts, formats.percent(reading.won_back(report, metric), 1), distance]
         rows += [row] if values else []
     for task in tasks:
-        told = [formats.percent(task.values.get(stage)) for stage in stages]
+        texts = [formats.percent(task.values.get(stage)) for stage in stages]
         share = reading.share_won_back(*map(task.values.get, reading.STAGES), task.metric, "higher")
-        rows.append([f"{task.task} {task.metric}", *told, formats.percent(share, 1), formats.MISSING])
+        rows.append([f"{task.task} {task.metric}", *texts, formats.percent(share, 1), formats.MISSING])
     if text := reading.section(report, "evaluation").get("text"):
         notes.append(f"Measured on {text}.")
-    notes.append("Won back: the share of what pruning lost; of perplexities, of their logarithms.")
+    notes.append("Won back: the share of the lost quality that recovery regained (perplexities: by their logarithms).")
     if reading.CONTROL in found:
-        notes.append("Control: the dense model, trained by the same recipe; in nats, ln recovered - ln control.")
-        return Table("Quality", [*columns, "above control"], rows, notes)
+        notes.append("Control: the dense model, trained by the same recipe.")
+        notes.append("Distance from control: recovered - control; in nats, ln(recovered) - ln(control).")
+        return Table("Quality", [*columns, "distance from control"], rows, notes)
     return Table("Quality", columns, [row[:-1] for row in rows], notes)
 
 
@@ -47,7 +48,7 @@ def timelines(report: Mapping[str, Any]) -> list[Table]:
             rows += [[*row, formats.metric(metric, moment.value), nats]] if moment.stage != "validation" else []
         columns, notes = ["after", "GPU-hours", "step", metric, "nats lost"], []
         if "perplexity" in metric:
-            notes = ["Nats lost: ln of the perplexity, less that of the dense model."]
+            notes = ["Nats lost: ln(perplexity) - ln(perplexity of the dense model)."]
         else:
             columns, rows = columns[:-1], [row[:-1] for row in rows]
         tables.append(Table("Quality against GPU-hours", columns, rows, notes))
@@ -63,8 +64,8 @@ def layer_types(report: Mapping[str, Any]) -> Table:
     layers = formats.count(len(reading.items(report, "sparsity", "layers")) or None)
     total = _zeros("all pruned", {**whole, "sparsity": whole["total"]}, layers) if counted else []
     overall = formats.percent(whole.get("overall_sparsity"))
-    notes = [f"Of all matrices of the model {overall} are zero."] if overall != formats.MISSING else []
-    notes += [f"Counted on {whole['counted_on']}."] if whole.get("counted_on") else []
+    notes = [f"{overall} of the elements of all matrices of the model are zero."] if overall != formats.MISSING else []
+    notes += [f"Counted in {whole['counted_on']}."] if whole.get("counted_on") else []
     return Table("Sparsity by layer type", ["layers", "weights", "zeros", "sparsity", "count"], rows, notes, total)
 
 
@@ -119,8 +120,8 @@ def blocks(report: Mapping[str, Any]) -> Table:
         rows.append(row(formats.value(block.get("block")), block.get("before"), block.get("after"), steps, seconds))
     pairs = reading.block_errors(report)
     total = row("mean", *(sum(side) / len(pairs) for side in zip(*pairs, strict=True))) if pairs else []
-    notes = ["Error: squared distance of a block's outputs from the dense model's, as a share of their square."]
-    return Table("Blocks", ["block", "error before", "after", "left of it", "steps", "time"], rows, notes, total)
+    notes = ["Error: squared distance of a block's outputs from the dense model's, divided by their square."]
+    return Table("Blocks", ["block", "error before", "after", "after / before", "steps", "time"], rows, notes, total)
 
 
 class Accuracy(NamedTuple):
@@ -151,12 +152,12 @@ def task_rows(report: Mapping[str, Any]) -> list[TaskRow]:
     stages = {stage: found for stage in reading.ALL_STAGES if (found := reading.section(report, "tasks", stage))}
     rows = []
     for task in unique(task for results in stages.values() for task in results):
-        told = {stage: reading.section(results, task) for stage, results in stages.items()}
-        first = next(filter(None, told.values()), {})
+        measured = {stage: reading.section(results, task) for stage, results in stages.items()}
+        first = next(filter(None, measured.values()), {})
         for metric in ("acc", "acc_norm"):
             found = {
                 stage: Accuracy(value, reading.number(known.get(f"{metric}_stderr")))
-                for stage, known in told.items()
+                for stage, known in measured.items()
                 if (value := reading.number(known.get(metric))) is not None
             }
             known = (reading.number(first.get("items")), first.get("version"), reading.number(first.get("truncated")))
@@ -174,7 +175,9 @@ def with_error(accuracy: Accuracy | None, missing: str = formats.MISSING) -> str
 def truncated_notes(rows: list[TaskRow]) -> list[str]:
     """A sentence for each task with requests that were longer than the model's context."""
     cut = {row.task: row.truncated for row in rows if row.truncated}
-    return [f"{n:,.0f} requests of {task} lost their beginning, longer than the context" for task, n in cut.items()]
+    return [
+        f"{n:,.0f} requests of {task} were longer than the context and lost their beginning" for task, n in cut.items()
+    ]
 
 
 def tasks(report: Mapping[str, Any]) -> Table:
@@ -185,6 +188,6 @@ def tasks(report: Mapping[str, Any]) -> Table:
     for row in found:
         accuracies = (with_error(row.accuracies.get(stage)) for stage in stages)
         rows.append([f"{row.task} {row.metric}", *accuracies, formats.count(row.items), str(row.version)])
-    notes = ["By lm-eval; ± is one standard error. zero_shot_accuracy is the mean of acc over the tasks."]
+    notes = ["Measured by lm-eval; ± is one standard error. zero_shot_accuracy is the mean of acc over the tasks."]
     notes += [f"{note}." for note in truncated_notes(found)]
     return Table("Zero-shot tasks", ["task", *stages, "items", "version"], rows, notes)

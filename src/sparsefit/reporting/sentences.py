@@ -11,18 +11,18 @@ from sparsefit.reporting import report as reading
 
 def pruning(report: Mapping[str, Any]) -> Iterator[str]:
     """How the model was pruned."""
-    about, asked = reading.section(report, "pruning"), reading.section(report, "pruning", "config")
-    amount = asked.get("pattern") or formats.percent(asked.get("sparsity"))
+    about, config = reading.section(report, "pruning"), reading.section(report, "pruning", "config")
+    amount = config.get("pattern") or formats.percent(config.get("sparsity"))
     if amount == formats.MISSING:
         return
-    known = {"score": asked.get("score"), "granularity": asked.get("granularity")}
-    known |= {"order": about.get("update") or asked.get("update"), "refined by swaps": asked.get("swaps") or None}
-    told = ", ".join(f"{key} {value}" for key, value in known.items() if value is not None)
-    yield f"pruning: {amount}" + (f", {told}" if told else "")
+    known = {"score": config.get("score"), "granularity": config.get("granularity")}
+    known |= {"order": about.get("update") or config.get("update"), "refined by swaps": config.get("swaps") or None}
+    settings = [f"{key} {value}" for key, value in known.items() if value is not None]
+    yield f"pruning: {', '.join([str(amount), *settings])}"
     counts = {name: about[name] for name in ("samples", "tokens") if reading.number(about.get(name))}
     if counts:
-        told = ", ".join(f"{formats.count(count)} {name}" for name, count in counts.items())
-        yield f"calibration: {told}" + (f", {about['source']}" if about.get("source") else "")
+        amounts = [f"{formats.count(count)} {name}" for name, count in counts.items()]
+        yield f"calibration: {', '.join([*amounts, *filter(None, [about.get('source')])])}"
 
 
 def recovery(report: Mapping[str, Any]) -> Iterator[str]:
@@ -47,8 +47,9 @@ def control(report: Mapping[str, Any]) -> str:
     """The cost of a run's control, and whether recovery can be compared with it."""
     about = reading.section(report, "control")
     steps, hours = formats.count(about.get("steps")), formats.hours(about.get("gpu_hours"))
-    text = f"control: {about.get('status')}, {steps} steps, {hours} GPU-hours, which are no part of the run's"
+    text = f"control: {about.get('status')}, {steps} steps, {hours} GPU-hours, not counted in those of the run"
     text += ", without the teacher" if about.get("without_teacher") else ""
     if harmed := reading.control_harmed(report):
-        text += f"; this recipe makes the dense model worse in {', '.join(harmed)}: hold recovery against dense"
+        text += f"; this recipe makes the dense model worse in {', '.join(harmed)}: "
+        text += "compare the recovered model with the dense model instead"
     return text

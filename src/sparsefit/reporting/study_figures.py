@@ -71,9 +71,9 @@ def score_panels(results: Results, metric: str | None = None) -> list[Panel]:
         groups: dict[str, list[str]] = {}
         for score, way in heads.items():
             groups.setdefault(per(way.granularity) if way else "", []).append(score)
-        told = [f"{how}: {', '.join(scores)}" for how, scores in groups.items()] if len(groups) > 1 else groups
+        subtitles = [f"{how}: {', '.join(scores)}" for how, scores in groups.items()] if len(groups) > 1 else groups
         panels.append(
-            _panel(results, metric or results.metric_of(model), "; ".join(told), own, attrgetter("way.score"))
+            _panel(results, metric or results.metric_of(model), "; ".join(subtitles), own, attrgetter("way.score"))
         )
     return [panel for panel in panels if panel.lines]
 
@@ -160,10 +160,10 @@ def _draw(axes: Axes, panel: Panel, style: Callable[[Line], Mapping[str, Any]]) 
     if len(sparsities) <= 8:
         axes.set_xticks(sparsities)
     off = [(line.pattern or share(x), y) for line in panel.lines for x, y in line.points if y > top]
-    told = ", ".join(f"{formats.metric(panel.metric, y)} at {amount}" for amount, y in off)
+    values = ", ".join(f"{formats.metric(panel.metric, y)} at {amount}" for amount, y in off)
     if len(off) > 3:
-        told = f"{len(off)} points, to {formats.metric(panel.metric, max(y for _, y in off))}"
-    axes.set_xlabel(f"sparsity\n▲ off the scale: {told}" if off else "sparsity", fontsize=9)
+        values = f"{len(off)} points, up to {formats.metric(panel.metric, max(y for _, y in off))}"
+    axes.set_xlabel(f"sparsity\n▲ off the scale: {values}" if off else "sparsity", fontsize=9)
     if panel.dense is not None:
         axes.axhline(panel.dense, color=MUTED, lw=1.1, zorder=2)
         place = {"ha": "right", "va": "bottom" if panel.better == "higher" else "top", "fontsize": 9, "color": MUTED}

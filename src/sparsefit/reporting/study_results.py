@@ -218,17 +218,19 @@ def _value(value: Any, better: str) -> float | None:
 class Progress(NamedTuple):
     """How much of a study was measured: in points, or in rows of the table if some of the planned ones are missing."""
 
-    told: str  # `24 of 48 rows measured, 2 failed, interrupted`
+    text: str  # `24 of 48 rows measured, 2 failed, interrupted`
     whole: bool  # everything that was planned has been tried
     reason: str  # a sentence on what ended the study; empty if it completed
 
 
 def progress(study: Mapping[str, Any], results: Results) -> Progress:
     """How much of a study was measured, from its `planned` number of rows, its `status`, and the `failure` that ended
-    it. Without these, what was tried is taken for everything that was planned.
+    it. Without these, the study is taken to have had no other points than those it tried.
     """
     status = str(study.get("status") or "")
-    reason = {"interrupted": "The study was interrupted; started again with the same command, it goes on from there."}
+    reason = {
+        "interrupted": "The study was interrupted; started again with the same command, it continues where it stopped."
+    }
     reason |= {"failed": f"The study ended with an error: {study['failure']}"} if study.get("failure") else {}
     ended = [_STOPPED[status]] if status in _STOPPED else []
     planned = int(reading.number(study.get("planned")) or 0)

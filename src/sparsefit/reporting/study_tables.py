@@ -54,8 +54,8 @@ def _table(results: Results, model: str, metric: str, points: Sequence[Point]) -
         row = [found.get((amount, *way)) for way in ways]
         best = _best(row, metric, results.metrics.get(metric, "higher"))
         rows.append([amount, *(_cell(point, metric, dense, point in best) for point in row)])
-    told = f", dense {formats.metric(metric, dense)}" if dense is not None else ""
-    title = f"{model}: {metric.replace('_', ' ')}, {points[0].stage}{told}"
+    reference = f", dense {formats.metric(metric, dense)}" if dense is not None else ""
+    title = f"{model}: {metric.replace('_', ' ')}, {points[0].stage}{reference}"
     return Table(title, ["sparsity", *(Cell(*way) for way in ways)], rows)
 
 
@@ -100,8 +100,8 @@ def change(metric: str, value: float | None, dense: float | None) -> str:
 def differences(results: Results) -> Table:
     """Each score, granularity and order compared with the first of the study, by the first metric of each model.
 
-    A row is one claim: what is compared, at which sparsity or pattern, the difference, the spread over seeds, and
-    whether the difference exceeds it. A difference within the spread is not printed.
+    A row has what is compared, at which sparsity or pattern, the difference, the spread over seeds, and whether the
+    difference is larger than the spread. A smaller difference is not printed.
     """
     several = any(point.runs > 1 for point in results.points)
     rows: list[Row] = []
@@ -114,13 +114,16 @@ def differences(results: Results) -> Table:
                 name = f"{where}: {compared}" if where else compared
                 better = results.metrics.get(metric, "higher")
                 ordered = sorted(pairs, key=lambda pair: (pair[0].sparsity, pair[0].pattern))
-                rows += [[name, first.amount, *_claim(metric, better, first, second)] for first, second in ordered]
+                rows += [[name, first.amount, *_difference(metric, better, first, second)] for first, second in ordered]
     logs = {is_log(results.metric_of(model)) for model in results.models}
-    notes = ["Above zero the first is better."] * (False in logs) + ["Of a perplexity, below zero."] * (True in logs)
-    once = "Each point was measured once, so there is no spread: small differences may be chance."
-    means = "Differences of means over seeds; spread: the sum of both standard deviations. In none of it are the choice"
-    notes.append(f"{means} of the dense model and of the test data." if several else once)
-    columns = ["compared", "at", "difference", "spread of seeds", "beyond it"]
+    sign = "Negative" if logs == {True} else "Positive"
+    notes = [f"{sign}: the first is better{' (for perplexity: negative)' if len(logs) > 1 else ''}."]
+    if several:
+        notes.append("Differences of means over seeds; spread: the sum of both standard deviations.")
+        notes.append("The spread does not include variation from the dense model or the test data.")
+    else:
+        notes.append("Each point was measured once, so there is no spread: small differences may be chance.")
+    columns = ["comparison", "sparsity", "difference", "spread over seeds", "larger than the spread"]
     return Table("Differences" if several else "Single-run differences", columns, rows, notes)
 
 
@@ -153,7 +156,7 @@ def _against_first(
             yield f"{other} against {names[0]}{', ' if how else ''}{how}", pairs
 
 
-def _claim(metric: str, better: str, first: Point, second: Point) -> Row:
+def _difference(metric: str, better: str, first: Point, second: Point) -> Row:
     """The difference, the spread, and whether the difference exceeds it: in points for accuracies, in percent for
     perplexities, else as a plain number."""
     a, b = first.values[metric], second.values[metric]
@@ -161,11 +164,11 @@ def _claim(metric: str, better: str, first: Point, second: Point) -> Row:
     difference = b - a if better == "lower" else a - b
     if is_log(metric) and b > 0:
         scale, unit, digits, difference = 100.0 / b, "%", ".1f", a - b
-    told = f"{scale * difference:+{digits}}{unit}".replace("-", MINUS)
+    text = f"{scale * difference:+{digits}}{unit}".replace("-", MINUS)
     if (spread := joint_spread(first, second, metric)) is None:
-        return [told, "one run", "not known"]
+        return [text, "one run", "not known"]
     within = abs(difference) <= spread
-    return [formats.MISSING if within else told, f"{scale * spread:{digits}}{unit}", "no" if within else "yes"]
+    return [formats.MISSING if within else text, f"{scale * spread:{digits}}{unit}", "no" if within else "yes"]
 
 
 def point_times(results: Results) -> Table:
@@ -177,7 +180,7 @@ def point_times(results: Results) -> Table:
         spent = ([seconds[kind] for seconds in points if kind in seconds] for kind in kinds)
         rows.append([score, *(formats.seconds(sum(took) / len(took) if took else None) for took in spent)])
     columns = ["score", *(reading.KINDS.get(kind, kind) for kind in kinds)]
-    return Table("Time of one point", columns, rows, ["Means over the points of a score."])
+    return Table("Time of one point", columns, rows, ["Means over all points of a score."])
 
 
 def summary_csv(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""Information about a run's environment: software versions, the machine, and peak memory."""
+"""The machine and the software of a run: versions, devices, the memory of the machine and of this process."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 _PACKAGES = "sparsefit torch lightning transformers peft datasets tokenizers torchmetrics safetensors accelerate"
 _PACKAGES += " bitsandbytes torchvision timm lm_eval numpy"
@@ -38,8 +40,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def peak_memory() -> tuple[int | None, str]:
-    """The peak memory of this process in bytes (None if the platform does not tell), and which kind of memory it is.
+def peak_memory() -> tuple[int, str]:
+    """The peak memory of this process in bytes, and which kind of memory it is.
 
     If CUDA is in use, it is the memory that torch allocated on the fullest device.
     """
@@ -51,8 +53,8 @@ def peak_memory() -> tuple[int | None, str]:
     return _process_peak(), "process memory (CPU)"
 
 
-def memory_of(accelerator: str) -> int | None:
-    """Bytes of memory of the device that a Trainer's accelerator selects; None if the platform does not tell."""
+def memory_of(accelerator: str) -> int:
+    """Bytes of memory of the device that a Trainer's accelerator selects."""
     import torch
 
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
@@ -61,7 +63,7 @@ def memory_of(accelerator: str) -> int | None:
 
 
 def memory_held() -> float:
-    """Bytes that this process holds now, of the kind that `peak_memory` counts; 0 if the platform does not tell."""
+    """Bytes that this process holds now, of the kind that `peak_memory` counts."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return float(torch.cuda.memory_allocated())
@@ -69,11 +71,18 @@ def memory_held() -> float:
 
 
 def process_memory() -> float:
-    """Bytes of host memory that this process holds now; 0 if the platform does not tell."""
-    try:
-        return float(int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE"))
-    except (OSError, ValueError, IndexError):
-        return 0.0
+    """Bytes of host memory that this process holds now."""
+    return float(psutil.Process().memory_info().rss)
+
+
+def host_memory() -> int:
+    """Bytes of memory of this machine."""
+    return psutil.virtual_memory().total
+
+
+def free_host_memory() -> int:
+    """Bytes of memory of this machine that are free or can be freed."""
+    return psutil.virtual_memory().available
 
 
 def reset_peak_memory() -> None:
@@ -85,7 +94,7 @@ def reset_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def _process_peak() -> int | None:
+def _process_peak() -> int:
     with suppress(OSError, StopIteration, ValueError, IndexError):
         # Linux: a process that was just started has its parent's peak in getrusage, but not here.
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
@@ -95,11 +104,7 @@ def _process_peak() -> int | None:
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others kibibytes
-    with suppress(ImportError):
-        import psutil
-
-        return getattr(psutil.Process().memory_info(), "peak_wset", None)  # Windows
-    return None
+    return psutil.Process().memory_info().peak_wset  # Windows
 
 
 def _cpu_model() -> str:
@@ -111,21 +116,6 @@ def _cpu_model() -> str:
         if name := next(filter(None, named), ""):
             return name
     return platform.processor() or platform.machine()
-
-
-def host_memory() -> int | None:
-    """Bytes of memory of this machine; None if the platform does not tell."""
-    with suppress(AttributeError, ValueError, OSError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
-
-
-def free_host_memory() -> int | None:
-    """Bytes of memory of this machine that are free or can be freed; all of them if the platform does not tell."""
-    with suppress(OSError, StopIteration, ValueError, IndexError):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
-    return host_memory()
 
 
 def _device_names() -> list[str]:
