@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsefit.cli.parsing import sentence
+from sparsefit.cli.input_errors import sentence
 from sparsefit.data import DigitsDataModule, ImageDataModule
 from sparsefit.errors import ConfigError
 from sparsefit.extras import EXTRAS

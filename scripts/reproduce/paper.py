@@ -31,7 +31,7 @@ from tables.layout import Table
 from tables.setup import FULL, QUICK, Point, Setup, default_texts, presets
 from tables.store import Store
 
-from sparsefit.cli.quiet import interrupts, quieten
+from sparsefit.cli.library_output import interrupts, silence_libraries
 from sparsefit.errors import ConfigError, SparsefitError
 from sparsefit.machine import machine, versions
 
@@ -45,7 +45,7 @@ def main() -> int:
         torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    quieten()
+    silence_libraries()
     try:
         with interrupts():
             names = list(TABLES) if "all" in args.tables else args.tables

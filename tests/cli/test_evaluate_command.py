@@ -97,7 +97,7 @@ def test_a_recipe_with_tasks_needs_the_harness(sparsefit, recipe, folder, tmp_pa
     ("arguments", "told"),
     [
         ([], "there is nothing to evaluate: give --tasks NAMES, --perplexity FILE, or both"),
-        (["--tasks-folder", "x", "--perplexity", "text.txt"], "name them by --tasks"),
+        (["--tasks-folder", "x", "--perplexity", "text.txt"], "name the tasks with --tasks"),
         (["--perplexity", "text.txt", "--batch-size", "0"], "batch_size is 0"),
         (["--perplexity", "nowhere.txt"], "nowhere.txt"),
         (["--perplexity", "text.txt", "--length", "1"], "a window needs at least 2 tokens"),
@@ -117,7 +117,7 @@ def test_a_model_without_tokenizer(sparsefit, model, tmp_path):
     load_causal_lm(str(model)).save_pretrained(tmp_path / "bare")
     status, _, errors = sparsefit("evaluate", tmp_path / "bare", "--perplexity", "x.txt")
     assert status == 2
-    assert "there is no tokenizer beside the model" in errors
+    assert "there is no tokenizer in the folder of the model" in errors
 
 
 def test_a_run_that_wrote_no_model(sparsefit, tmp_path):

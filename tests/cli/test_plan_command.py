@@ -17,8 +17,8 @@ from tiny_models import save_llama
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import ViTConfig, ViTForImageClassification
 
-from sparsefit.cli import plan, probing
-from sparsefit.cli.plan_data import read_data
+from sparsefit.cli import miniature_run, plan
+from sparsefit.cli.plan_reading import read_data
 from sparsefit.cli.plan_recipe import devices_of
 from sparsefit.planning import Measured
 
@@ -38,7 +38,7 @@ def deep(tmp_path, recipe):
 @pytest.fixture
 def forked_miniature(monkeypatch):
     """Forks the process of the miniature run from one that has imported the libraries."""
-    monkeypatch.setattr(probing, "get_context", lambda method: forking())
+    monkeypatch.setattr(miniature_run, "get_context", lambda method: forking())
 
 
 def number(pattern: str, text: str) -> float:
@@ -114,7 +114,7 @@ def test_a_data_sheet_plans_the_evaluations_of_the_recipe(sparsefit, deep, form,
     assert status == 0, errors
     assert re.search(rf"evaluation {evaluations} x \d+ batches", told)
     assert ("training" in told.partition("memory")[2].partition(")")[0]) == bool(steps)
-    assert "not computed for a GPU by its data sheet: files" in told
+    assert "not computed from a data sheet: files" in told
     assert "0 B" not in told
 
 
@@ -210,7 +210,7 @@ def test_a_model_that_is_to_write_its_text_first(sparsefit, recipe):
     recipe["data"] = {"class_path": "sparsefit.data.SelfGeneratedDataModule", "init_args": settings}
     status, _, errors = sparsefit("plan", recipe=recipe)
     assert status == 2
-    assert "the model writes this recipe's text" in errors
+    assert "the model generates this recipe's text" in errors
 
 
 def test_an_image_classifier_is_not_planned_by_a_data_sheet(sparsefit, recipe, tmp_path):
@@ -222,7 +222,7 @@ def test_an_image_classifier_is_not_planned_by_a_data_sheet(sparsefit, recipe, t
     settings = {"batch_size": 100, "calibration_samples": 32, "train_source": "digits:train[:1000]"}
     recipe["data"] = {"class_path": "sparsefit.data.DigitsDataModule", "init_args": settings}
     status, _, errors = sparsefit("plan", "--gpu", "h100", recipe=recipe)
-    assert (status, "--gpu plans for language models" in errors) == (2, True), errors
+    assert (status, "--gpu needs a language model" in errors) == (2, True), errors
 
 
 class Without(LightningDataModule):

@@ -82,7 +82,7 @@ def test_of_a_run_and_its_copy_it_must_be_said_which_goes_on(sparsefit, finished
     before = contents(run), contents(copy)
     status, _, errors = sparsefit(*arguments(copy))
     assert status == 2
-    assert all(name in errors for name in (f"lies in the run folder {copy}", f"folder {run}", "--run.folder="))
+    assert all(name in errors for name in (f"is in the run folder {copy}", f"folder {run}", "--run.folder="))
     assert (contents(run), contents(copy)) == before
     status, _, errors = sparsefit(*arguments(copy, f"--run.folder={copy}", "--trainer.callbacks=[]"))
     assert status == 0, errors

@@ -129,7 +129,7 @@ def test_what_a_killed_run_left_makes_room_for_the_next(sparsefit, recipe, tmp_p
         (["--model.init_args.model=tiny-llama"], "no local folder"),
         (["--pruning.calibration_samples=100"], "gives 6 calibration samples; 100 were asked for"),
         (["--pruning.targets=[nothing]"], "no prunable layer is named 'nothing'"),
-        (["--resume=elsewhere"], "begins anew"),
+        (["--resume=elsewhere"], "cannot resume a run"),
     ],
 )
 def test_what_cannot_be_streamed_is_told(sparsefit, recipe, tmp_path, options, told):

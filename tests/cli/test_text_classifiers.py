@@ -122,7 +122,7 @@ def test_a_new_head_is_trained_and_saved_with_the_adapter(sparsefit, tmp_path, t
     MaskSet.load(run / "masks.safetensors").verify(merged)
     assert "accuracy: " in output
     report = report_of(run)
-    assert f"{report['accuracy']['recovered']:.4f} with the adapter apart" in output
+    assert f"{report['accuracy']['recovered']:.4f} with a separate adapter" in output
     if form != "masked_lora":  # whose masks plain PEFT does not know
         apart = peft.PeftModel.from_pretrained(base, run / "adapter")
         if form == "hira":

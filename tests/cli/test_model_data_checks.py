@@ -9,7 +9,7 @@ import pytest
 from lightning.pytorch import LightningDataModule, LightningModule
 from transformers import BitImageProcessorPil, ConvNextImageProcessorPil, ViTImageProcessorPil
 
-from sparsefit.cli.fitting_data import check_data
+from sparsefit.cli.model_data_checks import check_data
 from sparsefit.data import DigitsDataModule
 from sparsefit.errors import ConfigError
 from sparsefit.modules import ImageClassifierModule
