@@ -221,17 +221,21 @@ def test_what_decides_nothing_may_change(run, copied, edit):
 def test_a_text_apart_may_be_calibrated_on_in_another_way(tmp_path):
     folder, file = tmp_path, text_file(tmp_path)
     apart = {"train_source": f"{file}[:5]", "calibration_source": f"{file}[5:]"}
-    fit(module(), data(folder, **apart), *callbacks(folder / "apart"), every_step(folder / "saved"), max_steps=1)
+    whole, resumed = module(), module()
+    fit(whole, data(folder, **apart), *callbacks(folder / "apart"), every_step(folder / "saved"), max_steps=2)
     read = data(folder, **apart, calibration_samples=2)
-    fit(module(), read, *callbacks(folder / "apart"), ckpt_path=folder / "saved/step=1.ckpt", max_steps=2)
+    fit(resumed, read, *callbacks(folder / "apart"), ckpt_path=folder / "saved/step=1.ckpt", max_steps=2)
+    assert_same(weights(resumed), weights(whole))
+    assert sum(len(batch["input_ids"]) for batch in read.calibration_dataloader()) == 2
 
 
 def test_other_data_may_be_tested_on(copied):
     folder, path, resume = copied
     trained = module(settings={"distill": DistillSettings()})
     trainer = resume(module())
-    (figures,) = trainer.test(trained, data(folder, sequence_length=8, seed=4), ckpt_path=path, verbose=False)
-    assert figures["test_perplexity"] > 0
+    other = data(folder, sequence_length=8, seed=4)
+    (figures,) = trainer.test(trained, other, ckpt_path=path, verbose=False)
+    assert figures["test_perplexity"] == pytest.approx(trained.evaluate(other.test_dataloader())["perplexity"])
 
 
 @pytest.mark.parametrize("driven", [True, False])

@@ -302,8 +302,12 @@ def test_a_module_of_ones_own_writes_too(tiny_model, tmp_path):
 
     pruning = WandaPruning(0.5)
     own = Own(tiny_model("gpt2"))
-    fit(own, data_of(tmp_path), pruning, max_steps=2)
+    seen, data = Seen(), data_of(tmp_path)
+    fit(own, data, pruning, seen, max_steps=2)
     pruning.masks.verify(own)
+    assert sorted(file.name.partition("-")[0] for file in tmp_path.glob("*.npy")) == ["calibration", "training"]
+    assert len(seen.windows) == 4
+    assert set(seen.windows) <= set(windows(data.train_dataloader()))
 
 
 def windows_and_masks(module, folder, sizes):

@@ -152,6 +152,7 @@ def test_a_recipe_that_cannot_work_says_so_and_leaves_nothing(sparsefit, recipe,
 def test_a_checkpoint_with_objects_of_the_users_own_is_not_called_damaged(tmp_path):
     torch.save({"hyper_parameters": {"folder": tmp_path}}, tmp_path / "own.ckpt")
     check_checkpoint(tmp_path / "own.ckpt")
+    assert torch.load(tmp_path / "own.ckpt", weights_only=False) == {"hyper_parameters": {"folder": tmp_path}}
 
 
 # Recipes that work.

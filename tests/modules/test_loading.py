@@ -6,6 +6,7 @@ from importlib.resources import files
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sparsefit.errors import ConfigError
 from sparsefit.modules.loading import load_causal_lm, load_tokenizer
@@ -99,4 +100,10 @@ def test_a_cached_hub_model_loads_without_the_hub(monkeypatch, shared_data, tmp_
     (cached / "refs" / "main").write_text("0123")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("sparsefit.modules.loading.hub_problem", lambda: "it cannot be reached")
-    assert load("nobody/stories") is not None
+    loaded, source = load("nobody/stories"), load(str(shared_data / "tinystories656K"))
+    if load is load_tokenizer:
+        assert loaded.get_vocab() == source.get_vocab()
+    else:
+        weights = load_file(shared_data / "tinystories656K/model.safetensors")
+        assert weights.keys() <= loaded.state_dict().keys()
+        assert all(torch.equal(loaded.state_dict()[name], value) for name, value in weights.items())
