@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/pruning")]
 
 from image_models import MODELS, image_model, images  # noqa: E402
 from moe import FAMILIES, SIZES  # noqa: E402
-from passes import spread_weights  # noqa: E402
+from reference_inputs import spread_weights  # noqa: E402
 from tiny_models import ARCHITECTURES  # noqa: E402
 
 from sparsefit import PruningConfig, prune  # noqa: E402

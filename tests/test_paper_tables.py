@@ -192,7 +192,7 @@ def test_what_cannot_be_is_said_in_a_line(paper, tmp_path, capsys, arguments, to
 
 
 def test_zeros_are_counted_on_the_weights():
-    from tables.bench import counted_sparsity
+    from tables.pruned_models import counted_sparsity
 
     model = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False))
     result = prune(model, [torch.randn(4, 8)], PruningConfig(pattern="2:4"))

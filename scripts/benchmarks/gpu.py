@@ -18,8 +18,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from setting import PeakMemory  # beside this file
-from straightforward import kept_weights, prune_straightforward
+from common import PeakMemory  # beside this file
+from plain_wanda import kept_weights, prune_plainly
 from torch import Tensor, nn
 
 from sparsefit import PruningConfig, prune
@@ -116,7 +116,7 @@ def main() -> None:
 def run(settings: dict[str, Any] | None) -> Callable[[nn.Module, list[Tensor]], object]:
     """The plain algorithm, or the engine with some settings."""
     if settings is None:
-        return prune_straightforward
+        return prune_plainly
     return lambda model, samples: prune(model, samples, PruningConfig(**settings))
 
 

@@ -1,4 +1,4 @@
-"""The whole of a pruning, against the plain algorithm of straightforward.py: seconds, their ratio, memory, masks.
+"""The whole of a pruning, against the plain algorithm of plain_wanda.py: seconds, their ratio, memory, masks.
 
     python scripts/benchmarks/pruning.py --repeats 5 --threads 2
     python scripts/benchmarks/pruning.py --dtype bfloat16 --pattern 2:4 --micro-batch-size 4
@@ -29,19 +29,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from setting import EXACT_HEAP, PeakMemory, add_size_options, in_a_process, make_model, make_samples  # beside this file
-from straightforward import kept_weights, prune_straightforward
+from common import EXACT_HEAP, PeakMemory, add_size_options, in_a_process, make_model, make_samples  # beside this file
+from plain_wanda import kept_weights, prune_plainly
 from torch import Tensor, nn
 
 from sparsefit import PruningConfig, prune
 
-WAYS = ("straightforward", "sparsefit")
+WAYS = ("plain", "sparsefit")
 
 
 def way_to_prune(name: str, args: argparse.Namespace) -> Callable[[nn.Module, list[Tensor]], Any]:
     """The function that prunes a model with some samples, as the options say."""
-    if name == "straightforward":
-        return lambda model, samples: prune_straightforward(model, samples, args.sparsity, args.pattern)
+    if name == "plain":
+        return lambda model, samples: prune_plainly(model, samples, args.sparsity, args.pattern)
     settings = {"sparsity": args.sparsity, "pattern": args.pattern}
     settings["update"] = args.update
     if args.micro_batch_size is not None:
@@ -111,7 +111,7 @@ def report(runs: dict[str, list[dict[str, Any]]], peaks: dict[str, int], agreeme
         seconds, cpu, peak = medians[name].values()
         print(f"{name:16} {min(run['seconds'] for run in measured):10.2f} {seconds:9.2f} {cpu:9.2f} {peak / 1e6:23.1f}")
     ratios = {key: medians[WAYS[1]][key] / max(medians[WAYS[0]][key], 1e-9) for key in columns}
-    print("\nsparsefit / straightforward: " + ", ".join(f"{key} {ratio:.2f}" for key, ratio in ratios.items()))
+    print("\nsparsefit / plain: " + ", ".join(f"{key} {ratio:.2f}" for key, ratio in ratios.items()))
     print(f"mask bits that are equal: {agreement:.6%}")
 
 

@@ -26,8 +26,8 @@ import warnings
 from typing import Any
 
 import torch
+from common import EXACT_HEAP, PeakMemory, add_size_options, in_a_process, make_model, make_samples  # beside this file
 from lightning.pytorch import Callback, LightningModule, Trainer
-from setting import EXACT_HEAP, PeakMemory, add_size_options, in_a_process, make_model, make_samples  # beside this file
 from torch.utils.data import DataLoader
 
 from sparsefit.callbacks import WandaPruning

@@ -25,9 +25,9 @@ import warnings
 from pathlib import Path
 
 import torch
-from tables.bench import Bench, device_of
 from tables.contents import MEASURES, MORE_TABLES, TABLES
 from tables.layout import Table
+from tables.pruned_models import PrunedModels, device_of
 from tables.setup import FULL, QUICK, Point, Setup, default_texts, presets
 from tables.store import Store
 
@@ -120,7 +120,7 @@ def run(setup: Setup, tables: dict[str, Table], output: Path) -> bool:
     Raises:
         ConfigError: if the rows and columns asked for are in none of the tables.
     """
-    store, bench = Store(output / "points.jsonl"), Bench(setup)
+    store, models = Store(output / "points.jsonl"), PrunedModels(setup)
     problems = {name: table.problem(setup) for name, table in tables.items()}
     wanted = {name: [] if problems[name] else table.points(setup) for name, table in tables.items()}
     if not any(wanted.values()) and not any(problems.values()):
@@ -128,14 +128,14 @@ def run(setup: Setup, tables: dict[str, Table], output: Path) -> bool:
     sections: dict[str, str] = {}
     for name, table in tables.items():
         try:
-            measure_all(bench, store, name, wanted)
+            measure_all(models, store, name, wanted)
             text = table.render(setup, store) if wanted[name] else ""
             if text and table.draw is not None:
                 table.draw(setup, store, output)
         except SparsefitError as error:  # the other tables can be made all the same
             problems[name] = str(error)
             print(flush=True)
-        bench.shared.clear()
+        models.shared.clear()
         if problems[name]:
             text = f"Not measured: {problems[name].rstrip('.')}.\n"
         if text:
@@ -146,14 +146,14 @@ def run(setup: Setup, tables: dict[str, Table], output: Path) -> bool:
     return not any(problems.values())
 
 
-def measure_all(bench: Bench, store: Store, name: str, wanted: dict[str, list[Point]]) -> None:
+def measure_all(models: PrunedModels, store: Store, name: str, wanted: dict[str, list[Point]]) -> None:
     """Measure the points of a table that are not there yet."""
     for number, point in enumerate(wanted[name], 1):
         if point in store:
             continue
         print(f"{name} {number}/{len(wanted[name])}: {told(point)} ...", end=" ", flush=True)
         start = time.perf_counter()
-        figures = MEASURES[point["kind"]](bench, point)
+        figures = MEASURES[point["kind"]](models, point)
         seconds = time.perf_counter() - start
         store.add(point, figures, seconds)
         rest = {json.dumps(p, sort_keys=True): p for points in wanted.values() for p in points if p not in store}

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+from reference_products import unfolded
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from unfolded import unfolded
 
 TOLERANCE = 1e-5  # scores that are nearer to each other may go either way, as sums of squares are rounded
 aten = torch.ops.aten

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from passes import spread_weights
+from reference_inputs import spread_weights
+from reference_products import images
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
-from unfolded import images
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from moe import FAMILIES, SIZES
+from recorded_inputs import spread, watch, weights_of
 from torch import Tensor, nn
-from watched import spread, watch, weights_of
 
 from sparsefit.pruning.layers.base import PrunableWeight
 from sparsefit.pruning.layers.experts import eager_experts, find_stacks

@@ -9,9 +9,9 @@ from collections import OrderedDict
 import pytest
 import torch
 from conv_recurrent_networks import Pool, Residual, blocks_of, network, one_thread  # noqa: F401
-from passes import spread_weights
+from reference_inputs import spread_weights
+from reference_products import check_model, gathered, images
 from torch import Tensor, nn
-from unfolded import check_model, gathered, images
 
 from sparsefit import PruningConfig, prune
 from sparsefit.pruning.blocks import find_block_lists

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from conv_recurrent_networks import network, one_thread, signals  # noqa: F401
-from passes import spread_weights
 from reference import (
     gram_of,
     reference_least_squares,
@@ -19,8 +18,9 @@ from reference import (
     reference_swap,
     reference_update,
 )
+from reference_inputs import spread_weights
+from reference_products import by_groups, gathered, matrix_of, side_by_side
 from torch import Tensor, nn
-from unfolded import by_groups, gathered, matrix_of, side_by_side
 
 from sparsefit import PruningConfig, prune
 

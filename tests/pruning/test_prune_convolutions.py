@@ -7,9 +7,9 @@ import copy
 import pytest
 import torch
 from conv_recurrent_networks import SELECTIONS, blocks_of, network, one_thread  # noqa: F401
-from passes import spread_weights
+from reference_inputs import spread_weights
+from reference_products import check_mask, check_model, gathered, images, matrix_of, scores_of
 from torch import Tensor, nn
-from unfolded import check_mask, check_model, gathered, images, matrix_of, scores_of
 
 from sparsefit import PruningConfig, prune
 from sparsefit.errors import ConfigError, MaskError

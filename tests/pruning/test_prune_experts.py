@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 from moe import FAMILIES, SIZES
-from passes import collect, linear_layers, matrix_of, spread_weights, staged, unseen_in
 from reference import assert_mask, gram_of, reference_error, score_of
+from reference_inputs import collect, linear_layers, matrix_of, spread_weights, staged, unseen_in
 from torch import Tensor, nn
 
 from sparsefit import MaskSet, PruningConfig, prune

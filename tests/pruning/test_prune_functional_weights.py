@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conv_recurrent_networks import one_thread, signals  # noqa: F401
-from passes import attended, spread_weights
+from reference_inputs import attended, spread_weights
+from reference_products import check_model, images, unfolded
 from torch import Tensor, nn
-from unfolded import check_model, images, unfolded
 
 from sparsefit import PruningConfig, prune
 

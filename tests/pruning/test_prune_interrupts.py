@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from states import OwnError, at_the_end, same, sequences, state, weights
+from model_snapshots import OwnError, at_the_end, same, sequences, state, weights
 from torch import nn
 
 from sparsefit import PruningConfig, prune

@@ -7,8 +7,8 @@ import itertools
 
 import pytest
 import torch
-from passes import collect, matrix_of, staged
 from reference import SCORES, assert_mask, score_of
+from reference_inputs import collect, matrix_of, staged
 from torch import Tensor, nn
 
 from sparsefit import PruningConfig, prune

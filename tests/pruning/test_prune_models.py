@@ -7,8 +7,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from passes import linear_layers, reference_prune, squared_input_norms
 from reference import reference_mask, reference_scores
+from reference_inputs import linear_layers, reference_prune, squared_input_norms
 from torch import nn
 
 from sparsefit import PruningConfig, prune

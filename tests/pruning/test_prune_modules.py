@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from passes import squared_input_norms
 from reference import reference_mask, reference_scores
+from reference_inputs import squared_input_norms
 from torch import nn
 from torch.nn.utils import parametrizations
 

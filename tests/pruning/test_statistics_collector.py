@@ -7,11 +7,11 @@ from fractions import Fraction
 
 import pytest
 import torch
-from passes import collect as collect_apart
-from passes import spread_weights
+from recorded_inputs import weights_of
 from reference import gram_of
+from reference_inputs import collect as collect_apart
+from reference_inputs import spread_weights
 from torch import Tensor, nn
-from watched import weights_of
 
 from sparsefit import PruningConfig, prune
 from sparsefit.calibration.batches import MicroBatch

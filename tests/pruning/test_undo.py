@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from image_models import image_model, images
+from model_snapshots import OwnError, at_the_end, same, sequences, weights
 from moe import FAMILIES, SIZES
-from states import OwnError, at_the_end, same, sequences, weights
 from torch import nn
 
 from sparsefit import PruningConfig, collect_statistics, prune, prune_from_statistics

@@ -10,7 +10,7 @@ from itertools import islice
 import pytest
 import torch
 from ranks import on_ranks
-from reconstructed import BATCHES, IDS, Block, Net, assert_state, changed, pruned, snapshot, state
+from small_pruned_models import BATCHES, IDS, Block, Net, assert_state, changed, pruned, snapshot, state
 from torch import nn
 
 from sparsefit.ranks import own_rank

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from reconstructed import BATCHES, IDS, Block, Net, assert_state, changed, pruned, snapshot, state
+from small_pruned_models import BATCHES, IDS, Block, Net, assert_state, changed, pruned, snapshot, state
 from torch import nn
 
 from sparsefit.errors import CalibrationError, ConfigError

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tables import figures, finetuning, perplexities, selection_time, speedup, zero_shot
-from tables.bench import Bench, measure_perplexity
 from tables.layout import Table
 from tables.perplexities import grid_table
+from tables.pruned_models import PrunedModels, measure_perplexity
 from tables.setup import Figures, Point
 
-MEASURES: dict[str, Callable[[Bench, Point], Figures]] = {
+MEASURES: dict[str, Callable[[PrunedModels, Point], Figures]] = {
     "perplexity": measure_perplexity,
     "task": zero_shot.measure,
     "selection": selection_time.measure,

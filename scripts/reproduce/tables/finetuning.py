@@ -8,9 +8,9 @@ from lightning.pytorch import Trainer, seed_everything
 from sparsefit.callbacks import GPUHourBudget, WandaPruning
 from sparsefit.modules import CausalLMModule
 from sparsefit.recovery.adapters import AdapterSettings
-from tables.bench import Bench, counted_sparsity
 from tables.layout import Table, markdown
 from tables.methods import PAPERS, SPARSITIES
+from tables.pruned_models import PrunedModels, counted_sparsity
 from tables.setup import Figures, Point, Setup
 from tables.store import Store
 
@@ -36,13 +36,13 @@ def points(setup: Setup) -> list[Point]:
     return [setup.point("perplexity", None), *found] if found else []
 
 
-def measure(bench: Bench, point: Point) -> Figures:
+def measure(models: PrunedModels, point: Point) -> Figures:
     """One fit: pruned as it starts, trained, evaluated, its zeros counted again."""
-    setup, adapter, device = bench.setup, FORMS[point["form"]], torch.device(bench.setup.device)
+    setup, adapter, device = models.setup, FORMS[point["form"]], torch.device(models.setup.device)
     # In half precision the small steps of AdamW would be rounded away, where the weights themselves train.
     mixed = adapter is None and setup.dtype != "float32"
     dtype = "float32" if mixed else setup.dtype
-    bench.forget()
+    models.forget()
     seed_everything(point["seed"], verbose=False)
     module = CausalLMModule(setup.model, adapter, learning_rate=point["rate"], dtype=dtype)
     wanda = WandaPruning(**point["pruning"])
@@ -59,8 +59,8 @@ def measure(bench: Bench, point: Point) -> Figures:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, bench.data(point["samples"], point["seed"]))
-    recovered = module.to(device).evaluate(bench.test)["perplexity"]
+    trainer.fit(module, models.data(point["samples"], point["seed"]))
+    recovered = module.to(device).evaluate(models.test)["perplexity"]
     sparsity = counted_sparsity(module, wanda.result)
     return {"recovered": recovered, "sparsity": sparsity, "steps": trainer.global_step}
 

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from sparsefit import DenseStatistics, PruningConfig, collect_statistics, prune_from_statistics
-from tables.bench import Bench, counted_sparsity
 from tables.layout import Table, markdown
 from tables.methods import COMPARED, METHODS, PAPERS, SPARSITIES
+from tables.pruned_models import PrunedModels, counted_sparsity
 from tables.setup import Figures, Point, Setup
 from tables.store import Store
 
@@ -37,29 +37,29 @@ def points(setup: Setup) -> list[Point]:
     return [point_of(setup, method, sparsity) for method, cells in cells_of(setup).items() for sparsity in cells]
 
 
-def measure(bench: Bench, point: Point) -> Figures:
+def measure(models: PrunedModels, point: Point) -> Figures:
     """The median seconds from statistics to pruned weights, after one time that does not count if there are more."""
-    config, model = PruningConfig(**point["pruning"]), bench.dense()
-    statistics = statistics_of(bench, model)
+    config, model = PruningConfig(**point["pruning"]), models.dense()
+    statistics = statistics_of(models, model)
     dense = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     taken = []
     for _ in range(point["repeats"] + (point["repeats"] > 1)):
         restore(model, dense)
-        synchronize(bench.setup.device)
+        synchronize(models.setup.device)
         start = time.perf_counter()
         result = prune_from_statistics(model, statistics, config)
-        synchronize(bench.setup.device)
+        synchronize(models.setup.device)
         taken.append(time.perf_counter() - start)
     return {"seconds": median(taken[1:] or taken), "sparsity": counted_sparsity(model, result)}
 
 
-def statistics_of(bench: Bench, model: nn.Module) -> DenseStatistics:
+def statistics_of(models: PrunedModels, model: nn.Module) -> DenseStatistics:
     """The statistics that all cells need, taken once in a command."""
-    if "statistics" not in bench.shared:
-        setup = bench.setup
+    if "statistics" not in models.shared:
+        setup = models.setup
         configs = [PruningConfig(**point["pruning"]) for point in points(setup)]
-        bench.shared["statistics"] = collect_statistics(model, bench.windows(setup.seed, setup.samples), configs)
-    return bench.shared["statistics"]
+        models.shared["statistics"] = collect_statistics(model, models.windows(setup.seed, setup.samples), configs)
+    return models.shared["statistics"]
 
 
 @torch.no_grad()

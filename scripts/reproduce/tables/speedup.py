@@ -7,8 +7,8 @@ from torch import nn
 from torch.utils.benchmark import Timer
 
 from sparsefit.recovery.semi_structured import HALF, MULTIPLES, backend_of, pack
-from tables.bench import Bench
 from tables.layout import Table, markdown
+from tables.pruned_models import PrunedModels
 from tables.setup import Figures, Point, Setup
 from tables.store import Store
 
@@ -27,9 +27,9 @@ def points(setup: Setup) -> list[Point]:
     return [setup.point("speedup", None, shape=name, tokens=TOKENS) for name in (*SHAPES, OWN)]
 
 
-def measure(bench: Bench, point: Point) -> Figures:
+def measure(models: PrunedModels, point: Point) -> Figures:
     """Milliseconds of each product, dense and 2:4."""
-    shapes = SHAPES.get(point["shape"]) or linear_shapes(bench.dense())
+    shapes = SHAPES.get(point["shape"]) or linear_shapes(models.dense())
     dtype = getattr(torch, point["dtype"]) if point["dtype"] in ("float16", "bfloat16") else HALF[0]
     device = torch.device(point["device"])
     backend, _ = backend_of(device)

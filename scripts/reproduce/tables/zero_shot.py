@@ -7,9 +7,9 @@ from statistics import mean
 
 from sparsefit.errors import ConfigError
 from sparsefit.evaluation.zero_shot import TASKS, check_harness, load_tasks, zero_shot
-from tables.bench import Bench
 from tables.layout import Table, markdown
 from tables.methods import COMPARED, METHODS, PAPERS, SPARSITIES
+from tables.pruned_models import PrunedModels
 from tables.setup import Figures, Point, Settings, Setup
 from tables.store import Store
 
@@ -35,11 +35,11 @@ def points(setup: Setup) -> list[Point]:
     return [point_of(setup, settings, task) for settings in rows_of(setup).values() for task in TASKS]
 
 
-def measure(bench: Bench, point: Point) -> Figures:
+def measure(models: PrunedModels, point: Point) -> Figures:
     """The accuracies of a model on a task, as lm-eval has them."""
-    tasks = load_tasks([point["task"]], bench.setup.tasks_folder)
-    model, account = bench.model(point)
-    return account | zero_shot(model, bench.tokenizer, tasks, point["limit"])[point["task"]]
+    tasks = load_tasks([point["task"]], models.setup.tasks_folder)
+    model, account = models.model(point)
+    return account | zero_shot(model, models.tokenizer, tasks, point["limit"])[point["task"]]
 
 
 def render(setup: Setup, store: Store) -> str:

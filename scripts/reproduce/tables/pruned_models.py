@@ -20,7 +20,7 @@ _TOKENS_AT_ONCE = 4096  # of the test text: the logits of a large vocabulary are
 _TOLERANCE = 0.01  # sparsity that rounding in each comparison group may cost: 60% of a row of 64 is 59.4%
 
 
-class Bench:
+class PrunedModels:
     """Where models are pruned and measured; holds one model at a time.
 
     Args:
@@ -130,10 +130,10 @@ def counted_sparsity(model: nn.Module, result: PruningResult) -> float:
     return zeros / weights
 
 
-def measure_perplexity(bench: Bench, point: Point) -> Figures:
+def measure_perplexity(models: PrunedModels, point: Point) -> Figures:
     """The perplexity of a dense or pruned model on the test text."""
-    model, account = bench.model(point)
-    return account | {"perplexity": perplexity(model, bench.test)}
+    model, account = models.model(point)
+    return account | {"perplexity": perplexity(model, models.test)}
 
 
 def device_of(name: str) -> str:

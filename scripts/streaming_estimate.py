@@ -1,6 +1,6 @@
 """What a streamed pruning of LLaMA-7B and LLaMA-70B takes, by arithmetic: nothing is measured here.
 
-    python scripts/streaming_on_paper.py
+    python scripts/streaming_estimate.py
 
 Wanda at bfloat16 on 128 x 2,048 tokens, with nothing of the model left in the system's cache from one pass to the next:
 the memory that `sparsefit prune --stream` holds, what it reads from and writes to the disk, and the seconds of both.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 
-from scaling_on_paper import LENGTH, MICRO_BATCH, MODELS, SAMPLES, Model  # beside this file
+from scaling_estimate import LENGTH, MICRO_BATCH, MODELS, SAMPLES, Model  # beside this file
 
 from sparsefit.planning.gpus import GPUS, REACHED
 

@@ -1,6 +1,6 @@
 """Wanda done plainly: the published algorithm (Sun et al. 2023, arXiv 2306.11695) with nothing made faster.
 
-    python scripts/benchmarks/straightforward.py --layers 4 --samples 8 --length 128
+    python scripts/benchmarks/plain_wanda.py --layers 4 --samples 8 --length 128
 
 Block after block, one sample at a time: a first pass with dense weights in which every linear layer sums the squares
 of its inputs by a hook of its own, a full stable sort of each row of scores, zeros written where the smallest stand, a
@@ -17,16 +17,14 @@ from decimal import Decimal
 from typing import Any
 
 import torch
-from setting import add_size_options, make_model, make_samples  # beside this file
+from common import add_size_options, make_model, make_samples  # beside this file
 from torch import Tensor, nn
 
 from sparsefit import PruningConfig, prune
 
 
 @torch.no_grad()
-def prune_straightforward(
-    model: nn.Module, samples: list[Tensor], sparsity: float = 0.5, pattern: str | None = None
-) -> None:
+def prune_plainly(model: nn.Module, samples: list[Tensor], sparsity: float = 0.5, pattern: str | None = None) -> None:
     """Prune a transformers Llama (or a model of its layout) in place.
 
     Args:
@@ -117,7 +115,7 @@ def main() -> None:
     dense = make_model(args.hidden, args.layers, args.dtype)
     samples = make_samples(args.samples, args.length)
     reference = copy.deepcopy(dense)
-    prune_straightforward(reference, samples, args.sparsity, args.pattern)
+    prune_plainly(reference, samples, args.sparsity, args.pattern)
     expected = kept_weights(reference)
     default = PruningConfig().micro_batch_size
     print(f"{sum(mask.numel() for mask in expected.values()):,} weights, {args.samples} x {args.length} tokens")

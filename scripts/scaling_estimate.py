@@ -1,6 +1,6 @@
 """What each stage of a run costs on 1 to 1,024 GPUs, by arithmetic: nothing is measured here.
 
-    python scripts/scaling_on_paper.py
+    python scripts/scaling_estimate.py
 
 Prints a table for LLaMA-7B (data parallel, each rank holds the model) and one for LLaMA-70B (sharded): seconds of each
 stage, and the GPU-hours of the whole. What is assumed stands in the constants below; docs/scaling.md says what follows.
