@@ -1,4 +1,4 @@
-"""Products with 2:4 weights beside dense ones, which GPUs since Ampere have units for."""
+"""Compares products with 2:4 weights, for which GPUs since Ampere have units, with dense ones."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def times(shape: Shape, device: torch.device, dtype: torch.dtype, backend: str, 
 
 
 def milliseconds(inputs: torch.Tensor, weight: torch.Tensor) -> float:
-    """The median time of a product; torch's timer warms up, and waits for a GPU."""
+    """The median time of a product; torch's timer warms up and waits for the GPU."""
     with torch.inference_mode():
         timer = Timer("linear(x, w)", globals={"linear": nn.functional.linear, "x": inputs, "w": weight})
         return 1000 * timer.blocked_autorange(min_run_time=0.3).median
