@@ -177,7 +177,7 @@ BAD = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spoil", BAD)
-def test_what_cannot_be_gone_on_from_says_why_and_nothing_is_overwritten(copied, spoil):
+def test_a_resume_that_is_refused_says_why_and_overwrites_nothing(copied, spoil):
     folder, path, resume = copied
     of_module, of_data, error, message = spoil(folder, path)
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
@@ -191,7 +191,7 @@ def test_what_cannot_be_gone_on_from_says_why_and_nothing_is_overwritten(copied,
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
-def test_a_run_does_not_go_on_with_eight_bit_moments(copied):
+def test_a_run_does_not_resume_with_eight_bit_moments(copied):
     with pytest.raises(ConfigError, match="optimizer was 'adamw' and is 'adamw_8bit'"):
         copied[2](module(settings={"optimizer": "adamw_8bit"}))
 

@@ -91,7 +91,7 @@ KILLS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("saver_first", [True, False])
 @pytest.mark.parametrize("name", KILLS)
-def test_a_killed_run_goes_on_to_the_same_weights(straight, tmp_path, killed, name, saver_first):
+def test_a_killed_run_continues_to_the_same_weights(straight, tmp_path, killed, name, saver_first):
     hook, number, state = KILLS[name]
     run = tmp_path / "run"
     used = callbacks(run, saver_first=saver_first)

@@ -81,7 +81,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("resumed", RESUMED)
-def test_a_sharded_run_goes_on_and_is_not_pruned_again(runs, resumed):
+def test_a_sharded_run_continues_and_is_not_pruned_again(runs, resumed):
     straight, run = runs["straight"], runs[resumed]
     assert run["digest"] == straight["digest"]
     assert run["report"]["training"]["steps"] == STEPS

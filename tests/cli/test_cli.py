@@ -31,7 +31,7 @@ def test_help_names_the_commands(sparsefit, arguments):
 def test_help_comes_at_once():
     command = Path(sys.executable).with_name("sparsefit")
     if not command.exists():
-        pytest.skip("the command is not installed beside this Python")
+        pytest.skip("the command is not installed for this Python")
     heavy = "{'lightning', 'transformers', 'peft', 'matplotlib'} & set(sys.modules)"
     code = f"import sys; sys.argv = ['sparsefit']; from sparsefit.cli import main; main(); print({heavy})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -47,7 +47,7 @@ def module(labels=10, names=None):
         ),
     ],
 )
-def test_images_prepared_otherwise_are_told(own, other, message):
+def test_images_prepared_otherwise_are_reported(own, other, message):
     with pytest.raises(ConfigError, match=f"{message}.*Set data.init_args.processor to the model's folder"):
         check_data(*processors(own, other))
 
@@ -82,7 +82,7 @@ DIGITS = [str(digit) for digit in range(10)]
 
 
 @pytest.mark.parametrize("names", [DIGITS[::-1], ["10", *DIGITS]])
-def test_the_same_classes_in_another_order_are_told(names):
+def test_the_same_classes_in_another_order_are_reported(names):
     with pytest.raises(ConfigError, match=r"'0' is class (9|1) of the model and 0 of the data, and 9 more differ"):
         check_data(module(names=names), DigitsDataModule())
 
@@ -93,7 +93,7 @@ def test_classes_that_agree_or_have_other_names_pass(names, recwarn):
     assert not recwarn.list
 
 
-def test_a_head_of_another_size_is_told():
+def test_a_head_of_another_size_is_reported():
     with pytest.raises(ConfigError, match="head has 4 classes and the data have 10"):
         check_data(module(4), DigitsDataModule())
     with pytest.warns(UserWarning, match="head has 1000 classes and the data have 10"):

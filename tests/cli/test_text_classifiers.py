@@ -171,7 +171,7 @@ def test_a_dense_classifier_teaches_its_pruned_self(sparsefit, tmp_path):
         ({}, {"train_source": "nowhere.jsonl"}, "names no labelled text"),
     ],
 )
-def test_settings_that_cannot_work_are_told(sparsefit, tmp_path, settings, data, message):
+def test_settings_that_cannot_work_are_reported(sparsefit, tmp_path, settings, data, message):
     _, recipe = recipe_of(tmp_path, "sequence_classification", data=data, **settings)
     status, _, errors = sparsefit("fit", recipe=recipe)
     assert status == 2

@@ -38,7 +38,7 @@ def test_a_folder_of_a_real_model(shared_data):
 
 
 @pytest.mark.parametrize("load", [load_causal_lm, load_tokenizer])
-def test_a_missing_folder_is_told_with_its_nearest_neighbour(tmp_path, load):
+def test_a_missing_folder_is_reported_with_its_nearest_neighbour(tmp_path, load):
     (tmp_path / "tiny-stories").mkdir()
     with pytest.raises(ConfigError, match=r"no folder .*tiny-storys.*Did you mean .*/tiny-stories\?"):
         load(str(tmp_path / "tiny-storys"))
@@ -69,7 +69,7 @@ def test_a_damaged_model_is_named(shared_data, tmp_path):
 
 @pytest.mark.parametrize("load", [load_causal_lm, load_tokenizer])
 @pytest.mark.parametrize("name", ["nobody/no-such-model", "no-such-model"])
-def test_an_unreachable_hub_is_told_at_once(monkeypatch, load, name):
+def test_an_unreachable_hub_is_reported_at_once(monkeypatch, load, name):
     monkeypatch.setattr("sparsefit.modules.loading.hub_problem", lambda: "it cannot be reached")
     start = time.monotonic()
     with pytest.raises(ConfigError, match=rf"'{name}'.*it cannot be reached.*hf download {name} --local-dir"):

@@ -89,7 +89,7 @@ def test_a_model_whose_blocks_cannot_be_counted_is_measured_whole():
 
 
 @pytest.mark.parametrize(("devices", "gpu_hours"), [(1, 1.0), (2, 2.0)])
-def test_the_budget_buys_what_is_left_beside_the_other_stages(devices, gpu_hours):
+def test_the_budget_pays_for_steps_with_what_the_other_stages_leave(devices, gpu_hours):
     work = Work(30, 8, 512, 10, 2, 2048, max_steps=None, gpu_hours=gpu_hours, reserve=0.05, devices=devices)
     plan = predict(work, measured(2), measured(4))
     assert plan.ends_by == "budget"

@@ -30,7 +30,7 @@ def test_blocks_see_what_the_pruned_ones_before_them_give(name, blocks, selectio
     check_model(dense, model, result, lambda model: gathered(model, [data]), stages, **selection)
 
 
-def test_stages_that_keep_their_shape_are_swept_and_the_others_come_after():
+def test_stages_that_keep_their_shape_are_run_one_by_one_and_the_others_come_after():
     model, data = network("resnet basic")
     dense = copy.deepcopy(model)
     result = prune(model, [data], PruningConfig())

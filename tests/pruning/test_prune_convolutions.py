@@ -62,7 +62,7 @@ def test_patterns_need_channels_and_not_positions_that_divide():
 
 
 @pytest.mark.parametrize("make", [lambda: nn.LazyConv2d(4, 3), lambda: nn.LazyLinear(4)])
-def test_layers_without_a_shape_are_told(make):
+def test_layers_without_a_shape_are_reported(make):
     model, data = nn.Sequential(make(), nn.ReLU()), images(2, 8, 4)
     with pytest.raises(ConfigError, match=r"0\.weight has no shape yet: run the model on one batch first"):
         prune(model, [data])

@@ -1,4 +1,4 @@
-"""Weights that see the same input share its statistics, and are told apart in the same pass as soon as they do not."""
+"""Weights with the same input share its statistics; if inputs become different, they get separate ones in that pass."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ def test_inputs_that_are_not_finite_name_layer_and_batch(batch, value):
         collected(model, data)
 
 
-def test_finite_inputs_that_are_too_large_together_are_told_so():
+def test_finite_inputs_whose_squares_overflow_are_reported():
     data = [torch.full((1, 2, WIDTH), 1.2e19) for _ in range(3)]
     with pytest.raises(CalibrationError, match="finite one by one, but their squares add up to more than float32"):
         collected(spread_weights(Layers(same)), data)
