@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 
-from scaling_estimate import LENGTH, MICRO_BATCH, MODELS, SAMPLES, Model  # beside this file
+from scaling_estimate import LENGTH, MICRO_BATCH, MODELS, SAMPLES, Model  # in this folder
 
 from sparsefit.planning.gpus import GPUS, REACHED
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import PeakMemory  # beside this file
+from common import PeakMemory  # in this folder
 from plain_wanda import kept_weights, prune_plainly
 from torch import Tensor, nn
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import EXACT_HEAP, PeakMemory, add_size_options, in_a_process, make_model, make_samples  # beside this file
+from common import EXACT_HEAP, PeakMemory, add_size_options, in_a_process, make_model, make_samples  # in this folder
 
 from sparsefit import PruningConfig, prune
 

@@ -17,7 +17,7 @@ from decimal import Decimal
 from typing import Any
 
 import torch
-from common import add_size_options, make_model, make_samples  # beside this file
+from common import add_size_options, make_model, make_samples  # in this folder
 from torch import Tensor, nn
 
 from sparsefit import PruningConfig, prune

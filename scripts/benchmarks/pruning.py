@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import EXACT_HEAP, PeakMemory, add_size_options, in_a_process, make_model, make_samples  # beside this file
+from common import EXACT_HEAP, PeakMemory, add_size_options, in_a_process, make_model, make_samples  # in this folder
 from plain_wanda import kept_weights, prune_plainly
 from torch import Tensor, nn
 

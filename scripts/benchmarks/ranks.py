@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from common import add_size_options, make_model, make_samples  # beside this file
+from common import add_size_options, make_model, make_samples  # in this folder
 
 from sparsefit import MaskSet, PruningConfig, prune
 from sparsefit.recovery.reconstruct import ReconstructSettings, dense_weights, reconstruct

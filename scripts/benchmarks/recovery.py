@@ -26,7 +26,7 @@ import warnings
 from typing import Any
 
 import torch
-from common import EXACT_HEAP, PeakMemory, add_size_options, in_a_process, make_model, make_samples  # beside this file
+from common import EXACT_HEAP, PeakMemory, add_size_options, in_a_process, make_model, make_samples  # in this folder
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 

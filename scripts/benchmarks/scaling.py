@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import add_size_options, make_model, make_samples  # beside this file
+from common import add_size_options, make_model, make_samples  # in this folder
 
 from sparsefit import PruningConfig, prune
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import EXACT_HEAP, PeakMemory, add_size_options, in_a_process, make_model, make_samples  # beside this file
+from common import EXACT_HEAP, PeakMemory, add_size_options, in_a_process, make_model, make_samples  # in this folder
 
 from sparsefit import PruningConfig, prune
 from sparsefit.modules.loading import load_causal_lm

@@ -226,7 +226,7 @@ def test_nothing_is_left_out_without_a_base_and_plain_checkpoints_are_as_ever(st
     again = module()
     fit(again, data(folder), *callbacks(tmp_path / "run")[2:], ckpt_path=tmp_path / "step=3.ckpt", max_steps=4)
     assert "sparsefit" not in checkpoint
-    # And one of them can be gone on from with the callback.
+    # The callback can resume from one of them, too.
     resume(folder, tmp_path / "step=3.ckpt", max_steps=4)
 
 

@@ -1,4 +1,4 @@
-"""Runs that are resumed with other settings: what cannot be gone on from, and what may change."""
+"""Runs that are resumed with other settings: which settings prevent it, and which may change."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def rates(trainer):
     return [point["learning_rate"] for point in report["training"]["history"]]
 
 
-# What cannot be gone on from. Each returns what is made anew, and what it says.
+# Changes that prevent a resume. Each returns the new settings, the error and its message.
 
 
 def other_rank(folder, path):

@@ -1,4 +1,4 @@
-"""The ends of runs in a loop of one's own: killed anywhere, they are gone on with by the callbacks alone."""
+"""The ends of runs in a custom loop: runs that are killed at any time are resumed by the callbacks alone."""
 
 from __future__ import annotations
 
