@@ -1,6 +1,6 @@
 """A custom PEFT model: its base is pruned, its LoRA trained, and both are saved, reloaded and compared.
 
-`WandaPruning` recognizes a model that PEFT has wrapped: it prunes the base and never the adapters. The base is frozen,
+`WandaPruning` recognizes a PEFT-wrapped model: it prunes the base and never the adapters. The base is frozen,
 so nothing needs to run in each step. `RunReport` writes the sparse base once, and PEFT writes the adapter; reloaded,
 both give exactly the same outputs. They are not merged: W + B A has no zeros where W has them, so merging plain LoRA
 fills the layers that it adapts. To merge, train `AdapterSettings("masked_lora")` or PEFT's HiRA instead.
