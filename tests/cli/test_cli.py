@@ -70,7 +70,7 @@ def test_help_does_not_wait_for_slow_imports(arguments):
 def test_the_installed_command_prints_its_version():
     command = Path(sys.executable).with_name("sparsefit")
     if not command.exists():
-        pytest.skip("the command is not installed beside this Python")
+        pytest.skip("the command is not installed for this Python")
     done = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.count(".") == 2
 
@@ -187,6 +187,7 @@ def test_a_recipe_that_cannot_work_says_so_and_leaves_nothing(sparsefit, recipe,
 def test_a_checkpoint_with_objects_of_the_users_own_is_not_called_damaged(tmp_path):
     torch.save({"hyper_parameters": {"folder": tmp_path}}, tmp_path / "own.ckpt")
     check_checkpoint(tmp_path / "own.ckpt")
+    assert torch.load(tmp_path / "own.ckpt", weights_only=False) == {"hyper_parameters": {"folder": tmp_path}}
 
 
 # Recipes that work.

@@ -136,7 +136,7 @@ def test_an_image_classifier_is_written(kind, sparsefit, tmp_path):
 
 
 @needs("gguf")
-def test_what_gguf_has_no_words_for_is_told_before_anything_is_written(sparsefit, tmp_path):
+def test_what_gguf_cannot_store_is_reported_before_anything_is_written(sparsefit, tmp_path):
     model = ViT(ViTConfig(image_size=16, patch_size=8, num_labels=3, **SIZES))
     run = pruned_run(model, tmp_path / "run", {"pixel_values": torch.randn(4, 3, 16, 16)})
     status, _, errors = sparsefit("export", run, "--format", "gguf", "--output", tmp_path / "out")

@@ -64,7 +64,7 @@ def test_memory_is_that_of_the_format_that_computes(sparsefit, run, tmp_path):
     sparsefit("speed", run, *QUICK, "--runtimes", "torch,torch-csr", "--json", tmp_path / "found.json")
     memory = {row["runtime"]: row["weight_bytes"] for row in json.loads((tmp_path / "found.json").read_text())["rows"]}
     assert memory["torch"]["dense"] == memory["torch"]["pruned"] == memory["torch-csr"]["dense"]
-    # Each of half the weights has a column number of four bytes beside it, so sparse rows of float32 save nothing.
+    # Each of half the weights has a column number of four bytes, so sparse rows of float32 save nothing.
     assert memory["torch-csr"]["pruned"] >= memory["torch"]["pruned"]
 
 
@@ -113,7 +113,7 @@ def test_a_model_folder_without_masks_is_taken_by_its_zeros(sparsefit, run):
         (("--device", "abacus"), "'abacus' cannot be used"),
     ],
 )
-def test_wrong_input_is_told(sparsefit, run, arguments, message):
+def test_wrong_input_is_reported(sparsefit, run, arguments, message):
     status, _, errors = sparsefit("speed", run, *arguments)
     assert (status, message in errors) == (2, True), errors
 
@@ -133,7 +133,7 @@ def test_the_twin_differs_in_nothing_but_its_zeros():
 
 
 class Clocked:
-    """A decoder that takes as many seconds as it is told, of a clock that it drives."""
+    """A decoder that takes given seconds of a simulated clock."""
 
     weight_bytes = 1
     note = ""
@@ -216,7 +216,7 @@ def test_a_runtime_that_computes_something_else_is_not_measured(sparsefit, run, 
     assert "torch-csr: not run, torch-csr does not compute what the model does" in output
 
 
-def test_what_cannot_be_run_token_by_token_is_told(sparsefit, run):
+def test_what_cannot_be_run_token_by_token_is_reported(sparsefit, run):
     status, _, errors = sparsefit("speed", run, "--prompt", 5000, "--tokens", 2)
     assert (status, "positions" in errors) == (2, True), errors
     with pytest.raises(ConfigError, match="takes no past_key_values"):

@@ -382,7 +382,7 @@ def test_a_recurrent_classifier():
 
 
 class Hidden(nn.Module):
-    """A model with `forward` that returns what it is told."""
+    """A model whose `forward` returns a given value."""
 
     def __init__(self, output) -> None:
         super().__init__()
@@ -393,7 +393,7 @@ class Hidden(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("output", "told"),
+    ("output", "reported"),
     [
         (lambda y: SimpleNamespace(last_hidden_state=y), "gets SimpleNamespace"),
         (lambda y: y.sum(), r"gets a tensor \(\)"),
@@ -404,10 +404,10 @@ class Hidden(nn.Module):
         (lambda y: (y.unflatten(0, (1, -1)),), "gets tuple"),
     ],
 )
-def test_a_model_without_logits_is_refused_and_left_as_it_was(output, told):
+def test_a_model_without_logits_is_refused_and_left_as_it_was(output, reported):
     model = Hidden(output)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ConfigError, match=f"needs the logits .*{told}.*use allocation 'owl'"):
+    with pytest.raises(ConfigError, match=f"needs the logits .*{reported}.*use allocation 'owl'"):
         prune(model, [torch.randn(6, 6)], PruningConfig(allocation="fisher", update="none", targets="*"))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.requires_grad for p in model.parameters())

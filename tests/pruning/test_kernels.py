@@ -1,4 +1,4 @@
-"""The Triton kernels beside the tensor operations that they stand in for, on a GPU or in Triton's interpreter."""
+"""Compares the Triton kernels with the tensor operations that they replace, on a GPU or in Triton's interpreter."""
 
 from __future__ import annotations
 

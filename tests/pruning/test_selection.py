@@ -218,7 +218,7 @@ def test_the_largest_product_tells_of_scores_that_are_not_finite(value):
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(7, 300), (300, 1000), (1, 100_000), (70, 4096)])
-def test_a_gpu_gives_the_masks_of_the_cpu_to_the_bit(shape, kind, dtype):
+def test_a_gpu_gives_the_masks_of_the_cpu_bit_for_bit(shape, kind, dtype):
     scores = make_scores(kind, shape, dtype)
     factor = make_scores("random", (1, shape[1]))[0]
     for text in GRANULARITIES:

@@ -49,9 +49,12 @@ def update_columns(weights: Tensor, kept: Tensor, upper: Tensor, pattern: tuple[
     """As `weight_updates._update_columns`: prune (columns, out) weights by their mask, in place, column by column. With
     a pattern (N, M), M <= 64, the mask is filled in: the N of every M with the largest SparseGPT score are kept.
 
-    >>> if torch.cuda.is_available():
-    ...     one = torch.ones(1, 1, device="cuda")
-    ...     assert update_columns(one, one > 1, 2 * one, None).tolist() == [[0.5]]
+    >>> from sparsefit.pruning.weight_updates import inverse_factor, update_sequentially  # calls this function on a GPU
+    >>> device = "cuda" if torch.cuda.is_available() else "cpu"
+    >>> factor = inverse_factor(torch.tensor([[2.0, 1.0], [1.0, 2.0]], device=device), damping=0.0)
+    >>> mask = torch.tensor([[False, True]], device=device)
+    >>> update_sequentially(torch.ones(1, 2, device=device), mask, factor).cpu()
+    tensor([[0.0000, 1.5000]])
     """
     work, mask = weights.t().contiguous(), kept.t().contiguous()
     errors = torch.empty_like(work)
@@ -111,10 +114,11 @@ def best_pair(
     """As `refinement._best_pair`: each program handles one row and tries one pruned weight at a time. Most of the time
     goes into reading a row of the Gram matrix for each; more are tried if inputs are more correlated.
 
-    >>> if torch.cuda.is_available():
-    ...     gain, loss = torch.tensor([[-3.0, torch.inf], [torch.inf, 1.0]], device="cuda")[:, None]
-    ...     pair = best_pair(gain, loss, loss, torch.eye(2, device="cuda"), gain[0], 16)
-    ...     assert [place.item() for place in pair] == [0, 1]
+    >>> from sparsefit.pruning import refinement  # calls this function on a GPU
+    >>> device = "cuda" if torch.cuda.is_available() else "cpu"
+    >>> weight, mask = torch.tensor([[3.0, 1.0]], device=device), torch.tensor([[False, True]], device=device)
+    >>> refinement.swap(weight, mask, torch.eye(2, device=device), max_swaps=1).tolist()
+    [[True, False]]
     """
     rows, inputs = gain.shape
     added, removed = torch.zeros(2, rows, dtype=torch.long, device=gain.device).unbind()
