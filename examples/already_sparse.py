@@ -1,12 +1,12 @@
-"""A model that is sparse already: what becomes of the zeros that it has is a choice, and no guess.
+"""Pruning an already sparse model: three ways to treat its zeros (`existing_zeros`).
 
-The network was pruned elsewhere, by torch's own `global_unstructured`, to 70%, so that some of its rows have far more
-zeros than others. Pruned anew to 75% of each row (`sparsity=0.75`), the zeros of the sparsest rows would be more than
-are asked for, and those too many would be trained again. By default a note says so; `existing_zeros="keep"` keeps all
-of them and goes on from there; `"adopt"` takes them as the masks and prunes nothing, which is what fine-tuning needs.
+torch's `global_unstructured` has pruned the network to 70% before, so some of its rows have far more zeros than others.
+It is now pruned to 75% of each row. Rows with more zeros than requested would regain weights; by default, a note says
+so. `existing_zeros="keep"` prunes further without that. `"adopt"` only fixes the existing zeros, for fine-tuning.
 
-Prints for each choice the sparsity, how many of the old zeros training may bring back, and the notes; then the accuracy
-dense, sparse and fine-tuned with the adopted masks, and the zeros after that. Takes about 10 seconds.
+Prints for each choice the sparsity, how many of the existing zeros training may change, and the notes. Then prints the
+accuracy of the dense, the sparse and the fine-tuned model (with `"adopt"`), and checks the zeros. Takes about 10
+seconds.
 """
 
 import copy
@@ -62,12 +62,12 @@ for choice in (None, "keep", "adopt"):
     other = copy.deepcopy(module)
     result = prune(other, [images[:128]], PruningConfig(0.75, existing_zeros=choice))
     free = sum(int((result.masks[name] & was).sum()) for name, was in zeros.items())
-    print(f"existing_zeros={choice!r}: {result.masks.sparsity:.2%} zeros, {free} old ones may be trained again")
+    print(f"existing_zeros={choice!r}: {result.masks.sparsity:.2%} zeros, {free} existing ones may be trained again")
     print(*(f"  note: {note}" for note in result.notes), sep="\n")
 
-# Fine-tuned as it is: no calibration, no score, the zeros as they are.
+# Fine-tuning with the existing zeros: this needs no calibration and no scores.
 sparse = accuracy(module)
 Trainer(max_epochs=3, callbacks=[WandaPruning(existing_zeros="adopt")], **QUIET).fit(module, train)
 print(f"accuracy: dense {dense:.2%}, sparse {sparse:.2%}, fine-tuned {accuracy(module):.2%}")
 held = all(bool((module.get_parameter(name)[was] == 0).all()) for name, was in zeros.items())
-print("every old zero is still zero:", held)
+print("all existing zeros are still zero:", held)

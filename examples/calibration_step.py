@@ -1,11 +1,12 @@
-"""A batch that only its module understands: `calibration_step` says how it goes through the network.
+"""`calibration_step`: how a module passes an unusual batch to its model.
 
-A recommender rates pairs: its `forward` takes a user and an item, and a batch has three parts, the two and the rating.
-How to call a module with such a batch cannot be known from outside, so the module says it in one method. Without it the
-fit ends with an error that says so, before a weight has changed. Embeddings are looked up and not multiplied by, so
-they stay dense, and so does the last layer.
+A recommender rates pairs of a user and an item. Its `forward` takes these two, but its batches also contain the rating.
+The package cannot know how to call such a module with a batch, so the module defines `calibration_step`. Without it,
+the fit ends with an error that says so, before any weight changes. Embeddings stay dense, because nothing is multiplied
+by them. The output layer stays dense by default.
 
-Prints the report's summary with the module's own `val_mse` dense, pruned and recovered. Takes about 10 seconds.
+Prints the report's summary, with the module's own `val_mse` of the dense, the pruned and the recovered model. Takes
+about 10 seconds.
 """
 
 import tempfile
@@ -47,7 +48,7 @@ class Recommender(LightningModule):
 
 
 seed_everything(0)
-# Ratings follow from three tastes that each user has and each item meets.
+# A rating depends on three tastes of the user and how well the item meets them.
 tastes, merits = torch.randn(100, 3), torch.randn(100, 3)
 user, item = torch.randint(100, (6000,)), torch.randint(100, (6000,))
 rating = (tastes[user] * merits[item]).sum(1).tanh() + 0.1 * torch.randn(6000)

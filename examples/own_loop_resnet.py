@@ -1,11 +1,12 @@
-"""A training loop of one's own: a small ResNet on scikit-learn's digits, pruned and fine-tuned by one more callback.
+"""A custom training loop: one more callback prunes and fine-tunes a small ResNet on scikit-learn's digits.
 
-The LightningModule knows nothing of pruning. It is fitted twice by the same lines: once without callbacks, which gives
-the dense model, and once with `WandaPruning`, which removes 60% of the weights as the fit starts and keeps them at zero
-while the others train on. Convolutions are matrices like any other; `fc` leads to the output and stays dense by itself.
+The LightningModule contains no pruning code. It is trained twice by the same code: first without callbacks, which gives
+the dense model, then with `WandaPruning`. The callback removes 60% of the weights at the start of the fit and keeps
+them at zero while the others are trained. Convolutions are pruned as matrices. `fc`, the output layer, stays dense by
+default.
 
-Prints the report's summary, which part of the network stayed dense, and the accuracy (the module's own `val_accuracy`)
-dense, pruned and recovered. Takes about 10 seconds.
+Prints which part of the network stayed dense, and the report's summary with the accuracy (the module's own
+`val_accuracy`) of the dense, the pruned and the recovered model. Takes about 10 seconds.
 """
 
 import tempfile
@@ -66,7 +67,7 @@ val = DataLoader(TensorDataset(*data[1400:]), batch_size=512)
 module = ResNet()
 Trainer(max_epochs=4, **QUIET).fit(module, train, val)
 
-# Per layer and from the dense network's statistics, as the paper prunes image classifiers.
+# The paper prunes image classifiers like this: per layer, with statistics of the dense network.
 pruning = WandaPruning(0.6, granularity="layer", update="none")
 Trainer(max_epochs=2, callbacks=[pruning, RunReport(tempfile.mkdtemp())], **QUIET).fit(module, train, val)
 for name, reason in pruning.summary["left_dense"].items():

@@ -1,12 +1,12 @@
-"""A PEFT model of one's own: its base is pruned, its LoRA trained, and both are saved, reloaded and compared.
+"""A custom PEFT model: its base is pruned, its LoRA trained, and both are saved, reloaded and compared.
 
-`WandaPruning` sees that a model is PEFT-wrapped: the base is pruned and the adapters never. As the base is frozen,
-nothing runs per step. `RunReport` writes the sparse base once, PEFT writes the adapter, and the two reload without a
-difference. They stay apart: W + B A has no zeros where W has them, so merging plain LoRA fills the layers that it
-adapts. What is to be merged is trained as `AdapterSettings("masked_lora")`, or by PEFT's own HiRA.
+`WandaPruning` recognizes a PEFT-wrapped model: it prunes the base and never the adapters. The base is frozen,
+so nothing needs to run in each step. `RunReport` writes the sparse base once, and PEFT writes the adapter; reloaded,
+both give exactly the same outputs. They are not merged: W + B A has no zeros where W has them, so merging plain LoRA
+fills the layers that it adapts. To merge, train `AdapterSettings("masked_lora")` or PEFT's HiRA instead.
 
-Prints the report's summary with the perplexity dense, pruned and recovered; the difference between the trained model
-and the reloaded one; and the share of zeros before and after merging. Takes about 20 seconds.
+Prints the report's summary with the perplexity of the dense, the pruned and the recovered model; the difference between
+the trained and the reloaded model; and the share of zeros before and after merging. Takes about 20 seconds.
 """
 
 import tempfile
@@ -50,7 +50,7 @@ def zeros(model):
 seed_everything(0)
 folder = Path(tempfile.mkdtemp())
 
-# The text is what stands at the top of this page, letter by letter, in windows of 64.
+# The text is the docstring of this page as letters, in windows of 64.
 letters = sorted(set(__doc__))
 windows = torch.tensor([letters.index(letter) for letter in __doc__]).unfold(0, 64, 2)
 rows = [{"input_ids": window, "labels": window} for window in windows]
@@ -59,7 +59,7 @@ sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "n
 llama = LlamaForCausalLM(LlamaConfig(vocab_size=len(letters), pad_token_id=None, **sizes))
 Trainer(max_epochs=8, **QUIET).fit(LanguageModel(llama), train, val)
 
-# A model of one's own, whoever wrapped it.
+# The model is wrapped by PEFT, not by this package.
 own = get_peft_model(llama, LoraConfig(r=8, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM"))
 module = LanguageModel(own)
 Trainer(max_epochs=4, callbacks=[WandaPruning(0.5), RunReport(str(folder / "run"))], **QUIET).fit(module, train, val)
@@ -73,4 +73,4 @@ with torch.no_grad():
     difference = (own.eval()(input_ids=batch).logits - loaded.eval()(input_ids=batch).logits).abs().max()
 print(f"largest difference after reloading: {float(difference)}")
 zeros_of_merged = zeros(loaded.merge_and_unload())
-print(f"zeros in the pruned layers: {zeros_of_base:.2%} in the base, {zeros_of_merged:.2%} once plain LoRA is merged")
+print(f"zeros in the pruned layers: {zeros_of_base:.2%} in the base, {zeros_of_merged:.2%} after merging plain LoRA")

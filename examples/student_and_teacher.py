@@ -1,12 +1,12 @@
 """A module that holds two networks, a student and its frozen teacher: only the student is pruned.
 
-Which weights lead to the module's answer is seen by running a sample. `forward` asks the student alone, so the teacher
-is not reached and stays as it is, whatever its layers are called; the report counts it among what stayed dense. The
-teacher is another, larger network here. A model that is to learn from itself as it was before it was pruned needs no
-second network: that is what `sparsefit.modules.RecoveryMixin` is for.
+One sample shows which weights the output depends on; `forward` calls only the student. So the teacher is not changed,
+whatever the names of its layers are, and the report lists it among the dense layers. Here the teacher is another,
+larger network. To use the dense version of a model as its teacher, no second network is needed: see
+`sparsefit.modules.RecoveryMixin`.
 
-Prints the report's summary with the accuracy of the student dense, pruned and recovered, whether the teacher is
-unchanged, and what of the student was pruned. Takes about 10 seconds.
+Prints the report's summary with the accuracy of the dense, the pruned and the recovered student; whether the teacher is
+unchanged; and which layers were pruned. Takes about 10 seconds.
 """
 
 import tempfile
@@ -43,8 +43,8 @@ class Distilled(LightningModule):
         if self.teacher is None:
             return loss
         with torch.no_grad():
-            taught = self.teacher(images).log_softmax(1)
-        return loss + kl_div(logits.log_softmax(1), taught, reduction="batchmean", log_target=True)
+            target = self.teacher(images).log_softmax(1)
+        return loss + kl_div(logits.log_softmax(1), target, reduction="batchmean", log_target=True)
 
     def validation_step(self, batch, batch_idx):
         images, digits = batch

@@ -1,11 +1,11 @@
-"""A vision-language model of which only the language part is pruned: `targets=["language_model"]`.
+"""A vision-language model in which only the language part is pruned: `targets=["language_model"]`.
 
-A small LLaVA of transformers reads digits: 16 patches of the image stand before the question, and the next word is the
-answer. Targets are names of layers or of whole parts; what they name is pruned, and the vision tower and the projector
-stay dense. The calibration goes through the whole model, so that the language part is scored with what images give.
+A small LLaVA of transformers reads digits: its input is 16 patches of an image and a question token, and the next token
+is the answer. Targets are names of layers or of whole parts of a model. Only these are pruned; here, the vision tower
+and the projector stay dense. Calibration runs the whole model, so the scores of the language part account for images.
 
-Prints the report's summary with the accuracy dense, pruned and recovered, and the sparsity of each part of the model.
-Takes about 20 seconds.
+Prints the report's summary with the accuracy of the dense, the pruned and the recovered model, and the sparsity of each
+part of the model. Takes about 20 seconds.
 """
 
 import tempfile
@@ -19,7 +19,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from sparsefit import RunReport, WandaPruning
 
-IMAGE, QUESTION, ANSWERS = 10, 11, range(10)  # the words of its language: ten answers, a place of an image, a question
+IMAGE, QUESTION, ANSWERS = 10, 11, range(10)  # token ids: ten answers, an image patch, a question
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
@@ -32,15 +32,15 @@ class Reader(LightningModule):
         config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE)
         self.model = LlavaForConditionalGeneration(config)
 
-    def forward(self, input_ids, pixel_values):  # calibration takes from a batch what this takes
+    def forward(self, input_ids, pixel_values):  # calibration passes the parts of a batch with these names
         return self.model(input_ids=input_ids, pixel_values=pixel_values).logits[:, -1]
 
     def training_step(self, batch, batch_idx):
         return cross_entropy(self(batch["input_ids"], batch["pixel_values"]), batch["answer"])
 
     def validation_step(self, batch, batch_idx):
-        said = self(batch["input_ids"], batch["pixel_values"]).argmax(1)
-        self.log("val_accuracy", (said == batch["answer"]).float().mean(), batch_size=len(said))
+        answer = self(batch["input_ids"], batch["pixel_values"]).argmax(1)
+        self.log("val_accuracy", (answer == batch["answer"]).float().mean(), batch_size=len(answer))
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=3e-3)
@@ -49,8 +49,8 @@ class Reader(LightningModule):
 seed_everything(0)
 images, digits = load_digits(return_X_y=True)
 images = torch.tensor(images / 8 - 1, dtype=torch.float32).view(-1, 1, 8, 8).expand(-1, 3, -1, -1)
-words = torch.tensor([*[IMAGE] * 16, QUESTION])
-rows = [{"input_ids": words, "pixel_values": i, "answer": d} for i, d in zip(images, digits, strict=True)]
+tokens = torch.tensor([*[IMAGE] * 16, QUESTION])
+rows = [{"input_ids": tokens, "pixel_values": i, "answer": d} for i, d in zip(images, digits, strict=True)]
 train, val = DataLoader(rows[:1400], batch_size=64, shuffle=True), DataLoader(rows[1400:], batch_size=200)
 module = Reader()
 Trainer(max_epochs=8, **QUIET).fit(module, train, val)

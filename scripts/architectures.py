@@ -1,11 +1,11 @@
 """Prunes tiny random models of many architectures of transformers, and compares the masks with a slow brute force.
 
     python scripts/architectures.py                 # one line for each architecture
-    python scripts/architectures.py --write         # and the table in docs/architectures.md
+    python scripts/architectures.py --write         # also writes the table in docs/architectures.md
     python scripts/architectures.py --only Mixtral  # only those with this in their name
 
-The models are made from configurations alone; nothing is downloaded. They are those of
-tests/pruning/architectures.py, the brute force is that of tests/pruning/brute_force.py.
+The models are created from configurations; nothing is downloaded. They are listed in tests/pruning/architectures.py;
+the brute force is in tests/pruning/brute_force.py.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ those of a brute-force implementation. The columns:
 
 
 class Row(NamedTuple):
-    """What was found on one architecture."""
+    """The result for one architecture."""
 
     name: str
     result: PruningResult
@@ -77,13 +77,13 @@ class Row(NamedTuple):
 
     @property
     def order(self) -> str:
-        """The order that was used."""
+        """The order of pruning that was used."""
         later = any(note.endswith("from one pass of the data") for note in self.result.notes)
         return f"{self.result.update}, then the rest" if later else self.result.update
 
     @property
     def verdict(self) -> str:
-        """What the brute force says."""
+        """Whether the masks equal those of the brute force."""
         found = self.comparison
         if found.wrong:
             return f"no ({len(found.wrong)} of {len(self.result.masks.parameters)} matrices)"
@@ -105,7 +105,7 @@ class Row(NamedTuple):
 
     @property
     def notes(self) -> list[str]:
-        """The notes of the report, those on weights without tokens put together."""
+        """The notes of the report; those on weights without tokens are combined into one."""
         unseen = [note for note in self.result.notes if "saw no calibration token" in note]
         others = [note for note in self.result.notes if note not in unseen and not note.startswith("only ")]
         if unseen:

@@ -13,8 +13,8 @@ LINKS = ROOT / "build/docs"
 
 
 def main() -> int:
-    """Link what mkdocs.yml reads, and run mkdocs; its exit status."""
-    # The pages lie in several folders, and callbacks/ outside its package: links put both as the site needs them.
+    """Link the files that mkdocs.yml reads, and run mkdocs. Returns its exit status."""
+    # The pages are in several folders, and callbacks/ is outside its package: links collect them for the site.
     shutil.rmtree(LINKS, ignore_errors=True)
     package = [file for file in (ROOT / "src/sparsefit").iterdir() if file.name != "callbacks"]
     for folder, parts in {

@@ -1,4 +1,4 @@
-"""For mkdocs.yml: shows the `>>>` examples of docstrings as code, where Markdown takes them for quotations."""
+"""For mkdocs.yml: shows the `>>>` examples of docstrings as code; Markdown would show them as quotations."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 import griffe
 
-# An example goes on to the next empty line, as doctest has it.
+# As in doctest, an example ends at the next empty line.
 EXAMPLE = re.compile(r"^>>> .*?(?=\n\s*\n|\Z)", re.MULTILINE | re.DOTALL)
 
 
 class DoctestBlocks(griffe.Extension):
-    """Puts fences around the examples of every docstring."""
+    """Puts the examples of every docstring into code blocks."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
-        """Take an object whose docstring has been read."""
+        """Change the docstring of an object."""
         if obj.docstring:
             obj.docstring.value = EXAMPLE.sub(r"```pycon\n\g<0>\n```", obj.docstring.value)

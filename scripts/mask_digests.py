@@ -3,9 +3,9 @@
     python scripts/mask_digests.py --record digests.json
     python scripts/mask_digests.py --compare digests.json
 
-For a rewrite that is to change no mask: record before, compare after, on one machine (another processor may round a
-matrix product otherwise). The models are the small ones of the tests, the language model of the package and, where
-`--data` names a folder that has it, `tinystories656K`.
+To check that a rewrite changes no mask: record before it and compare after it, on the same machine (another processor
+may round matrix products differently). The models are the small ones of the tests, the language model of the package
+and `tinystories656K`, if the folder `--data` has it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/pruning")]
 
 from image_models import MODELS, image_model, images  # noqa: E402
 from moe import FAMILIES, SIZES  # noqa: E402
-from passes import spread_weights  # noqa: E402
+from reference_inputs import spread_weights  # noqa: E402
 from tiny_models import ARCHITECTURES  # noqa: E402
 
 from sparsefit import PruningConfig, prune  # noqa: E402
@@ -58,7 +58,7 @@ load = transformers.AutoModelForCausalLM.from_pretrained
 
 
 def subjects(data: Path | None) -> Iterator[tuple[str, Subject]]:
-    """The name of each model, how it is made, and its batches."""
+    """Yields the name of each model, a function that creates it, and its batches."""
     ids = torch.randint(3, 61, (6, 12), generator=torch.Generator().manual_seed(1))
     padded = {"input_ids": ids, "attention_mask": (torch.arange(12) < torch.arange(7, 13)[:, None]).long()}
     for name, (family, head, settings) in ARCHITECTURES.items():
@@ -86,7 +86,7 @@ def subjects(data: Path | None) -> Iterator[tuple[str, Subject]]:
 
 
 def digests(data: Path | None, only: str) -> dict[str, dict[str, str]]:
-    """By model and method: the order used, the digest of the masks, and that of the weights."""
+    """The order used and the digests of masks and weights, by model and method."""
     torch.manual_seed(0)
     found = {}
     for name, (make, batches) in subjects(data):

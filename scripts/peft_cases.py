@@ -1,4 +1,4 @@
-"""Every tuner of the installed PEFT, on tiny models of random weights."""
+"""Adapters of every tuner of the installed PEFT, on tiny models with random weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LM = {"task_type": "CAUSAL_LM"}
 
 @dataclass(frozen=True)
 class Case:
-    """One way to make an adapter."""
+    """One way to create an adapter."""
 
     tuner: str
     variant: str
@@ -33,17 +33,17 @@ class Case:
 
     @property
     def name(self) -> str:
-        """The tuner, its variant and the model, if that is another than the usual one."""
+        """The tuner, its variant, and the model if it is not the Llama."""
         return " ".join(filter(None, (self.tuner, self.variant, "" if self.model == "llama" else f"({self.model})")))
 
 
 def of_config(kind: str, **settings: Any) -> Callable[[nn.Module], nn.Module]:
-    """Wraps a model by the configuration of this name."""
+    """A function that wraps a model with the PEFT configuration of this name."""
     return lambda model: get_peft_model(model, getattr(peft, kind)(**settings))
 
 
 def with_corda(model: nn.Module) -> nn.Module:
-    """CorDA looks at activations before it makes its adapters."""
+    """CorDA: needs activations before it is created."""
     from peft.tuners.lora.config import CordaConfig
     from peft.tuners.lora.corda import preprocess_corda
 
@@ -57,7 +57,7 @@ def with_corda(model: nn.Module) -> nn.Module:
 
 
 def with_eva(model: nn.Module) -> nn.Module:
-    """EVA does so afterwards."""
+    """EVA: needs activations after it is created."""
     from peft import EvaConfig, initialize_lora_eva_weights
 
     config = peft.LoraConfig(init_lora_weights="eva", eva_config=EvaConfig(rho=1.0), **LOW, **LM)
@@ -68,7 +68,7 @@ def with_eva(model: nn.Module) -> nn.Module:
 
 
 def with_lora_ga(model: nn.Module) -> nn.Module:
-    """LoRA-GA looks at gradients before."""
+    """LoRA-GA: needs gradients before it is created."""
     from peft import LoraGAConfig
     from peft.tuners.lora.loraga import preprocess_loraga
 
@@ -83,14 +83,14 @@ def with_lora_ga(model: nn.Module) -> nn.Module:
 
 
 def with_loftq(model: nn.Module) -> nn.Module:
-    """LoftQ needs scipy and quantizes on the way."""
+    """LoftQ: needs scipy; quantizes while it is created."""
     return get_peft_model(
         model, peft.LoraConfig(init_lora_weights="loftq", loftq_config={"loftq_bits": 4, "loftq_iter": 1}, **LOW, **LM)
     )
 
 
 def with_xlora(model: nn.Module) -> nn.Module:
-    """X-LoRA mixes adapters that lie on disk."""
+    """X-LoRA: mixes adapters saved on disk."""
     folder = tempfile.mkdtemp()
     get_peft_model(copy.deepcopy(model), peft.LoraConfig(init_lora_weights=False, **LOW, **LM)).save_pretrained(folder)
     model.config.use_cache = False
@@ -105,7 +105,7 @@ def lora(variant: str, model: str = "llama", **settings: Any) -> Case:
 
 
 def cases() -> Iterator[Case]:
-    """All tuners, and those of their settings that change how they come to be."""
+    """All tuners, and those of their settings that change their initialization."""
     yield lora("")
     yield lora("DoRA", use_dora=True)
     yield lora("rsLoRA", use_rslora=True)
@@ -214,7 +214,7 @@ def _made(kind: str, **settings: Any) -> Any:
 
 
 class Convolutions(nn.Module):
-    """Convolutions that are no transformers model."""
+    """A convolutional network that is not a transformers model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ class Convolutions(nn.Module):
 
 
 class Attention(nn.Module):
-    """torch's own attention."""
+    """A model with `nn.MultiheadAttention`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -255,7 +255,7 @@ SIZES = {
 
 
 def dense_model(kind: str) -> nn.Module:
-    """A tiny model of random weights, always the same ones."""
+    """A tiny model with random weights, the same in each call."""
     torch.manual_seed(0)
     if kind == "llama":
         return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
@@ -272,7 +272,7 @@ def inputs(model: nn.Module, kind: str = "llama", seed: int = 1) -> Any:
     if kind == "mha":
         return torch.randn(3, 7, 32, generator=drawn)
     tokens = torch.randint(6, 61, (3, 12), generator=drawn)
-    tokens[:, 4] = 5  # aLoRA waits for it
+    tokens[:, 4] = 5  # the invocation token of aLoRA
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     tuners = {config.peft_type.value for config in getattr(model, "peft_config", {}).values()}
     if tuners & {"POLY", "MULTITASK_PROMPT_TUNING"}:

@@ -45,18 +45,19 @@ def base_weights(model: nn.Module) -> dict[str, Tensor]:
 
 @dataclass
 class Findings:
-    """What came of a case.
+    """Results of one tuner.
 
     Attributes:
-        changes_base: Whether weights of the base were others once the adapter was made.
-        takes_from_base: Whether the adapter is another one if it is made on other weights.
-        without: The largest difference of a logit between the model in memory and what PEFT writes of it; or an error.
-        reload: The same by the rules of the package; None where it refuses the model.
-        unchanged: Where it is refused: whether the model is then as it was, to the bit.
-        fits: Whether the masks are those of the weights that are pruned without the adapter, by the names in the file.
-        filled: How many of the pruned weights PEFT's merge fills again.
+        changes_base: Whether weights of the base were changed by creating the adapter.
+        takes_from_base: Whether creating the adapter on other weights gives another adapter.
+        without: The largest difference of a logit between the model in memory and the one that PEFT saves and loads; or
+            an error.
+        reload: The same with the package's rules; None if the package refuses the model.
+        unchanged: For a refused model: whether it equals, bit for bit, the model before the attempt.
+        fits: Whether the file has masks of the same weights that are pruned without an adapter.
+        filled: How many of the pruned weights are not zero after PEFT's merge.
         pruned: How many weights are pruned.
-        error: Why a case could not be made, a merge not be done, or a model is refused.
+        error: Why an adapter could not be created or merged, or why the model was refused.
     """
 
     changes_base: bool | None = None
@@ -71,11 +72,11 @@ class Findings:
 
 
 def measure(case: Case) -> Findings:
-    """Make, train, prune, write and read one adapter, with the rules of the package and without them."""
+    """Create, train, prune, save and load one adapter, with and without the package's rules."""
     found = Findings()
     try:
         adapted = case.make(dense_model(case.model)).eval()
-    except Exception as error:  # it is what the table reports
+    except Exception as error:  # the table reports it
         found.error = f"{type(error).__name__}: {error}"
         return found
     before = base_weights(dense_model(case.model))
@@ -87,7 +88,7 @@ def measure(case: Case) -> Findings:
 
 
 def by_the_rules(case: Case, adapted: nn.Module, found: Findings) -> None:
-    """Train, prune, write and read an adapter with the rules of the package."""
+    """Train, prune, save and load an adapter with the package's rules."""
     train(adapted)
     state = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
     try:
@@ -108,7 +109,7 @@ def by_the_rules(case: Case, adapted: nn.Module, found: Findings) -> None:
 
 
 def takes_from_base(case: Case) -> bool:
-    """Whether adapters differ that are made from the same seed on two bases."""
+    """Whether adapters that are created with the same seed on two bases differ."""
     made = []
     for share in (0.0, 0.5):
         model = dense_model(case.model)
@@ -130,7 +131,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def without_rules(case: Case) -> float | str:
-    """The largest difference of a logit where PEFT alone prepares, writes and reads the adapter."""
+    """The largest difference of a logit if PEFT alone saves and loads the adapter."""
     checks = targets.CHECKS.copy()
     targets.CHECKS.clear()
     try:
@@ -142,7 +143,7 @@ def without_rules(case: Case) -> float | str:
             export_base(adapted, masks, base)
             adapted.save_pretrained(adapter)
             return difference(adapted, read(case, base, adapter), case)
-    except Exception as error:  # it is what the table reports
+    except Exception as error:  # the table reports it
         return type(error).__name__
     finally:
         targets.CHECKS[:] = checks
@@ -150,7 +151,7 @@ def without_rules(case: Case) -> float | str:
 
 @torch.no_grad()
 def train(adapted: nn.Module) -> None:
-    """Give what trains other values, as training does."""
+    """Randomize trained parameters, as training would."""
     torch.manual_seed(5)
     for parameter in adapted.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
@@ -158,7 +159,7 @@ def train(adapted: nn.Module) -> None:
 
 
 def pruned(model: nn.Module, case: Case) -> MaskSet:
-    """Prune a model, or the base under an adapter."""
+    """Prune a model, or the base of an adapter."""
     batches = [inputs(model, case.model, seed) for seed in (2, 3)]
     update = "none" if case.name in IN_ONE_PASS else "block"
     with magnitudes_follow(model):
@@ -166,7 +167,7 @@ def pruned(model: nn.Module, case: Case) -> MaskSet:
 
 
 def read(case: Case, base: Path, adapter: Path | None = None) -> nn.Module:
-    """What plain transformers and PEFT make of the files."""
+    """Load the files with plain transformers and PEFT."""
     torch.manual_seed(11)
     if case.model in ("llama", "bert"):
         of = {"llama": "AutoModelForCausalLM", "bert": "AutoModelForSequenceClassification"}[case.model]
@@ -189,14 +190,14 @@ def difference(one: nn.Module, other: nn.Module, case: Case) -> float:
 
 
 def count_filled(adapted: nn.Module, masks: MaskSet, found: Findings) -> None:
-    """Merge as PEFT does it, and count."""
+    """Merge with PEFT, and count the pruned weights that are not zero afterwards."""
     found.pruned = sum(zeros for _, zeros in masks.counts().values())
     try:
         whole = copy.deepcopy(adapted).merge_and_unload()
     except (NotImplementedError, AttributeError) as error:
         found.error = f"{type(error).__name__}: {error}"
         return
-    found.filled = sum(masks.alive(name, matrix) for name, matrix in masks.matrices_in(whole))
+    found.filled = sum(masks.alive(whole).values())
 
 
 def row(case: Case, found: Findings) -> str:

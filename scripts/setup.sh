@@ -1,4 +1,4 @@
-# Sourced by the other scripts: makes .venv with the tested versions, once, and again only when they change.
+# Sourced by the other scripts: creates .venv with the tested versions, and updates it when they change.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python="${PYTHON:-python3}"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
@@ -9,7 +9,7 @@ wanted="$(cat pyproject.toml constraints.txt | cksum) $(pwd)"
 if [ "$wanted" != "$(cat .venv/installed 2>/dev/null)" ]; then
   echo "Installing into .venv ..."
   export PIP_DISABLE_PIP_VERSION_CHECK=1
-  # torch first, alone: other packages would draw in a build with CUDA where a CPU build would do.
+  # torch first, alone: other packages would install a build with CUDA where a CPU build is enough.
   .venv/bin/python -m pip install --quiet "$(grep '^torch==' constraints.txt)"
   .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
   echo "$wanted" >.venv/installed

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the linter and the tests, a process on each core. Arguments go to pytest:
+# Runs the linter and the tests, one process per core. Arguments go to pytest:
 #   bash scripts/test.sh tests/pruning
 #   bash scripts/test.sh -m "not slow"   # the quick ones
 set -euo pipefail
@@ -8,5 +8,5 @@ source "$(dirname "$0")/setup.sh"
 .venv/bin/ruff format --check .
 # The tests start many processes, each of which would compile the package again.
 unset PYTHONDONTWRITEBYTECODE
-# One thread each: more would wait for one another. A file stays in one process, as its tests share models and runs.
+# One thread each, as more would compete for the cores. The tests of a file share models and runs, so run in one process.
 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" .venv/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder "$@"

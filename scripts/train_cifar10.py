@@ -1,14 +1,14 @@
-"""Train a small ResNet, ConvNeXt or DeiT on CIFAR-10 from nothing, as a dense model to prune.
+"""Train a small ResNet, ConvNeXt or DeiT on CIFAR-10 from scratch, as a dense model to prune.
 
     python scripts/train_cifar10.py --model resnet --minutes 35 --output runs/cifar10/resnet
     python scripts/train_cifar10.py --model convnext --minutes 30 --output runs/cifar10/convnext
     python scripts/train_cifar10.py --model deit --minutes 30 --output runs/cifar10/deit
 
 Reads `train.parquet` and `test.parquet` (images as bytes, with labels) from the folder `--data`. The last 5,000 images
-of the training file are held out for validation; the test file is looked at once, at the end. Training runs until
+of the training file are held out for validation; the test file is used once, at the end. Training runs until
 `--minutes` are spent or `--epochs` are done, and the learning rate, after its warm-up, falls linearly to zero there.
-The output is a folder in Hugging Face layout: model, configuration, image processor, and `training.json`, which tells
-the accuracies and what they cost. Give the same command again to go on after an interruption.
+The output is a folder in Hugging Face layout: model, configuration, image processor, and `training.json` with
+the accuracies and their cost. Run the same command again to resume after an interruption.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from sparsefit.modules import ImageClassifierModule
 
 HELD_OUT_FROM = 45_000
 CHECKPOINT_INTERVAL = timedelta(minutes=3)
-TOLD_STEPS = 100
+REPORTED_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Progress(Callback):
     ) -> None:
         """Print a line."""
         step, now = trainer.global_step, time.monotonic()
-        if step % TOLD_STEPS:
+        if step % REPORTED_STEPS:
             return
         pace = (step - self._last[0]) / (now - self._last[1])
         self._last = (step, now)
@@ -205,11 +205,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=Path("data/cifar10"), help="folder of train.parquet, test.parquet")
     parser.add_argument("--minutes", type=float, default=30, help="wall time of the training, validation included")
-    parser.add_argument("--epochs", type=int, default=-1, help="at most so many; without it, only the minutes count")
+    parser.add_argument(
+        "--epochs", type=int, default=-1, help="the most epochs; by default only --minutes is the limit"
+    )
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--validate-every", type=int, default=1, help="so many epochs")
-    parser.add_argument("--learning-rate", type=float, help="the highest; by default the model's own")
-    parser.add_argument("--weight-decay", type=float, help="by default the model's own")
+    parser.add_argument("--validate-every", type=int, default=1, help="epochs between two validations")
+    parser.add_argument("--learning-rate", type=float, help="the highest; by default that of the model's recipe")
+    parser.add_argument("--weight-decay", type=float, help="by default that of the model's recipe")
     parser.add_argument("--warmup-steps", type=int, default=100)
     parser.add_argument("--precision", default="bf16-mixed", help="bf16-mixed (twice as fast where the CPU has it), 32")
     parser.add_argument("--threads", type=int, help="of torch; by default all cores")
@@ -229,7 +231,7 @@ def main() -> None:
     account = {"command": shlex.join(["python", *sys.argv]), "threads": torch.get_num_threads()}
     account |= train(args, checkpoints) | {"machine": machine(), "versions": versions()}
     (args.output / "training.json").write_text(json.dumps(account, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(checkpoints)  # of what is now done
+    shutil.rmtree(checkpoints)  # training is complete
     print(
         json.dumps({key: account[key] for key in ("validation", "test", "parameters", "epochs", "seconds")}, indent=2)
     )

@@ -1,4 +1,4 @@
-"""Train the small Llama that sparsefit carries, from nothing: its tokenizer, then its weights.
+"""Train the small Llama of the package from scratch: its tokenizer, then its weights.
 
     python scripts/train_tiny_llama.py --minutes 80 --compile --output src/sparsefit/assets/tiny_llama \
         --texts wikitext2/valid.txt tinystories/train_sample.jsonl \
@@ -6,8 +6,8 @@
 
 It reads Python's documentation from the running Python (all but its test part) and any further texts: a
 plain file is one document, a `.jsonl` file has a document in each line's field `text`, and `FILE:N` takes
-the first N of them. The learning rate falls linearly to zero as the minutes run out. `--start` goes on from a
-model saved before, with its tokenizer.
+the first N of them. The learning rate falls linearly to zero as the minutes run out. `--start` continues from a
+saved model and its tokenizer.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", nargs="*", default=[], metavar="FILE[:N]")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--start", type=Path, help="a folder to go on from instead of random weights")
+    parser.add_argument("--start", type=Path, help="a folder with a model to continue from, instead of random weights")
     parser.add_argument("--minutes", type=float, default=80)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
@@ -163,7 +163,7 @@ def main() -> None:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.start)
     else:
         tokenizer = train_tokenizer(python_docs + further, CONFIG["vocab_size"])
-    # Python's documentation counts twice: it is the smaller half, and what the quickstart is about.
+    # Python's documentation is used twice: it is the smaller part, and the quickstart is about it.
     stream = torch.cat([token_stream(tokenizer, python_docs)] * 2 + [token_stream(tokenizer, further)])
     held_out = token_stream(tokenizer, documents("test")).to(device)
     end = tokenizer.eos_token_id

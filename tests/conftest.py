@@ -17,13 +17,13 @@ SHARED_DATA = Path(__file__).parents[1] / "../shared/data"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first, so that none is left to a single process at the end."""
+    """Run files with slow tests first, so that no process runs one alone at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
 
 def pytest_collection_finish() -> None:
-    """Collecting garbage takes a third of a second where the libraries' objects are looked through each time."""
+    """Exclude the libraries' objects from garbage collection, which otherwise takes a third of a second each time."""
     gc.collect()
     gc.freeze()
 
@@ -43,9 +43,9 @@ def figures_where_asked_for(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real data and models beside the repository; tests that need it are skipped where it is absent."""
+    """The folder of real data and models next to the repository. Tests that need it are skipped without it."""
     if not SHARED_DATA.is_dir():
-        pytest.skip("there is no ../shared/data beside the repository: real data and models are not at hand")
+        pytest.skip("there is no folder ../shared/data with real data and models")
     return SHARED_DATA
 
 

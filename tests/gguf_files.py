@@ -1,4 +1,4 @@
-"""A small Llama and its tokenizer, written as a GGUF file in the way of llama.cpp."""
+"""A small Llama and its tokenizer, written as a GGUF file like those of llama.cpp."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def tiny_llama(vocabulary: int) -> LlamaForCausalLM:
 def write_gguf(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, file: Path, quantized: bool = False
 ) -> Path:
-    """Write both; matrices as floats, or in blocks of 32 weights of 4 bits."""
+    """Write model and tokenizer, with matrices as floats or in blocks of 32 weights of 4 bits."""
     gguf = pytest.importorskip("gguf", reason="the package gguf, which writes and reads GGUF files, is not installed")
     config, writer = model.config, gguf.GGUFWriter(file, "llama")
     writer.add_name("tiny")

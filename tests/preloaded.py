@@ -1,4 +1,4 @@
-"""What the server of `ranks` and `commands` has imported and read once, so that no process that it forks has to."""
+"""Modules and files that the server of `ranks` and `commands` loads once for all processes that it forks."""
 
 import gc
 

@@ -1,4 +1,4 @@
-"""Several processes that talk over gloo, for the tests of runs on several devices.
+"""Several processes that communicate with gloo, for tests of runs on several devices.
 
 The processes are forked from a server that has imported the libraries once (`multiprocessing`'s forkserver): a spawned
 process takes some 6 s before it does anything, a forked one none, and no thread or state of the tests is in it.
@@ -26,7 +26,7 @@ multiprocessing.set_forkserver_preload(["preloaded"])
 
 
 def forking() -> ForkServerContext:
-    """The context of processes that are forked from the server, which it starts where it does not run."""
+    """The context of processes that are forked from the server; starts the server if it does not run."""
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]  # the server has no other `sys.path`
     with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, paths))):
         forkserver.ensure_running()
@@ -34,7 +34,7 @@ def forking() -> ForkServerContext:
 
 
 def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """Call a function in several processes, and return what it returns in each, rank by rank.
+    """Call a function in several processes. Returns its results, rank by rank.
 
     Args:
         ranks: How many processes.
@@ -68,5 +68,5 @@ def _rank(rank: int, ranks: int, port: int, folder: str, task: bytes) -> None:
 
 
 def ddp(ranks: int) -> dict[str, Any]:
-    """What a Trainer in a function of `on_ranks` takes, to train with so many ranks."""
+    """Settings of a Trainer in a function of `on_ranks`, to train with a number of ranks."""
     return {"accelerator": "cpu", "devices": ranks, "strategy": "ddp"}

@@ -12,14 +12,14 @@ from torch.distributed.tensor import DTensor
 
 
 def sharded(ranks: int, **settings: Any) -> dict[str, Any]:
-    """What a Trainer on so many ranks takes, to shard its model; a rank that waits for others gives up after 2 min."""
+    """Settings of a Trainer that shards its model over a number of ranks; ranks wait at most 2 min for each other."""
     settings = {"timeout": timedelta(seconds=120), "save_distributed_checkpoint": False} | settings
     strategy = ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1, **settings)
     return {"accelerator": "cpu", "devices": ranks, "strategy": strategy}
 
 
 class ShardsItself:
-    """Stands before LightningModule among the bases of a module: shards `model`, each of its `blocks` and the rest."""
+    """A base class before LightningModule that shards `model`: each of its `blocks`, and the rest."""
 
     def configure_model(self) -> None:
         if any(isinstance(parameter, DTensor) for parameter in self.parameters()):
@@ -31,11 +31,11 @@ class ShardsItself:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, detached; of a sharded one on all ranks, which must ask together."""
+    """A whole tensor, detached. For a sharded tensor, all ranks must call this together."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
 
 def whole_weights(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters of a module, whole, by name."""
+    """The whole parameters of a module, by name."""
     return {name: whole(parameter) for name, parameter in module.named_parameters()}

@@ -1,4 +1,4 @@
-"""The examples run as a reader runs them, and print what they say they print."""
+"""The examples run like a reader would run them, and print what their docstrings say."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 
 @dataclass
 class Printed:
-    """What an example is expected to print: patterns, and a figure of the dense, the pruned and the recovered model.
+    """The expected output of an example.
 
-    `least` is how good the dense and the recovered model are on any machine.
+    Attributes:
+        lines: Patterns that its lines match.
+        figure: The first word of the line with a figure of the dense, the pruned and the recovered model.
+        least: What the figures of the dense and the recovered model reach on any machine.
+        higher: Whether higher figures are better.
     """
 
     lines: tuple[str, ...]
@@ -31,11 +35,11 @@ class Printed:
 EXPECTED = {
     "already_sparse": Printed(
         (
-            r"existing_zeros=None: 75\.00% zeros, [1-9]\d* old ones may be trained again",
+            r"existing_zeros=None: 75\.00% zeros, [1-9]\d* existing ones may be trained again",
             r"note: 2 matrices are more than 5% zeros already .* Set existing_zeros to 'keep'",
-            r"existing_zeros='keep': 7[5-9]\.\d\d% zeros, 0 old ones",
-            r"existing_zeros='adopt': 70\.00% zeros, 0 old ones",
-            r"every old zero is still zero: True",
+            r"existing_zeros='keep': 7[5-9]\.\d\d% zeros, 0 existing ones",
+            r"existing_zeros='adopt': 70\.00% zeros, 0 existing ones",
+            r"all existing zeros are still zero: True",
         ),
         "accuracy:",
         80,
@@ -57,7 +61,7 @@ EXPECTED = {
             r"all matrices of the model +48\.08%",
             r"not merged: lora, kept apart",
             r"largest difference after reloading: 0\.0\n",
-            r"zeros in the pruned layers: 50\.00% in the base, 3\d\.\d\d% once plain LoRA is merged",
+            r"zeros in the pruned layers: 50\.00% in the base, 3\d\.\d\d% after merging plain LoRA",
         ),
         "val_perplexity",
         2,
@@ -103,35 +107,35 @@ EXPECTED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_an_example_prints_what_it_shows(script, tmp_path):
-    assert script.stem in EXPECTED, "say here what the new example is expected to print"
+    assert script.stem in EXPECTED, "add the expected output of the new example here"
     expected = EXPECTED[script.stem]
-    # Folders that an example leaves for its reader to look at.
+    # For the folders that an example leaves to its reader.
     run = Command(["python", script], ROOT, {"TMPDIR": str(tmp_path)}).wait()
     assert run.returncode == 0, run.stderr[-3000:]
     for line in expected.lines:
         assert re.search(line, run.stdout), f"no line like {line!r} in:\n{run.stdout}"
     dense, pruned, recovered = figures(run.stdout, expected.figure)
     better = max if expected.higher else min
-    # The dense model has learned something, which the recovered one knows, too, and pruning alone is no gain.
+    # The dense and the recovered model have learned the task, and recovery improves the pruned model.
     assert better(dense, expected.least) == dense
     assert better(recovered, expected.least) == recovered
     assert better(recovered, pruned) == recovered
 
 
 def figures(printed: str, name: str) -> list[float]:
-    """The first three numbers of the first line that begins with a name and has as many."""
+    """The first three numbers of the first line that begins with a name and has at least three."""
     rows = [re.findall(r"\d+\.\d+", line) for line in printed.splitlines() if line.split()[:1] == [name]]
     return [float(number) for number in next(row for row in rows if len(row) >= 3)[:3]]
 
 
-def test_the_page_of_the_examples_lists_each():
+def test_the_page_of_the_examples_lists_all():
     page = (ROOT / "examples/README.md").read_text()
     assert sorted(re.findall(r"`python examples/(\w+)\.py`", page)) == [script.stem for script in SCRIPTS]
     assert EXPECTED.keys() == {script.stem for script in SCRIPTS}
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
-def test_an_example_takes_public_names_alone(script):
+def test_an_example_uses_only_public_names(script):
     imports = [node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.ImportFrom)]
     own = [node for node in imports if node.module.partition(".")[0] == "sparsefit"]
     assert own

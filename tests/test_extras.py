@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsefit.cli.parsing import sentence
+from sparsefit.cli.input_errors import sentence
 from sparsefit.data import DigitsDataModule, ImageDataModule
 from sparsefit.errors import ConfigError
 from sparsefit.extras import EXTRAS
@@ -58,9 +58,9 @@ def test_a_missing_library_is_named_with_its_extra(monkeypatch, library, use):
 def test_a_class_of_a_recipe_from_a_missing_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "kornia", None)
     reason = "Problem with given class_path 'kornia.augmentation.RandomCrop':\n  No module named 'kornia'"
-    told = sentence(f'Parser key "data.augmentation":\n  {reason}')
-    assert told.startswith("data.augmentation: kornia.augmentation.RandomCrop needs kornia")
-    assert told.endswith("pip install 'sparsefit[images]'")
+    reported = sentence(f'Parser key "data.augmentation":\n  {reason}')
+    assert reported.startswith("data.augmentation: kornia.augmentation.RandomCrop needs kornia")
+    assert reported.endswith("pip install 'sparsefit[images]'")
 
 
 def test_without_matplotlib_a_page_has_no_figures_and_says_so(monkeypatch):

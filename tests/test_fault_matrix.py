@@ -1,4 +1,4 @@
-"""The short form of `scripts/fault_matrix.py`."""
+"""A short form of `scripts/fault_matrix.py`."""
 
 from __future__ import annotations
 
@@ -16,75 +16,74 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reas
 
 @pytest.fixture(scope="module")
 def faults():
-    """The script: imported for these tests alone, as it needs to fork and sets variables of its process."""
+    """The script. It is imported only for these tests, as it needs to fork and sets environment variables."""
     with pytest.MonkeyPatch.context() as changed:
         changed.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
         yield importlib.import_module("fault_matrix")
 
 
 @pytest.fixture(scope="module")
-def undisturbed(faults, tmp_path_factory):
-    """A workplace, a run that nothing has happened to, what it came to, and how often it writes."""
+def without_fault(faults, tmp_path_factory):
+    """The commands, a run without a fault, its outcome, and its number of writes."""
     folder = tmp_path_factory.mktemp("faults").resolve()
-    place, run = faults.Workplace(folder, steps=2), folder / "straight"
+    commands, run = faults.ForkedCommands(folder, steps=2), folder / "straight"
     counted = faults.Writes(run, sys.maxsize, faults.kill)
-    assert place.command("fit", "--config", place.recipe(run), hook=counted) == 0, place.output
-    return place, run, faults.outcome(run), int((folder / "count.txt").read_text())
+    assert commands.run("fit", "--config", commands.recipe(run), hook=counted) == 0, commands.output
+    return commands, run, faults.outcome(run), int((folder / "count.txt").read_text())
 
 
 def assert_fine(row, tried):
     assert (row.tried, row.lost, row.silent) == (tried, [], [])
 
 
-def test_killed(faults, undisturbed):
-    place, _, expected, writes = undisturbed
-    row = faults.killed_at_writes(place, expected, writes, 2, random.Random())
+def test_killed(faults, without_fault):
+    commands, _, expected, writes = without_fault
+    row = faults.killed_at_writes(commands, expected, writes, 2, random.Random())
     assert_fine(row, 2)
-    assert row.gone_on == 2
+    assert row.resumed == 2
 
 
-def test_a_full_disk_is_one_sentence_and_nothing_is_lost(faults, undisturbed):
-    place, _, expected, writes = undisturbed
-    row = faults.full_disks(place, expected, writes, 2)
+def test_a_full_disk_is_reported_and_nothing_is_lost(faults, without_fault):
+    commands, _, expected, writes = without_fault
+    row = faults.full_disks(commands, expected, writes, 2)
     assert_fine(row, row.tried)
-    assert row.gone_on == row.tried >= 3
-    assert row.told
+    assert row.resumed == row.tried >= 3
+    assert row.reported
 
 
-def test_flipped_bits_are_named(faults, undisturbed):
-    place, run, *_ = undisturbed
-    row = faults.flipped_bits(place, run, 1, random.Random(), step=4)
+def test_flipped_bits_are_named(faults, without_fault):
+    commands, run, *_ = without_fault
+    row = faults.flipped_bits(commands, run, 1, random.Random(), step=4)
     assert_fine(row, row.tried)
-    assert row.told >= 4
+    assert row.reported >= 4
 
 
-def test_two_writers(faults, undisturbed, monkeypatch):
-    place, _, expected, _ = undisturbed
+def test_two_writers(faults, without_fault, monkeypatch):
+    commands, _, expected, _ = without_fault
     monkeypatch.setattr(faults.run_folder, "_ORPHANS_END", 0.1)
-    assert_fine(faults.two_writers(place, expected), 1)
+    assert_fine(faults.two_processes(commands, expected), 1)
 
 
-def test_hostile_folders(faults, undisturbed):
-    place, run, *_ = undisturbed
-    row = faults.hostile_folders(place, run, step=3)
+def test_hostile_folders(faults, without_fault):
+    commands, run, *_ = without_fault
+    row = faults.hostile_folders(commands, run, step=3)
     assert_fine(row, row.tried)
-    assert row.told == row.tried
+    assert row.reported == row.tried
 
 
-def test_nan_is_told_and_goes_nowhere(faults, undisturbed):
-    place, _, expected, _ = undisturbed
-    row = faults.not_finite(place, expected, first=1)
+def test_nan_is_reported_and_not_written(faults, without_fault):
+    commands, _, expected, _ = without_fault
+    row = faults.not_finite(commands, expected, first=1)
     assert_fine(row, 3)
-    assert row.told == row.gone_on == 3
+    assert row.reported == row.resumed == 3
 
 
-def test_what_is_wrong_is_seen(undisturbed):
-    """The matrix itself: a run that ended otherwise is none that was gone on with."""
+def test_differences_from_the_reference_run_are_found(without_fault):
     from faults.outcomes import wrong_in
 
-    place, run, expected, _ = undisturbed
+    commands, run, expected, _ = without_fault
     assert wrong_in(run, expected) is None
-    other = shutil.copytree(run, place.folder / "other")
+    other = shutil.copytree(run, commands.folder / "other")
     assert "other values" in wrong_in(other, {name: value + 1 for name, value in expected.items()})
     shutil.rmtree(other / "model")
-    assert wrong_in(other, expected) is not None
+    assert "FileNotFoundError" in wrong_in(other, expected)

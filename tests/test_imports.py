@@ -123,7 +123,7 @@ def layer(name: str) -> str:
 
 
 def outer(name: str) -> str:
-    """The same, of a package in a package the outer one."""
+    """The top-level package of a name."""
     return ".".join(name.split(".")[:2])
 
 
@@ -173,7 +173,7 @@ def test_the_engine_alone_is_light():
 
 
 @pytest.mark.slow
-def test_a_script_beside_a_checkout_of_the_same_name_imports_the_package(tmp_path):
+def test_a_script_next_to_a_checkout_of_the_same_name_imports_the_package(tmp_path):
     (tmp_path / "sparsefit").symlink_to(ROOT, target_is_directory=True)
     (tmp_path / "mine.py").write_text(
         "import sparsefit, sparsefit.pruning.masks\n"

@@ -101,7 +101,7 @@ def test_wanda_beats_magnitude_on_a_real_model(shared_data, tmp_path, kind):
     assert pruned["wanda"]["sparsity"]["total"] == pruned["magnitude"]["sparsity"]["total"] == 0.5
 
 
-def test_full_fine_tuning_keeps_the_masks_to_the_bit(shared_data, tmp_path):
+def test_full_fine_tuning_keeps_the_masks_bit_for_bit(shared_data, tmp_path):
     folder = tmp_path / "run"
     model = str(shared_data / "tinystories656K")
     module, _, report = run(

@@ -1,4 +1,4 @@
-"""Models and data that pruning once got wrong, as their owners have them."""
+"""Regression tests of models and data that were once pruned wrongly."""
 
 from __future__ import annotations
 

@@ -180,19 +180,19 @@ def test_without_the_items_of_the_tasks_the_reason_stands_in_the_place_of_the_ta
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "reported"),
     [
         (("--rows", "wander"), "no table has the rows ['wander']"),
         (("--samples", "0"), "--samples 0: give a whole number of 1 or more"),
     ],
 )
-def test_what_cannot_be_is_said_in_a_line(paper, tmp_path, capsys, arguments, told):
+def test_invalid_arguments_are_reported_in_one_line(paper, tmp_path, capsys, arguments, reported):
     assert paper(tmp_path, "--tables", "perplexity", *arguments) == 1
-    assert told in capsys.readouterr().err
+    assert reported in capsys.readouterr().err
 
 
 def test_zeros_are_counted_on_the_weights():
-    from tables.bench import counted_sparsity
+    from tables.pruned_models import counted_sparsity
 
     model = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False))
     result = prune(model, [torch.randn(4, 8)], PruningConfig(pattern="2:4"))

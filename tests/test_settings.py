@@ -71,8 +71,8 @@ def test_an_unquoted_pattern_in_a_recipe(tmp_path):
         "callbacks = fit.call_args.args[0].callbacks\n"
         "print('config', next(c.config.pattern for c in callbacks if type(c).__name__ == 'WandaPruning'))\n"
     )
-    (tmp_path / "told.py").write_text(code, encoding="utf-8")
-    run = Command(["python", tmp_path / "told.py"], Path(__file__).parents[1]).wait()
+    (tmp_path / "script.py").write_text(code, encoding="utf-8")
+    run = Command(["python", tmp_path / "script.py"], Path(__file__).parents[1]).wait()
     assert "config 2:4" in run.stdout, run.stdout + run.stderr
 
 
@@ -97,7 +97,7 @@ def test_a_pattern_needs_no_sparsity_and_bears_none_that_contradicts():
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
-def test_a_slip_in_a_name_is_told_with_the_nearest_one(make, name, near):
+def test_a_slip_in_a_name_is_reported_with_the_nearest_one(make, name, near):
     with pytest.raises(ConfigError, match=f"{make.__name__} has no setting '{name}': did you mean '{near}'"):
         make(**{name: 1})
 

@@ -60,7 +60,7 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def two_blocks(architecture: str) -> nn.Module:
-    """A tiny random model of two blocks, where three would only take longer."""
+    """A tiny random model of two blocks, if three would only take longer."""
     return make_tiny_model(architecture, **{"n_layer" if architecture == "gpt2" else "num_hidden_layers": 2})
 
 
@@ -89,7 +89,7 @@ def save_llama(folder: Path, **sizes: int) -> nn.Module:
 
 
 def spread(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Draw the weights of a model wider than at a usual initialisation, so that every layer, head and mask matters."""
+    """Give a model random weights larger than usual, so that every layer, head and mask matters."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,12 +1,12 @@
-"""A whole pruning of a large model on a GPU: every method beside the plain algorithm, in one run, as one table.
+"""Compares complete pruning runs of a large model on a GPU: every method and the plain algorithm, in one table.
 
     python scripts/benchmarks/gpu.py    # 32 blocks of LLaMA-7B, 128 x 2,048 tokens
     python scripts/benchmarks/gpu.py --layers 4 --ways plain block "block, micro-batch 1" none
     python scripts/benchmarks/gpu.py --device cpu --hidden 256 --layers 2 --samples 4 --length 64
 
-Random weights in bfloat16 with a vocabulary of 4,096 words, random tokens. "+GiB" is the most memory held while pruning
-over what the model and the data held before. "bits" is the share of mask bits that are the plain algorithm's: in
-bfloat16 sums over other micro-batches round otherwise. Goals are those of one H100 or H200 for the full size.
+Random weights in bfloat16 with a vocabulary of 4,096 tokens, and random inputs. "+GiB" is the peak memory of pruning
+above the memory of the model and the data. "bits" is the share of mask bits that equal those of the plain algorithm: in
+bfloat16, sums over other micro-batches are rounded differently. Goals are for one H100 or H200 at the full size.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from setting import PeakMemory  # beside this file
-from straightforward import kept_weights, prune_straightforward
+from common import PeakMemory  # in this folder
+from plain_wanda import kept_weights, prune_plainly
 from torch import Tensor, nn
 
 from sparsefit import PruningConfig, prune
@@ -43,7 +43,7 @@ GOALS = {"block": "0.9 of plain", "none": "0.5 of plain", "SparseGPT": "60 s", "
 
 
 def make_llama(hidden: int, layers: int, device: str) -> nn.Module:
-    """A Llama of LLaMA-7B's proportions, made where it is used; the same weights each time."""
+    """A Llama of LLaMA-7B's proportions, created on the device; its weights are the same in each call."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -66,7 +66,7 @@ def make_llama(hidden: int, layers: int, device: str) -> nn.Module:
 
 
 def measure(way: Callable[[nn.Module], object], args: argparse.Namespace) -> tuple[float, int, dict[str, Tensor]]:
-    """Seconds, bytes over the model, and the masks, packed."""
+    """Seconds, peak bytes above the model, and the packed masks of one pruning run."""
     model = make_llama(args.hidden, args.layers, args.device)
     with PeakMemory(args.device) as memory:
         start = time.perf_counter()
@@ -96,7 +96,7 @@ def main() -> None:
     ids = torch.randint(4096, (args.samples, 1, args.length), generator=torch.Generator().manual_seed(0))
     samples = list(ids.to(args.device))
     start = time.perf_counter()
-    for name in args.ways:  # libraries load, kernels are built
+    for name in args.ways:  # loads libraries, compiles kernels
         run(WAYS[name])(make_llama(args.hidden, 1, args.device), samples[:1])
     print(f"warming up took {time.perf_counter() - start:.1f} s", flush=True)
     print(f"{'':26} {'seconds':>8} {'of plain':>8} {'+GiB':>6} {'bits':>9}  goal")
@@ -116,7 +116,7 @@ def main() -> None:
 def run(settings: dict[str, Any] | None) -> Callable[[nn.Module, list[Tensor]], object]:
     """The plain algorithm, or the engine with some settings."""
     if settings is None:
-        return prune_straightforward
+        return prune_plainly
     return lambda model, samples: prune(model, samples, PruningConfig(**settings))
 
 

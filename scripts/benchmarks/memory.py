@@ -1,17 +1,17 @@
-"""Does the memory that pruning needs beside the model grow with the model's depth?
+"""Measures how pruning's peak memory grows with depth.
 
     python scripts/benchmarks/memory.py --depths 2 4 8 16 24
     python scripts/benchmarks/memory.py --device cuda --depths 2 4 8 16 24
     python scripts/benchmarks/memory.py --device cuda --offload --dtype bfloat16 --hidden 2048
 
-Models of one width and several depths, each pruned in a process of its own. "peak" is the most memory held while
-pruning over what the model and the data held before: of the process on the CPU, of the device with `--device cuda`.
-`--offload` keeps the model in CPU memory and computes one block at a time on the device
-(PruningConfig(device="cuda", states_on_cpu=True)); then the model's own bytes are not on the device at all.
+Prunes models of one width and several depths, each in a separate process. "peak" is the peak memory of pruning above
+the memory of the model and the data: of the process on the CPU, of the device with `--device cuda`. `--offload` keeps
+the model in CPU memory and computes one block at a time on the device (PruningConfig(device="cuda",
+states_on_cpu=True)); then the device does not hold the model.
 
-Weights stay dense until the end, so that an error leaves the model as it was; what has to be remembered until then is
-one bit for each weight. That part grows with depth, on the CPU, and is computed and shown beside the peak; whatever
-else grew would be a fault, and the last lines say whether anything does.
+Weights stay dense until the end, so that an error leaves the model unchanged. Until then, masks of one bit per weight
+are kept in CPU memory. Their size grows with depth; it is computed and shown next to the peak. Nothing else should
+grow; the last lines say whether something does.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from setting import EXACT_HEAP, PeakMemory, add_size_options, in_a_process, make_model, make_samples  # beside this file
+from common import EXACT_HEAP, PeakMemory, add_size_options, in_a_process, make_model, make_samples  # in this folder
 
 from sparsefit import PruningConfig, prune
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """One pruning in this process: bytes of the model, of the masks, and of the peak over the model."""
+    """Prune in this process: bytes of the model, of the masks, and of the peak above the model."""
     torch.set_num_threads(args.threads)
     home = "cpu" if args.offload else args.device
     settings: dict[str, Any] = {"sparsity": args.sparsity, "pattern": args.pattern}
@@ -39,7 +39,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.offload:
         settings |= {"device": args.device, "states_on_cpu": True}
     config = PruningConfig(**settings)
-    prune(make_model(128, 2, args.dtype, home), make_samples(2, 16, home), config)  # libraries load, kernels are chosen
+    prune(make_model(128, 2, args.dtype, home), make_samples(2, 16, home), config)  # loads libraries, chooses kernels
     model = make_model(args.hidden, args.layers, args.dtype, home)
     samples = make_samples(args.samples, args.length, home)
     with PeakMemory(args.device) as memory:
@@ -53,7 +53,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(depths: list[int], rows: list[dict[str, Any]], masks_count: bool) -> None:
-    """Print the table and what grows."""
+    """Print the table and the growth per block."""
     titles = ("depth", "parameters", "model MB", "peak over the model MB", "masks MB", "the rest MB")
     print("\n{:>5} {:>13} {:>9} {:>23} {:>9} {:>12}".format(*titles))
     for depth, row in zip(depths, rows, strict=True):

@@ -1,12 +1,12 @@
-"""Times what updates weights and refines masks, for the linears of one LLaMA-7B block and, times 32, for the model.
+"""Times the updates of weights and the refinement of masks, for the linear layers of one LLaMA-7B block.
 
     python scripts/benchmarks/methods_gpu.py --device cuda
     python scripts/benchmarks/methods_gpu.py --hidden 256 --threads 2
 
-The inputs are made up: correlated, with a spectrum that falls with a power, and a few features larger than the rest by
-far, as large language models have them. Weights that see the same inputs are stacked, as `prune` does. Forward passes
-and Gram matrices are not in the times. Errors are shares of those of Wanda's masks without an update, summed over the
-block; for some rows of each layer, least squares stands beside the exact solution.
+The inputs are random, but resemble those of large language models: correlated, with a power-law spectrum and a few far
+larger features. Weights with the same inputs are stacked, as in `prune`. The times do not contain forward passes and
+Gram matrices. The column for the model is 32 times that of the block. Errors are summed over the block, relative to
+Wanda's masks without an update. For some rows of each layer, least squares is compared with the exact solution.
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ from torch import Tensor
 from sparsefit.pruning.gram import reconstruction_error
 from sparsefit.pruning.least_squares import least_squares
 from sparsefit.pruning.refinement import swap
-from sparsefit.pruning.selection import Granularity, Products, select, select_count, select_n_of_m
+from sparsefit.pruning.selection import Granularity, Products, select, select_n_of_m
 from sparsefit.pruning.weight_updates import (
     inverse_factor,
     prune_iteratively,
-    prune_n_of_m,
     update_sequentially,
 )
 
@@ -44,7 +43,7 @@ def block_shapes(hidden: int) -> dict[str, tuple[int, int]]:
 
 
 def correlated_gram(inputs: int, power: float, device: str) -> Tensor:
-    """(inputs, inputs) of activations with a spectrum of a power law; one feature in 500 is 30 times as large."""
+    """The Gram matrix of activations whose spectrum follows a power law; one feature in 500 is 30 times as large."""
     directions = torch.linalg.qr(torch.randn(inputs, inputs, device=device)).Q
     spectrum = torch.arange(1.0, inputs + 1, device=device).pow(-power / 2)
     tokens = torch.randn(4 * inputs, inputs, device=device).mul_(spectrum) @ directions.T
@@ -55,12 +54,12 @@ def correlated_gram(inputs: int, power: float, device: str) -> Tensor:
 
 
 def sparsegpt_choose(inputs: int, outputs: int) -> Callable[[Tensor, slice, Tensor], Tensor]:
-    """Half of each block of columns over all rows goes, by SparseGPT's score."""
+    """A function that removes half of each block of columns, over all rows, by SparseGPT's score."""
     count = inputs * outputs // 2
 
     def choose(block: Tensor, columns: slice, diagonal: Tensor) -> Tensor:
         due = count * columns.stop // inputs - count * columns.start // inputs
-        return select_count(block.square().div_(diagonal.square()), Granularity("input", 128), due)
+        return select(block.square().div_(diagonal.square()), Granularity("input", 128), due)
 
     return choose
 
@@ -85,15 +84,20 @@ class Clock:
             torch.cuda.synchronize()
 
 
+def two_of_four(weights: Tensor, _: slice, diagonal: Tensor) -> Tensor:
+    """Two of every four go, by SparseGPT's score; on a GPU the kernel chooses them itself."""
+    return select_n_of_m(weights.square().div_(diagonal.square()), 2, 4)
+
+
 def run_layer(clock: Clock, weight: Tensor, gram: Tensor, exact_rows: int) -> dict[str, float]:
-    """Runs every method on a layer; the squared errors, by the names that the clock has, too."""
+    """Run and time every method on a layer. Returns the squared errors by the names of the methods."""
     scores = Products(weight, gram.diagonal().sqrt())
     mask, mask_2_4 = select(scores, OUTPUT, HALF), select_n_of_m(scores, 2, 4)
     factor = clock("inverse factor", inverse_factor, gram, DAMPING)
     values = {
         "no update": weight.float() * mask,
         "SparseGPT": clock("SparseGPT", prune_iteratively, weight, factor, sparsegpt_choose(*weight.shape[::-1]))[1],
-        "SparseGPT 2:4": clock("SparseGPT 2:4", prune_n_of_m, weight, factor, 2, 4)[1],
+        "SparseGPT 2:4": clock("SparseGPT 2:4", prune_iteratively, weight, factor, two_of_four, 128, 4, 2)[1],
         "sequential update": clock("sequential update", update_sequentially, weight, mask, factor),
         "ten swaps": weight.float() * clock("ten swaps", swap, weight, mask, gram, SWAPS),
         "no update 2:4": weight.float() * mask_2_4,
@@ -123,7 +127,7 @@ def main() -> None:
     where = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
     print(f"torch {torch.__version__}, {where}, hidden {args.hidden}, spectrum k^-{args.power:g}", flush=True)
     clock, errors = Clock(args.device), defaultdict(float)
-    # Kernels are compiled, and libraries loaded, on a small layer first.
+    # A small layer first, which compiles kernels and loads libraries.
     run_layer(Clock(args.device), torch.randn(256, 512, device=args.device), correlated_gram(512, 1, args.device), 8)
     for shape in block_shapes(args.hidden).values():
         weight = torch.randn(shape, device=args.device).mul_(0.02).bfloat16()

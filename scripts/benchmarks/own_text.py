@@ -1,4 +1,4 @@
-"""The embedded model pruned to 50%, calibrated on real text and on text that it writes itself, as one table.
+"""Prunes the package's model to 50%, calibrated on real text or on text that it writes itself, and prints a table.
 
     python scripts/benchmarks/own_text.py --c4 data/c4_sample/c4_train_1000.jsonl
     python scripts/benchmarks/own_text.py --c4 FILE --seeds 1 --samples 8 --test-windows 4    # to try it
@@ -25,7 +25,7 @@ MODEL, LENGTH = "tiny-llama", 256
 
 
 def calibrations(model: torch.nn.Module, c4: str, samples: int, seed: int, folder: str) -> dict[str, DataLoader]:
-    """Calibration data by their name."""
+    """Calibration data by name."""
     settings = {"calibration_samples": samples, "sequence_length": LENGTH, "seed": seed}
     own = settings | {"train_tokens": 1, "folder": folder}
     data = {
@@ -43,7 +43,7 @@ def calibrations(model: torch.nn.Module, c4: str, samples: int, seed: int, folde
 
 
 def main() -> None:
-    """Prunes and prints."""
+    """Prune and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--c4", required=True, help="C4 as JSON lines, at least 1,000 records")
     parser.add_argument("--seeds", type=int, default=5)

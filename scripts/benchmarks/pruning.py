@@ -1,15 +1,15 @@
-"""The whole of a pruning, against the plain algorithm of straightforward.py: seconds, their ratio, memory, masks.
+"""Compares a complete pruning run with the plain algorithm of plain_wanda.py: seconds, memory, masks.
 
     python scripts/benchmarks/pruning.py --repeats 5 --threads 2
     python scripts/benchmarks/pruning.py --dtype bfloat16 --pattern 2:4 --micro-batch-size 4
     python scripts/benchmarks/pruning.py --breakdown
 
 A Llama of about 91 million parameters with random weights, calibrated on the text of Python's manual (16 x 256
-tokens), on the CPU. Every measurement is a process of its own, so that its peak memory is nobody else's; the two ways
-take turns. "peak" is the most memory held while pruning over what the model and the data held before, from one more
-run each in which the allocator keeps nothing back (which is slower). On a machine that is busy with other work, trust
-the ratio of CPU seconds at `--threads 1`. `--breakdown` shows in addition, from one more run under a profiler, where
-the engine's seconds go.
+tokens), on the CPU. Every measurement runs in a separate process, which has its own peak memory; the two
+algorithms alternate. "peak" is the peak memory of pruning above the memory of the model and the data, from one more run
+in which the allocator keeps no free memory (which is slower). On a machine that is busy with other work, use the ratio
+of CPU seconds with `--threads 1`. `--breakdown` also shows how the engine spends its time, from one more run under a
+profiler.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from setting import EXACT_HEAP, PeakMemory, add_size_options, in_a_process, make_model, make_samples  # beside this file
-from straightforward import kept_weights, prune_straightforward
+from common import EXACT_HEAP, PeakMemory, add_size_options, in_a_process, make_model, make_samples  # in this folder
+from plain_wanda import kept_weights, prune_plainly
 from torch import Tensor, nn
 
 from sparsefit import PruningConfig, prune
 
-WAYS = ("straightforward", "sparsefit")
+WAYS = ("plain", "sparsefit")
 
 
 def way_to_prune(name: str, args: argparse.Namespace) -> Callable[[nn.Module, list[Tensor]], Any]:
-    """The function that prunes a model with some samples, as the options say."""
-    if name == "straightforward":
-        return lambda model, samples: prune_straightforward(model, samples, args.sparsity, args.pattern)
+    """The function that prunes a model with some samples, for the given options."""
+    if name == "plain":
+        return lambda model, samples: prune_plainly(model, samples, args.sparsity, args.pattern)
     settings = {"sparsity": args.sparsity, "pattern": args.pattern}
     settings["update"] = args.update
     if args.micro_batch_size is not None:
@@ -51,7 +51,7 @@ def way_to_prune(name: str, args: argparse.Namespace) -> Callable[[nn.Module, li
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One pruning in this process: seconds, bytes above the model, and the masks into the file `args.masks`."""
+    """Prune once in this process and write the masks to `args.masks`. Returns seconds and peak bytes."""
     torch.set_num_threads(args.threads)
     way = way_to_prune(name, args)
     way(make_model(128, 2, args.dtype), make_samples(2, 16))  # imports and first calls of kernels are not counted
@@ -74,7 +74,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def where_time_goes(args: argparse.Namespace) -> list[tuple[str, float]]:
-    """Seconds of one profiled run by the file of the engine that calls the operations, largest first."""
+    """Seconds of one profiled run by the engine's file that calls the operations, largest first."""
     torch.set_num_threads(args.threads)
     way = way_to_prune("sparsefit", args)
     way(make_model(128, 2, args.dtype), make_samples(2, 16))
@@ -111,7 +111,7 @@ def report(runs: dict[str, list[dict[str, Any]]], peaks: dict[str, int], agreeme
         seconds, cpu, peak = medians[name].values()
         print(f"{name:16} {min(run['seconds'] for run in measured):10.2f} {seconds:9.2f} {cpu:9.2f} {peak / 1e6:23.1f}")
     ratios = {key: medians[WAYS[1]][key] / max(medians[WAYS[0]][key], 1e-9) for key in columns}
-    print("\nsparsefit / straightforward: " + ", ".join(f"{key} {ratio:.2f}" for key, ratio in ratios.items()))
+    print("\nsparsefit / plain: " + ", ".join(f"{key} {ratio:.2f}" for key, ratio in ratios.items()))
     print(f"mask bits that are equal: {agreement:.6%}")
 
 

@@ -1,10 +1,10 @@
-"""Seconds of a pruning on several ranks against one, over the same calibration samples.
+"""Compares the seconds of pruning on several ranks and on one, with the same calibration samples.
 
     python scripts/benchmarks/ranks.py --ranks 1 2 --hidden 512 --layers 4 --repeats 3
 
-Each rank is a process of one thread with gloo, the samples are dealt out, and the ranks share the input groups of the
-methods that need Gram matrices. Prints for each method the median seconds of each number of ranks, the ratio to one,
-and how many bits of the masks are others than those of one rank.
+Each rank is a process of one thread with gloo. The samples are divided among the ranks, and so are the input groups of
+methods that need Gram matrices. Prints for each method the median seconds for each number of ranks, the ratio to one
+rank, and how many mask bits differ from those of one rank.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from setting import add_size_options, make_model, make_samples  # beside this file
+from common import add_size_options, make_model, make_samples  # in this folder
 
 from sparsefit import MaskSet, PruningConfig, prune
 from sparsefit.recovery.block_reconstruction import ReconstructSettings, dense_weights, reconstruct
@@ -36,7 +36,7 @@ TUNED = "reconstruction, 1 pass"
 def _rank(rank: int, ranks: int, args: argparse.Namespace, folder: str) -> None:
     torch.set_num_threads(args.threads)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
-    data = make_samples(args.samples, args.length)  # dealt out among the ranks
+    data = make_samples(args.samples, args.length)  # divided among the ranks
     found: dict[str, tuple[list[float], MaskSet | None]] = {}
     for _ in range(args.repeats):
         for name, settings in METHODS.items():
@@ -56,7 +56,7 @@ def _rank(rank: int, ranks: int, args: argparse.Namespace, folder: str) -> None:
 
 
 def measure(ranks: int, args: argparse.Namespace) -> dict[str, tuple[float, MaskSet | None]]:
-    """The median seconds and the masks of each method, on so many ranks."""
+    """The median seconds and the masks of each method on a number of ranks."""
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(_rank, (ranks, args, folder), nprocs=ranks, start_method="spawn")
         found = torch.load(Path(folder) / "found.pt", weights_only=False)

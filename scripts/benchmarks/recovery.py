@@ -1,18 +1,18 @@
-"""What recovery costs a training step: `WandaPruning` over plain PEFT, and masked LoRA over plain LoRA.
+"""Measures the cost of recovery in a training step: `WandaPruning` and masked LoRA, compared with plain LoRA of PEFT.
 
     python scripts/benchmarks/recovery.py --repeats 5 --threads 2
     python scripts/benchmarks/recovery.py --hidden 4096 --layers 8 --length 1024 --dtype bfloat16 --device cuda
 
-A Llama with random weights trains adapters on the text of Python's manual, by Lightning's Trainer in every case:
+Lightning's Trainer trains adapters of a Llama with random weights on the text of Python's manual:
 
-- "lora": PEFT's LoRA on q and v, nothing of this project's callbacks;
-- "lora, pruned": the same with `WandaPruning`, whose masks are verified and whose hooks run as in any fit;
+- "lora": PEFT's LoRA on q and v, without this project's callbacks;
+- "lora, pruned": the same with `WandaPruning`;
 - "lora, all linears": PEFT's LoRA on all linear layers;
 - "masked_lora": W + s M (.) (B A) on the same layers;
-- "lora, 2" is "lora" once more: what two runs of one thing differ by.
+- "lora, 2": "lora" once more, which shows the noise of the measurement.
 
-Every measurement is a process of its own; the ways take turns. Printed are the median seconds of a step (from its
-batch to the end of its optimizer step) and the most memory held during the steps over what was held before training.
+Every measurement runs in a separate process; the methods alternate. Prints the median seconds of a step (from its batch
+to the end of its optimizer step) and the peak memory of the steps above the memory before training.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ import warnings
 from typing import Any
 
 import torch
+from common import EXACT_HEAP, PeakMemory, add_size_options, in_a_process, make_model, make_samples  # in this folder
 from lightning.pytorch import Callback, LightningModule, Trainer
-from setting import EXACT_HEAP, PeakMemory, add_size_options, in_a_process, make_model, make_samples  # beside this file
 from torch.utils.data import DataLoader
 
 from sparsefit.callbacks import WandaPruning
@@ -47,7 +47,7 @@ WARM_UP = 2
 
 
 class Clock(Callback):
-    """Times optimizer steps, and the memory of all after the first ones."""
+    """Measures the seconds of each optimizer step, and the peak memory of all."""
 
     def __init__(self, device: str) -> None:
         self.seconds: list[float] = []
@@ -55,21 +55,21 @@ class Clock(Callback):
         self._device = device
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The model is there; what steps add to it counts."""
+        """Start to measure the memory that steps add to the model."""
         self.memory.__enter__()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """A step begins."""
+        """Record the step's start."""
         self._now()
         self._start = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, *others: Any) -> None:
-        """And ends."""
+        """Record the step's end."""
         self._now()
         self.seconds.append(time.perf_counter() - self._start)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read the most that was held."""
+        """Read the peak memory."""
         self.memory.__exit__()
 
     def _now(self) -> None:
@@ -78,13 +78,13 @@ class Clock(Callback):
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Some steps in this process."""
+    """Train some steps in this process."""
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")
     settings, prunes = WAYS[name]
     module = CausalLMModule(make_model(args.hidden, args.layers, args.dtype), AdapterSettings(**settings))
     samples = [{"input_ids": sample[0]} for sample in make_samples(args.samples, args.length)]
-    # Lightning's own callbacks come first; the clock goes last, so that a step holds all of the others.
+    # The clock is the last callback, so that a step contains the work of the others.
     clock = Clock(args.device)
     callbacks = [*([WandaPruning(calibration_samples=2)] if prunes else []), clock]
     trainer = Trainer(

@@ -1,10 +1,10 @@
-"""Seconds of a pruning against the number of parameters and against the number of calibration tokens.
+"""Measures how the seconds of pruning grow with the parameters and with the calibration tokens.
 
     python scripts/benchmarks/scaling.py --output runs/scaling.png --repeats 3 --threads 2
 
-Two series: models of one width and growing depth, calibrated on the same tokens; and one model, calibrated on more and
-more samples. Prints each series with a straight line through it and how well that fits (R^2), and draws both. Both
-should be straight: every weight and every token is touched a fixed number of times.
+There are two series: models of one width and growing depth, calibrated on the same tokens; and one model, calibrated on
+a growing number of samples. Prints and draws each series with a fitted line and its R^2. Both should be straight lines,
+as every weight and every token is used a fixed number of times.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from setting import add_size_options, make_model, make_samples  # beside this file
+from common import add_size_options, make_model, make_samples  # in this folder
 
 from sparsefit import PruningConfig, prune
 
@@ -26,7 +26,7 @@ Points = list[tuple[float, float]]  # (parameters or tokens, median seconds)
 def seconds_to_prune(sizes: list[tuple[int, int]], args: argparse.Namespace) -> list[tuple[int, float]]:
     """For each (blocks, samples) the prunable weights and the median seconds of pruning fresh models.
 
-    The sizes take turns, so that a machine that slows down for a while does not bend the line.
+    The sizes alternate, so that a machine that slows down for a while does not bend the line.
     """
     config = PruningConfig(sparsity=args.sparsity, pattern=args.pattern)
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
@@ -51,7 +51,7 @@ def line_through(points: Points) -> tuple[float, float, float]:
 
 
 def print_series(title: str, unit: str, points: Points) -> None:
-    """One series as a table, and the line."""
+    """Print a series as a table, and its line."""
     print(f"\n{unit:>18} {'median s':>10}   {title}")
     for size, seconds in points:
         print(f"{size:18,.0f} {seconds:10.2f}")
@@ -60,7 +60,7 @@ def print_series(title: str, unit: str, points: Points) -> None:
 
 
 def draw(series: list[tuple[str, str, Points]], clock: str, output: Path) -> None:
-    """Both series, a panel each."""
+    """Draw each series in its own panel."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -89,12 +89,14 @@ def main() -> None:
     parser.add_argument("--depths", type=int, nargs="+", default=[2, 4, 8, 12, 16], help="blocks, first series")
     parser.add_argument("--sample-counts", type=int, nargs="+", default=[8, 16, 32, 64, 96], help="second series")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: for a machine busy with others")
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: for a machine that is busy with other work"
+    )
     parser.add_argument("--output", type=Path, default=Path("scaling.png"), help="PNG or SVG")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, {args.threads} threads, {args.dtype}, width {args.hidden}, {args.clock} time")
-    prune(make_model(128, 2, args.dtype), make_samples(2, 16))  # libraries load, kernels are chosen
+    prune(make_model(128, 2, args.dtype), make_samples(2, 16))  # loads libraries, chooses kernels
     depths = seconds_to_prune([(depth, args.samples) for depth in args.depths], args)
     grown = seconds_to_prune([(args.layers, count) for count in args.sample_counts], args)
     tokens = [(count * args.length, point[1]) for count, point in zip(args.sample_counts, grown, strict=True)]

@@ -1,12 +1,13 @@
-"""Times choosing the weights to prune beside a stable sort of the same scores, in one run.
+"""Compares the time to choose the weights to prune with that of a stable sort of the same scores.
 
     python scripts/benchmarks/selection.py --threads 2
     python scripts/benchmarks/selection.py --device cuda --dtype bfloat16 --llama-7b
     python scripts/benchmarks/selection.py --dtype bfloat16 --llama-7b --blocks 1
 
-The first prints, for single matrices, medians of ours, of `torch.sort(stable=True)` followed by a scatter into the
-mask, and of one elementwise pass (abs into an existing tensor), and checks that the masks are identical, also on
-scores with few distinct values. The others time all linears of LLaMA-7B, from weights and squared norms to masks.
+The first command prints median times for single matrices: of this package, of `torch.sort(stable=True)` with a scatter
+into the mask, and of one elementwise pass (abs into an existing tensor). It checks that the masks are identical, also
+for scores with few distinct values. The others time all linear layers of LLaMA-7B, from weights and squared norms to
+masks.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ GROUP_SIZE: dict[str, Callable[[Tensor], int]] = {
 
 
 def by_sorting(scores: Tensor, size: int) -> Tensor:
-    """The mask that loses the smaller half of each `size` consecutive scores, from a stable sort."""
+    """The mask without the smaller half of each `size` consecutive scores, from a stable sort."""
     groups = scores.reshape(-1, size)
     order = groups.sort(dim=1, stable=True).indices
     mask = torch.ones_like(groups, dtype=torch.bool)
@@ -50,7 +51,7 @@ def by_sorting(scores: Tensor, size: int) -> Tensor:
 
 
 def milliseconds(action: Callable[[], object], device: str, repeats: int) -> float:
-    """Median of the repeats, after one that does not count."""
+    """Median of the repeats, after a first run that is not counted."""
     seconds = []
     for _ in range(repeats + 1):
         synchronize(device)
@@ -68,7 +69,7 @@ def synchronize(device: str) -> None:
 
 
 def single_matrices(args: argparse.Namespace) -> None:
-    """One line for each shape and kind of selection."""
+    """Print a line for each shape and kind of selection."""
     print(f"{'shape':>12} {'selection':>15} {'ours ms':>9} {'sort ms':>9} {'ratio':>6} {'x pass':>7}  identical (tied)")
     for shape in SHAPES:
         weight = torch.randn(shape, device=args.device)

@@ -1,13 +1,13 @@
-"""Does a pruning that streams its model from the disk need more memory for a deeper one?
+"""Measures how pruning's peak memory grows with depth, for models streamed from the disk.
 
     python scripts/benchmarks/streaming.py --depths 4 8 16 32
     python scripts/benchmarks/streaming.py --model FOLDER --samples 16 --length 512 --update none
 
-Llamas of one width and several depths with random weights are written to disk (or one is read from a folder), and each
-is pruned twice, in a process of its own each time: loaded into memory, and with its weights mapped from files
-(`sparsefit.modules.streaming`). "peak" is the most memory that the process held from before the model is loaded until
-it is pruned, over what it held before: what libraries take is not in it. Mapped files count as long as they are in use.
-"masks" is one bit a weight, which both keep until the end. "equal" compares the digests of the masks.
+Llamas with random weights, of one width and several depths, are written to disk (or one is read from a folder). Each is
+pruned twice, in separate processes: loaded into memory, and with its weights mapped from files
+(`sparsefit.modules.streaming`). "peak" is the peak memory of loading and pruning above the memory before, so it does
+not contain libraries. It contains mapped files while they are in use. "masks" is one bit per weight; both keep the
+masks until the end. "equal" compares the digests of the masks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from setting import EXACT_HEAP, PeakMemory, add_size_options, in_a_process, make_model, make_samples  # beside this file
+from common import EXACT_HEAP, PeakMemory, add_size_options, in_a_process, make_model, make_samples  # in this folder
 
 from sparsefit import PruningConfig, prune
 from sparsefit.modules.loading import load_causal_lm
@@ -31,13 +31,13 @@ WAYS = ("memory", "stream")
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """One pruning in this process."""
+    """Prune once in this process."""
     import torch
 
     torch.set_num_threads(args.threads)
     settings = {"score": args.score, "update": args.update, "swaps": args.swaps, "allocation": args.allocation}
     config = PruningConfig(sparsity=args.sparsity, micro_batch_size=args.micro_batch_size, **settings)
-    prune(make_model(128, 2), make_samples(2, 16), config)  # libraries load
+    prune(make_model(128, 2), make_samples(2, 16), config)  # loads libraries
     samples = make_samples(args.samples, args.length)
     with tempfile.TemporaryDirectory(dir=args.scratch) as copy, PeakMemory() as memory:
         start = time.perf_counter()
@@ -59,7 +59,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(depths: list[int], rows: list[dict[str, dict[str, Any]]]) -> None:
-    """Print the table, and what a further block costs."""
+    """Print the table, and the cost of one more block."""
     print("\n| blocks | model MB | in memory: peak MB | s | streamed: peak MB | s | masks MB | masks equal |")
     print("|---|---|---|---|---|---|---|---|")
     for depth, row in zip(depths, rows, strict=True):
@@ -84,7 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_size_options(parser, hidden=768, layers=0, samples=8, length=128)
     parser.add_argument("--depths", type=int, nargs="+", default=[4, 8, 16, 32])
-    parser.add_argument("--model", help="a model folder, in the place of models with random weights")
+    parser.add_argument("--model", help="a model folder, instead of models with random weights")
     parser.add_argument("--scratch", help="where models are written; by default the folder of temporary files")
     parser.add_argument("--score", default="wanda")
     parser.add_argument("--update", default="block")

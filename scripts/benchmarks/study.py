@@ -1,12 +1,12 @@
-"""What a study costs: 2 scores x 2 granularities x 6 sparsities from one calibration, and where its time goes.
+"""Measures the cost of a study with 2 scores x 2 granularities x 6 sparsities from one calibration.
 
     python scripts/benchmarks/study.py --threads 2
     python scripts/benchmarks/study.py --model runs/cifar10/convnext --train data/cifar10/train.parquet \\
         --test data/cifar10/test.parquet --samples 4096
 
-Without a model, a ConvNeXt with random weights (width 64 and 128) sees scikit-learn's digits. In one process, the
-study and the plain way (each point calibrates for itself) take turns at the same points; their masks must be equal.
-Counted are the images that go through the model; printed are seconds by kind of work, their shares, and the ratio.
+Without `--model`, it uses a ConvNeXt with random weights (width 64 and 128) and scikit-learn's digits. In one process,
+the study and the plain method (which calibrates for each point) alternate on the same points; their masks must be
+equal. Prints the images that the model processed, seconds by kind of work, their shares, and the ratio of both.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ImageCounter:
     """Counts the images that go through a classifier.
 
     Attributes:
-        seen: The images so far.
+        seen: Number of images so far.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -46,7 +46,7 @@ class ImageCounter:
 
 
 def subject_of(args: argparse.Namespace) -> tuple[ImageClassifierModule, ImageDataModule]:
-    """The model, and its data, read and decoded."""
+    """The model and its data, already read and decoded."""
     if args.model is None:
         module = ImageClassifierModule("convnext", UNTRAINED, num_classes=10)
         data = DigitsDataModule(calibration_samples=args.samples, evaluation_batch_size=450)
@@ -63,7 +63,7 @@ def subject_of(args: argparse.Namespace) -> tuple[ImageClassifierModule, ImageDa
 
 
 def shared(module: ImageClassifierModule, data: ImageDataModule, counter: ImageCounter) -> dict[str, Any]:
-    """The study: seconds by kind, images, and the digests of the masks."""
+    """Run the study: seconds by kind of work, images, and the digests of the masks."""
     before, start = counter.seen, time.perf_counter()
     subject = Subject("model", module, lambda batch: module.predict_step(batch, 0))
     with tempfile.TemporaryDirectory() as folder:
@@ -78,7 +78,7 @@ def shared(module: ImageClassifierModule, data: ImageDataModule, counter: ImageC
 
 
 def plain(module: ImageClassifierModule, data: ImageDataModule, counter: ImageCounter) -> dict[str, Any]:
-    """Each point from the start: load the dense weights, calibrate and prune, evaluate."""
+    """Run each point separately: load the dense weights, calibrate, prune, evaluate."""
     dense = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     before, start = counter.seen, time.perf_counter()
     module.evaluate(data.test_dataloader())
@@ -111,7 +111,9 @@ def main() -> None:
     rounds = [(shared(module, data, counter), plain(module, data, counter)) for _ in range(args.repeats)]
     for own, other in rounds:
         assert own["digests"] == other["digests"], "the masks differ"
-        assert own["images"] == args.samples + (points + 1) * tested, "more than one calibration or evaluation a point"
+        assert own["images"] == args.samples + (points + 1) * tested, (
+            "more than one calibration, or more than one evaluation per point"
+        )
     own, other = sorted(rounds, key=lambda pair: pair[0]["seconds"])[len(rounds) // 2]
     print(f"{points} points, {args.samples} calibration and {tested} test images, {args.threads} threads")
     for kind, seconds in own["by kind"].items():

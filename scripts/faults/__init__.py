@@ -1,7 +1,7 @@
-"""What `fault_matrix.py` does to runs, a module for each kind of fault, and what these share."""
+"""The faults of `fault_matrix.py`, one module each, and their common code."""
 
 import os
 
-# For the runs, which are small and forked: set before torch is imported.
+# Set before torch is imported, for the small runs in forked processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")

@@ -1,4 +1,4 @@
-"""Finished runs with a flipped bit in a file."""
+"""Flip a bit in a file of a finished run."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
+from faults.forked_commands import ForkedCommands
 from faults.outcomes import Row, tail
-from faults.workplace import Workplace
 
 
-def flipped_bits(place: Workplace, run: Path, each: int, chance: random.Random, step: int = 1) -> Row:
-    """A bit flipped in every file of a run, `each` times, and looked at by `inspect`."""
+def flipped_bits(commands: ForkedCommands, run: Path, each: int, chance: random.Random, step: int = 1) -> Row:
+    """Flip a bit in every file of a run, `each` times, and check the run with `sparsefit inspect`."""
     row = Row("a flipped bit, in each file of a run")
-    # A model card is a text for its reader to edit: `sparsefit push` writes it anew, from the report.
+    # Users may edit a model card; `sparsefit push` writes a new one from the report.
     unread = {"logs", ".lock", "README.md"}
     files = sorted(file for file in run.rglob("*") if file.is_file() and not unread.intersection(file.parts))
     for file in files[::step]:
@@ -26,19 +26,19 @@ def flipped_bits(place: Workplace, run: Path, each: int, chance: random.Random, 
             data = bytearray(whole)
             data[bit // 8] ^= 1 << bit % 8
             file.write_bytes(data)
-            status, name = place.command("inspect", run), file.relative_to(run).as_posix()
-            if place.told(status) and file.name in place.output:
-                row.told += 1
+            status, name = commands.run("inspect", run), file.relative_to(run).as_posix()
+            if commands.reported(status) and file.name in commands.output:
+                row.reported += 1
             elif status == 0 and means_the_same(file, whole):
-                row.gone_on += 1
+                row.resumed += 1
             else:
-                row.silent.append(f"{name}, bit {bit}: status {status}: {tail(place.output)}")
+                row.silent.append(f"{name}, bit {bit}: status {status}: {tail(commands.output)}")
         file.write_bytes(whole)
     return row
 
 
 def means_the_same(file: Path, whole: bytes) -> bool:
-    """Whether the bit is one that nobody reads: a time of an archive's member, a space of JSON."""
+    """Whether the flipped bit has no meaning: one in the time stamp of an archive member, or in white space of JSON."""
     if file.suffix == ".json":
         try:
             return json.loads(file.read_text()) == json.loads(whole)

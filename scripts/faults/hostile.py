@@ -1,4 +1,4 @@
-"""Run folders that somebody else has prepared, so that their code is run or files outside the folder are read."""
+"""Run folders that an attacker prepared, to run code or to have files outside the folder read."""
 
 from __future__ import annotations
 
@@ -12,71 +12,71 @@ from typing import Any
 import torch
 import yaml
 
+from faults.forked_commands import ForkedCommands
 from faults.outcomes import Row, tail
-from faults.workplace import Workplace
 from sparsefit.files import file_sum, write_sums
 from sparsefit.recovery.run_files import WRITTEN_FOLDERS, read_state
 
 Change = Callable[[Path], None]
-"""What somebody does to a run folder."""
+"""A change that an attacker makes in a run folder."""
 
 
-def hostile_folders(place: Workplace, run: Path, step: int = 1) -> Row:
-    """Run folders that somebody else has prepared, sums and seals in order: nothing may be run, or lead out of them."""
-    row, canary = Row("hostile run folders"), place.folder / "canary"
-    secret = str(shutil.copytree(run / "base", place.folder / "secret"))
+def hostile_folders(commands: ForkedCommands, run: Path, step: int = 1) -> Row:
+    """Give commands hostile run folders with valid checksums: no code may run, no file outside may be read."""
+    row, canary = Row("hostile run folders"), commands.folder / "canary"
+    secret = str(shutil.copytree(run / "base", commands.folder / "secret"))
     for what, prepare, (command, *more) in hostile_cases(canary, secret)[::step]:
         row.tried += 1
-        folder, out = place.folder / "hostile", place.folder / "out"
+        folder, out = commands.folder / "hostile", commands.folder / "out"
         for path in (folder, out):
             shutil.rmtree(path, ignore_errors=True)
         shutil.copytree(run, folder)
         prepare(folder)
         reseal(folder)
         target = ("--resume", folder) if command == "fit" else (folder,)
-        status = place.command(command, *target, *(argument.format(out=out) for argument in more))
-        refused = place.told(status)
-        measured_nothing = status == 0 and command == "merge" and "quality: not measured" in place.output
+        status = commands.run(command, *target, *(argument.format(out=out) for argument in more))
+        refused = commands.reported(status)
+        measured_nothing = status == 0 and command == "merge" and "quality: not measured" in commands.output
         if canary.exists():
-            row.silent.append(f"{what}, {command}: it was run")
+            row.silent.append(f"{what}, {command}: the code was run")
             canary.unlink()
         elif refused or measured_nothing:
-            row.told += 1
+            row.reported += 1
         else:
-            row.silent.append(f"{what}, {command}: status {status}: {tail(place.output)}")
+            row.silent.append(f"{what}, {command}: status {status}: {tail(commands.output)}")
     return row
 
 
 def hostile_cases(canary: Path, secret: str) -> list[tuple[str, Change, tuple[str, ...]]]:
-    """What is hostile in a folder, how it gets there, and a command with its options that is given the folder.
+    """Hostile cases: a description, the change in the folder, and the command that is run on the folder.
 
     Args:
-        canary: A file that is there once something was run.
-        secret: A folder outside the run, with a model.
+        canary: A file that exists if hostile code was run.
+        secret: A folder outside the run, with a model in it.
     """
     popen = {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", str(canary)]}}
-    merging, going_on = ("merge", "--output={out}"), ("fit", "--trainer.max_steps=9")
+    merging, resuming = ("merge", "--output={out}"), ("fit", "--trainer.max_steps=9")
     return [
         ("data are a Popen", recipe_with(lambda s: s.update(data=popen)), merging),
-        ("data are a Popen", recipe_with(lambda s: s.update(data=popen)), going_on),
+        ("data are a Popen", recipe_with(lambda s: s.update(data=popen)), resuming),
         ("the model is a Popen", recipe_with(lambda s: s.update(model=popen)), merging),
-        ("the model is a Popen", recipe_with(lambda s: s.update(model=popen)), going_on),
-        ("a callback is a Popen", recipe_with(lambda s: s["trainer"].update(callbacks=[popen])), going_on),
-        ("the logger is a Popen", recipe_with(lambda s: s["trainer"].update(logger=popen)), going_on),
-        ("a plugin is a Popen", recipe_with(lambda s: s["trainer"].update(plugins=[popen])), going_on),
-        ("calibration is a Popen", recipe_with(lambda s: s["pruning"].update(calibration=popen)), going_on),
-        ("a Popen inside the data", recipe_with(lambda s: s["data"]["init_args"].update(tokenizer=popen)), going_on),
+        ("the model is a Popen", recipe_with(lambda s: s.update(model=popen)), resuming),
+        ("a callback is a Popen", recipe_with(lambda s: s["trainer"].update(callbacks=[popen])), resuming),
+        ("the logger is a Popen", recipe_with(lambda s: s["trainer"].update(logger=popen)), resuming),
+        ("a plugin is a Popen", recipe_with(lambda s: s["trainer"].update(plugins=[popen])), resuming),
+        ("calibration is a Popen", recipe_with(lambda s: s["pruning"].update(calibration=popen)), resuming),
+        ("a Popen inside the data", recipe_with(lambda s: s["data"]["init_args"].update(tokenizer=popen)), resuming),
         ("its base is ../secret", base_elsewhere("../secret"), merging),
         ("its base is an absolute path", base_elsewhere(secret), merging),
         *((f"an index names {name}", index_naming(name), command)
           for name in ("../../secret/model.safetensors", f"{secret}/model.safetensors")
           for command in (merging, ("inspect",), ("export", "--format=gguf", "--output={out}"))),
-        ("a checkpoint that runs what it unpickles", harmful_checkpoint(canary), going_on),
+        ("a checkpoint with code that runs on unpickling", harmful_checkpoint(canary), resuming),
     ]  # fmt: skip
 
 
 def recipe_with(change: Callable[[dict[str, Any]], None]) -> Change:
-    """Change the recipe."""
+    """Change the recipe in the folder."""
 
     def prepare(folder: Path) -> None:
         settings = yaml.safe_load((folder / "config.yaml").read_text())
@@ -87,7 +87,7 @@ def recipe_with(change: Callable[[dict[str, Any]], None]) -> Change:
 
 
 def base_elsewhere(name: str) -> Change:
-    """Have the adapter name another base."""
+    """Make the adapter refer to another base."""
 
     def prepare(folder: Path) -> None:
         notes = json.loads((folder / "adapter/sparsefit.json").read_text())
@@ -97,7 +97,7 @@ def base_elsewhere(name: str) -> Change:
 
 
 def index_naming(name: str) -> Change:
-    """Put an index that names a file where the weights of the models were."""
+    """Replace the weights of the models by an index that names a file."""
 
     def prepare(folder: Path) -> None:
         for part in ("base", "model"):
@@ -109,7 +109,7 @@ def index_naming(name: str) -> Change:
 
 
 def harmful_checkpoint(canary: Path) -> Change:
-    """Put what runs as it is unpickled into the checkpoints."""
+    """Put code that runs on unpickling into the checkpoints."""
 
     def prepare(folder: Path) -> None:
         for path in (folder / "checkpoints").iterdir():
@@ -119,7 +119,7 @@ def harmful_checkpoint(canary: Path) -> Change:
 
 
 class Harmful:
-    """What unpickling runs."""
+    """An object whose unpickling creates a file."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -129,7 +129,7 @@ class Harmful:
 
 
 def reseal(folder: Path) -> None:
-    """Put the sums of a run folder in order, as whoever prepares one would."""
+    """Write valid checksums into a run folder, as an attacker would."""
     for part in WRITTEN_FOLDERS:
         if (folder / part).is_dir():
             write_sums(folder / part)

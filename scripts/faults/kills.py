@@ -1,4 +1,4 @@
-"""Runs that are killed, at a write or at any time."""
+"""Kill a run at one of its writes, or at a random time."""
 
 from __future__ import annotations
 
@@ -9,49 +9,49 @@ import time
 
 from torch import Tensor
 
-from faults.outcomes import Row, resumed, tail
-from faults.workplace import Workplace
+from faults.forked_commands import ForkedCommands
+from faults.outcomes import Row, resume_run, tail
 from faults.write_hook import Writes
 
 
 def kill(event: str) -> None:
-    """As `kill -9` and a power cut do."""
+    """Kill the process without cleanup."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def killed_at_writes(
-    place: Workplace, expected: dict[str, Tensor], writes: int, number: int, chance: random.Random
+    commands: ForkedCommands, expected: dict[str, Tensor], writes: int, number: int, chance: random.Random
 ) -> Row:
-    """Killed at files' own moments: as one is opened, renamed or removed. Every third is killed again as it goes on."""
+    """Kill runs as they open, rename or remove a file. Every third run is killed a second time after it is resumed."""
     row = Row("killed (SIGKILL) at a write in its folder")
     for case, at in enumerate(sorted(chance.sample(range(1, writes + 1), min(number, writes)))):
-        run = place.folder / f"write-{at}"
+        run = commands.folder / f"write-{at}"
         row.tried += 1
-        status = place.command("fit", "--config", place.recipe(run), hook=Writes(run, at, kill))
+        status = commands.run("fit", "--config", commands.recipe(run), hook=Writes(run, at, kill))
         what = f"write {at}"
         if status != -signal.SIGKILL:
-            row.lost.append(f"{what}: not killed ({status}): {tail(place.output)}")
+            row.lost.append(f"{what}: not killed ({status}): {tail(commands.output)}")
             continue
         if case % 3 == 0 and (run / "config.yaml").exists():
             again = chance.randint(1, writes // 2)
-            place.command("fit", "--resume", run, hook=Writes(run, again, kill))
+            commands.run("fit", "--resume", run, hook=Writes(run, again, kill))
             what += f", then {again}"
-        resumed(place, run, expected, row, what)
+        resume_run(commands, run, expected, row, what)
     return row
 
 
 def killed_at_times(
-    place: Workplace, expected: dict[str, Tensor], seconds: float, number: int, chance: random.Random
+    commands: ForkedCommands, expected: dict[str, Tensor], seconds: float, number: int, chance: random.Random
 ) -> Row:
-    """Killed at any time."""
+    """Kill runs at random times."""
     row = Row("killed (SIGKILL) at a random time")
     for case in range(number):
-        run = place.folder / f"time-{case}"
+        run = commands.folder / f"time-{case}"
         row.tried += 1
-        child = place.start("fit", "--config", place.recipe(run))
+        child = commands.start("fit", "--config", commands.recipe(run))
         after = chance.uniform(0, seconds)
         time.sleep(after)
         os.kill(child, signal.SIGKILL)
-        place.ended(child)
-        resumed(place, run, expected, row, f"after {after:.2f} s")
+        commands.wait(child)
+        resume_run(commands, run, expected, row, f"after {after:.2f} s")
     return row

@@ -1,4 +1,4 @@
-"""Runs in which a loss, a gradient or a weight becomes NaN."""
+"""Set a loss, a gradient or a weight of a run to NaN."""
 
 from __future__ import annotations
 
@@ -10,32 +10,35 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from faults.outcomes import Row, resumed, tail
-from faults.workplace import Workplace
+from faults.forked_commands import ForkedCommands
+from faults.outcomes import Row, resume_run, tail
 from sparsefit.modules import CausalLMModule
 
 
-def not_finite(place: Workplace, expected: dict[str, Tensor], first: int = 0) -> Row:
-    """A NaN in a loss, a gradient or a weight, at each step from `first` on; gone on with when it no longer comes."""
+def not_finite(commands: ForkedCommands, expected: dict[str, Tensor], first: int = 0) -> Row:
+    """Cause a NaN in a loss, a gradient or a weight, at each step from `first` on. Each run is then resumed without the
+    fault."""
     row = Row("NaN in a loss, a gradient or a weight")
     for kind in ("loss", "gradient", "weight"):
-        for step in range(first, place.steps):
-            run, what = place.folder / f"nan-{kind}-{step}", f"{kind} of step {step}"
+        for step in range(first, commands.steps):
+            run, what = commands.folder / f"nan-{kind}-{step}", f"{kind} of step {step}"
             row.tried += 1
-            status = place.command("fit", "--config", place.recipe(run), before=lambda k=kind, s=step: go_to_nan(k, s))
-            if not place.told(status):
-                row.silent.append(f"{what}: status {status}: {tail(place.output)}")
+            status = commands.run(
+                "fit", "--config", commands.recipe(run), before=lambda k=kind, s=step: produce_nan(k, s)
+            )
+            if not commands.reported(status):
+                row.silent.append(f"{what}: status {status}: {tail(commands.output)}")
                 continue
             if broken := [file.name for file in written_models(run) if not_finite_in(file)]:
                 row.silent.append(f"{what}: written to {broken}")
                 continue
-            row.told += 1
-            resumed(place, run, expected, row, what)
+            row.reported += 1
+            resume_run(commands, run, expected, row, what)
     return row
 
 
-def go_to_nan(kind: str, step: int) -> None:
-    """Have a module of this process get a NaN at a step."""
+def produce_nan(kind: str, step: int) -> None:
+    """Make the modules of this process produce a NaN at a step."""
     train = CausalLMModule.training_step
 
     def training_step(self: CausalLMModule, *args: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""What became of a run: a line of the table, and whether a run ended as the one without a fault."""
+"""Outcome of a faulty run, compared with the reference run."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from faults.workplace import Workplace
+from faults.forked_commands import ForkedCommands
 from sparsefit.recovery.run_files import damaged_files, newest_checkpoint, read_state
 
 
 @dataclass
 class Row:
-    """One line of the table."""
+    """One row of the table: how many runs had the fault, how many of them were resumed or reported it, and descriptions
+    of those that were lost or silently wrong."""
 
     fault: str
     tried: int = 0
-    gone_on: int = 0
-    told: int = 0
+    resumed: int = 0
+    reported: int = 0
     lost: list[str] = field(default_factory=list)
     silent: list[str] = field(default_factory=list)
 
 
 def outcome(run: Path) -> dict[str, Tensor]:
-    """All that a run has trained, by file and name."""
+    """All tensors that a run trained, by file and name."""
     found = {}
     for part in ("base/model", "adapter/adapter_model", "model/model"):
         found |= {f"{part}.{name}": tensor for name, tensor in load_file(run / f"{part}.safetensors").items()}
@@ -40,7 +41,7 @@ def outcome(run: Path) -> dict[str, Tensor]:
 
 
 def wrong_in(run: Path, expected: dict[str, Tensor]) -> str | None:
-    """What is wrong with a run that should be finished as the undisturbed one is; None if nothing is."""
+    """How a run differs from the finished reference run, or what is damaged; None if nothing is wrong."""
     try:
         state = read_state(run)
         if state is None or state.name != "finished" or state.step == 0:
@@ -59,18 +60,18 @@ def wrong_in(run: Path, expected: dict[str, Tensor]) -> str | None:
 
 
 def tail(text: str) -> str:
-    """The end of an output, for the account of what is lost."""
+    """The last lines of an output."""
     return " | ".join(text.strip().splitlines()[-3:])[-400:]
 
 
-def resumed(place: Workplace, run: Path, expected: dict[str, Tensor], row: Row, what: str) -> None:
-    """Go on with a run, and note what became of it."""
-    status = place.go_on(run)
+def resume_run(commands: ForkedCommands, run: Path, expected: dict[str, Tensor], row: Row, what: str) -> None:
+    """Resume a run and count its outcome in the row."""
+    status = commands.resume(run)
     wrong = wrong_in(run, expected)
     if status == 0 and wrong is None:
-        row.gone_on += 1
+        row.resumed += 1
         shutil.rmtree(run)
     elif status == 0:
         row.silent.append(f"{what}: {wrong}")
     else:
-        row.lost.append(f"{what}: status {status}: {tail(place.output)}")
+        row.lost.append(f"{what}: status {status}: {tail(commands.output)}")

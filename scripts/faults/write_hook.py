@@ -1,4 +1,4 @@
-"""Counts what a process writes in a folder, and acts at one of its writes."""
+"""Counts the writes of a process in a folder, and acts at one of them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,19 @@ WRITES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", 
 
 
 class Writes:
-    """Counts what a process writes in a folder, as Python's audit hooks see it; acts from the n-th on."""
+    """A hook for `sys.addaudithook` that counts the writes of a process in a folder, and acts from the n-th write on.
+
+    Args:
+        folder: The folder.
+        at: The number of the first write at which the hook acts.
+        act: Called with the name of the event.
+    """
 
     def __init__(self, folder: Path, at: int, act: Callable[[str], None]) -> None:
         self.folder, self.at, self.act, self.count = str(folder), at, act, 0
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
-        """Take an event of the process."""
+        """Count an event of the process, and act if its number is reached."""
         if event not in WRITES or not str(arguments[0]).startswith(self.folder):
             return
         if event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):

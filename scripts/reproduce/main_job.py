@@ -1,9 +1,9 @@
-"""The table of docs/results.md: the recipes of configs/ at several settings, each a `sparsefit` command.
+"""Makes a table of docs/results.md: the recipes of configs/ with several settings, each as a `sparsefit` command.
 
     python scripts/reproduce/main_job.py --output runs/main_job [--only embedded] [--threads 2]
 
-The recipes on TinyStories and C4 expect the folder data/ (see their headers). Prints one line a run in Markdown, as
-each ends; a run whose folder has a report already is not run again.
+The recipes on TinyStories and C4 expect the folder data/ (see their headers). Prints a line in Markdown
+after each run. Runs whose folder has a report are not repeated.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SETTINGS = {
 
 
 def run(recipe: str, setting: str, folder: Path, threads: int) -> dict:
-    """One command; magnitude is pruned without recovery, to compare."""
+    """Run a command and return its report. Magnitude pruning is run without recovery, for comparison."""
     if not (folder / "report.json").exists():
         command = "prune" if setting.startswith("magnitude") else "fit"
         sparsefit = str(Path(sys.executable).with_name("sparsefit"))

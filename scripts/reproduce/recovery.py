@@ -1,15 +1,15 @@
-"""The tables of docs/results.md on recovery: forms of adapter, reconstruction, distillation; tuned alike, merged.
+"""Makes the tables of docs/results.md on recovery: forms of adapters, reconstruction and distillation.
 
     python scripts/reproduce/recovery.py --output runs/recovery [--model embedded] [--stage tune] [--threads 1]
     python scripts/reproduce/recovery.py --model smollm2 --stage headline [--steps 50] [--seeds 0 1 2]
 
-Stages: "headline" is the paper's recipe and the best one alone, each with its best rate of four, and the dense model
-trained by each, as a control, on several seeds (of calibration, training text and adapters); "tune" finds the
-learning rate of each form (at 50%, plain); "steps" gives each recipe the same number of optimizer steps; "pace"
-measures what a step of each takes (on an idle machine, please); "seconds" gives each the steps that fit into the same
-seconds at that pace, beside those of a reconstruction. Every point is a fit by `Trainer` with the project's
-callbacks, kept in a file of the output folder, so a run that was stopped goes on where it was. What a pruning or a
-reconstruction gives is kept, too, and shared by the points that start from it. The model on TinyStories expects the
+Stages: "headline" runs only the paper's recipe and the best one, each with the best of four learning rates, and as a
+control trains the dense model with each, on several seeds (of calibration, training text and adapters). "tune" finds
+the learning rate of each form (at 50%, with plain Wanda). "steps" gives each recipe the same number of optimizer steps.
+"pace" measures the seconds of a step of each (on an idle machine). "seconds" gives each recipe the steps that fit into
+the same seconds, reconstruction included. Every point is a fit by `Trainer` with the project's callbacks. Its figures
+are kept in a file of the output folder, so a stopped run continues. Pruned and reconstructed models are kept, too, and
+shared by the points that start from them. The model on TinyStories expects the
 folder data/ (see configs/tinystories.yaml), and so does SmolLM2 (see configs/smollm2-135m_c4.yaml): in bfloat16
 autocast, 128 calibration windows and batches of 4 x 512 tokens of C4, and 24 windows of WikiText-2.
 
@@ -35,7 +35,7 @@ PASSES = 5  # of the reconstruction
 
 
 def best_rates(output: Path, model: str, steps: int) -> dict[str, float]:
-    """The learning rate with which each form comes out best."""
+    """The best learning rate of each form."""
     found = {}
     for form, rates in SUBJECTS[model].rates.items():
         figures = [cached(output, point(model, form, rate, {"steps": steps})) for rate in rates]
@@ -44,13 +44,14 @@ def best_rates(output: Path, model: str, steps: int) -> dict[str, float]:
 
 
 def ways() -> list[tuple[str, int, float]]:
-    """Form, passes of a reconstruction and weight of the distillation: each with each."""
+    """All combinations of form, passes of the reconstruction and weight of the distillation."""
     forms = [form for form in FORMS if form != "lora, all linears"]
     return [(form, passes, distill) for passes in (0, PASSES) for distill in (0.0, 0.5) for form in forms]
 
 
 def fitting(output: Path, model: str, rates: dict[str, float], pattern: str) -> list[Settings]:
-    """Each way with the steps that fit into the seconds, at the pace measured at 50%; without those that have none."""
+    """Each combination with the steps that fit into the seconds, at the pace measured at 50%; those for which no step
+    fits are left out."""
     rows, seconds = [], SUBJECTS[model].seconds
     for form, passes, distill in ways():
         start = point(model, form, rates[form], {}, pattern=pattern, passes=passes)
@@ -65,7 +66,7 @@ def fitting(output: Path, model: str, rates: dict[str, float], pattern: str) -> 
 
 
 def whole(model: str, rates: dict[str, float], limit: Settings, pattern: str) -> list[Settings]:
-    """Each form with and without a reconstruction before, with and without distillation."""
+    """Each form with and without reconstruction, with and without distillation."""
     return [
         point(model, form, rates[form], limit, pattern=pattern, passes=passes, distill=distill)
         for form, passes, distill in ways()
@@ -73,7 +74,7 @@ def whole(model: str, rates: dict[str, float], limit: Settings, pattern: str) ->
 
 
 def refined(model: str, rates: dict[str, float], limit: Settings, pattern: str) -> list[Settings]:
-    """The best form and masked LoRA, with everything, from masks that were refined before."""
+    """The best form and masked LoRA with reconstruction and distillation, starting from refined masks."""
     both = {"passes": PASSES, "distill": 0.5, "pruning": "refined"}
     return [point(model, form, rates[form], limit, pattern=pattern, **both) for form in (BEST, "masked_lora")]
 
@@ -82,12 +83,12 @@ PAPERS: Settings = {"form": "lora q, v (the paper's)"}
 
 
 def ours(pattern: str) -> Settings:
-    """The best recipe; an N:M pattern leaves nothing to share out between matrices."""
+    """The best recipe. With an N:M pattern, all matrices have the same sparsity, so it has no Fisher allocation."""
     return {"form": BEST, "passes": 2, "pruning": "refined" if ":" in pattern else "refined, Fisher"}
 
 
 def headline(output: Path, model: str, steps: int, patterns: list[str], seeds: list[int]) -> list[Settings]:
-    """The paper's recipe and ours, each at the best of its rates by the first seed, and their controls."""
+    """The paper's recipe and ours, each at its best learning rate, chosen on the first seed; and their controls."""
     rows = []
     for pattern in patterns:
         for recipe in (PAPERS, ours(pattern)):
@@ -119,7 +120,7 @@ def points(args: argparse.Namespace, stage: str, model: str, rates: dict[str, fl
 
 
 def table(rows: list[Settings]) -> str:
-    """Markdown: a line for each point."""
+    """The points as a Markdown table."""
     lines = [
         "| model | pattern | masks | form | passes | distilled | rate | seed | limit | steps | pruning s | seconds "
         "| dense | pruned | recovered | merged | nats lost | won back | zeros counted |",
@@ -150,13 +151,13 @@ def main() -> None:
     """Run the script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/recovery"))
-    parser.add_argument("--model", choices=SUBJECTS, help="all but smollm2 where none is given")
+    parser.add_argument("--model", choices=SUBJECTS, help="by default all but smollm2")
     parser.add_argument("--stage", choices=("headline", "tune", "steps", "pace", "seconds"))
     parser.add_argument("--pattern", choices=PATTERNS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the headline")
-    parser.add_argument("--precision", help="of the trainer, in place of the model's: use a new output folder for it")
+    parser.add_argument("--precision", help="of the trainer, instead of the model's: use a new output folder for it")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")

@@ -1,4 +1,4 @@
-"""Points of scripts/reproduce/recovery.py: a model pruned, trained, evaluated, merged and counted; once each."""
+"""Measures the points of scripts/reproduce/recovery.py: prunes, trains, evaluates and merges a model, once each."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ PACE_STEPS = 8
 
 
 class FromFolder(WandaPruning):
-    """Starts from what an earlier pruning (and reconstruction) of the same model left, instead of pruning again."""
+    """Loads a model that was pruned (and reconstructed) before, instead of pruning again."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self._folder = folder
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the weights and masks over."""
+        """Load the weights and masks."""
         _, model = pretrained_part(pl_module)
         saved = load_file(self._folder / "model.safetensors")
         with torch.no_grad():
@@ -48,18 +48,18 @@ class FromFolder(WandaPruning):
 
 
 class StepClock(Callback):
-    """The time of an optimizer step: the median of all but the first two, as far as there are more."""
+    """Measures the median seconds of an optimizer step, without the first two if there are more."""
 
     def __init__(self) -> None:
         self._times: list[float] = []
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Note the time."""
+        """Record the time."""
         self._times.append(time.perf_counter())
 
     @property
     def median(self) -> float | None:
-        """Seconds; None after fewer than two steps, as the first one has no start."""
+        """Median seconds of a step; None after fewer than two steps, as the start of the first is not known."""
         times = self._times[1:] if len(self._times) > 3 else self._times
         return median(later - earlier for earlier, later in pairwise(times)) if len(times) > 1 else None
 
@@ -82,7 +82,7 @@ def trainer_with(callbacks: list[Callback], **settings: Any) -> Trainer:
 
 
 def prepare(output: Path, point: Settings) -> tuple[Path, Settings]:
-    """The folder of the pruned model that a point starts from, and its figures; made once."""
+    """The folder of the pruned model that a point starts from, and its figures. It is created only once."""
     model, pattern, pruning, passes = (point[name] for name in ("model", "pattern", "pruning", "passes"))
     seed, subject = point["seed"], SUBJECTS[model]
     named = [model, pattern.replace(":", "of"), pruning, str(passes), *([f"seed{seed}"] if seed else [])]
@@ -107,14 +107,15 @@ def prepare(output: Path, point: Settings) -> tuple[Path, Settings]:
 
 
 def fitted(output: Path, point: Settings) -> tuple[CausalLMModule, MaskSet | None, Trainer, float | None]:
-    """A model prepared and trained as a point says, its masks, and the seconds of an optimizer step, if it has two."""
+    """A model prepared and trained for a point, its masks, its trainer, and the seconds of an optimizer step, if it has
+    two."""
     subject, form = SUBJECTS[point["model"]], FORMS[point["form"]]
     data, _ = data_of(point["model"], point["seed"])
     seed_everything(point["seed"], verbose=False)
     distill = DistillSettings(point["distill"]) if point["distill"] else None
     module = CausalLMModule(subject.model, AdapterSettings(**form), distill, learning_rate=point["rate"])
     pruned = None if point["pattern"] == DENSE else FromFolder(prepare(output, point)[0])
-    budget, clock = GPUHourBudget(1e3), StepClock()  # the rate falls with the steps
+    budget, clock = GPUHourBudget(1e3), StepClock()  # the budget lowers the learning rate with the steps
     callbacks = [budget, clock] if pruned is None else [pruned, budget, clock]
     ends = {"max_steps": point["steps"], "max_epochs": 1000, "gradient_clip_val": 1.0}
     trainer = trainer_with(callbacks, **ends, **subject.trainer)
@@ -124,7 +125,7 @@ def fitted(output: Path, point: Settings) -> tuple[CausalLMModule, MaskSet | Non
 
 
 def run(output: Path, point: Settings) -> Settings:
-    """One point: a model prepared, trained, evaluated, merged and counted; a control is no more than evaluated.
+    """Measure a point: prepare, train, evaluate and merge a model, and count its zeros. A control is only evaluated.
 
     `training_seconds` is the time of the training and of loading the model and its pruned weights. It contains neither
     reading the data nor the pruning and the reconstruction, which the first point that needs them makes for all others.
@@ -164,7 +165,7 @@ def pace(output: Path, model: str, form: str, rate: float, distill: float) -> fl
 
 
 def cached(output: Path, point: Settings) -> Settings:
-    """A point's figures, from the file where they are."""
+    """A point's figures from the file, or measured if the file does not have them."""
     file = output / f"{point['model']}.jsonl"
     done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     for figures in done:
@@ -181,7 +182,7 @@ def cached(output: Path, point: Settings) -> Settings:
     return figures
 
 
-def point(model: str, form: str, rate: float, limit: Settings, **others: Any) -> Settings:
-    """A point of plain Wanda at 50%, trained on the text, unless `others` say otherwise; `limit` is what ends it."""
+def point(model: str, form: str, rate: float, limit: Settings, **settings: Any) -> Settings:
+    """A point of plain Wanda at 50% without distillation, unless `settings` differ; `limit` ends its training."""
     plain = {"pattern": "50%", "pruning": "wanda", "passes": 0, "distill": 0.0, "seed": 0}
-    return {"model": model, "form": form, "rate": rate} | plain | others | limit
+    return {"model": model, "form": form, "rate": rate} | plain | settings | limit

@@ -1,4 +1,4 @@
-"""The models that scripts/reproduce/recovery.py recovers, their texts, and the forms of adapter and rates tried."""
+"""The models that scripts/reproduce/recovery.py recovers, their texts, forms of adapters, and learning rates."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SAMPLES = 128
 
 
 class Stories(LightningDataModule):
-    """One story in each row, as the model on TinyStories was trained on them; padded on the right."""
+    """Rows of one story each, padded on the right, as in the training of the model on TinyStories."""
 
     def __init__(self, tokenizer: str, folder: str, batch_size: int = 8) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Stories(LightningDataModule):
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
 
     def train_dataloader(self) -> DataLoader:
-        """All training stories but those calibrated on, shuffled alike in each run."""
+        """The training stories that are not used for calibration, in the same shuffled order in each run."""
         return self._loader("train_sample.jsonl", slice(SAMPLES, None), shuffle=True)
 
     def calibration_dataloader(self) -> DataLoader:
@@ -75,7 +75,7 @@ def documentation(seed: int) -> PythonDocsDataModule:
 
 
 PATTERNS: dict[str, Settings] = {"50%": {"sparsity": 0.5}, "2:4": {"pattern": "2:4"}}
-DENSE = "dense"  # in the place of a pattern: a control
+DENSE = "dense"  # instead of a pattern: a control
 REFINED = {"swaps": 10, "reconstruction": "least_squares"}
 PRUNINGS: dict[str, Settings] = {
     "wanda": {},
@@ -114,9 +114,9 @@ class Subject:
     Attributes:
         model: as `CausalLMModule` takes it.
         data: makes its data module for a seed.
-        seconds: of a recovery that ends by time.
+        seconds: the seconds of a recovery that is limited by time.
         rates: learning rates tried for each form.
-        block: settings of the blockwise reconstruction, beside its passes.
+        block: settings of the blockwise reconstruction, without its passes.
         trainer: more settings of the trainer.
     """
 

@@ -1,4 +1,4 @@
-"""What the tests of pruned fits share."""
+"""Common code for tests of pruned fits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sparsefit.callbacks import PrunedRunCallback
 
 
 class Watch(PrunedRunCallback):
-    """Notes when the model is pruned, and what it is like then."""
+    """Records when the model is pruned, and its state at that time."""
 
     def __init__(self) -> None:
         self.events: list[str] = []

@@ -49,7 +49,7 @@ def data(folder, kind=TextDataModule, **settings):
 
 
 def module(cls=CausalLMModule, settings=None, **adapter):
-    """A pruned-to-be Llama; dropout, so that every random number counts."""
+    """A Llama to prune, with dropout, so that all random numbers matter."""
     torch.manual_seed(0)
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer()), tie_word_embeddings=True, **SIZES))
     return cls(
@@ -66,17 +66,17 @@ def every_step(folder, **settings):
     return ModelCheckpoint(folder, save_top_k=-1, **({"filename": "{step}"} | every | settings))
 
 
-def fit(module, data, *callbacks, ckpt_path=None, told=None, **settings):
-    """A fit as the command makes it: all seeds set, checkpoints written whole; the list `told` gets its warnings."""
+def fit(module, data, *callbacks, ckpt_path=None, warned=None, **settings):
+    """A fit like that of the command: with all seeds set and atomic checkpoints; warnings are appended to `warned`."""
     seed_everything(7, verbose=False)
     saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
     common = {"max_epochs": 100, "log_every_n_steps": 1, "plugins": [AtomicCheckpointIO()]}
     trainer = Trainer(callbacks=[*callbacks], **(QUIET | common | {"enable_checkpointing": saves} | settings))
-    with warnings.catch_warnings(record=told is not None) as caught:
-        warnings.simplefilter("ignore" if told is None else "always")
+    with warnings.catch_warnings(record=warned is not None) as caught:
+        warnings.simplefilter("ignore" if warned is None else "always")
         trainer.fit(module, data, ckpt_path=ckpt_path)
-    if told is not None:
-        told += [str(warning.message) for warning in caught]
+    if warned is not None:
+        warned += [str(warning.message) for warning in caught]
     return trainer
 
 

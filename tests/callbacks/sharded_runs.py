@@ -1,4 +1,4 @@
-"""Runs of small models that the tests of sharded recovery share: the same ones on one device and on several."""
+"""Runs of small models for tests of sharded recovery, on one device and on several."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
 class Shared(LightningDataModule):
-    """Samples in a fixed order, which the ranks share out: together their batches are those of one rank."""
+    """Samples in a fixed order, divided among the ranks; together, their batches are those of one rank."""
 
     def train_dataloader(self):
         rank, ranks = self.trainer.global_rank, self.trainer.world_size
@@ -64,7 +64,7 @@ class Labelled(Shared):
 
 
 class Own(RecoveryMixin, LightningModule):
-    """A module of somebody's own, whose dense self teaches it."""
+    """A custom module with its dense version as teacher."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ def llama(
     optimizer: str = "adamw",
     **adapter: Any,
 ):
-    """A Llama with adapters of a form, taught with a weight by its dense self."""
+    """A Llama with adapters of a form, and its dense version as teacher with a weight."""
     torch.manual_seed(0)
     base = LlamaForCausalLM(LlamaConfig(**SIZES)).to(getattr(torch, dtype))
     return _module(base, form, weight, optimizer, **adapter)
@@ -119,8 +119,8 @@ def _module(base, form="masked_lora", weight=None, optimizer="adamw", **adapter)
 
 
 class Watched(Callback):
-    """Counts at each step what must not be: gradients and weights where the masks have none, and whole parameters of a
-    sharded model between its passes."""
+    """Counts errors at each step: gradients and values of pruned weights, and whole parameters of a sharded model
+    between its passes."""
 
     def __init__(self) -> None:
         self.gradients = self.weights = self.whole = 0
@@ -142,7 +142,7 @@ class Watched(Callback):
 
 
 class Writes(PrunedRunCallback):
-    """Has the dense model write text."""
+    """A data module whose text the dense model writes."""
 
     def on_pruning_check(self, trainer, module):
         with writing(module):
@@ -150,7 +150,7 @@ class Writes(PrunedRunCallback):
 
 
 class Drifts(Callback):
-    """Moves a trained weight before a step, the pruned ones of it, too."""
+    """Adds a value to pruned weights before a step."""
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         if batch_idx == 1:
@@ -159,7 +159,7 @@ class Drifts(Callback):
 
 
 class Spoils(Callback):
-    """Makes a gradient infinite, on the second rank alone."""
+    """Sets a gradient to infinity on rank 1."""
 
     def on_after_backward(self, trainer, module):
         if trainer.global_rank == 1:
@@ -167,7 +167,7 @@ class Spoils(Callback):
 
 
 def run(ranks: int, folder: Path, module: LightningModule, *more: Callback, **settings: Any) -> dict[str, Any]:
-    """Fit on so many ranks, of which this process is one, and tell what came of it."""
+    """Fit on a number of ranks, of which this process is one, and return the results."""
     pruning, report, watched = WandaPruning(), RunReport(str(folder)), Watched()
     callbacks = [GPUHourBudget(1.0), report, pruning, watched, *more]
     common = {"max_steps": 4, "gradient_clip_val": 0.01, "use_distributed_sampler": False}

@@ -1,4 +1,4 @@
-"""Small models, data and trainers that the tests of the callbacks share."""
+"""Small models, data and trainers for the tests of the callbacks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Net(nn.Module):
 
 
 class Classifier(LightningModule):
-    """A module of somebody who never heard of pruning; it notes what it trains on."""
+    """A classifier without pruning code, which records its training inputs."""
 
     def __init__(self, optimizer=None, seed: int = 0) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Classifier(LightningModule):
 
 
 class LanguageModel(LightningModule):
-    """The same around a transformers model, bare or wrapped."""
+    """A module with a transformers model, bare or wrapped."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -209,7 +209,7 @@ class Unlike(nn.Module):
         return self.layers(x)
 
 
-def test_a_model_without_blocks_is_told():
+def test_a_model_without_blocks_is_reported():
     module = Classifier()
     module.model = Unlike()
     with pytest.raises(ConfigError, match="no repeated blocks"):

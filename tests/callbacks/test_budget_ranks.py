@@ -62,9 +62,9 @@ class Share(Callback):
         pl_module.clock.now += 10 + 30 * rank
         budget.keep(5.0 + 15.0 * rank)
         with ledger_of(trainer).stage("reconstruction"):
-            self.told = [budget.share_of(trainer, "reconstruction")]
+            self.reported = [budget.share_of(trainer, "reconstruction")]
             pl_module.clock.now += 2.0 + rank
-            self.told.append(budget.share_of(trainer, "reconstruction"))
+            self.reported.append(budget.share_of(trainer, "reconstruction"))
 
 
 def shares():
@@ -72,10 +72,10 @@ def shares():
     split = {"reconstruction": 0.25, "training": 0.75}
     budget = budget_of_seconds(clock, 200, reserve=0.0, split=split)
     make_trainer(budget, share, **ddp(2), max_steps=1).fit(Timed(clock), stream())
-    return share.told
+    return share.reported
 
 
-def test_ranks_are_told_the_same_share():
+def test_all_ranks_get_the_same_share():
     first, second = on_ranks(2, shares)
     # Two devices for 100 seconds; rank 1 has spent 40 and keeps 20: a quarter of 40, and 3 of that are gone then.
     assert first == second

@@ -31,7 +31,7 @@ def interrupted(tmp_path: Path, steps: int = 30, seconds: float = 100) -> Path:
     return path
 
 
-def test_a_resumed_run_goes_on_counting(tmp_path):
+def test_a_resumed_run_continues_counting(tmp_path):
     path = interrupted(tmp_path)
     clock = Clock(77.0)
     budget = budget_of_seconds(clock, 100, reserve=0.1)

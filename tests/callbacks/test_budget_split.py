@@ -16,22 +16,22 @@ class Reconstruct(Callback):
     """Takes steps of a second until its share is used up, or `most` of them."""
 
     def __init__(self, clock: Clock, most: float = math.inf):
-        self.clock, self.most, self.steps, self.told = clock, most, 0, []
+        self.clock, self.most, self.steps, self.reported = clock, most, 0, []
 
     def on_fit_start(self, trainer, pl_module):
         with ledger_of(trainer).stage("reconstruction"):
-            self.told.append(budget_of(trainer).share_of(trainer, "reconstruction"))
-            deadline = self.clock() + (math.inf if self.told[0] is None else self.told[0])
+            self.reported.append(budget_of(trainer).share_of(trainer, "reconstruction"))
+            deadline = self.clock() + (math.inf if self.reported[0] is None else self.reported[0])
             while self.steps < self.most and self.clock() + 1 <= deadline + 1e-6:
                 self.clock.now += 1
                 self.steps += 1
-            self.told.append(budget_of(trainer).share_of(trainer, "reconstruction"))
+            self.reported.append(budget_of(trainer).share_of(trainer, "reconstruction"))
 
 
 @pytest.mark.parametrize(
     ("pruning", "kept", "share", "steps"),
     [
-        (0.0, 0.0, 18.0, 72),  # a fifth of the 90 that are left beside the reserve
+        (0.0, 0.0, 18.0, 72),  # a fifth of the 90 that remain without the reserve
         (40.0, 0.0, 10.0, 40),
         (40.0, 20.0, 8.0, 32),
     ],
@@ -47,7 +47,7 @@ def test_a_stage_gets_its_share_of_what_is_left_and_training_the_rest(pruning, k
 
     module, reconstruct = Timed(clock), Reconstruct(clock)
     make_trainer(Prune(), budget, reconstruct).fit(module, stream())
-    assert reconstruct.told == [pytest.approx(share), pytest.approx(0, abs=1e-9)]
+    assert reconstruct.reported == [pytest.approx(share), pytest.approx(0, abs=1e-9)]
     assert (reconstruct.steps, module.batches) == (share, steps)
     assert budget.ledger.seconds["reconstruction"] == pytest.approx(share)
     assert budget.ledger.seconds["training"] == pytest.approx(steps)
@@ -59,7 +59,7 @@ def test_what_a_stage_leaves_of_its_share_goes_to_training():
     budget = budget_of_seconds(clock, 100, reserve=0.0, split={"reconstruction": 0.5, "training": 0.5})
     module, reconstruct = Timed(clock), Reconstruct(clock, most=10)
     make_trainer(budget, reconstruct).fit(module, stream())
-    assert reconstruct.told == pytest.approx([50, 40])
+    assert reconstruct.reported == pytest.approx([50, 40])
     assert (reconstruct.steps, module.batches) == (10, 90)
 
 
@@ -83,7 +83,7 @@ def test_without_a_split_a_stage_may_take_all_that_is_left():
     budget = budget_of_seconds(clock, 100, reserve=0.0)
     module, reconstruct = Timed(clock), Reconstruct(clock, most=30)
     make_trainer(budget, reconstruct).fit(module, stream())
-    assert reconstruct.told == [100.0, 70.0]
+    assert reconstruct.reported == [100.0, 70.0]
     assert module.batches == 70
 
 
@@ -99,7 +99,7 @@ def test_a_budget_spent_before_the_stage_gives_it_nothing_and_says_so(fit_start)
     module, reconstruct = Timed(clock), Reconstruct(clock)
     with pytest.warns(UserWarning, match=r"cannot pay for reconstruction.*Raise gpu_hours"):
         make_trainer(Prune(), budget, reconstruct).fit(module, stream())
-    assert reconstruct.told == [0.0, 0.0]
+    assert reconstruct.reported == [0.0, 0.0]
     assert module.batches == 0
 
 

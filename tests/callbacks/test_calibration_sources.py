@@ -163,7 +163,7 @@ def test_as_many_samples_as_asked_for(asked, used):
     assert pruning.masks.digest() == prune(Classifier(), [x[:used]]).masks.digest()
 
 
-def test_samples_are_counted_by_tensors_whatever_stands_beside_them():
+def test_samples_are_counted_by_tensors_whatever_else_is_in_the_batch():
     batches = [{"id": ["a", "b"], "x": torch.randn(2, 6)} for _ in range(4)]
     taken, _ = calibration_batches(Trainer(logger=False, enable_checkpointing=False), batches, 4)
     assert sum(len(batch["x"]) for batch in taken) == 4
@@ -296,7 +296,7 @@ def test_a_mapping_reaches_the_arguments_that_forward_has(names):
     assert pruning.masks.digest() == prune(Classifier(), [-x for x, _ in labelled()]).masks.digest()
 
 
-def test_a_module_whose_model_cannot_be_called_is_told_what_to_define():
+def test_the_error_for_a_model_that_cannot_be_called_says_what_to_define():
     module = type("NoForward", (Classifier,), {"forward": LightningModule.forward})()
     with pytest.raises(CalibrationError, match=r"forward.*predict_step.*calibration_step"):
         fit(module, labelled(), WandaPruning())

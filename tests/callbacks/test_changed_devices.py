@@ -1,4 +1,4 @@
-"""Runs that go on from a checkpoint of other devices: one of this device, which is told that it is of two."""
+"""Runs resumed on another number of devices: a checkpoint of one device is changed to say that it is of two."""
 
 from __future__ import annotations
 
@@ -68,11 +68,11 @@ class Validating(Classifier):
         self.training_step(batch, batch_idx)
 
 
-def train(folder, data, checkpoint=None, *more, told=None, **settings):
+def train(folder, data, checkpoint=None, *more, warned=None, **settings):
     course = Course()
     pruning = [WandaPruning(), SparseCheckpoints(str(folder)), GPUHourBudget(10.0, warmup_steps=0)]
     settings = {"max_epochs": 2} | settings
-    fit(Validating(), data, course, *pruning, *more, ckpt_path=checkpoint, told=told, **settings)
+    fit(Validating(), data, course, *pruning, *more, ckpt_path=checkpoint, warned=warned, **settings)
     return course
 
 
@@ -119,11 +119,11 @@ def test_steps_are_whole_and_what_cannot_make_one_is_left_out(tmp_path, checkpoi
     course = train(tmp_path, Rows(), path, accumulate_grad_batches=3, max_epochs=1)
     assert course.numbers == [6, 7, 8, 9]
     assert len(course.rates) == 2  # of three batches, and of the last one
-    told = []
+    warned = []
     path, _ = checkpoint(4)
-    course = train(tmp_path, Rows(), path, told=told, accumulate_grad_batches=5)
+    course = train(tmp_path, Rows(), path, warned=warned, accumulate_grad_batches=5)
     assert course.numbers == [*range(ROWS)]
-    assert any("what is left of this epoch is less than an optimizer step, and is left out" in text for text in told)
+    assert any("what is left of this epoch is less than an optimizer step, and is left out" in text for text in warned)
 
 
 def test_between_epochs_nothing_is_left_out_or_comes_twice(tmp_path, checkpoint):
@@ -133,7 +133,7 @@ def test_between_epochs_nothing_is_left_out_or_comes_twice(tmp_path, checkpoint)
 
 
 class OfOnesOwn(Rows):
-    """With a loader that knows no position, and no state."""
+    """A custom data module without positions or state."""
 
     share_anew = None
     state_dict = dict
@@ -143,11 +143,11 @@ class OfOnesOwn(Rows):
 
 
 def test_data_that_know_no_position_begin_at_their_start(tmp_path, checkpoint):
-    told = []
+    warned = []
     path, _ = checkpoint(2, OfOnesOwn)
-    course = train(tmp_path, OfOnesOwn(), path, told=told)
+    course = train(tmp_path, OfOnesOwn(), path, warned=warned)
     assert course.numbers == [*range(4, ROWS), *range(ROWS)]
     assert course.validated == [8, 18]
-    (warning,) = (text for text in told if "from a run on 2 devices, and this one has 1" in text)
+    (warning,) = (text for text in warned if "from a run on 2 devices, and this one has 1" in text)
     assert "the data cannot be redistributed" in warning
     assert "of which 4 batches count as done" in warning

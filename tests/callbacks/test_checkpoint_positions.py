@@ -138,7 +138,7 @@ class Interrupted(Stop):
 
 
 def interrupted(path, hook, number, cls, kind, limit, ckpt_path=None):
-    """A checkpoint of where a callback is interrupted that is told before all others."""
+    """A checkpoint of a run whose first callback is interrupted."""
     used = [Interrupted(path, hook, number), *callbacks(path.parent / "run")]
     with pytest.raises(SystemExit):
         fit(cls(), KINDS[kind](), *used, ckpt_path=ckpt_path, **FITS[limit])
@@ -165,7 +165,7 @@ def test_an_interrupt_between_two_epochs_changes_nothing(straight, tmp_path, mom
 
 
 @pytest.mark.parametrize("hook", ["on_train_batch_end", "on_train_epoch_end"])
-def test_loggers_are_told_the_same_steps(tmp_path, hook):
+def test_loggers_get_the_same_steps(tmp_path, hook):
     class Logs(Drawing):
         def training_step(self, batch, batch_idx):
             self.log("loss", loss := super().training_step(batch, batch_idx))
@@ -182,7 +182,7 @@ def test_loggers_are_told_the_same_steps(tmp_path, hook):
 
 @pytest.mark.parametrize("number", [1, BATCHES + 1])  # of the batch where it was interrupted first
 @pytest.mark.parametrize("hook", ["on_train_start", "on_train_epoch_start", "on_train_batch_start"])
-def test_a_run_that_is_interrupted_before_it_does_a_batch_goes_on_from_where_it_was(straight, tmp_path, hook, number):
+def test_a_run_that_is_interrupted_before_it_does_a_batch_continues_from_where_it_was(straight, tmp_path, hook, number):
     run = Drawing, "with a length", "epochs"
     path = interrupted(tmp_path / "0.ckpt", "on_after_backward", number, *run)
     for again in range(2):

@@ -61,7 +61,7 @@ def recorded(folder, name):
 
 
 def windows_of(records, batches=None):
-    """Those of the first batches of each rank."""
+    """The windows of the first batches of each rank."""
     return [tuple(window) for one in records for window in chain(*one["windows"][:batches])]
 
 
@@ -114,12 +114,12 @@ def epoch(two):
 def alone(two):
     """The rest of the epoch on one rank, from step 3 on: its folder and warnings."""
     folder, *_ = two
-    told, saves = [], every_step(folder / "one")
-    resume(folder, "run/checkpoints/step=3.ckpt", "one", saves, devices=1, strategy="auto", told=told, **EPOCH)
-    return folder, told
+    warned, saves = [], every_step(folder / "one")
+    resume(folder, "run/checkpoints/step=3.ckpt", "one", saves, devices=1, strategy="auto", warned=warned, **EPOCH)
+    return folder, warned
 
 
-def test_two_ranks_go_on_to_the_same_weights(two):
+def test_two_ranks_resume_to_the_same_weights(two):
     folder, expected, again = two
     checkpoint = torch.load(folder / "run/checkpoints/step=2.ckpt", weights_only=True)
     mine, others = (state["torch"] for state in checkpoint["sparsefit"]["random"])
@@ -135,7 +135,7 @@ def test_one_rank_takes_what_two_have_left_of_the_epoch(alone, epoch):
     assert sorted(before + after) == sorted(epoch)
 
 
-def test_one_rank_goes_on_as_two_stood(alone):
+def test_one_rank_resumes_a_run_of_two(alone):
     folder, _ = alone
     checkpoint = torch.load(folder / "run/checkpoints/step=3.ckpt", weights_only=True)
     (record,) = recorded(folder, "one")
@@ -155,8 +155,8 @@ def test_one_rank_goes_on_as_two_stood(alone):
 
 
 def test_one_warning_says_what_is_other(alone):
-    _, told = alone
-    (warning,) = (message for message in told if "devices" in message and "checkpoint" in message)
+    _, warned = alone
+    (warning,) = (message for message in warned if "devices" in message and "checkpoint" in message)
     assert "from a run on 2 devices, and this one has 1" in warning
     assert "averages 1 batches (1 devices x 1) where it averaged 2 (2 x 1)" in warning
     assert "after what all 2 devices have trained on in this epoch" in warning

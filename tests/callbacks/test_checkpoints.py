@@ -134,7 +134,7 @@ INTERRUPTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", INTERRUPTS)
-def test_a_run_goes_on_after_an_interrupt_as_if_there_had_been_none(straight, tmp_path, name):
+def test_a_run_continues_after_an_interrupt_as_if_there_had_been_none(straight, tmp_path, name):
     hook, number, settings = INTERRUPTS[name]
     _, expected = straight(**settings)
     fitting = {key: value for key, value in settings.items() if key not in ("cls", "val_source")}
@@ -149,7 +149,7 @@ def test_a_run_goes_on_after_an_interrupt_as_if_there_had_been_none(straight, tm
     assert_same(resume(tmp_path, checkpoint, **settings), expected)
 
 
-def test_weights_half_changed_are_told(straight, tmp_path):
+def test_partly_changed_weights_are_reported(straight, tmp_path):
     saver = every_step(tmp_path, every_n_epochs=1000, save_on_exception=True)
     stop = Stop("on_before_optimizer_step", 3)
     with pytest.raises(SystemExit):
@@ -159,7 +159,7 @@ def test_weights_half_changed_are_told(straight, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_was_saved_after_the_end_goes_on_within_the_epoch(tmp_path):
+def test_a_checkpoint_saved_after_the_end_resumes_within_the_epoch(tmp_path):
     """The command's two ModelCheckpoints write last.ckpt anew when training has ended."""
 
     def saves(folder):
@@ -226,7 +226,7 @@ def test_nothing_is_left_out_without_a_base_and_plain_checkpoints_are_as_ever(st
     again = module()
     fit(again, data(folder), *callbacks(tmp_path / "run")[2:], ckpt_path=tmp_path / "step=3.ckpt", max_steps=4)
     assert "sparsefit" not in checkpoint
-    # And one of them can be gone on from with the callback.
+    # The callback can resume from one of them, too.
     resume(folder, tmp_path / "step=3.ckpt", max_steps=4)
 
 

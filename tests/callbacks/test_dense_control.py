@@ -111,10 +111,10 @@ class Diverging(Measured):
         return super().training_step(*args) * float("nan")
 
 
-def test_a_control_that_diverges_is_stopped_and_told(tmp_path):
+def test_a_control_that_diverges_is_stopped_and_reported(tmp_path):
     report, _ = run(tmp_path / "run", max_steps=2)
     with pytest.raises(DivergenceError, match="Lower the learning rate"):
         fit(Diverging(), Shuffled(), DenseControl(report), max_steps=2)
-    told = json.loads((tmp_path / "run/report.json").read_text())["control"]
-    assert (told["status"], told["steps"]) == ("failed", 0)
-    assert "DivergenceError" in told["error"]
+    reported = json.loads((tmp_path / "run/report.json").read_text())["control"]
+    assert (reported["status"], reported["steps"]) == ("failed", 0)
+    assert "DivergenceError" in reported["error"]

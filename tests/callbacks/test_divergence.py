@@ -168,11 +168,15 @@ def test_a_short_run_of_which_every_step_was_left_out_is_not_reported_as_trained
     assert report.report["status"] == "failed"
 
 
-def test_a_module_without_trained_floats_or_gradients_is_left_alone():
+def test_parameters_without_gradients_and_infinite_buffers_do_not_stop_a_fit():
     class Partly(Classifier):
         def __init__(self):
             super().__init__()
             self.model.unused = nn.Linear(2, 2)
             self.register_buffer("mask", torch.tensor([0.0, -math.inf]))
 
-    fit(Partly(), labelled(16), WandaPruning(0.5), max_epochs=1)
+    module, pruning = Partly(), WandaPruning(0.5)
+    trainer = fit(module, labelled(16), pruning, max_epochs=1)
+    assert trainer.global_step == 4
+    assert module.mask.tolist() == [0.0, -math.inf]
+    pruning.masks.verify(module)

@@ -103,7 +103,7 @@ class BringBack(Callback):
 
 
 class Frozen(nn.Module):
-    """A frozen layer with something trained beside it."""
+    """A frozen layer next to a trained one."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()

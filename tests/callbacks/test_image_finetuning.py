@@ -205,9 +205,18 @@ def test_a_resumed_run_ends_as_one_that_ran_through(tmp_path, settings):
 @pytest.mark.parametrize("first", ["pruning", "average"])
 def test_an_average_that_never_begins_is_of_the_pruned_model(tmp_path, first):
     module, pruning = module_of("convnext", **SGD), pruning_of()
+    start = copy.deepcopy(module)
     average = EMAWeightAveraging(decay=0.8, update_starting_at_step=1000)
     both = [pruning, average] if first == "pruning" else [average, pruning]
     fit(module, *both, ModelCheckpoint(tmp_path, save_top_k=-1), enable_checkpointing=True)
     pruning.masks.verify(module)
-    for file in tmp_path.glob("*.ckpt"):
-        pruning.masks.verify(torch.load(file, weights_only=True)["state_dict"])
+    # The fit ends with the average in the module. It has no step in it: it is the start, masked.
+    averaged, dense = module.state_dict(), start.state_dict()
+    for name, mask in pruning.masks.items():
+        assert torch.equal(averaged[name], dense[name] * mask.view(dense[name].shape))
+    files = list(tmp_path.glob("*.ckpt"))
+    assert len(files) == 3
+    for checkpoint in (torch.load(file, weights_only=True) for file in files):
+        assert all(torch.equal(value, averaged[name]) for name, value in checkpoint["state_dict"].items())
+        pruning.masks.verify(checkpoint["current_model_state"])
+        assert any(not torch.equal(value, averaged[name]) for name, value in checkpoint["current_model_state"].items())

@@ -198,14 +198,14 @@ def not_enough():
     ],
 )
 @pytest.mark.parametrize("first", [True, False])
-def test_wrong_data_are_told_before_the_dense_model_is_evaluated(module, pruning, message, first):
+def test_wrong_data_are_reported_before_the_dense_model_is_evaluated(module, pruning, message, first):
     spending, pruning = Spending(), WandaPruning(**pruning)
     with pytest.raises(CalibrationError, match=message):
         fit(module(), ratings(), *([spending, pruning] if first else [pruning, spending]))
     assert not spending.spent
 
 
-def test_wrong_data_of_the_reconstruction_are_told_as_early():
+def test_wrong_data_of_the_reconstruction_are_reported_as_early():
     spending = Spending()
     blocks = BlockwiseReconstruction(passes=1, calibration=[(torch.randn(4, 7), torch.ones(4))])
     with pytest.raises(CalibrationError, match="calibration_step"):

@@ -68,9 +68,9 @@ def test_patches_of_images_are_no_samples(asked, used, update):
     module = LanguageModel(qwen())
     fit(module, loader, pruning, max_steps=1)
     assert pruning.summary["samples"] == used
-    told = [note for note in pruning.summary["notes"] if "were asked for" in note]
-    assert bool(told) == (asked not in (None, used))
-    assert [note for note in pruning.summary["notes"] if note not in told] == []
+    reported = [note for note in pruning.summary["notes"] if "were asked for" in note]
+    assert bool(reported) == (asked not in (None, used))
+    assert [note for note in pruning.summary["notes"] if note not in reported] == []
     expected = prune(qwen(), list(loader)[: used // 6], PruningConfig(update=update))
     assert all(torch.equal(pruning.masks[f"model.{name}"], mask) for name, mask in expected.masks.items())
 

@@ -190,7 +190,7 @@ def test_lossless_adapters_end_in_one_model(tmp_path, kind, form):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_teacher_is_the_dense_model_to_the_bit(tmp_path, kind):
+def test_the_teacher_is_the_dense_model_bit_for_bit(tmp_path, kind):
     expected, seen = answer(kind, model_of(kind)), []
 
     class Look(KINDS[kind][0]):
@@ -223,7 +223,7 @@ def test_whisper_writes_what_it_hears(tmp_path):
     assert report["word_error_rate"]["recovered"] < report["word_error_rate"]["pruned"]
 
 
-def test_what_whisper_hears_with_is_written_beside_it(tmp_path):
+def test_the_feature_extractor_of_whisper_is_saved_with_it(tmp_path):
     model_of("whisper").save_pretrained(tmp_path / "model")
     transformers.WhisperFeatureExtractor(feature_size=8).save_pretrained(tmp_path / "model")
     module = Seq2SeqModule(str(tmp_path / "model"))

@@ -1,4 +1,4 @@
-"""Runs that are resumed with other settings: what cannot be gone on from, and what may change."""
+"""Runs that are resumed with other settings: which settings prevent it, and which may change."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def rates(trainer):
     return [point["learning_rate"] for point in report["training"]["history"]]
 
 
-# What cannot be gone on from. Each returns what is made anew, and what it says.
+# Changes that prevent a resume. Each returns the new settings, the error and its message.
 
 
 def other_rank(folder, path):
@@ -177,7 +177,7 @@ BAD = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spoil", BAD)
-def test_what_cannot_be_gone_on_from_says_why_and_nothing_is_overwritten(copied, spoil):
+def test_a_resume_that_is_refused_says_why_and_overwrites_nothing(copied, spoil):
     folder, path, resume = copied
     of_module, of_data, error, message = spoil(folder, path)
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
@@ -191,7 +191,7 @@ def test_what_cannot_be_gone_on_from_says_why_and_nothing_is_overwritten(copied,
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
-def test_a_run_does_not_go_on_with_eight_bit_moments(copied):
+def test_a_run_does_not_resume_with_eight_bit_moments(copied):
     with pytest.raises(ConfigError, match="optimizer was 'adamw' and is 'adamw_8bit'"):
         copied[2](module(settings={"optimizer": "adamw_8bit"}))
 
@@ -221,17 +221,21 @@ def test_what_decides_nothing_may_change(run, copied, edit):
 def test_a_text_apart_may_be_calibrated_on_in_another_way(tmp_path):
     folder, file = tmp_path, text_file(tmp_path)
     apart = {"train_source": f"{file}[:5]", "calibration_source": f"{file}[5:]"}
-    fit(module(), data(folder, **apart), *callbacks(folder / "apart"), every_step(folder / "saved"), max_steps=1)
+    whole, resumed = module(), module()
+    fit(whole, data(folder, **apart), *callbacks(folder / "apart"), every_step(folder / "saved"), max_steps=2)
     read = data(folder, **apart, calibration_samples=2)
-    fit(module(), read, *callbacks(folder / "apart"), ckpt_path=folder / "saved/step=1.ckpt", max_steps=2)
+    fit(resumed, read, *callbacks(folder / "apart"), ckpt_path=folder / "saved/step=1.ckpt", max_steps=2)
+    assert_same(weights(resumed), weights(whole))
+    assert sum(len(batch["input_ids"]) for batch in read.calibration_dataloader()) == 2
 
 
 def test_other_data_may_be_tested_on(copied):
     folder, path, resume = copied
     trained = module(settings={"distill": DistillSettings()})
     trainer = resume(module())
-    (figures,) = trainer.test(trained, data(folder, sequence_length=8, seed=4), ckpt_path=path, verbose=False)
-    assert figures["test_perplexity"] > 0
+    other = data(folder, sequence_length=8, seed=4)
+    (figures,) = trainer.test(trained, other, ckpt_path=path, verbose=False)
+    assert figures["test_perplexity"] == pytest.approx(trained.evaluate(other.test_dataloader())["perplexity"])
 
 
 @pytest.mark.parametrize("driven", [True, False])

@@ -16,7 +16,7 @@ from sparsefit.callbacks import GPUHourBudget, WandaPruning
 
 @pytest.fixture
 def said(caplog):
-    """What was told so far that begins with "Plan:"."""
+    """The messages so far that begin with "Plan:"."""
     caplog.set_level(logging.INFO, logger="lightning.pytorch")
     return lambda: [record.getMessage() for record in caplog.records if record.getMessage().startswith("Plan: ")]
 
@@ -74,7 +74,7 @@ def test_a_fit_that_trains_nothing_holds_weights_and_masks(said, limit):
     assert line.endswith("at most 0 steps")
 
 
-def test_a_fit_that_goes_on_has_it_too(said, tmp_path):
+def test_a_fit_that_continues_has_it_too(said, tmp_path):
     module = Classifier()
     pruning = WandaPruning(0.5, calibration_samples=8)
     trainer = Trainer(**QUIET, max_steps=2, callbacks=[pruning])
@@ -98,7 +98,7 @@ def test_the_pace_tells_what_the_budget_still_buys(said):
     assert f"buys about {module.batches - taken} more steps" in line
 
 
-def test_a_limit_that_ends_the_fit_before_its_budget_is_told(said):
+def test_a_limit_that_ends_the_fit_before_its_budget_is_reported(said):
     clock = Clock()
     make_trainer(budget_of_seconds(clock, 1000), max_steps=12).fit(Timed(clock, step=2.0), stream())
     [line] = said()

@@ -71,7 +71,7 @@ def test_the_account(held):
     json.dumps(account)
 
 
-def test_a_second_fit_goes_on_with_the_quantized_base():
+def test_a_second_fit_continues_with_the_quantized_base():
     pair, model = callbacks(kind="nf4"), module()
     train(model, *pair)
     before, account = {k: dequantized(layer) for k, layer in held_layers(model).items()}, pair[1].account
@@ -124,7 +124,7 @@ def test_settings_that_cannot_work(settings, message):
         QuantizedBase(**settings)
 
 
-def test_without_bitsandbytes_it_is_told_how_to_get_it(monkeypatch):
+def test_without_bitsandbytes_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     QuantizedBase()
     with pytest.raises(ConfigError, match="pip install bitsandbytes"):

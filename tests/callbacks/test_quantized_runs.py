@@ -66,7 +66,7 @@ def test_testing_a_checkpoint_uses_the_base_that_was_trained_on(held, tmp_path):
 
 
 @pytest.mark.parametrize(("held", "first"), [(HELD[1], True), (HELD[2], False)], ids=["nf4-double", "int8"])
-def test_a_run_folder_holds_the_base_in_floats_and_its_checkpoints_resume_to_the_bit(held, first, tmp_path):
+def test_a_run_folder_holds_the_base_in_floats_and_its_checkpoints_resume_bit_for_bit(held, first, tmp_path):
     def all_callbacks(folder):
         rest = resumed_runs.callbacks(folder)
         return [QuantizedBase(**held), *rest] if first else [*rest, QuantizedBase(**held)]

@@ -1,4 +1,4 @@
-"""The ends of runs in a loop of one's own: killed anywhere, they are gone on with by the callbacks alone."""
+"""The ends of runs in a custom loop: runs that are killed at any time are resumed by the callbacks alone."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ KILLS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("saver_first", [True, False])
 @pytest.mark.parametrize("name", KILLS)
-def test_a_killed_run_goes_on_to_the_same_weights(straight, tmp_path, killed, name, saver_first):
+def test_a_killed_run_continues_to_the_same_weights(straight, tmp_path, killed, name, saver_first):
     hook, number, state = KILLS[name]
     run = tmp_path / "run"
     used = callbacks(run, saver_first=saver_first)

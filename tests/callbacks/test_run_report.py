@@ -174,7 +174,7 @@ def test_a_plain_torch_module(tmp_path):
     assert zeros_of_files(tmp_path / "run") == (256, 512)
 
 
-def test_a_base_that_trains_beside_its_adapters_is_saved_as_it_ends(tmp_path, measured):
+def test_a_base_that_is_trained_with_its_adapters_is_saved_as_it_ends(tmp_path, measured):
     module = measured()
     for name, parameter in module.model.named_parameters():
         if "norm" in name:
@@ -184,7 +184,7 @@ def test_a_base_that_trains_beside_its_adapters_is_saved_as_it_ends(tmp_path, me
     assert zeros_of_files(tmp_path / "run") == zeros_of_files(tmp_path / "run", "trained_base")
 
 
-def test_a_resumed_run_goes_on_with_its_report(tmp_path, measured):
+def test_a_resumed_run_continues_with_its_report(tmp_path, measured):
     folder = tmp_path / "run"
     trainer = fit(measured(), TextData(), RunReport(folder), WandaPruning(), max_epochs=1, log_every_n_steps=1)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
@@ -214,7 +214,7 @@ def test_a_run_resumed_in_another_folder_is_whole(tmp_path, measured):
     assert report_of(tmp_path / "b")["sparsity"]["total"] == 0.5
 
 
-def test_a_checkpoint_cannot_go_on_in_the_folder_of_another_run(tmp_path, measured):
+def test_a_checkpoint_cannot_continue_in_the_folder_of_another_run(tmp_path, measured):
     trainer = fit(measured(), TextData(), RunReport(tmp_path / "a"), WandaPruning(), max_epochs=1)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     fit(measured(), TextData(), RunReport(tmp_path / "b"), WandaPruning(pattern="2:4"), max_steps=0)

@@ -40,7 +40,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """Tasks that take a while and find what they are told to, so that a run needs no lm-eval."""
+    """Tasks with given results that take some time, so that a run needs no lm-eval."""
     calls = []
 
     def measure(model, tokenizer, tasks, limit, batch_size, progress):

@@ -36,7 +36,7 @@ def data_of(folder=None, **settings):
 
 @pytest.fixture
 def module(tiny_model):
-    """Makes the same module, time and again."""
+    """A function that creates the same module in each call."""
 
     def make(weight=1.0, form="masked_lora"):
         adapter = AdapterSettings(form=form, r=2, dropout=0.0, target_modules="all-linear")
@@ -48,11 +48,11 @@ def module(tiny_model):
 
 @pytest.fixture
 def unwritten(monkeypatch):
-    """From when it is called on, a model that is asked to write fails."""
+    """A function that makes models fail from then on if they are to generate text."""
 
     def forbid():
         def generate(*args, **settings):
-            raise AssertionError("the text is written anew")
+            raise AssertionError("the text is written again")
 
         monkeypatch.setattr(LlamaForCausalLM, "generate", generate)
 
@@ -176,7 +176,7 @@ def test_a_model_that_is_pruned_already_is_not_asked_to_write(module, tmp_path):
 
 
 def interrupted(module, folder, **settings):
-    """A run that broke off after 4 of its 12 steps (2 epochs), and its checkpoint."""
+    """The checkpoint of a run that was interrupted after 4 of its 12 steps (2 epochs)."""
     saver = ModelCheckpoint(folder / "checkpoints", save_on_exception=True, save_last=True)
     callbacks = [WandaPruning(0.5), SparseCheckpoints(str(folder)), Seen(stop_after=4), saver]
     with pytest.raises((KeyboardInterrupt, SystemExit)):
@@ -201,7 +201,7 @@ def test_a_resumed_run_reads_its_text_and_ends_as_one_that_never_stopped(module,
     assert_equal(weights(resumed), weights(whole))
 
 
-def test_a_run_that_goes_on_elsewhere_finds_its_text(module, tmp_path, unwritten):
+def test_a_run_that_continues_elsewhere_finds_its_text(module, tmp_path, unwritten):
     checkpoint = interrupted(module(), tmp_path / "run")
     unwritten()
     first, second, third = Seen(), Seen(), Seen()
@@ -238,7 +238,7 @@ def test_a_checkpoint_of_a_run_on_other_data_has_no_text_written(module, tmp_pat
 
 
 def test_a_checkpoint_from_before_any_pruning(module, tmp_path):
-    """Its model writes if it is the one that is named."""
+    """The model of the run generates the text if the checkpoint has the same weights."""
     saver = ModelCheckpoint(tmp_path / "checkpoints", save_last=True)
     loader = DataLoader([{"input_ids": torch.randint(3, 61, (2, 10))} for _ in range(3)], batch_size=None)
     fit(module(), loader, saver, max_steps=1, enable_checkpointing=True)
@@ -302,8 +302,12 @@ def test_a_module_of_ones_own_writes_too(tiny_model, tmp_path):
 
     pruning = WandaPruning(0.5)
     own = Own(tiny_model("gpt2"))
-    fit(own, data_of(tmp_path), pruning, max_steps=2)
+    seen, data = Seen(), data_of(tmp_path)
+    fit(own, data, pruning, seen, max_steps=2)
     pruning.masks.verify(own)
+    assert sorted(file.name.partition("-")[0] for file in tmp_path.glob("*.npy")) == ["calibration", "training"]
+    assert len(seen.windows) == 4
+    assert set(seen.windows) <= set(windows(data.train_dataloader()))
 
 
 def windows_and_masks(module, folder, sizes):

@@ -81,11 +81,11 @@ class Record(Callback):
         call_hook(trainer, "on_closing", pl_module)
 
 
-def train(folder, *more, checkpoint=None, told=None, cls=Module, **settings):
+def train(folder, *more, checkpoint=None, warned=None, cls=Module, **settings):
     """A fit of a rank: its weights, whole, and what was recorded."""
     record, module = Record(), cls()
     callbacks = [record, SparseCheckpoints(str(folder)), GPUHourBudget(10.0, warmup_steps=0), *more]
-    fit(module, Rows(), *callbacks, ckpt_path=checkpoint, told=told, **settings)
+    fit(module, Rows(), *callbacks, ckpt_path=checkpoint, warned=warned, **settings)
     return {"weights": whole_weights(module), "rows": record.rows, "start": record.start}
 
 
@@ -151,11 +151,11 @@ def on_two(folder):
 
 
 def on_one(folder):
-    results, told = {}, []
+    results, warned = {}, []
     for form in FORMS:
         step = folder / form / "checkpoints/step=3.ckpt"
-        results[form] = train(folder / "one", checkpoint=step, told=told, **split(1, form, max_epochs=1))
-    return results | {"told": told}
+        results[form] = train(folder / "one", checkpoint=step, warned=warned, **split(1, form, max_epochs=1))
+    return results | {"warned": warned}
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,7 @@ def test_a_checkpoint_that_cannot_be_moved_into_place_ends_all_ranks(two):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_two_ranks_go_on_to_the_same_weights(two, form):
+def test_two_ranks_resume_to_the_same_weights(two, form):
     for rank in two[1]:
         straight, again = rank[form], rank[f"{form} again"]
         assert again["start"]["step"] == 3
@@ -201,7 +201,7 @@ def test_the_start_and_the_end_are_saved(two, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_one_rank_goes_on_from_two(two, one, form):
+def test_one_rank_resumes_a_run_of_two(two, one, form):
     straight, others = (rank[form] for rank in two[1])
     start = one[form]["start"]
     again = two[1][0][f"{form} again"]["start"]  # of what two ranks read from the same checkpoint
@@ -214,7 +214,7 @@ def test_one_rank_goes_on_from_two(two, one, form):
 
 
 def test_one_warning_says_what_is_other(one):
-    warnings = [text for text in one["told"] if "from a run on 2 devices, and this one has 1" in text]
+    warnings = [text for text in one["warned"] if "from a run on 2 devices, and this one has 1" in text]
     assert len(warnings) == len(FORMS)
     assert "after what all 2 devices have trained on in this epoch" in warnings[0]
 
@@ -225,7 +225,7 @@ def test_another_model_and_damage_are_refused_by_all_ranks(two):
         assert "is damaged: in its __1_0.distcp" in rank["damaged"]
 
 
-def test_a_file_goes_on_where_nothing_is_split_and_a_folder_says_how(two, tmp_path):
+def test_a_file_continues_where_nothing_is_split_and_a_folder_says_how(two, tmp_path):
     folder, _ = two
     alone = {"cls": Classifier, "max_epochs": 1}
     result = train(tmp_path, checkpoint=folder / "file/checkpoints/step=3.ckpt", **alone)

@@ -31,7 +31,7 @@ class Digest(Callback):
 
 
 def train(folder, *more, checkpoint=None, ranks=2, **settings):
-    """A fit of a rank; what came of it."""
+    """Fit on one rank and return the results."""
     trained, own, digest = module(form="masked_lora"), callbacks(folder / "run"), Digest()
     fit(trained, data(folder), *own, digest, *more, ckpt_path=checkpoint, **sharded(ranks, **settings), max_steps=STEPS)
     report = next(callback.report for callback in own if isinstance(callback, RunReport))
@@ -81,7 +81,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("resumed", RESUMED)
-def test_a_sharded_run_goes_on_and_is_not_pruned_again(runs, resumed):
+def test_a_sharded_run_continues_and_is_not_pruned_again(runs, resumed):
     straight, run = runs["straight"], runs[resumed]
     assert run["digest"] == straight["digest"]
     assert run["report"]["training"]["steps"] == STEPS

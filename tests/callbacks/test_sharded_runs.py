@@ -1,4 +1,4 @@
-"""Runs whose model is sharded (FSDP2): recovery, the run folder and what is made of it; beside runs on one device."""
+"""Runs whose model is sharded (FSDP2), compared with runs on one device: recovery, the run folder and its uses."""
 
 from __future__ import annotations
 

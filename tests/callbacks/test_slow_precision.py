@@ -36,10 +36,12 @@ def said_of(precision: str, dtype: torch.dtype = torch.float32) -> list[str]:
         ("64-true", torch.float32, None),
     ],
 )
-def test_a_processor_without_instructions_for_it_is_told_before_the_fit(monkeypatch, precision, dtype, name):
+def test_a_processor_without_instructions_for_it_is_reported_before_the_fit(monkeypatch, precision, dtype, name):
     monkeypatch.setattr(slow_precision, "slowdown", lambda dtype: 20.0)
-    told = f"This processor needs 20 times as long for a product of matrices in {name} as in float32: train in float32"
-    assert [line.startswith(told) for line in said_of(precision, dtype)] == [True] * (name is not None)
+    reported = (
+        f"This processor needs 20 times as long for a product of matrices in {name} as in float32: train in float32"
+    )
+    assert [line.startswith(reported) for line in said_of(precision, dtype)] == [True] * (name is not None)
 
 
 def test_a_processor_with_instructions_for_it_is_not(monkeypatch):

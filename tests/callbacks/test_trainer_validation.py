@@ -158,7 +158,7 @@ def test_adapters_and_a_dense_teacher_in_a_module_of_ones_own(tmp_path, form):
         assert report["val_loss"]["merged"] == pytest.approx(report["val_loss"]["recovered"], rel=1e-4)
 
 
-def test_a_hook_that_forgets_the_teacher_is_told(tmp_path):
+def test_a_hook_that_forgets_the_teacher_is_reported(tmp_path):
     class Forgetful(Taught):
         def on_train_start(self):
             pass

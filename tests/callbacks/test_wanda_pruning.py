@@ -191,7 +191,7 @@ def test_the_checkpoint_of_a_dense_run_is_pruned(tmp_path, late, max_steps, used
     pruning.masks.verify(module)  # the moments of the dense run have brought nothing back
 
 
-# What is told.
+# Messages.
 
 
 def test_what_is_decided_is_logged_and_saved(tmp_path):

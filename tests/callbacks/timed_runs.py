@@ -1,4 +1,4 @@
-"""Modules, data and budgets on a clock of their own, that the tests of the budget share."""
+"""Modules, data and budgets with a simulated clock, for tests of the budget."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Endless(IterableDataset):
 
 
 class Timed(LightningModule):
-    """A model each of whose hooks takes a fixed time on a clock of its own."""
+    """A model whose hooks each take a fixed time of a simulated clock."""
 
     def __init__(self, clock: Clock, step=1.0, validation=0.0, fit_start=0.0, slower_by_rank=0.0):
         super().__init__()
@@ -80,7 +80,7 @@ def seconds_spent(budget: GPUHourBudget) -> float:
 
 
 def expected_rates(count: int, share_per_step: float, warmup_steps: int = 5) -> list[float]:
-    """Straight from the definition: warm-up in fifths, and a line from 1 to 0."""
+    """The expected rates by definition: a warm-up in fifths, then a line from 1 to 0."""
     return [
         BASE_RATE * (1 - step * share_per_step) * ((step + 1) / warmup_steps if step < warmup_steps else 1)
         for step in range(count)

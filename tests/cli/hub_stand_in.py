@@ -1,4 +1,4 @@
-"""A hub on this machine: it takes what the client of the Hugging Face hub sends to make a repository and to fill it."""
+"""A local server that simulates the Hugging Face hub: clients can create repositories and upload files."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def hub():
-    """One that runs meanwhile."""
+    """Run the server during a `with` block."""
     server = Hub()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:

@@ -27,15 +27,50 @@ def test_help_names_the_commands(sparsefit, arguments):
     assert all(f"{command} " in output for command in ("fit", "prune", "inspect"))
 
 
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("prune", ["--stream", "--config", "--resume"]),
+        ("plan", ["--gpu", "--config"]),
+        ("evaluate", ["--tasks", "--perplexity"]),
+        ("inspect", ["folder"]),
+        ("merge", ["--reapply-masks"]),
+        ("speed", ["--runtimes"]),
+        ("export", ["--format"]),
+        ("push", ["--private"]),
+        pytest.param("fit", ["--config", "--resume", "--pruning.sparsity"], marks=pytest.mark.slow),
+        pytest.param("study", ["--config", "--grid.sparsities"], marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("help_option", ["-h", "--help"])
+def test_the_help_of_a_command_names_it_and_its_options(sparsefit, command, options, help_option):
+    status, output, _ = sparsefit(command, help_option)
+    assert status == 0
+    assert output.startswith(f"usage: sparsefit {command} ")
+    assert all(option in output for option in options)
+
+
+def test_settings_before_a_help_option_do_not_matter(sparsefit):
+    status, output, _ = sparsefit("plan", "--config", "nothing.yaml", "--help")
+    assert (status, output.startswith("usage: sparsefit plan ")) == (0, True)
+
+
 @pytest.mark.slow
-def test_help_comes_at_once():
+@pytest.mark.parametrize("arguments", [[], ["prune", "--help"], ["plan", "--help"]])
+def test_help_does_not_wait_for_slow_imports(arguments):
+    heavy = "{'lightning', 'transformers', 'peft', 'matplotlib'} & set(sys.modules)"
+    run = f"sys.argv = {['sparsefit', *arguments]}; atexit.register(lambda: print({heavy})); main()"
+    code = f"import atexit, sys; from sparsefit.cli import main; {run}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: sparsefit ")
+    assert done.stdout.endswith("set()\n")
+
+
+@pytest.mark.slow
+def test_the_installed_command_prints_its_version():
     command = Path(sys.executable).with_name("sparsefit")
     if not command.exists():
-        pytest.skip("the command is not installed beside this Python")
-    heavy = "{'lightning', 'transformers', 'peft', 'matplotlib'} & set(sys.modules)"
-    code = f"import sys; sys.argv = ['sparsefit']; from sparsefit.cli import main; main(); print({heavy})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.endswith("set()\n")
+        pytest.skip("the command is not installed for this Python")
     done = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.count(".") == 2
 
@@ -152,6 +187,7 @@ def test_a_recipe_that_cannot_work_says_so_and_leaves_nothing(sparsefit, recipe,
 def test_a_checkpoint_with_objects_of_the_users_own_is_not_called_damaged(tmp_path):
     torch.save({"hyper_parameters": {"folder": tmp_path}}, tmp_path / "own.ckpt")
     check_checkpoint(tmp_path / "own.ckpt")
+    assert torch.load(tmp_path / "own.ckpt", weights_only=False) == {"hyper_parameters": {"folder": tmp_path}}
 
 
 # Recipes that work.

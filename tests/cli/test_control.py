@@ -1,4 +1,4 @@
-"""`control: true`: the dense model, trained by the same recipe, beside the recovered one."""
+"""`control: true`: the dense model, trained with the same recipe for comparison."""
 
 from __future__ import annotations
 

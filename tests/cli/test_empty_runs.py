@@ -57,13 +57,13 @@ def test_pruning_alone_needs_no_text_to_train_on(sparsefit, recipe, tmp_path):
     assert sparsefit("prune", recipe=recipe)[0] == 0
 
 
-def test_a_warm_up_that_outlasts_the_run_is_told(sparsefit, recipe):
+def test_a_warm_up_that_outlasts_the_run_is_reported(sparsefit, recipe):
     recipe["budget"]["warmup_steps"] = 4
     with pytest.warns(UserWarning, match="warmup_steps is 4 and training ends after 3 steps"):
         assert sparsefit("fit", recipe=recipe)[0] == 0
 
 
-def test_tokens_without_an_embedding_are_told(sparsefit, recipe, tmp_path):
+def test_tokens_without_an_embedding_are_reported(sparsefit, recipe, tmp_path):
     tokenizer = load_tokenizer("tiny-llama")
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer) - 5, **sizes)).save_pretrained(tmp_path / "small")

@@ -34,7 +34,7 @@ def test_a_saved_model(sparsefit, model, folder, tmp_path):
     (tmp_path / "text.txt").write_text(5 * (WORDS + " "))
     text, output = ("--perplexity", "text.txt", "--length", 8), ("--output", "out/found.json")
     tasks = ("--tasks", "rte, openbookqa", "--tasks-folder", folder, "--limit", 2)
-    status, told, errors = sparsefit("evaluate", model, *tasks, *text, *output)
+    status, reported, errors = sparsefit("evaluate", model, *tasks, *text, *output)
     assert (status, errors) == (0, "")
     found = json.loads((tmp_path / "out/found.json").read_text())
 
@@ -42,13 +42,13 @@ def test_a_saved_model(sparsefit, model, folder, tmp_path):
     tokens = [*tokenizer((tmp_path / "text.txt").read_text())["input_ids"], tokenizer.eos_token_id]
     windows = torch.tensor(tokens[: len(tokens) // 8 * 8]).view(-1, 8)
     assert found["perplexity"]["value"] == pytest.approx(perplexity(network, [{"input_ids": windows}]), rel=1e-5)
-    assert f"perplexity: {found['perplexity']['value']:.4f} on text.txt, {len(windows)} windows of 8 tokens" in told
+    assert f"perplexity: {found['perplexity']['value']:.4f} on text.txt, {len(windows)} windows of 8 tokens" in reported
 
     assert list(found["tasks"]) == ["openbookqa", "rte"]  # JSON is sorted
     assert {name: task["items"] for name, task in found["tasks"].items()} == {"openbookqa": 2, "rte": 2}
     assert found["mean_acc"] == pytest.approx((found["tasks"]["rte"]["acc"] + found["tasks"]["openbookqa"]["acc"]) / 2)
-    assert f"rte {found['tasks']['rte']['acc']:.2%} ± 0.00 - 2 1.0" in told
-    assert f"mean {found['mean_acc']:.2%}" in told
+    assert f"rte {found['tasks']['rte']['acc']:.2%} ± 0.00 - 2 1.0" in reported
+    assert f"mean {found['mean_acc']:.2%}" in reported
     assert (found["dtype"], found["limit"], found["evaluated"]) == ("float32", 2, str(model))
 
 
@@ -59,28 +59,28 @@ def test_of_a_run_the_recovered_model_is_measured(sparsefit, recipe, tmp_path):
     run = tmp_path / "run"
     report = json.loads((run / "report.json").read_text())
     text = ("--perplexity", tmp_path / "test", "--length", 16, "--batch-size", 2)
-    status, told, _ = sparsefit("evaluate", run, *text, "--output", "found.json")
+    status, reported, _ = sparsefit("evaluate", run, *text, "--output", "found.json")
     found = json.loads((tmp_path / "found.json").read_text())
     # LoRA does not merge without a loss, so the adapter stands apart
     assert status == 0
-    assert f"{run / 'base'} with {run / 'adapter'}: float32 on" in told
+    assert f"{run / 'base'} with {run / 'adapter'}: float32 on" in reported
     assert found["perplexity"]["value"] == pytest.approx(report["perplexity"]["recovered"], rel=1e-5)
 
-    _, told, _ = sparsefit("evaluate", run / "base", *text, "--output", "found.json", "--dtype", "bfloat16")
+    _, reported, _ = sparsefit("evaluate", run / "base", *text, "--output", "found.json", "--dtype", "bfloat16")
     found = json.loads((tmp_path / "found.json").read_text())
-    assert f"{run / 'base'}: bfloat16 on" in told
+    assert f"{run / 'base'}: bfloat16 on" in reported
     assert math.isclose(found["perplexity"]["value"], report["perplexity"]["pruned"], rel_tol=0.02)
 
 
 def test_a_recipe_asks_for_tasks(sparsefit, recipe, folder, tmp_path):
     needs_the_harness()
     recipe["run"] |= {"tasks": ["rte", "openbookqa"], "tasks_folder": str(folder), "tasks_limit": 1}
-    status, told, _ = sparsefit("prune", recipe=recipe)
+    status, reported, _ = sparsefit("prune", recipe=recipe)
     assert status == 0
     found = json.loads((tmp_path / "run/report.json").read_text())
     assert list(found["tasks"]) == ["dense", "pruned"]
     assert found["tasks"]["pruned"]["rte"]["items"] == 1
-    assert "openbookqa acc_norm" in told
+    assert "openbookqa acc_norm" in reported
 
 
 def test_a_recipe_with_tasks_needs_the_harness(sparsefit, recipe, folder, tmp_path, monkeypatch):
@@ -94,10 +94,10 @@ def test_a_recipe_with_tasks_needs_the_harness(sparsefit, recipe, folder, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "reported"),
     [
         ([], "there is nothing to evaluate: give --tasks NAMES, --perplexity FILE, or both"),
-        (["--tasks-folder", "x", "--perplexity", "text.txt"], "name them by --tasks"),
+        (["--tasks-folder", "x", "--perplexity", "text.txt"], "name the tasks with --tasks"),
         (["--perplexity", "text.txt", "--batch-size", "0"], "batch_size is 0"),
         (["--perplexity", "nowhere.txt"], "nowhere.txt"),
         (["--perplexity", "text.txt", "--length", "1"], "a window needs at least 2 tokens"),
@@ -106,18 +106,18 @@ def test_a_recipe_with_tasks_needs_the_harness(sparsefit, recipe, folder, tmp_pa
         (["--perplexity", "text.txt", "--dtype", "float23"], "unknown dtype 'float23'"),
     ],
 )
-def test_what_cannot_be_evaluated(sparsefit, model, tmp_path, arguments, told):
+def test_what_cannot_be_evaluated(sparsefit, model, tmp_path, arguments, reported):
     (tmp_path / "text.txt").write_text(WORDS)
     status, _, errors = sparsefit("evaluate", model, *arguments)
     assert status == 2
-    assert told in errors
+    assert reported in errors
 
 
 def test_a_model_without_tokenizer(sparsefit, model, tmp_path):
     load_causal_lm(str(model)).save_pretrained(tmp_path / "bare")
     status, _, errors = sparsefit("evaluate", tmp_path / "bare", "--perplexity", "x.txt")
     assert status == 2
-    assert "there is no tokenizer beside the model" in errors
+    assert "there is no tokenizer in the folder of the model" in errors
 
 
 def test_a_run_that_wrote_no_model(sparsefit, tmp_path):

@@ -16,12 +16,12 @@ from sparsefit.errors import ConfigError
 
 TIMED = {"created", "seconds", "gpu_hours", "memory", "timeline", "sha256", "page", "id", "configuration", "machine"}
 WANDB = '''
-"""Stands in for wandb: notes in a file what it is told."""
+"""Stands in for wandb: records its calls in a file."""
 import json, os
 
 class _Run:
     def __init__(self, directory, settings):
-        self.file, self.id = open(os.path.join(directory, "told.jsonl"), "a"), "0"
+        self.file, self.id = open(os.path.join(directory, "calls.jsonl"), "a"), "0"
         self.config = self
         self.tell(init=settings)
     def tell(self, **values):
@@ -58,7 +58,7 @@ def lasting(folder):
 
 
 @pytest.mark.slow
-def test_each_logger_is_told_and_the_report_is_the_same(sparsefit, recipe, tmp_path):
+def test_each_logger_gets_the_figures_and_the_report_is_the_same(sparsefit, recipe, tmp_path):
     pytest.importorskip("tensorboard", reason="TensorBoard is not installed: pip install 'sparsefit[tensorboard]'")
     reports = []
     for number, named in enumerate((None, "tensorboard", ["csv", "tensorboard"])):
@@ -73,10 +73,10 @@ def test_each_logger_is_told_and_the_report_is_the_same(sparsefit, recipe, tmp_p
     assert all(report == reports[0] for report in reports[1:])
     (table,) = logs.rglob("metrics.csv")
     rows = list(csv.DictReader(table.open()))
-    told = {name: float(row[name]) for row in rows for name in row if row[name] and "/" in name}
+    reported = {name: float(row[name]) for row in rows for name in row if row[name] and "/" in name}
     for stage, value in reports[-1]["perplexity"].items():
-        assert told[f"perplexity/{stage}"] == pytest.approx(value)
-    assert told["pruning/sparsity"] == 0.5
+        assert reported[f"perplexity/{stage}"] == pytest.approx(value)
+    assert reported["pruning/sparsity"] == 0.5
     assert {"0", "1", "2"} <= {row["step"] for row in rows}
 
 
@@ -120,11 +120,11 @@ def test_wandb_is_offline_without_a_key(recipe, tmp_path):
     report = json.loads((tmp_path / "run/report.json").read_text())
     assert report["control"]["status"] == "finished"
 
-    def told(folder):
-        lines = map(json.loads, (tmp_path / "run" / folder / "told.jsonl").read_text().splitlines())
+    def reported(folder):
+        lines = map(json.loads, (tmp_path / "run" / folder / "calls.jsonl").read_text().splitlines())
         return [(key, value) for line in lines for key, value in line.items()]
 
-    run, control = told("logs"), told("logs/control")
+    run, control = reported("logs"), reported("logs/control")
     assert run[0][1]["name"] == "mine"
     assert run[0][1]["project"] == "sparsefit"
     assert control[0][1]["name"] == "mine control"  # a run of its own

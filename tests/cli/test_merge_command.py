@@ -58,7 +58,7 @@ def test_a_run_ends_with_the_merged_model_which_is_the_trained_one(sparsefit, re
     assert status == 0
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), logits(merged))
     assert AutoTokenizer.from_pretrained(tmp_path / "again")("a").input_ids
-    values = [float(value) for value in re.findall(r"([0-9.]+) (?:with the adapter apart|merged \()", output)]
+    values = [float(value) for value in re.findall(r"([0-9.]+) (?:with a separate adapter|merged \()", output)]
     assert values == pytest.approx([report["perplexity"]["recovered"]] * 2, rel=1e-3)
     assert sparsefit("inspect", tmp_path / "again")[0] == 0
 
@@ -75,7 +75,7 @@ def test_plain_lora_is_refused_unless_the_masks_are_applied_again(sparsefit, rec
     assert status == 0
     MaskSet.load(run / "masks.safetensors").verify(load_file(run / "merged/model.safetensors"))
     before, after = (
-        float(v) for v in re.search(r"([0-9.]+) with the adapter apart, ([0-9.]+) merged", output).groups()
+        float(v) for v in re.search(r"([0-9.]+) with a separate adapter, ([0-9.]+) merged", output).groups()
     )
     assert before == pytest.approx(report_of(run)["perplexity"]["recovered"], rel=1e-3)
     assert before != after
@@ -166,5 +166,5 @@ def test_an_adapter_on_a_quantized_base_merges_into_the_values_that_it_was_train
         MaskSet.load(run / "masks.safetensors").verify(load_file(folder / "model.safetensors"))
         found.append(logits(AutoModelForCausalLM.from_pretrained(folder)))
     torch.testing.assert_close(*found)
-    apart = float(re.search(r"([0-9.]+) with the adapter apart", output).group(1))
+    apart = float(re.search(r"([0-9.]+) with a separate adapter", output).group(1))
     assert apart == pytest.approx(report["perplexity"]["recovered"], rel=1e-3)

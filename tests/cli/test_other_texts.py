@@ -78,8 +78,8 @@ def test_a_t5_with_adapters_and_its_dense_teacher(sparsefit, tmp_path):
     assert report["perplexity"]["recovered"] == pytest.approx(perplexity_of(apart), rel=1e-4)
     status, output, errors = sparsefit("merge", run, "--output", tmp_path / "out")
     assert status == 0, errors
-    told = re.search(r" perplexity: ([0-9.]+) with the adapter apart, ([0-9.]+) merged", output).groups()
-    assert [float(value) for value in told] == pytest.approx([report["perplexity"]["recovered"]] * 2, rel=1e-4)
+    reported = re.search(r" perplexity: ([0-9.]+) with a separate adapter, ([0-9.]+) merged", output).groups()
+    assert [float(value) for value in reported] == pytest.approx([report["perplexity"]["recovered"]] * 2, rel=1e-4)
     masks.verify(T5ForConditionalGeneration.from_pretrained(tmp_path / "out"))
 
 

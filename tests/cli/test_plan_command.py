@@ -1,4 +1,4 @@
-"""`sparsefit plan`: what it counts is what a run then has, and what will not fit is told."""
+"""`sparsefit plan`: its counts equal those of a run, and it reports what does not fit."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import ViTConfig, ViTForImageClassification
 
 from sparsefit import PruningConfig, prune
-from sparsefit.cli import plan, probing
-from sparsefit.cli.plan_data import read_data
+from sparsefit.cli import miniature_run, plan
+from sparsefit.cli.plan_reading import read_data
 from sparsefit.cli.plan_recipe import _forwards, devices_of
 from sparsefit.planning import Measured
 
@@ -39,7 +39,7 @@ def deep(tmp_path, recipe):
 @pytest.fixture
 def forked_miniature(monkeypatch):
     """Forks the process of the miniature run from one that has imported the libraries."""
-    monkeypatch.setattr(probing, "get_context", lambda method: forking())
+    monkeypatch.setattr(miniature_run, "get_context", lambda method: forking())
 
 
 def number(pattern: str, text: str) -> float:
@@ -53,41 +53,41 @@ def test_a_plan_tells_what_the_run_then_takes(sparsefit, deep, tmp_path):
     recipe, model = deep
     recipe["reconstruction"] = {"passes": 1, "batch_size": 2}
     recipe["trainer"]["max_steps"] = 4
-    status, told, errors = sparsefit("plan", recipe=recipe)
+    status, reported, errors = sparsefit("plan", recipe=recipe)
     assert status == 0, errors
     run = Path(recipe["run"]["folder"])
     assert not run.exists()
-    assert number(r"Plan: ([\d,]+) weights", told) == pytest.approx(
+    assert number(r"Plan: ([\d,]+) weights", reported) == pytest.approx(
         sum(p.numel() for p in model.parameters()), rel=0.02
     )
     blocks = sum(p.numel() for layer in model.model.layers for p in layer.parameters() if p.ndim == 2)
-    assert number(r"weights, ([\d,]+) of them", told) == blocks
-    assert number(r"training: ([\d,]+) steps", told) == 4
-    assert "limited by max_steps" in told
+    assert number(r"weights, ([\d,]+) of them", reported) == blocks
+    assert number(r"training: ([\d,]+) steps", reported) == 4
+    assert "limited by max_steps" in reported
     for stage in ("evaluation", "calibration and pruning", "reconstruction", "training", "export"):
-        assert re.search(rf"{stage}.*? s +[<\d.]+ +\d+%", told), stage
-    assert "DOES NOT FIT" not in told
+        assert re.search(rf"{stage}.*? s +[<\d.]+ +\d+%", reported), stage
+    assert "DOES NOT FIT" not in reported
     assert sparsefit("fit", recipe=recipe)[0] == 0
     files = sum(file.stat().st_size for file in run.rglob("*") if file.is_file() and "logs" not in file.parts)
-    unit = {"KiB": 2**10, "MiB": 2**20}[re.search(r"files: [\d.,]+ (\w+)", " ".join(told.split()))[1]]
-    assert number(r"files: ([\d.,]+)", told) * unit == pytest.approx(files, rel=0.1)
+    unit = {"KiB": 2**10, "MiB": 2**20}[re.search(r"files: [\d.,]+ (\w+)", " ".join(reported.split()))[1]]
+    assert number(r"files: ([\d.,]+)", reported) * unit == pytest.approx(files, rel=0.1)
 
 
 @pytest.mark.usefixtures("forked_miniature")
-def test_a_budget_that_buys_no_step_is_told(sparsefit, recipe):
+def test_a_budget_that_buys_no_step_is_reported(sparsefit, recipe):
     recipe["budget"] = {"gpu_hours": 1e-5}
-    status, told, _ = sparsefit("plan", recipe=recipe)
+    status, reported, _ = sparsefit("plan", recipe=recipe)
     assert status == 0
-    assert "NOTHING IS TRAINED" in told
-    assert "raise budget.gpu_hours" in told
+    assert "NOTHING IS TRAINED" in reported
+    assert "raise budget.gpu_hours" in reported
 
 
 def test_a_gpu_by_its_data_sheet(sparsefit, deep):
     recipe, model = deep
-    status, told, errors = sparsefit("plan", "--gpu", "h100", recipe=recipe)
+    status, reported, errors = sparsefit("plan", "--gpu", "h100", recipe=recipe)
     assert status == 0, errors
-    assert "nothing is measured" in told
-    assert number(r"Plan: ([\d,]+) weights", told) == pytest.approx(
+    assert "nothing is measured" in reported
+    assert number(r"Plan: ([\d,]+) weights", reported) == pytest.approx(
         sum(p.numel() for p in model.parameters()), rel=0.02
     )
     status, _, errors = sparsefit("plan", "--gpu", "abacus", recipe=recipe)
@@ -100,9 +100,9 @@ def test_a_data_sheet_counts_the_passes_and_gradients_of_the_allocation(sparsefi
     found = {}
     for allocation in ("uniform", "owl", "fisher"):
         recipe["pruning"] = {"sparsity": 0.5, "allocation": allocation}
-        status, told, errors = sparsefit("plan", "--gpu", "h100", "--trainer.max_steps", 0, recipe=recipe)
+        status, reported, errors = sparsefit("plan", "--gpu", "h100", "--trainer.max_steps", 0, recipe=recipe)
         assert status == 0, errors
-        found[allocation] = number(r"arithmetic: ([\d.e+-]+) ", told)
+        found[allocation] = number(r"arithmetic: ([\d.e+-]+) ", reported)
     assert found["owl"] / found["uniform"] == pytest.approx(3 / 2, rel=0.1)
     assert found["fisher"] / found["uniform"] == pytest.approx(6 / 2, rel=0.1)
 
@@ -147,12 +147,12 @@ def test_the_passes_of_a_plan_are_those_of_the_pruning(settings, passes):
 def test_a_data_sheet_plans_the_evaluations_of_the_recipe(sparsefit, deep, form, steps, evaluations):
     recipe, _ = deep
     recipe["model"]["init_args"]["adapter"]["form"] = form
-    status, told, errors = sparsefit("plan", "--gpu", "h100", "--trainer.max_steps", steps, recipe=recipe)
+    status, reported, errors = sparsefit("plan", "--gpu", "h100", "--trainer.max_steps", steps, recipe=recipe)
     assert status == 0, errors
-    assert re.search(rf"evaluation {evaluations} x \d+ batches", told)
-    assert ("training" in told.partition("memory")[2].partition(")")[0]) == bool(steps)
-    assert "not computed for a GPU by its data sheet: files" in told
-    assert "0 B" not in told
+    assert re.search(rf"evaluation {evaluations} x \d+ batches", reported)
+    assert ("training" in reported.partition("memory")[2].partition(")")[0]) == bool(steps)
+    assert "not computed from a data sheet: files" in reported
+    assert "0 B" not in reported
 
 
 @pytest.mark.usefixtures("forked_miniature")
@@ -168,10 +168,10 @@ def test_what_fails_in_the_miniature_is_one_sentence(sparsefit, recipe):
 def test_validations_are_planned_and_the_line_opens_the_fit(sparsefit, recipe, tmp_path, caplog):
     recipe["data"]["init_args"] |= {"val_source": str(tmp_path / "test"), "val_windows": 6}
     recipe["trainer"] |= {"val_check_interval": 2, "check_val_every_n_epoch": None, "max_steps": 5}
-    status, told, errors = sparsefit("plan", recipe=recipe)
+    status, reported, errors = sparsefit("plan", recipe=recipe)
     assert status == 0, errors
-    assert "validation 3 x 3 batches" in told
-    line = re.search(r"Plan: .* GPU-hours, at most 5 steps", told)[0]
+    assert "validation 3 x 3 batches" in reported
+    line = re.search(r"Plan: .* GPU-hours, at most 5 steps", reported)[0]
     caplog.set_level(logging.INFO, logger="lightning.pytorch")
     assert sparsefit("fit", recipe=recipe)[0] == 0
     said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("Plan: ")]
@@ -180,11 +180,11 @@ def test_validations_are_planned_and_the_line_opens_the_fit(sparsefit, recipe, t
 
 @pytest.mark.usefixtures("forked_miniature")
 def test_a_recipe_that_is_only_pruned(sparsefit, recipe, caplog):
-    status, told, errors = sparsefit("plan", "--trainer.max_steps", "0", recipe=recipe)
+    status, reported, errors = sparsefit("plan", "--trainer.max_steps", "0", recipe=recipe)
     assert status == 0, errors
-    assert not re.search(r"training \d|training:", told)
-    assert "calibration and pruning" in told
-    line = re.search(r"Plan: .* GPU-hours, at most 0 steps", told)[0]
+    assert not re.search(r"training \d|training:", reported)
+    assert "calibration and pruning" in reported
+    line = re.search(r"Plan: .* GPU-hours, at most 0 steps", reported)[0]
     assert "and 0 to train" in line
     caplog.set_level(logging.INFO, logger="lightning.pytorch")
     assert sparsefit("fit", "--trainer.max_steps", "0", recipe=recipe)[0] == 0
@@ -193,14 +193,14 @@ def test_a_recipe_that_is_only_pruned(sparsefit, recipe, caplog):
 
 
 @pytest.mark.usefixtures("forked_miniature")
-def test_what_does_not_fit_is_told_with_the_setting_to_change(sparsefit, recipe, monkeypatch):
+def test_what_does_not_fit_is_reported_with_the_setting_to_change(sparsefit, recipe, monkeypatch):
     monkeypatch.setattr(plan, "memory_of", lambda accelerator: 2**20)
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda place: SimpleNamespace(free=2**10))
-    status, told, errors = sparsefit("plan", recipe=recipe)
+    status, reported, errors = sparsefit("plan", recipe=recipe)
     assert status == 0, errors
-    assert re.search(r"DOES NOT FIT: pruning takes .* of 1.00 MiB memory: set .*micro_batch_size", told)
-    assert re.search(r"DOES NOT FIT: training takes .*gradient_checkpointing", told)
-    assert re.search(r"DOES NOT FIT: the run folder takes .* has 1.00 KiB: set run.folder", told)
+    assert re.search(r"DOES NOT FIT: pruning takes .* of 1.00 MiB memory: set .*micro_batch_size", reported)
+    assert re.search(r"DOES NOT FIT: training takes .*gradient_checkpointing", reported)
+    assert re.search(r"DOES NOT FIT: the run folder takes .* has 1.00 KiB: set run.folder", reported)
 
 
 @pytest.mark.parametrize(("free", "blocks"), [(2**40, BLOCKS), (2**10, 3)])
@@ -223,12 +223,12 @@ def test_the_second_miniature_has_the_blocks_that_fit(sparsefit, deep, monkeypat
 def test_several_devices_are_reckoned_from_one(sparsefit, deep):
     recipe, _ = deep
     recipe["trainer"] |= {"devices": 4, "strategy": "ddp"}
-    status, told, errors = sparsefit("plan", "--gpu", "h100", recipe=recipe)
+    status, reported, errors = sparsefit("plan", "--gpu", "h100", recipe=recipe)
     assert status == 0, errors
-    assert "on each of 4 devices" in told
-    assert "memory of each device" in told
-    assert "on the host" in told
-    assert "4 devices, each with all weights: computed from one" in told
+    assert "on each of 4 devices" in reported
+    assert "memory of each device" in reported
+    assert "on the host" in reported
+    assert "4 devices, each with all weights: computed from one" in reported
     recipe["trainer"]["strategy"] = {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}
     recipe["trainer"]["num_nodes"] = 2
     split = sparsefit("plan", "--gpu", "h100", recipe=recipe)[1]
@@ -250,7 +250,7 @@ def test_a_model_that_is_to_write_its_text_first(sparsefit, recipe):
     recipe["data"] = {"class_path": "sparsefit.data.SelfGeneratedDataModule", "init_args": settings}
     status, _, errors = sparsefit("plan", recipe=recipe)
     assert status == 2
-    assert "the model writes this recipe's text" in errors
+    assert "the model generates this recipe's text" in errors
 
 
 def test_an_image_classifier_is_not_planned_by_a_data_sheet(sparsefit, recipe, tmp_path):
@@ -262,7 +262,7 @@ def test_an_image_classifier_is_not_planned_by_a_data_sheet(sparsefit, recipe, t
     settings = {"batch_size": 100, "calibration_samples": 32, "train_source": "digits:train[:1000]"}
     recipe["data"] = {"class_path": "sparsefit.data.DigitsDataModule", "init_args": settings}
     status, _, errors = sparsefit("plan", "--gpu", "h100", recipe=recipe)
-    assert (status, "--gpu plans for language models" in errors) == (2, True), errors
+    assert (status, "--gpu needs a language model" in errors) == (2, True), errors
 
 
 class Without(LightningDataModule):
@@ -302,13 +302,13 @@ def test_a_model_without_blocks_to_count_is_measured_whole(sparsefit, recipe):  
     settings["val_source"] = "digits:train[1000:]"
     recipe["data"] = {"class_path": "sparsefit.data.DigitsDataModule", "init_args": settings}
     recipe["trainer"] |= {"max_steps": -1, "max_epochs": 2, "accumulate_grad_batches": 3}
-    status, told, errors = sparsefit("plan", recipe=recipe)
+    status, reported, errors = sparsefit("plan", recipe=recipe)
     assert status == 0, errors
-    assert "training 8 steps of 300 samples" in told  # 10 batches of an epoch are 4 steps
-    assert "limited by max_epochs" in told
-    assert re.search(r"validation 3 x \d+ batches", told)
-    assert "calibration and pruning 32 samples" in told
-    assert "tokens" not in told
+    assert "training 8 steps of 300 samples" in reported  # 10 batches of an epoch are 4 steps
+    assert "limited by max_epochs" in reported
+    assert re.search(r"validation 3 x \d+ batches", reported)
+    assert "calibration and pruning 32 samples" in reported
+    assert "tokens" not in reported
 
 
 @pytest.mark.parametrize(

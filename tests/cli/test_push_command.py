@@ -63,9 +63,9 @@ def test_a_run_is_pushed_with_its_card(sparsefit, run, server, tmp_path):
     report = read_json(run / "report.json")
     assert card.data.library_name == "transformers"
     assert {"sparsefit", "wanda"} <= set(card.data.tags)
-    told = re.search(r"^\| perplexity \|(.*)\|$", card.text, re.M)[1].split("|")
+    reported = re.search(r"^\| perplexity \|(.*)\|$", card.text, re.M)[1].split("|")
     stages = ("dense", "pruned", "recovered", "merged")
-    assert [cell.strip() for cell in told[:4]] == [
+    assert [cell.strip() for cell in reported[:4]] == [
         formats.metric("perplexity", report["perplexity"][stage]) for stage in stages
     ]
     assert f"| {report['sparsity']['zeros']:,} | 50.00% |" in card.text
@@ -84,7 +84,7 @@ def test_a_run_is_pushed_with_its_card(sparsefit, run, server, tmp_path):
     assert not any(str(tmp_path).encode() in file for name, file in adapter.items() if name != "README.md")
 
     # The card of the folder itself tells the same.
-    assert told == re.search(r"^\| perplexity \|(.*)\|$", (run / "README.md").read_text(), re.M)[1].split("|")
+    assert reported == re.search(r"^\| perplexity \|(.*)\|$", (run / "README.md").read_text(), re.M)[1].split("|")
     refused(sparsefit, run, server)
 
 

@@ -57,7 +57,7 @@ def test_other_settings_are_named_and_nothing_is_overwritten(sparsefit, finished
         assert contents(run) == before
 
 
-def test_a_moved_run_goes_on_where_it_is(sparsefit, finished, tmp_path, caplog):
+def test_a_moved_run_continues_where_it_is(sparsefit, finished, tmp_path, caplog):
     run, arguments = finished
     shutil.copytree(run, tmp_path / "whole")
     assert sparsefit(*arguments(run))[0] == 0
@@ -76,13 +76,13 @@ def test_a_moved_run_goes_on_where_it_is(sparsefit, finished, tmp_path, caplog):
     assert settings["trainer"]["callbacks"][0]["init_args"]["dirpath"] == str(moved / "checkpoints")
 
 
-def test_of_a_run_and_its_copy_it_must_be_said_which_goes_on(sparsefit, finished, tmp_path):
+def test_for_a_run_and_its_copy_the_user_must_say_which_to_resume(sparsefit, finished, tmp_path):
     run, arguments = finished
     copy = shutil.copytree(run, tmp_path / "copy")
     before = contents(run), contents(copy)
     status, _, errors = sparsefit(*arguments(copy))
     assert status == 2
-    assert all(name in errors for name in (f"lies in the run folder {copy}", f"folder {run}", "--run.folder="))
+    assert all(name in errors for name in (f"is in the run folder {copy}", f"folder {run}", "--run.folder="))
     assert (contents(run), contents(copy)) == before
     status, _, errors = sparsefit(*arguments(copy, f"--run.folder={copy}", "--trainer.callbacks=[]"))
     assert status == 0, errors
@@ -90,7 +90,7 @@ def test_of_a_run_and_its_copy_it_must_be_said_which_goes_on(sparsefit, finished
     assert steps(copy)[0] == 5
 
 
-def test_a_run_may_go_on_in_another_folder_and_says_so(sparsefit, finished, tmp_path, caplog):
+def test_a_run_may_continue_in_another_folder_and_says_so(sparsefit, finished, tmp_path, caplog):
     run, arguments = finished
     before = contents(run)
     new = tmp_path / "new"

@@ -76,7 +76,7 @@ def undisturbed():
 
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_run_goes_on_from_every_state(
+def test_a_run_continues_from_every_state(
     sparsefit, recipe, tmp_path, broken, monkeypatch, caplog, undisturbed, moment, end
 ):
     recipe["trainer"] |= ENDS[end]
@@ -163,7 +163,7 @@ def test_a_kill_as_a_resumed_run_replaces_its_recipe(sparsefit, recipe, tmp_path
     assert len(read_state(run).sums["config.yaml"].split()) == 1
 
 
-def test_a_run_goes_on_with_another_number_of_devices(sparsefit, recipe, tmp_path):
+def test_a_run_continues_with_another_number_of_devices(sparsefit, recipe, tmp_path):
     run = finished(sparsefit, recipe, tmp_path)
     for path in (run / "checkpoints").glob("*.ckpt"):
         checkpoint = torch.load(path, weights_only=True)
@@ -244,7 +244,7 @@ def test_two_processes_do_not_write_to_one_run(sparsefit, recipe, tmp_path, monk
     assert sparsefit("fit", "--resume", run, "--trainer.max_steps=5")[0] == 0
 
 
-def test_what_is_no_run_of_the_command_is_told(sparsefit, tmp_path):
+def test_what_is_no_run_of_the_command_is_reported(sparsefit, tmp_path):
     (tmp_path / "other").mkdir()
     for folder, message in ((tmp_path / "nowhere", "no run folder"), (tmp_path / "other", "has no config.yaml")):
         status, _, errors = sparsefit("fit", "--resume", folder)

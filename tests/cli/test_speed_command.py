@@ -17,12 +17,12 @@ from sparsefit import PruningConfig, prune
 from sparsefit.errors import ConfigError
 from sparsefit.modules.loading import load_model
 from sparsefit.recovery.export import export_base
-from sparsefit.serving.comparison import Row, verdict
 from sparsefit.serving.decoders import TorchDecoder, check_cache
 from sparsefit.serving.dense_twin import dense_twin, zeros_as_masks
-from sparsefit.serving.graphs import GraphDecoder, export_graph
-from sparsefit.serving.libraries import missing_for
+from sparsefit.serving.export_libraries import missing_for
+from sparsefit.serving.exported_graphs import GraphDecoder, export_graph
 from sparsefit.serving.runtimes import RUNTIMES
+from sparsefit.serving.speed_comparison import Row, verdict
 from sparsefit.serving.timing import Speed, measure
 
 pytestmark = pytest.mark.slow
@@ -64,7 +64,7 @@ def test_memory_is_that_of_the_format_that_computes(sparsefit, run, tmp_path):
     sparsefit("speed", run, *QUICK, "--runtimes", "torch,torch-csr", "--json", tmp_path / "found.json")
     memory = {row["runtime"]: row["weight_bytes"] for row in json.loads((tmp_path / "found.json").read_text())["rows"]}
     assert memory["torch"]["dense"] == memory["torch"]["pruned"] == memory["torch-csr"]["dense"]
-    # Each of half the weights has a column number of four bytes beside it, so sparse rows of float32 save nothing.
+    # Each of half the weights has a column number of four bytes, so sparse rows of float32 save nothing.
     assert memory["torch-csr"]["pruned"] >= memory["torch"]["pruned"]
 
 
@@ -113,7 +113,7 @@ def test_a_model_folder_without_masks_is_taken_by_its_zeros(sparsefit, run):
         (("--device", "abacus"), "'abacus' cannot be used"),
     ],
 )
-def test_wrong_input_is_told(sparsefit, run, arguments, message):
+def test_wrong_input_is_reported(sparsefit, run, arguments, message):
     status, _, errors = sparsefit("speed", run, *arguments)
     assert (status, message in errors) == (2, True), errors
 
@@ -133,7 +133,7 @@ def test_the_twin_differs_in_nothing_but_its_zeros():
 
 
 class Clocked:
-    """A decoder that takes as many seconds as it is told, of a clock that it drives."""
+    """A decoder that takes given seconds of a simulated clock."""
 
     weight_bytes = 1
     note = ""
@@ -168,14 +168,14 @@ def row(pruned, size=100):
 @pytest.mark.parametrize(
     ("pruned", "size", "said"),
     [
-        ((10.1, 10.0, 10.3, 10.0), 100, "Nothing is gained here"),
-        ((20.0, 9.0, 8.0, 9.0), 100, "Nothing is gained here"),  # one lucky repeat
+        ((10.1, 10.0, 10.3, 10.0), 100, "No gain on this machine"),
+        ((20.0, 9.0, 8.0, 9.0), 100, "No gain on this machine"),  # one lucky repeat
         (
             (13.0, 13.1, 12.9, 13.0),
             100,
-            "faster (at best 1.30 times: torch-2:4, decode at batch 1) and nowhere smaller",
+            "faster (at best 1.30 times: torch-2:4, decode at batch 1) and not smaller",
         ),
-        ((9.0,) * 4, 60, "nowhere faster (at best 1.00 times) and smaller in memory (0.60 of"),
+        ((9.0,) * 4, 60, "not faster (at best 1.00 times) and smaller in memory (0.60 of"),
         (
             (13.0, 13.1, 12.9, 13.0),
             60,
@@ -203,7 +203,7 @@ def test_a_runtime_that_fails_is_named_and_the_others_are_measured(sparsefit, ru
     status, output, errors = sparsefit("speed", run, *QUICK, "--runtimes", "torch-csr,torch", "--device", "cpu")
     assert status == 0, errors
     assert "torch-csr: not run, CUDA out of memory" in output
-    assert "Below --repeats 4 no gain in speed is claimed" in output
+    assert "With fewer than 4 repeats, no gain in speed is claimed" in output
 
 
 def test_a_runtime_that_computes_something_else_is_not_measured(sparsefit, run, monkeypatch):
@@ -216,7 +216,7 @@ def test_a_runtime_that_computes_something_else_is_not_measured(sparsefit, run, 
     assert "torch-csr: not run, torch-csr does not compute what the model does" in output
 
 
-def test_what_cannot_be_run_token_by_token_is_told(sparsefit, run):
+def test_what_cannot_be_run_token_by_token_is_reported(sparsefit, run):
     status, _, errors = sparsefit("speed", run, "--prompt", 5000, "--tokens", 2)
     assert (status, "positions" in errors) == (2, True), errors
     with pytest.raises(ConfigError, match="takes no past_key_values"):

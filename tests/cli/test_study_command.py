@@ -161,7 +161,7 @@ def test_seeds_draw_other_calibration_text(sparsefit, tmp_path):
     assert len({row["digest"] for row in pruned}) == 3
 
 
-def test_a_study_goes_on_with_the_model_that_it_trained(sparsefit, recipe, tmp_path):
+def test_a_study_continues_with_the_model_that_it_trained(sparsefit, recipe, tmp_path):
     recipe["grid"]["sparsities"], recipe["finetuning"] = [0.5], {"epochs": 0}
     assert sparsefit("study", recipe=recipe)[0] == 0
     first, weights = table(tmp_path), (tmp_path / "study/models/net.safetensors").read_bytes()
@@ -211,7 +211,7 @@ def test_perplexity_of_language_models_in_the_order_of_the_paper(sparsefit, reci
     assert "perplexity" in output
 
 
-def test_a_point_that_fails_is_told_and_the_rest_goes_on(sparsefit, recipe, tmp_path):
+def test_a_point_that_fails_is_reported_and_the_rest_goes_on(sparsefit, recipe, tmp_path):
     recipe |= {"grid": {"scores": ["magnitude"], "granularities": ["layer"], "sparsities": [0.5], "patterns": ["3:7"]}}
     recipe["finetuning"] = {"epochs": 0}
     status, _, errors = sparsefit("study", recipe=recipe)
@@ -228,30 +228,30 @@ def test_a_point_that_fails_is_told_and_the_rest_goes_on(sparsefit, recipe, tmp_
     ("change", "words"),
     [
         ({"models": {}}, "no models"),
-        ({"models": {"a/b": {"class_path": f"{__name__}.WrongHead"}}}, "'a/b' is no name for a file"),
+        ({"models": {"a/b": {"class_path": f"{__name__}.WrongHead"}}}, "'a/b' cannot be a file name"),
         ({"models": {"net": {"class_path": f"{__name__}.WrongHead"}}}, "4"),
         ({"models": {"net": {"class_path": f"{__name__}.Unmeasured"}}}, "has no `metrics`"),
         ({"grid": {"scores": ["wonda"]}}, "unknown score 'wonda'"),
         ({"finetuning": {"epochs": -1}}, "epochs is -1"),
         ({"finetuning": {"epochs": 1, "seeds": 0}}, "finetuning.seeds is 0"),
-        ({"finetuning": {"epochs": 1, "scores": ["wnada"]}}, "finetuning takes no point"),
-        ({"trainer": {"accelerator": "cpu", "fast_dev_run": True}}, "takes no trainer.fast_dev_run"),
+        ({"finetuning": {"epochs": 1, "scores": ["wnada"]}}, "finetuning selects no point"),
+        ({"trainer": {"accelerator": "cpu", "fast_dev_run": True}}, "does not support trainer.fast_dev_run"),
         (
             {"trainer": {"callbacks": [{"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging"}]}},
-            "takes no trainer.callbacks",
+            "does not support trainer.callbacks",
         ),
         ({"data": {"class_path": f"{__name__}.Untested"}}, "has no test_dataloader"),
         ({"trainer": {"accelerator": "cpu", "devices": 2}}, "one device"),
     ],
 )
-def test_what_cannot_work_is_told(sparsefit, recipe, tmp_path, change, words):
+def test_what_cannot_work_is_reported(sparsefit, recipe, tmp_path, change, words):
     status, _, errors = sparsefit("study", recipe=recipe | change)
     assert status == 2
     assert words in errors
     assert not (tmp_path / "study/results.csv").exists() or not table(tmp_path)
 
 
-def test_a_precision_that_the_processor_is_slow_in_is_told(sparsefit, recipe, monkeypatch):
+def test_a_precision_that_the_processor_is_slow_in_is_reported(sparsefit, recipe, monkeypatch):
     monkeypatch.setattr(slow_precision, "slowdown", lambda dtype: 20.0)
     recipe["models"] = {"net": {"class_path": f"{__name__}.Unmeasured"}}
     recipe["trainer"]["precision"] = "bf16-mixed"
@@ -268,7 +268,7 @@ def test_a_folder_of_something_else_is_left_alone(sparsefit, recipe, tmp_path):
     assert [file.name for file in (tmp_path / "study").iterdir()] == ["thesis.txt"]
 
 
-def test_damaged_weights_of_a_trained_model_are_told(sparsefit, recipe, tmp_path):
+def test_damaged_weights_of_a_trained_model_are_reported(sparsefit, recipe, tmp_path):
     recipe |= {"grid": {"scores": ["magnitude"], "sparsities": [0.5]}, "finetuning": {"epochs": 0}}
     assert sparsefit("study", recipe=recipe)[0] == 0
     file = tmp_path / "study/models/net.safetensors"

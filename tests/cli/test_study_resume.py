@@ -184,7 +184,7 @@ def test_two_studies_do_not_share_a_folder(sparsefit, recipe, tmp_path):
     assert "another study is running" in errors
 
 
-def test_a_damaged_account_is_told(sparsefit, recipe, tmp_path):
+def test_a_damaged_account_is_reported(sparsefit, recipe, tmp_path):
     (tmp_path / "study").mkdir()
     (tmp_path / "study/study.json").write_text("{")
     status, _, errors = sparsefit("study", recipe=recipe)

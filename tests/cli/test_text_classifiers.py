@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 
 import peft
@@ -122,7 +123,7 @@ def test_a_new_head_is_trained_and_saved_with_the_adapter(sparsefit, tmp_path, t
     MaskSet.load(run / "masks.safetensors").verify(merged)
     assert "accuracy: " in output
     report = report_of(run)
-    assert f"{report['accuracy']['recovered']:.4f} with the adapter apart" in output
+    assert f"{report['accuracy']['recovered']:.4f} with a separate adapter" in output
     if form != "masked_lora":  # whose masks plain PEFT does not know
         apart = peft.PeftModel.from_pretrained(base, run / "adapter")
         if form == "hira":
@@ -153,6 +154,9 @@ def test_a_dense_classifier_teaches_its_pruned_self(sparsefit, tmp_path):
     status, _, errors = sparsefit("fit", recipe=recipe)
     assert status == 0, errors
     MaskSet.load(tmp_path / "run/masks.safetensors").verify(load_file(tmp_path / "run/model/model.safetensors"))
+    (metrics,) = (tmp_path / "run/logs").rglob("metrics.csv")
+    rows = list(csv.DictReader(metrics.read_text().splitlines()))
+    assert any(row.get("train_divergence") and float(row["train_divergence"]) > 0 for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +171,7 @@ def test_a_dense_classifier_teaches_its_pruned_self(sparsefit, tmp_path):
         ({}, {"train_source": "nowhere.jsonl"}, "names no labelled text"),
     ],
 )
-def test_settings_that_cannot_work_are_told(sparsefit, tmp_path, settings, data, message):
+def test_settings_that_cannot_work_are_reported(sparsefit, tmp_path, settings, data, message):
     _, recipe = recipe_of(tmp_path, "sequence_classification", data=data, **settings)
     status, _, errors = sparsefit("fit", recipe=recipe)
     assert status == 2

@@ -1,4 +1,4 @@
-"""Small models of text of several kinds with their tokenizer, rows to train them on, and recipes."""
+"""Small text models of several kinds, their tokenizer, training rows, and recipes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def tokenizer():
 
 
 def save_model(folder, name, with_tokenizer=True, **settings):
-    """A random model in a folder."""
+    """Save a random model in a folder."""
     torch.manual_seed(0)
     words = tokenizer()
     if name.startswith("T5"):
@@ -79,7 +79,7 @@ def write_rows(folder, task):
 
 
 def text_recipe(folder, model, task, module, data=None, **settings):
-    """A recipe for a model folder; writes the rows that it trains on."""
+    """A recipe for a model folder. Writes its training rows."""
     write_rows(folder, task)
     sources = {f"{part}_source": str(folder / f"{part}.jsonl") for part in ("train", "val", "test")}
     return {

@@ -33,7 +33,7 @@ def encoded(array, kind="png", **settings):
 
 
 def corrupt(how):
-    """Bytes that are no image: "garbage", "empty", "truncated" (JPEG) or "broken" (PNG)."""
+    """Bytes that are not a valid image: "garbage", "empty", "truncated" (JPEG) or "broken" (PNG)."""
     if how == "truncated":
         return encoded(pixels(1, 64, 64), "jpeg")[:-400]
     if how == "broken":
@@ -56,7 +56,7 @@ def table(images, labels=None, image="image", label="label", names=CLASSES):
 
 
 def parquet(folder, images, name="images.parquet", **columns):
-    """Writes a parquet file of images and gives its path."""
+    """A function that writes a parquet file of images and returns its path."""
     file = folder / name
     file.parent.mkdir(parents=True, exist_ok=True)
     table(images, **columns).to_parquet(str(file))
@@ -64,7 +64,7 @@ def parquet(folder, images, name="images.parquet", **columns):
 
 
 def class_folders(folder, counts):
-    """Writes folders of classes with so many images each and gives the folder's path."""
+    """A function that writes a folder of images for each class and returns the path of their folder."""
     number = 0
     for name, count in counts.items():
         (folder / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Settings of `ImageDataModule`, what its batches hold, and trainings on them, for tests."""
+"""Settings of `ImageDataModule`, the contents of its batches, and training on them, for tests."""
 
 from __future__ import annotations
 

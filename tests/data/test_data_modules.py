@@ -158,7 +158,7 @@ def fit(tokenizer, corpus, folder, checkpoint=None, workers=0, **limits):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
-def test_epochs_differ_and_a_resumed_run_goes_on_where_it_stopped(tokenizer, corpus, tmp_path, workers):
+def test_epochs_differ_and_a_resumed_run_continues_where_it_stopped(tokenizer, corpus, tmp_path, workers):
     whole = fit(tokenizer, corpus, tmp_path, workers=workers, max_epochs=2)
     first, second = whole[: len(whole) // 2], whole[len(whole) // 2 :]
     assert words(tokenizer, chain(*first)) == words(tokenizer, chain(*second))  # another order of the same text
@@ -198,7 +198,7 @@ def test_it_tests_on_another_text_than_it_trains_on(tokenizer, corpus, tmp_path)
     assert all_windows(same.test_dataloader()) == all_windows(same.val_dataloader()) == expected
 
 
-def test_training_and_testing_on_the_same_documents_is_told(tokenizer, corpus):
+def test_training_and_testing_on_the_same_documents_is_reported(tokenizer, corpus):
     data = C4DataModule(tokenizer, f"{corpus}[:50]", test_source=f"{corpus}[49:]", **SETTINGS)
     with pytest.warns(UserWarning, match="train_source and test_source share documents"):
         data.setup("fit")
@@ -207,7 +207,7 @@ def test_training_and_testing_on_the_same_documents_is_told(tokenizer, corpus):
         C4DataModule(tokenizer, f"{corpus}[:50]", test_source=f"{corpus}[50:]", **SETTINGS).setup("fit")
 
 
-def test_too_little_text_is_told(tokenizer, corpus):
+def test_too_little_text_is_reported(tokenizer, corpus):
     long = SETTINGS | {"sequence_length": 100}
     with pytest.raises(CalibrationError, match=r"\d+ of 60 documents have more than sequence_length=100 tokens"):
         C4DataModule(tokenizer, str(corpus), **long | {"calibration_samples": 50}).calibration_dataloader()

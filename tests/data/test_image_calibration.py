@@ -43,7 +43,7 @@ def test_calibration_on_another_source(tmp_path, twenty):
     assert ImageDataModule(None, calibration_source=others, **SETTINGS).class_names == CLASSES
 
 
-def test_too_few_images_to_calibrate_are_told_before_any_is_read(twenty, tmp_path):
+def test_too_few_images_to_calibrate_are_reported_before_any_is_read(twenty, tmp_path):
     data = ImageDataModule(None, twenty, **SETTINGS | {"calibration_samples": 21})
     message = "calibration draws 21 images .* has 20: set data.init_args.calibration_samples .*Pruning's own"
     with pytest.raises(CalibrationError, match=message):

@@ -50,7 +50,7 @@ def test_batches_are_what_the_processor_makes_of_each_image(tmp_path, processor,
             assert torch.equal(value, alone)
 
 
-def test_the_processor_is_saved_beside_a_model_as_it_was(tmp_path, twenty):
+def test_the_processor_is_saved_unchanged_next_to_a_model(tmp_path, twenty):
     data = ImageDataModule(None, twenty, **SETTINGS | {"mean": [0.1, 0.2, 0.3]})
     data.image_processor.save_pretrained(tmp_path / "model")
     again = ImageDataModule(str(tmp_path / "model"), twenty, calibration_samples=5)
@@ -77,13 +77,13 @@ def test_images_take_the_channels_of_the_model(tmp_path, channels, kind):
     assert torch.equal(batch["pixel_values"], torch.tensor(expected.transpose(0, 3, 1, 2)) / 255)
 
 
-def test_a_processor_of_other_channels_than_wanted_is_told(tmp_path, twenty):
+def test_a_processor_of_other_channels_than_wanted_is_reported(tmp_path, twenty):
     ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"cannot take images of 1 channels: .*Set channels to RGB"):
         ImageDataModule(str(tmp_path), twenty, channels="L").setup("fit")
 
 
-def test_a_processor_that_cannot_be_loaded_is_told(tmp_path, twenty, monkeypatch):
+def test_a_processor_that_cannot_be_loaded_is_reported(tmp_path, twenty, monkeypatch):
     monkeypatch.setattr("sparsefit.modules.loading.hub_problem", lambda: "the hub cannot be reached")
     (tmp_path / "models/vit").mkdir(parents=True)
     (tmp_path / "models/vit/preprocessor_config.json").write_text("{")

@@ -23,14 +23,14 @@ def test_classes_are_named_and_counted(tmp_path, twenty):
     assert ImageDataModule(None, f"stream:{plain}", **SETTINGS).num_classes is None
 
 
-def test_sources_of_other_classes_are_told(tmp_path, twenty):
+def test_sources_of_other_classes_are_reported(tmp_path, twenty):
     for names, message in ((["cat", "dog", "emu"], "they differ in emu, owl"), (CLASSES[::-1], "their order differs")):
         other = parquet(tmp_path, rows(5), "other.parquet", names=names)
         with pytest.raises(DataError, match=f"3 classes and .* 3, so the same label means another class; {message}"):
             ImageDataModule(None, twenty, test_source=other, **SETTINGS).setup("fit")
 
 
-def test_training_and_testing_on_the_same_images_is_told(twenty):
+def test_training_and_testing_on_the_same_images_is_reported(twenty):
     with pytest.warns(UserWarning, match="train_source and test_source share images"):
         ImageDataModule(None, f"{twenty}[:15]", test_source=f"{twenty}[14:]", **SETTINGS).setup("fit")
     with warnings.catch_warnings():

@@ -64,7 +64,7 @@ def test_a_pattern_joins_its_files_by_name_and_a_slice_takes_a_part(tmp_path, pr
 
 
 @pytest.mark.parametrize("part", ["[-3:]", "[::2]", "[a:]", "[:-1]", "[1.5:]"])
-def test_a_slice_that_sources_do_not_take_is_told(tmp_path, part):
+def test_a_slice_that_sources_do_not_take_is_reported(tmp_path, part):
     file = parquet(tmp_path, rows(3))
     with pytest.raises(ConfigError, match=r"ends in no slice .*SOURCE\[start:stop\] has whole numbers from 0 on"):
         open_images(file + part)
@@ -152,7 +152,7 @@ def two_of(tmp_path, images=("image",), labels=("label",), values=(0, 1)):
     return f"{tmp_path}/two.parquet"
 
 
-def test_columns_that_cannot_be_told_apart_are_named(tmp_path):
+def test_columns_that_cannot_be_distinguished_are_named(tmp_path):
     file = two_of(tmp_path, images=("left", "right"))
     with pytest.raises(ConfigError, match=r"several columns of images \(left, right\): set image_column"):
         open_images(file)

@@ -29,7 +29,7 @@ def test_an_epoch_has_every_image_once_and_the_next_has_another_order(twenty, tm
 @pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["", "stream:"])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_resumed_run_goes_on_where_it_stopped(twenty, tmp_path, prefix, workers, monkeypatch):
+def test_a_resumed_run_continues_where_it_stopped(twenty, tmp_path, prefix, workers, monkeypatch):
     monkeypatch.setattr("sparsefit.data.image_batches._KEPT_BYTES", 0)
 
     def run(folder, checkpoint=None):
@@ -52,7 +52,7 @@ def test_a_resumed_run_goes_on_where_it_stopped(twenty, tmp_path, prefix, worker
         ({"train_source": "{}[:19]"}, "train_source was"),
     ],
 )
-def test_a_run_on_other_images_is_not_gone_on_from(twenty, tmp_path, change, words):
+def test_a_run_on_other_images_is_not_resumed(twenty, tmp_path, change, words):
     fit(ImageDataModule(None, twenty, **SETTINGS), tmp_path, max_epochs=1)
     settings = {"train_source": twenty} | SETTINGS | change
     settings["train_source"] = settings["train_source"].format(twenty)

@@ -132,7 +132,7 @@ def test_two_texts_of_a_class(tmp_path, tokenizer):
     assert next(iter(data.test_dataloader()))["input_ids"].tolist() == [[1, 4, 5, 2, 6, 2]]
 
 
-def test_the_order_is_the_seeds_and_a_resumed_run_goes_on(tmp_path, tokenizer):
+def test_the_order_is_the_seeds_and_a_resumed_run_continues(tmp_path, tokenizer):
     rows = [{"text": " ".join([LETTERS[n % 26]] * (1 + n // 26)), "label": 0} for n in range(40)]
     place = write(tmp_path / "rows.jsonl", rows)
     first = data_of(tokenizer, place, seed=1)
@@ -175,7 +175,7 @@ def test_calibration_draws_the_same_texts(tmp_path, tokenizer):
         ({"text": "number"}, "holds . where a text is wanted"),
     ],
 )
-def test_settings_that_do_not_fit_are_told(tmp_path, tokenizer, settings, message):
+def test_settings_that_do_not_fit_are_reported(tmp_path, tokenizer, settings, message):
     place = write(tmp_path / "rows.jsonl", texts())
     with pytest.raises(SparsefitError, match=message):
         list(data_of(tokenizer, place, test_source=place, **settings).test_dataloader())

@@ -95,7 +95,7 @@ def test_adapters_write_nothing_and_are_no_part_of_the_digest(model, tokenizer, 
     assert {name: p.requires_grad for name, p in adapted.named_parameters()} == trained
 
 
-def test_logits_that_are_not_finite_are_told(model):
+def test_logits_that_are_not_finite_are_reported(model):
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
     with writing(model), pytest.raises(CalibrationError, match="not finite, so it cannot write"):

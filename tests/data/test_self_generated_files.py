@@ -24,8 +24,8 @@ def test_what_is_written_is_read_by_all_who_ask_for_the_same(tokenizer, tmp_path
     monkeypatch.setattr(type(model), "generate", None)
     assert written(tokenizer, tmp_path, copy.deepcopy(model), batch_size=4, calibration_batch_size=1) == first
     assert {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == files
-    told = json.loads(next(tmp_path.glob("training-*.json")).read_text())
-    assert (told["windows"], told["length"], told["seed"], told["temperature"]) == (9, 12, 0, 1.0)
+    reported = json.loads(next(tmp_path.glob("training-*.json")).read_text())
+    assert (reported["windows"], reported["length"], reported["seed"], reported["temperature"]) == (9, 12, 0, 1.0)
 
 
 def one_weight(model):
@@ -91,11 +91,11 @@ def test_what_was_broken_off_is_not_written_again(tokenizer, tmp_path, model, mo
         written(tokenizer, tmp_path / "broken", model)
     assert not list((tmp_path / "broken").glob("training-*.npy"))
     calls += [1]  # past the one that breaks off
-    told = []
+    reported = []
     data = data_of(tokenizer, tmp_path / "broken")
-    data.write_with(model, lambda done, total: told.append((done, total)))
+    data.write_with(model, lambda done, total: reported.append((done, total)))
     assert len(calls) == 5 + 2
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert reported == [(1, 3), (2, 3), (3, 3)]
     assert (windows(data.calibration_dataloader()), windows(data.train_dataloader())) == whole
     assert not list((tmp_path / "broken").glob("*part*"))
 
@@ -108,7 +108,7 @@ def test_a_part_that_was_damaged_is_written_again(tokenizer, tmp_path, model):
     assert written(tokenizer, tmp_path / "other", model) == whole
 
 
-def test_a_damaged_file_is_told(tokenizer, tmp_path, model):
+def test_a_damaged_file_is_reported(tokenizer, tmp_path, model):
     written(tokenizer, tmp_path, model)
     file = next(tmp_path.glob("training-*.npy"))
     file.write_bytes(file.read_bytes()[:200])

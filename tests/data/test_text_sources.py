@@ -139,7 +139,7 @@ def test_an_empty_folder_and_a_binary_text_file(tmp_path):
 
 
 @pytest.mark.parametrize("source", ["c4:calibration", "c4:train", "c4:validation", "wikitext:test"])
-def test_an_unreachable_hub_is_told_at_once(monkeypatch, tmp_path, source):
+def test_an_unreachable_hub_is_reported_at_once(monkeypatch, tmp_path, source):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("sparsefit.data.text.hub_problem", lambda: "http://127.0.0.1:9 cannot be reached: refused")
     start = time.monotonic()

@@ -1,4 +1,4 @@
-"""Images that cannot be read are told by name, or skipped and counted, by `ImageDataModule`."""
+"""`ImageDataModule` names images that it cannot read, or skips and counts them."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_what_is_wrong_with_an_image_is_said_in_words(tmp_path, how, prefix):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("loader", ["train", "test"])
-def test_a_stream_sliced_behind_its_end_is_told(twenty, loader, workers):
+def test_a_stream_sliced_behind_its_end_is_reported(twenty, loader, workers):
     source = f"stream:{twenty}[20:]"
     data = ImageDataModule(None, source, test_source=source, num_workers=workers, **SETTINGS)
     with pytest.raises(DataError, match=r"\[20:\] takes no image"):

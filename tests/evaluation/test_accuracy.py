@@ -54,7 +54,7 @@ def test_it_agrees_with_a_slow_reference(sizes, classes):
         assert found["top5_accuracy"] == 1
 
 
-def test_modes_are_put_back_and_progress_is_told():
+def test_modes_are_put_back_and_progress_is_reported():
     model, done = Scores(), []
     model.dropout.eval()
     accuracy(model, iter(batches(3, 3)), done.append)

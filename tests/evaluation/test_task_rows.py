@@ -91,7 +91,7 @@ def test_the_place_of_an_option(tmp_path, contexts, sentence, options):
 
 
 @pytest.mark.parametrize(
-    ("task", "change", "told"),
+    ("task", "change", "reported"),
     [
         ("boolq", {"query": "Rain is wet.\nQuestion: is it?"}, "is not 'Passage: "),
         ("boolq", {"choices": ["yes", "no"]}, r"\['yes', 'no'\] and not"),
@@ -108,10 +108,10 @@ def test_the_place_of_an_option(tmp_path, contexts, sentence, options):
         ("openbookqa", {"choices": ["lions", 3]}, "'choices' is no list of two or more texts"),
     ],
 )
-def test_a_line_that_is_no_item_is_named(tmp_path, task, change, told):
+def test_a_line_that_is_no_item_is_named(tmp_path, task, change, reported):
     line, _ = ITEMS[task]
     path = written(tmp_path, task, line, "", line | change)
-    with pytest.raises(DataError, match=told) as error:
+    with pytest.raises(DataError, match=reported) as error:
         read_rows(task, path)
     assert f"{path}, line 3 is no item of {task}" in str(error.value)
     assert TASK_FILES[task].form in str(error.value)

@@ -128,7 +128,7 @@ def slow_accuracies(model, tokenizer, asked, gold):
 def test_the_accuracies(shared_data, model, tokenizer):
     needs_the_harness()
     tasks = load_tasks(["arc_easy"], shared_data / "zeroshot")
-    told = zero_shot(model, tokenizer, tasks, limit=12, batch_size=5)["arc_easy"]
+    reported = zero_shot(model, tokenizer, tasks, limit=12, batch_size=5)["arc_easy"]
     task = tasks["arc_easy"]
     asked = [request.args for request in task.instances]
     pairs = [
@@ -136,10 +136,10 @@ def test_the_accuracies(shared_data, model, tokenizer):
         for item in range(12)
     ]
     acc, acc_norm = (sum(side) / 12 for side in zip(*pairs, strict=True))
-    assert (told["acc"], told["acc_norm"]) == (acc, acc_norm)
-    assert told["acc_stderr"] == pytest.approx(math.sqrt(acc * (1 - acc) / 11))
-    assert (told["items"], told["shots"], told["version"], told["truncated"]) == (12, 0, 1.0, 0)
-    assert told["source"].endswith("arc_easy.jsonl")
+    assert (reported["acc"], reported["acc_norm"]) == (acc, acc_norm)
+    assert reported["acc_stderr"] == pytest.approx(math.sqrt(acc * (1 - acc) / 11))
+    assert (reported["items"], reported["shots"], reported["version"], reported["truncated"]) == (12, 0, 1.0, 0)
+    assert reported["source"].endswith("arc_easy.jsonl")
 
 
 def test_it_is_what_the_harness_finds_by_itself(folder, tokenizer, model, tmp_path):
@@ -150,20 +150,20 @@ def test_it_is_what_the_harness_finds_by_itself(folder, tokenizer, model, tmp_pa
     ours = zero_shot(model, tokenizer, tasks)
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "saved")
-    told = simple_evaluate(
+    reported = simple_evaluate(
         "hf",
         {"pretrained": str(tmp_path / "saved"), "dtype": "float32"},
         tasks=list(load_tasks(TASKS, folder).values()),
         device="cpu",
         bootstrap_iters=0,
     )
-    assert told["results"].keys() == ours.keys()
-    for name, found in told["results"].items():
+    assert reported["results"].keys() == ours.keys()
+    for name, found in reported["results"].items():
         assert ours[name]["acc"] == found["acc,none"]
         assert ours[name].get("acc_norm") == found.get("acc_norm,none")
 
 
-def test_what_is_longer_than_the_context_is_told(folder, tokenizer, model):
+def test_what_is_longer_than_the_context_is_reported(folder, tokenizer, model):
     needs_the_harness()
     line, _ = ITEMS["boolq"]
     long = line | {"query": f"Passage: {'rain ' * 600}\nQuestion: is it?"}

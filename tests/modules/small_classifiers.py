@@ -1,4 +1,4 @@
-"""Small image classifiers and images that tests of the modules share."""
+"""Small image classifiers and images for the tests of the modules."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SETTINGS = {"convnext": STAGES, "convnextv2": STAGES, "deit": PATCHES, "vit": PA
 
 
 class Plain(nn.Module):
-    """A classifier that knows nothing of transformers."""
+    """A classifier that is not a transformers model."""
 
     def __init__(self, classes: int = 7) -> None:
         super().__init__()

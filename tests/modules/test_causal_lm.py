@@ -193,7 +193,7 @@ def test_full_training_with_the_8bit_optimizer_keeps_every_zero(tmp_path):
     assert all(not torch.equal(matrix, kept[name]) for name, matrix in masks.matrices_in(module))
 
 
-def test_a_run_with_the_8bit_optimizer_is_resumed_to_the_bit(tmp_path):
+def test_a_run_with_the_8bit_optimizer_is_resumed_bit_for_bit(tmp_path):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: no 8-bit optimizer")
     whole, resumed = (CausalLMModule(wide_llama(), learning_rate=3e-3, optimizer="adamw_8bit") for _ in range(2))
     fit(whole, tmp_path, max_epochs=1).save_checkpoint(tmp_path / "run.ckpt")

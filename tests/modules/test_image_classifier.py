@@ -184,7 +184,7 @@ def test_images_of_another_kind(kind):
         assert module(images(side=20)[0]).shape == (24, 7)
 
 
-def test_what_a_model_raises_for_images_of_another_size_is_told_with_both_sizes():
+def test_what_a_model_raises_for_images_of_another_size_is_reported_with_both_sizes():
     module = ImageClassifierModule("swin", SETTINGS["swin"] | {"use_absolute_embeddings": True})
     with pytest.raises(DataError, match=r"fails on images \(24, 3, 4, 12\), and its config has image_size=16: "):
         module(torch.zeros(24, 3, 4, 12))

@@ -6,6 +6,7 @@ from importlib.resources import files
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sparsefit.errors import ConfigError
 from sparsefit.modules.loading import load_causal_lm, load_tokenizer
@@ -37,7 +38,7 @@ def test_a_folder_of_a_real_model(shared_data):
 
 
 @pytest.mark.parametrize("load", [load_causal_lm, load_tokenizer])
-def test_a_missing_folder_is_told_with_its_nearest_neighbour(tmp_path, load):
+def test_a_missing_folder_is_reported_with_its_nearest_neighbour(tmp_path, load):
     (tmp_path / "tiny-stories").mkdir()
     with pytest.raises(ConfigError, match=r"no folder .*tiny-storys.*Did you mean .*/tiny-stories\?"):
         load(str(tmp_path / "tiny-storys"))
@@ -68,7 +69,7 @@ def test_a_damaged_model_is_named(shared_data, tmp_path):
 
 @pytest.mark.parametrize("load", [load_causal_lm, load_tokenizer])
 @pytest.mark.parametrize("name", ["nobody/no-such-model", "no-such-model"])
-def test_an_unreachable_hub_is_told_at_once(monkeypatch, load, name):
+def test_an_unreachable_hub_is_reported_at_once(monkeypatch, load, name):
     monkeypatch.setattr("sparsefit.modules.loading.hub_problem", lambda: "it cannot be reached")
     start = time.monotonic()
     with pytest.raises(ConfigError, match=rf"'{name}'.*it cannot be reached.*hf download {name} --local-dir"):
@@ -99,4 +100,10 @@ def test_a_cached_hub_model_loads_without_the_hub(monkeypatch, shared_data, tmp_
     (cached / "refs" / "main").write_text("0123")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("sparsefit.modules.loading.hub_problem", lambda: "it cannot be reached")
-    assert load("nobody/stories") is not None
+    loaded, source = load("nobody/stories"), load(str(shared_data / "tinystories656K"))
+    if load is load_tokenizer:
+        assert loaded.get_vocab() == source.get_vocab()
+    else:
+        weights = load_file(shared_data / "tinystories656K/model.safetensors")
+        assert weights.keys() <= loaded.state_dict().keys()
+        assert all(torch.equal(loaded.state_dict()[name], value) for name, value in weights.items())

@@ -67,7 +67,7 @@ def test_a_folder_without_a_processor(folder):
 
 
 @pytest.mark.parametrize("load", [load_image_classifier, load_image_processor])
-def test_missing_folders_are_told_with_their_nearest_neighbour(folder, load):
+def test_missing_folders_are_reported_with_their_nearest_neighbour(folder, load):
     with pytest.raises(ConfigError, match=r"no folder .*/vitt to load .*Did you mean .*/vit\?"):
         load(str(folder.with_name("vitt")))
     with pytest.raises(ConfigError, match=r"holds no .*config\.json.*Did you mean .*/vit\?"):
@@ -97,7 +97,7 @@ def test_a_damaged_model_is_named(folder):
 
 
 @pytest.mark.parametrize("load", [load_image_classifier, load_image_processor])
-def test_an_unreachable_hub_is_told_at_once(monkeypatch, load):
+def test_an_unreachable_hub_is_reported_at_once(monkeypatch, load):
     monkeypatch.setattr("sparsefit.modules.loading.hub_problem", lambda: "it cannot be reached")
     start = time.monotonic()
     with pytest.raises(ConfigError, match=r"'nobody/vit'.*it cannot be reached.*hf download nobody/vit --local-dir"):

@@ -91,7 +91,7 @@ def test_weights_that_are_missing(tmp_path):
         load_with_new_head(str(tmp_path), "sequence_classification", 5)
 
 
-def test_what_older_releases_saved_beside_the_weights_is_let_go(tmp_path):
+def test_buffers_that_older_releases_saved_with_the_weights_are_ignored(tmp_path):
     model = saved(tmp_path, "BertForMaskedLM")
     weights = load_file(tmp_path / "model.safetensors")
     weights["bert.embeddings.position_ids"] = torch.arange(32)[None]

@@ -32,15 +32,15 @@ def on(devices: int, **settings):
 
 def test_under_ddp_each_device_holds_all_and_its_gradients_twice():
     plan = on(4)
-    assert plan.peaks == {"pruning": 500, "training": 900 + 60}
-    assert plan.least == pytest.approx(100 + 60 + 120 + 2)
+    assert plan.peaks == {"pruning": 500, "training": 960}
+    assert plan.least == pytest.approx(282)
 
 
 def test_split_weights_leave_a_part_and_a_block_as_a_whole():
     plan = on(4, splits=True)
-    assert plan.peaks["pruning"] == pytest.approx(500 - 0.75 * 100 + 7)
-    assert plan.peaks["training"] == pytest.approx(900 - 0.75 * (100 + 60 + 120) + 2 * 7)
-    assert plan.least == pytest.approx((100 + 60 + 120) / 4 + 2)
+    assert plan.peaks["pruning"] == pytest.approx(432)  # of the weights, 75 lie on other devices
+    assert plan.peaks["training"] == pytest.approx(704)  # with the gradients and moments, 210 do
+    assert plan.least == pytest.approx(72)
 
 
 def test_a_block_of_nearly_the_whole_model_saves_nothing():
@@ -50,18 +50,18 @@ def test_a_block_of_nearly_the_whole_model_saves_nothing():
     assert plan.peaks["pruning"] == 500
 
 
-@pytest.mark.parametrize(("gram", "solving"), [(True, 50 / 4), (False, 50)])
-def test_devices_share_out_the_solvers_and_the_samples(gram, solving):
+@pytest.mark.parametrize(("gram", "seconds"), [(True, 84.5), (False, 122)])
+def test_devices_divide_the_solvers_and_the_samples(gram, seconds):
     plan = on(4, gram=gram, samples=72, state_bytes=1)  # 9 micro-batches, of which one device has 3
     stages = {stage.name: stage.seconds for stage in plan.stages}
-    assert stages["calibration and pruning"] == pytest.approx(solving + 3 * 24)
-    assert plan.peaks["pruning"] == 500 + 24 - 8
-    assert stages["reconstruction"] == pytest.approx(7.0 * 24 / 8)
+    assert stages["calibration and pruning"] == pytest.approx(seconds)
+    assert plan.peaks["pruning"] == 516
+    assert stages["reconstruction"] == pytest.approx(21)
 
 
 def test_fewer_micro_batches_than_devices_are_not_shared_out():
     stages = {stage.name: stage.seconds for stage in on(4, samples=24).stages}
-    assert stages["calibration and pruning"] == pytest.approx(50 + 3 * 24)
+    assert stages["calibration and pruning"] == pytest.approx(122)
 
 
 def test_all_devices_train_and_all_are_paid():

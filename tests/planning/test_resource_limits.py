@@ -67,7 +67,7 @@ def test_a_full_disk_names_the_folder():
     assert said == "the run folder takes 3.00 GiB, and /data has 2.00 GiB: set run.folder"
 
 
-def test_it_is_told_and_so_is_a_budget_without_a_step():
+def test_it_is_reported_and_so_is_a_budget_without_a_step():
     said = plan_summary(replace(PLAN, ends_by="budget", steps=0), WORK, ["the sky is low"])
     assert "DOES NOT FIT: the sky is low" in said
     assert any("raise budget.gpu_hours" in line for line in said)

@@ -1,4 +1,4 @@
-"""Activations like those of real models, their Gram matrices, and how results are compared."""
+"""Activations like those of real models, their Gram matrices, and comparisons of results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ DAMPING = 0.01
 
 
 def real_like_inputs(inputs: int, tokens: int = 400, rank: int = 8, noise: float = 0.3, seed: int = 0) -> np.ndarray:
-    """(tokens, inputs) activations: a few strong directions, noise, and scales that differ by much."""
+    """(tokens, inputs) activations: a few strong directions, noise, and very different scales."""
     random = np.random.default_rng(seed)
     shared = random.normal(size=(tokens, rank)) @ random.normal(size=(rank, inputs))
     scales = np.exp(random.normal(size=inputs))
@@ -21,7 +21,7 @@ def gram_of(tokens: np.ndarray) -> torch.Tensor:
 
 
 def layer(outputs: int, inputs: int, dtype=torch.float32, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights and a random mask, whose rows keep different numbers."""
+    """Weights and a random mask whose rows keep different numbers of weights."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(outputs, inputs, generator=generator).to(dtype)
     return weight, torch.rand(outputs, inputs, generator=generator) < torch.linspace(0.2, 0.9, outputs)[:, None]

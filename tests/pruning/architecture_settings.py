@@ -1,4 +1,4 @@
-"""What the configurations of tiny transformers models have in common, by kind of model."""
+"""Common settings of the configurations of tiny transformers models, by kind of model."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ IMAGE_TOKEN = 60
 
 
 class Architecture(NamedTuple):
-    """How a tiny model is made.
+    """The settings of a tiny model.
 
     Attributes:
         kind: What sort of model.

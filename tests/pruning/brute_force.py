@@ -1,4 +1,4 @@
-"""Wanda's masks of any model, by whole passes: one sample at a time, once for each block, seen below torch's functions.
+"""Computes Wanda's masks by brute force: whole passes of a model, one sample at a time, once for each block.
 
 It shares nothing with the engine: what a weight is multiplied by is seen where ATen's own products are called, and the
 masks come from a stable sort.
@@ -12,9 +12,9 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+from reference_products import unfolded
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from unfolded import unfolded
 
 TOLERANCE = 1e-5  # scores that are nearer to each other may go either way, as sums of squares are rounded
 aten = torch.ops.aten
@@ -62,7 +62,7 @@ class SquaredInputs(TorchDispatchMode):
         self._add(left, right.t())
 
     def _add(self, matrix: Tensor, tokens: Tensor) -> None:
-        """Of an (out, in) matrix and (tokens, in) inputs."""
+        """Add the squares for an (out, in) matrix and (tokens, in) inputs."""
         name = self._names.get(matrix.untyped_storage().data_ptr())
         if name is None or not tokens.numel():
             return
@@ -91,7 +91,7 @@ class SquaredInputs(TorchDispatchMode):
 
 
 class Comparison(NamedTuple):
-    """How far the masks of a pruning are those of the brute force.
+    """Compares the masks of a pruning with those of the brute force.
 
     Attributes:
         bits: How many were compared.
@@ -107,7 +107,7 @@ class Comparison(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """In a word."""
+        """The result in one word."""
         if self.wrong:
             return "no"
         return "yes" if not self.unseen else "not compared"
@@ -117,7 +117,7 @@ class Comparison(NamedTuple):
 def compare(
     dense: nn.Module, pruned: nn.Module, result: Any, samples: Iterable[Mapping[str, Tensor]], blocks: Iterable[str]
 ) -> Comparison:
-    """Hold the masks of Wanda at 50%, output by output, against passes of a model that is pruned block by block.
+    """Compare the masks of Wanda at 50% per output with those from passes of a model that is pruned block by block.
 
     Args:
         dense: A copy from before the pruning; becomes the pruned model, block by block.
@@ -150,7 +150,7 @@ def compare(
 
 
 def _factors(sums: Tensor, by_magnitude: bool) -> Tensor:
-    """What the squares of the weights are multiplied by: 1 for experts to which no token came."""
+    """The factors for the squares of the weights: 1 for experts without tokens."""
     if by_magnitude:
         nothing = sums.nan_to_num(0).flatten(1).sum(dim=1) == 0
         sums = torch.where(nothing.view(-1, *[1] * (sums.ndim - 1)), 1, sums)
@@ -158,7 +158,7 @@ def _factors(sums: Tensor, by_magnitude: bool) -> Tensor:
 
 
 def _rows_compared(mask: Tensor, scores: Tensor) -> tuple[int, bool]:
-    """How many bits are those of a stable sort, and whether rounding explains the others."""
+    """The number of bits that equal those of a stable sort, and whether rounding explains the others."""
     count = scores.shape[1] // 2
     expected = torch.ones_like(mask)
     expected.scatter_(1, scores.argsort(dim=1, stable=True)[:, :count], False)
@@ -172,7 +172,7 @@ def _rows_compared(mask: Tensor, scores: Tensor) -> tuple[int, bool]:
 def squared_inputs(
     model: nn.Module, parameters: Mapping[str, Tensor], samples: Iterable[Mapping[str, Tensor]]
 ) -> SquaredInputs:
-    """Run the samples through the model one at a time, each expert by itself."""
+    """Run the model on one sample at a time, with experts one after another."""
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -188,8 +188,8 @@ def squared_inputs(
 
 
 def stages(model: nn.Module, result: Any, blocks: Iterable[str]) -> list[list[str]]:
-    """The parameters that are pruned from the same passes, in order: one block after the other; then what is in no
-    block."""
+    """The parameters that are pruned from the same passes, in order: one block after another, then those outside of
+    blocks."""
     names = list(result.masks.parameters)
     if result.update == "none":
         return [names]

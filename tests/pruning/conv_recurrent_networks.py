@@ -1,4 +1,4 @@
-"""Small networks of convolutions and of recurrent layers, data for them and selections of their weights, for tests."""
+"""Small networks of convolutions and recurrent layers, their data, and selections of their weights."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from passes import spread_weights
+from reference_inputs import spread_weights
+from reference_products import images
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
-from unfolded import images
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """On tensors so small threads only wait for each other."""
+    """Use one thread: with such small tensors, several threads only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -165,7 +165,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
 
 
 def network(name: str) -> tuple[nn.Module, Any]:
-    """A network in which all weights matter, and data for it."""
+    """A network with weights that all matter, and its data."""
     make, data = NETWORKS[name]
     model = spread_weights(make())
     for module in model.modules():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import transformers
-from passes import spread_weights
+from reference_inputs import spread_weights
 from torch import nn
 
 WINDOWED = {"image_size": 32, "num_labels": 5}

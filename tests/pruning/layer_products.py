@@ -1,4 +1,4 @@
-"""What convolutions and recurrent layers say of the products with their weights, kept for tests."""
+"""Records the products that convolutions and recurrent layers report for their weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sparsefit.pruning.layers import convolution, recurrent
 
 
 class Watched(TorchFunctionMode):
-    """Keeps what is seen while it is active, and how it was said."""
+    """Keeps the reported products while it is active."""
 
     def __init__(self, *parameters, change=None):
         super().__init__()
@@ -46,7 +46,7 @@ class Watched(TorchFunctionMode):
 
 
 def watched(module, *args):
-    """The output of a module, checked to be what it is unwatched, and what was seen."""
+    """The output of a watched module, which must equal the unwatched one, and the reported products."""
     expected = module(*args)
     with Watched(*(weight.parameter for kind in (convolution, recurrent) for weight in kind.matrices(module))) as mode:
         output = module(*args)

@@ -1,4 +1,4 @@
-"""Small layers of bitsandbytes with random weights, and what they hold."""
+"""Small layers of bitsandbytes with random weights, and their values."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def random_mask(shape: tuple[int, int], seed: int = 1) -> Tensor:
 
 
 def held_bits(layer: nn.Module) -> list[Any]:
-    """All that a layer computes with, to the bit."""
+    """All values that a layer computes with, bit for bit."""
     if isinstance(layer, bnb.nn.Linear8bitLt):
         scales = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
         return [layer.weight.data.tolist(), scales.tolist()]

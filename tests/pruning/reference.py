@@ -157,25 +157,87 @@ def selection_groups(
 
 
 def reference_sparsegpt(
-    weight: np.ndarray, gram: np.ndarray, sparsity: float = 0.5, pattern: str | None = None, width: int = 128
+    weight: np.ndarray,
+    gram: np.ndarray,
+    sparsity: float = 0.5,
+    pattern: str | None = None,
+    width: int = 128,
+    score: str = "sparsegpt",
+    granularity: str = "layer",
 ) -> tuple[np.ndarray, np.ndarray]:
     """SparseGPT's loop in float64 (Frantar and Alistarh 2023, Algorithm 1), one column after the other: the mask of
-    every `width` columns (of every M, with a pattern) from the weights updated so far."""
+    every `width` columns (of every M, with a pattern) from the weights updated so far. With score "wanda", these
+    weights are scored by Wanda instead."""
     weight, dead = weight.astype(np.float64), gram.diagonal() == 0
-    gram = gram + np.diag(dead.astype(float))
+    norms, gram = np.sqrt(gram.diagonal()), gram + np.diag(dead.astype(float))
     weight[:, dead] = 0
     upper = np.linalg.cholesky(damped_inverse(gram)).T
     m = int(pattern.split(":")[1]) if pattern else width
     kept = np.ones(weight.shape, dtype=bool)
     for j in range(weight.shape[1]):
         if j % m == 0:
-            scores = (weight[:, j : j + m] / upper.diagonal()[j : j + m]) ** 2
+            part, pivots = weight[:, j : j + m], upper.diagonal()[j : j + m]
+            scores = np.abs(part) * norms[j : j + m] if score == "wanda" else (part / pivots) ** 2
             columns = kept[:, j : j + m]  # a view
-            columns[:] = reference_mask(scores, sparsity, "layer", pattern)
-        error = np.where(kept[:, j], 0, weight[:, j]) / upper[j, j]
-        weight[:, j + 1 :] -= np.outer(error, upper[j, j + 1 :])
-        weight[~kept[:, j], j] = 0
+            columns[:] = reference_mask(scores, sparsity, granularity, pattern)
+        remove_column(weight, kept[:, j], upper, j)
     return kept, weight
+
+
+def remove_column(weight: np.ndarray, kept: np.ndarray, upper: np.ndarray, j: int) -> None:
+    """Set the weights of column j that are not kept to zero; later columns compensate the error. In place."""
+    error = np.where(kept, 0, weight[:, j]) / upper[j, j]
+    weight[:, j + 1 :] -= np.outer(error, upper[j, j + 1 :])
+    weight[~kept, j] = 0
+
+
+def reference_update(weight: np.ndarray, kept: np.ndarray, gram: np.ndarray) -> np.ndarray:
+    """The weights that SparseGPT's update gives for a mask that is known from the start; no input may be dead."""
+    weight, upper = weight.astype(np.float64), np.linalg.cholesky(damped_inverse(gram)).T
+    for j in range(weight.shape[1]):
+        remove_column(weight, kept[:, j], upper, j)
+    return weight
+
+
+def reference_least_squares(
+    weight: np.ndarray, kept: np.ndarray, gram: np.ndarray, damping: float = 0.01
+) -> np.ndarray:
+    """The kept weights of each row that minimise its error, where damping pulls them towards the original weights."""
+    solved, pull = np.zeros(weight.shape), damping * gram.diagonal().mean()
+    system = gram + pull * np.eye(len(gram))
+    for row, original, places in zip(solved, weight.astype(np.float64), kept, strict=True):
+        right = (gram @ original)[places] + pull * original[places]
+        row[places] = np.linalg.solve(system[np.ix_(places, places)], right)
+    return solved
+
+
+def row_error(weight: np.ndarray, kept: np.ndarray, gram: np.ndarray) -> float:
+    pruned = np.where(kept, 0, weight)
+    return float(pruned @ gram @ pruned)
+
+
+def best_swap(weight: np.ndarray, kept: np.ndarray, gram: np.ndarray, group: int) -> tuple[float, int, int]:
+    """The best of all pairs within groups of columns, each error computed afresh: (error, unpruned, pruned)."""
+    tried = []
+    for p in np.flatnonzero(~kept):
+        for q in np.flatnonzero(kept):
+            if p // group == q // group:
+                changed = kept.copy()
+                changed[p], changed[q] = True, False
+                tried.append((row_error(weight, changed, gram), p, q))
+    return min(tried, default=(np.inf, 0, 0))
+
+
+def reference_swap(weight: np.ndarray, mask: np.ndarray, gram: np.ndarray, max_swaps: int, group: int) -> np.ndarray:
+    """The mask after the best swap of each row, up to `max_swaps` times, as long as one lowers the row's error."""
+    mask = mask.copy()
+    for row, kept in zip(weight.astype(np.float64), mask, strict=True):
+        for _ in range(max_swaps):
+            error, p, q = best_swap(row, kept, gram, group)
+            if error >= row_error(row, kept, gram) * (1 - 1e-9):
+                break
+            kept[p], kept[q] = True, False
+    return mask
 
 
 def reference_error(weight: Tensor, changed: Tensor, inputs: list[Tensor]) -> float:

@@ -1,4 +1,4 @@
-"""Models that FSDP2 splits over ranks, and what each rank does with them."""
+"""Models that FSDP2 shards over ranks, and functions that each rank runs on them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ ON_FOUR = [
 
 
 class Looped(nn.Module):
-    """Calls its only block, a unit, several times in a row."""
+    """Calls its only block, which is a unit, several times."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Looped(nn.Module):
 
 
 class Plain(nn.Module):
-    """Layers of widths that no number of ranks divides, one of fewer rows than ranks."""
+    """Layers whose widths cannot be divided evenly among ranks; one has fewer rows than ranks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Plain(nn.Module):
 
 
 class InBetween(nn.Module):
-    """Computes something between its blocks, which so cannot be run one by one."""
+    """Computes something between its blocks, so that these cannot be run one by one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class InBetween(nn.Module):
 
 
 class Padded(nn.Module):
-    """Finds the padding in its input by itself."""
+    """Finds the padding from its input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ def batches_for(name, rank, ranks):
 
 
 def shard(model, name):
-    """Each block is a unit, and so is the rest; or as the name says."""
+    """Shard a model with a unit for each block and one for the rest, or in the way with this name."""
     parts = [block for blocks in find_block_lists(model) for block in blocks]
     if name.endswith("small units"):
         parts = [part for block in parts for part in (*block.children(), block) if any(True for _ in part.parameters())]
@@ -148,7 +148,7 @@ def shard(model, name):
 
 
 def whole(model):
-    """All of each parameter; each must be a shard."""
+    """The whole of each parameter; each must be a shard."""
     return {name: p.detach().full_tensor() for name, p in model.named_parameters() if isinstance(p, DTensor)}
 
 
@@ -188,8 +188,8 @@ def write_badly(model, rank):
 
 
 def broken_off(models, rank):
-    """What each rank raises where one of them fails at some point of a pruning, and whether it has its dense shards."""
-    told = {}
+    """The error of each rank if one rank fails during pruning, and whether all have their dense shards."""
+    reported = {}
 
     def failing_at(model, layer, call):
         calls = []
@@ -219,23 +219,23 @@ def broken_off(models, rank):
         dense = whole(model)
         failing_at(model, layer, call)
         error = raised(prune, model, batches_for("llama", rank, 2), PruningConfig(micro_batch_size=1))
-        told[place] = error, all(torch.equal(dense[name], weight) for name, weight in whole(model).items())
+        reported[place] = error, all(torch.equal(dense[name], weight) for name, weight in whole(model).items())
     model = shard(copy.deepcopy(models["llama"]), "llama")
     config, dense = PruningConfig(micro_batch_size=1), whole(model)
     error = raised(prune, model, batches_for("llama", rank, 2), config, progress=progress_of(8))
-    told["progress"] = error, all(torch.equal(dense[name], weight) for name, weight in whole(model).items())
+    reported["progress"] = error, all(torch.equal(dense[name], weight) for name, weight in whole(model).items())
     with torch.no_grad():
         batches = [{"inputs_embeds": torch.full((1, 3, model.config.hidden_size), torch.nan if rank else 1.0)}]
     error = raised(prune, model, batches, config)
-    told["data"] = error, all(torch.equal(dense[name], weight) for name, weight in whole(model).items())
-    told["writing"] = raised(write_badly, model, rank), True
+    reported["data"] = error, all(torch.equal(dense[name], weight) for name, weight in whole(model).items())
+    reported["writing"] = raised(write_badly, model, rank), True
     result = prune(model, batches_for("llama", rank, 2), PruningConfig(micro_batch_size=3))  # none has left a trace
-    told["afterwards"] = result.masks.digest(), True
-    return told
+    reported["afterwards"] = result.masks.digest(), True
+    return reported
 
 
 def masks_on_shards(models, rank):
-    """What a mask set says of a sharded model: dense, pruned, and after one rank has written to a pruned weight."""
+    """The checks of a mask set on a sharded model: dense, pruned, and after one rank changed a pruned weight."""
     model = shard(copy.deepcopy(models["gpt2"]), "gpt2 in one unit")
     masks = prune(copy.deepcopy(models["gpt2"]), config=PruningConfig(score="magnitude")).masks
     with torch.no_grad():
@@ -251,7 +251,7 @@ def masks_on_shards(models, rank):
 
 
 def refused(models, rank):
-    """The reasons for which layouts are refused, and whether anything was changed."""
+    """The errors for unsupported layouts, and whether anything was changed."""
     mesh = device_mesh.init_device_mesh("cpu", (2,))
     grid = device_mesh.init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
     layouts = {
@@ -261,13 +261,16 @@ def refused(models, rank):
         "device": lambda model: fully_shard(model, mesh=mesh),
         "fisher": lambda model: fully_shard(model, mesh=mesh),
     }
-    told = {}
+    reported = {}
     for name, split in layouts.items():
         model = split(copy.deepcopy(models["in between"]))
         settings = {"device": {"device": "cpu"}, "fisher": {"allocation": "fisher"}}.get(name, {})
         error = raised(prune, model, batches_for("in between", rank, 2), PruningConfig(**settings))
-        told[name] = error, all(bool(p.detach().to_local().all()) for p in model.parameters() if isinstance(p, DTensor))
-    return told
+        reported[name] = (
+            error,
+            all(bool(p.detach().to_local().all()) for p in model.parameters() if isinstance(p, DTensor)),
+        )
+    return reported
 
 
 def pruned_together(ranks):

@@ -12,8 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from passes import collect, matrix_of, staged
 from reference import assert_mask, reference_groups, score_of
+from reference_inputs import collect, matrix_of, staged
 from torch import Tensor, nn
 
 from sparsefit import PruningConfig, prune

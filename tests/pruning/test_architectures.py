@@ -34,8 +34,8 @@ def test_masks_equal_those_of_the_brute_force(name):
     matrices = {
         parameter: id(p) for parameter, p in model.named_parameters(remove_duplicate=False) if p.ndim > 1 and p.numel()
     }
-    told = {matrices[own] for own in (*result.masks.parameters, *result.left_dense) if own in matrices}
-    assert told == set(matrices.values())
+    reported = {matrices[own] for own in (*result.masks.parameters, *result.left_dense) if own in matrices}
+    assert reported == set(matrices.values())
     result.masks.verify(model)
     found = compare(dense, model, result, samples_of(name), ARCHITECTURES[name].blocks)
     assert result.update == "block"
@@ -60,7 +60,7 @@ def test_the_brute_force_knows_other_samples_from_those_of_the_calibration():
 
 
 @pytest.mark.parametrize("name", ["NLLB MoE", "LongCat Flash", "DBRX"])
-def test_routers_are_known_beside_experts_of_any_form(name):
+def test_routers_are_recognized_next_to_experts_of_any_form(name):
     _, _, result = pruned(name)
     routers = {own for own, reason in result.left_dense.items() if reason == "router of experts"}
     assert routers

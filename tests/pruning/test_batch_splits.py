@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from passes import collect
 from reference import assert_mask, gram_of, reference_mask, score_of
+from reference_inputs import collect
 from torch import Tensor, nn
 
 from sparsefit import PruningConfig, prune

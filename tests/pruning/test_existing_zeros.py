@@ -58,7 +58,7 @@ def sparse_network(kind: str, share: float) -> tuple[nn.Module, Tensor]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_zeros_are_kept_and_pruning_goes_on_to_the_asked_total(method):
+def test_zeros_are_kept_and_pruning_continues_to_the_requested_total(method):
     model, data = sparse_network(method, 0.2)
     zeros = {name: p == 0 for name, p in model.named_parameters() if p.ndim > 1}
     result = prune(model, [data], PruningConfig(existing_zeros="keep", **METHODS[method]))
@@ -81,7 +81,7 @@ def test_without_zeros_keep_changes_no_mask():
         assert masks[0] == masks[1], settings
 
 
-def test_more_zeros_than_asked_for_stay_all_and_are_told():
+def test_more_zeros_than_requested_all_stay_and_are_reported():
     model, data = sparse_network("wanda", 0.7)
     zeros = {name: p == 0 for name, p in model.named_parameters() if p.ndim > 1}
     result = prune(model, [data], PruningConfig(existing_zeros="keep"))
@@ -121,12 +121,12 @@ def test_adopted_masks_are_not_chosen_anew(settings):
 
 
 @pytest.mark.parametrize(
-    ("share", "existing", "told"), [(0.3, None, True), (0.02, None, False), (0.3, "ignore", False)]
+    ("share", "existing", "reported"), [(0.3, None, True), (0.02, None, False), (0.3, "ignore", False)]
 )
-def test_many_zeros_are_told_where_nobody_said_what_becomes_of_them(share, existing, told):
+def test_many_zeros_are_reported_if_existing_zeros_is_not_set(share, existing, reported):
     model, data = sparse_network("wanda", share)
     notes = prune(model, [data], PruningConfig(existing_zeros=existing)).notes
-    assert any("zeros already" in note and "'keep'" in note and "'adopt'" in note for note in notes) == told
+    assert any("zeros already" in note and "'keep'" in note and "'adopt'" in note for note in notes) == reported
 
 
 class Dead(nn.Module):

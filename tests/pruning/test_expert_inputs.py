@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 from moe import FAMILIES, SIZES
+from recorded_inputs import spread, watch, weights_of
 from torch import Tensor, nn
-from watched import spread, watch, weights_of
 
 from sparsefit.pruning.layers.base import PrunableWeight
 from sparsefit.pruning.layers.experts import eager_experts, find_stacks
@@ -199,5 +200,12 @@ def test_each_model_in_a_model_gets_its_own_implementation_back():
 
 
 def test_models_without_a_switch_are_left_alone():
-    with eager_experts(nn.TransformerEncoderLayer(8, 2, 16)):
-        pass
+    model = nn.TransformerEncoderLayer(8, 2, 16)
+    model.config = SimpleNamespace(_experts_implementation="grouped_mm")
+    model.linear1.eval()
+    modes = {name: m.training for name, m in model.named_modules()}
+    with eager_experts(model):
+        assert implementations(model) == ["grouped_mm"]
+        assert {name: m.training for name, m in model.named_modules()} == modes
+    assert implementations(model) == ["grouped_mm"]
+    assert {name: m.training for name, m in model.named_modules()} == modes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from fractions import Fraction
 from math import floor
 from types import SimpleNamespace
@@ -14,16 +15,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_models import image_model, images
 from peft import LoraConfig, get_peft_model
-from tiny_models import make_tiny_model, two_blocks
+from tiny_models import SIZES, make_tiny_model, two_blocks
 from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
 
 from sparsefit import PruningConfig, collect_statistics, prune, prune_from_statistics
 from sparsefit.calibration.batches import MicroBatch, call_model
 from sparsefit.errors import CalibrationError, ConfigError
 from sparsefit.pruning.allocation import by_change, uniform
-from sparsefit.pruning.fisher import Change, logits_of, prediction_changes, sensitivities, sensitivity
+from sparsefit.pruning.fisher import Change, prediction_changes, sensitivities, sensitivity
 from sparsefit.pruning.input_groups import Part
 from sparsefit.pruning.layers import matrices_of
+from sparsefit.pruning.predictions import labels_seed, logits_of
+from sparsefit.pruning.scores import SCORES, computed, register_score
 from sparsefit.pruning.statistics import InputStatistics
 
 FISHER = PruningConfig(0.5, allocation="fisher")
@@ -118,11 +122,61 @@ def test_scales_weigh_rows_and_leave_the_sum_of_the_matrix():
 
 @pytest.mark.parametrize("rows", [torch.zeros(4), torch.tensor([0.0, 0.0, 0.0, 1.0])])
 def test_rows_without_a_change_or_without_inputs(rows):
-    curve, scales = sensitivity(torch.zeros(4, 5), torch.ones(4, 5).bool(), Change(0.0, rows))
-    assert bool(scales.isfinite().all())
-    assert bool((curve == 0).all())
+    assert sensitivity(torch.zeros(4, 5), torch.ones(4, 5).bool(), Change(0.0, rows)) is None
     _, scales = sensitivity(torch.ones(4, 5), torch.ones(4, 5).bool(), Change(1.0, rows))
     assert bool((scales > 0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_default_dtype_of_half_precision_changes_nothing(dtype):
+    """Lightning's true half precisions set it while the model runs."""
+    squared, gone = torch.rand(64, 300), torch.rand(64, 300) < 0.5
+    change = Change(3.0, torch.rand(64))
+    expected = sensitivity(squared, gone, change)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        found = sensitivity(squared, gone, change)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(found.curve, expected.curve)
+    assert torch.equal(found.scales, expected.scales)
+
+
+def test_an_optimizer_in_the_backward_pass_takes_no_step():
+    model, inputs = classifier(), torch.randn(4, 6)
+    before, steps = copy.deepcopy(model.state_dict()), []
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: (steps.append(p), p.data.sub_(p.grad)))
+    prediction_changes(weights_of(model), smallest_half(model), micro_batches(inputs), model)
+    assert not steps
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_probabilities_are_as_good_as_their_logits():
+    model, inputs = classifier(), torch.randn(40, 6)
+    with_softmax = nn.Sequential(*model, nn.Softmax(-1))
+    removed, data = smallest_half(model), micro_batches(inputs)
+    expected = prediction_changes(weights_of(model), removed, data, model)
+    found = prediction_changes(weights_of(model), removed, data, with_softmax)
+    for name in expected:
+        assert found[name].whole == pytest.approx(expected[name].whole, rel=0.02)
+
+
+def test_the_padding_of_a_decoder_is_its_own():
+    output = SimpleNamespace(logits=torch.randn(1, 3, 5, requires_grad=True), encoder_last_hidden_state=torch.ones(1))
+    of_encoder = torch.tensor([[True, False, True]])
+    own = torch.tensor([[1, 1, 0]])
+    assert len(logits_of(output, of_encoder, {"decoder_attention_mask": own})) == 2
+    assert len(logits_of(output, of_encoder, {"labels": torch.tensor([[3, -100, -100]])})) == 1
+    assert len(logits_of(output, of_encoder, {})) == 3
+
+
+def test_labels_are_drawn_by_the_inputs():
+    inputs, mask = torch.arange(4).view(1, 4), torch.ones(1, 4)
+    seed = labels_seed({"input_ids": inputs})
+    assert labels_seed({"labels": torch.zeros(1), "attention_mask": mask, "input_ids": inputs}) == seed
+    assert labels_seed({"input_ids": inputs + 1}) != seed
 
 
 # Counts
@@ -166,6 +220,14 @@ def test_equal_changes_or_no_spread_are_uniform():
     assert by_change(sizes, changes, Fraction(1, 2), 0.3) == uniform(sizes, Fraction(1, 2))
     changes["a"] += 1
     assert by_change(sizes, changes, Fraction(1, 2), 0.0) == uniform(sizes, Fraction(1, 2))
+
+
+def test_a_matrix_without_a_curve_loses_the_same_share():
+    changes = {"a": torch.tensor([1.0, 2.0]).double(), "b": torch.tensor([3.0, 6.0]).double()}
+    sizes = {"a": 20, "unknown": 30, "b": 20}
+    counts = by_change(sizes, changes, Fraction(1, 2), 0.5)
+    assert list(counts.items()) == [("a", 20), ("unknown", 15), ("b", 0)]
+    assert by_change(sizes, {}, Fraction(1, 3), 0.5) == uniform(sizes, Fraction(1, 3))
 
 
 # Through `prune`
@@ -236,11 +298,91 @@ def test_progress_counts_the_passes():
     assert len({total for _, total in steps}) == 1
 
 
+@pytest.mark.parametrize("score", ["wanda", "ria", "magnitude", "sparsegpt"])
+def test_a_score_and_its_square_give_the_same_masks(score):
+    registered = SCORES[score]
+    SCORES["square"] = registered._replace(
+        function=lambda *a: computed(registered.function(*a)).square(), degree=2 * registered.degree
+    )
+    try:
+        masks = [
+            prune(two_blocks("llama"), [{"input_ids": IDS}], replace(FISHER, score=name, update="none")).masks.digest()
+            for name in (score, "square")
+        ]
+    finally:
+        del SCORES["square"]
+    assert masks[0] == masks[1]
+
+
+def test_a_score_of_unknown_degree_competes_as_its_authors_say():
+    """Negative scores, such as logarithms, must not be multiplied by a factor of the row."""
+    register_score("log_wanda", lambda weight, norm: (weight.float().abs() * norm.sqrt()).clamp_min(1e-30).log())
+    try:
+        config = PruningConfig(0.5, score="log_wanda", allocation="fisher")
+        assert config.granularity == "output"
+        masks = prune(two_blocks("llama"), [{"input_ids": IDS}], config).masks
+    finally:
+        del SCORES["log_wanda"]
+    wanda = prune(two_blocks("llama"), [{"input_ids": IDS}], replace(FISHER, granularity="output")).masks
+    assert masks.digest() == wanda.digest()
+
+
+def test_existing_zeros_cost_nothing_and_are_not_what_is_measured():
+    """A matrix that has lost its share already is not taken for one that means nothing."""
+    model, inputs = classifier(), torch.randn(60, 6, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        model[2].weight[:, :3] = 0
+    config = PruningConfig(0.5, allocation="fisher", existing_zeros="keep", update="none", targets="*")
+    statistics = {"0.weight": inputs, "2.weight": model[:2](inputs).detach()}
+    weights = weights_of(model)
+    parts = {}
+    for weight in weights:
+        own = InputStatistics(weight.shape[1], inputs.device)
+        own.add(statistics[weight.name])
+        parts[weight.name] = [Part(slice(0, weight.shape[0]), own)]
+    found = sensitivities(weights, parts, config, micro_batches(inputs), model)
+    assert bool((found["2.weight"].curve[12:] > 0).all())
+    assert prune(model, [inputs], config).masks.sparsity == 0.5
+
+
+class Frozen(nn.Module):
+    """A classifier whose first layer runs without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.net = nn.Linear(6, 8), nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    def forward(self, x):
+        with torch.no_grad():
+            hidden = self.body(x)
+        return self.net(hidden)
+
+
+def test_a_matrix_that_no_gradient_reaches_loses_its_share_and_a_note_says_so():
+    result = prune(Frozen(), [torch.randn(30, 6)], PruningConfig(allocation="fisher", update="none", targets="*"))
+    assert counts_of(result)["body.weight"] == 24
+    assert sum(counts_of(result).values()) == (48 + 64 + 24) // 2
+    assert any("body.weight" in note and "no gradient" in note for note in result.notes)
+
+
+def test_a_recurrent_classifier():
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(6, 8, batch_first=True), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.lstm(x)[0][:, -1])
+
+    result = prune(Tagger(), [torch.randn(9, 5, 6)], PruningConfig(allocation="fisher", update="none", targets="lstm"))
+    assert result.masks.sparsity == 0.5
+
+
 # What cannot be measured
 
 
 class Hidden(nn.Module):
-    """A model with `forward` that returns what it is told."""
+    """A model whose `forward` returns a given value."""
 
     def __init__(self, output) -> None:
         super().__init__()
@@ -251,7 +393,7 @@ class Hidden(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("output", "told"),
+    ("output", "reported"),
     [
         (lambda y: SimpleNamespace(last_hidden_state=y), "gets SimpleNamespace"),
         (lambda y: y.sum(), r"gets a tensor \(\)"),
@@ -262,10 +404,10 @@ class Hidden(nn.Module):
         (lambda y: (y.unflatten(0, (1, -1)),), "gets tuple"),
     ],
 )
-def test_a_model_without_logits_is_refused_and_left_as_it_was(output, told):
+def test_a_model_without_logits_is_refused_and_left_as_it_was(output, reported):
     model = Hidden(output)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ConfigError, match=f"needs the logits .*{told}.*use allocation 'owl'"):
+    with pytest.raises(ConfigError, match=f"needs the logits .*{reported}.*use allocation 'owl'"):
         prune(model, [torch.randn(6, 6)], PruningConfig(allocation="fisher", update="none", targets="*"))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.requires_grad for p in model.parameters())
@@ -275,6 +417,44 @@ def test_logits_that_are_not_finite_are_an_error():
     model = Hidden(lambda y: y * torch.inf)
     with pytest.raises(CalibrationError, match="logits for a calibration sample are NaN"):
         prune(model, [torch.randn(6, 6)], PruningConfig(allocation="fisher", update="none", targets="*"))
+
+
+class NaNBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * torch.nan
+
+
+def test_gradients_that_are_not_finite_are_an_error():
+    model = Hidden(NaNBackward.apply)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CalibrationError, match=r"the gradients of net\.0\.weight .* are NaN"):
+        prune(model, [torch.randn(6, 6)], PruningConfig(allocation="fisher", update="none", targets="*"))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_logits_that_reach_no_weight_are_an_error():
+    class Bias(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.bias = nn.Linear(6, 4), nn.Parameter(torch.zeros(4))
+
+        def forward(self, x):
+            return self.net(x).detach() + self.bias
+
+    with pytest.raises(ConfigError, match="none of the logits reaches a weight"):
+        prune(Bias(), [torch.randn(6, 6)], PruningConfig(allocation="fisher", update="none", targets="*"))
+
+
+@pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
+def test_predictions_that_are_not_one_of_several_classes_are_refused(problem):
+    model = BertForSequenceClassification(BertConfig(**SIZES, num_labels=3, problem_type=problem))
+    with pytest.raises(ConfigError, match=f"problem_type of .* is {problem}: use allocation 'owl'"):
+        prune(model, [{"input_ids": IDS}], FISHER)
 
 
 def test_statistics_hold_no_gradients():

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from recorded_inputs import spread, watch, weights_of
 from torch import Tensor, nn
-from watched import spread, watch, weights_of
 
 from sparsefit.pruning.input_watch import watching
 from sparsefit.pruning.layers import matrices_of

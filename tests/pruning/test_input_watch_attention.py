@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from recorded_inputs import spread, watch, weights_of
 from torch import Tensor, nn
-from watched import spread, watch, weights_of
 
 from sparsefit.pruning.input_watch import watching
 from sparsefit.pruning.layers import attention, matrices_of

@@ -1,4 +1,4 @@
-"""The Triton kernels beside the tensor operations that they stand in for, on a GPU or in Triton's interpreter."""
+"""Compares the Triton kernels with the tensor operations that they replace, on a GPU or in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from sparsefit.pruning import refinement, weight_updates
 from sparsefit.pruning.selection import Products, select_n_of_m
-from sparsefit.pruning.weight_updates import inverse_factor, prune_iteratively, prune_n_of_m, update_sequentially
+from sparsefit.pruning.weight_updates import inverse_factor, prune_iteratively, update_sequentially
 
 pytest.importorskip("triton", reason="Triton is not installed; the tensor operations are tested without it")
 
@@ -213,7 +213,7 @@ def test_the_update_chooses_groups_as_they_come(monkeypatch, n, m, block_size):
 
     mask, expected = prune_iteratively(weight, factor, choose, block_size, m)
     monkeypatch.setattr(weight_updates, "triton_works", lambda device: True)
-    kept, found = prune_n_of_m(weight.to(DEVICE), factor_on_device(factor), n, m, block_size)
+    kept, found = prune_iteratively(weight.to(DEVICE), factor_on_device(factor), choose, block_size, m, keep=n)
     assert torch.equal(kept.cpu(), mask)
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-5)
 
@@ -222,7 +222,10 @@ def test_the_update_chooses_groups_as_they_come(monkeypatch, n, m, block_size):
 @pytest.mark.parametrize("inputs", [5, 40, 130])
 def test_the_best_pair_is_found(inputs):
     weight, mask, gram = layer(9, inputs)
-    rows = refinement._start(torch.arange(9), weight.double(), mask, gram.double())
+    weight, own = weight.double(), gram.double()
+    rows = refinement._Rows(
+        torch.arange(9), mask, weight, weight.masked_fill(mask, 0) @ own, weight**2 * own.diagonal()
+    )
     changes = refinement._changes(rows)
     reach = refinement._strongest_correlation(gram)
     added, removed = update_kernels.best_pair(*on_device(*changes, gram, reach), refinement.GRID)

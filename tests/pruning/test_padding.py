@@ -57,7 +57,7 @@ class Encoder(nn.Module):
 
 
 class Bare(nn.Module):
-    """Blocks of one's own: only the attention in them is told what is padding."""
+    """Custom blocks in which only the attention gets the padding mask."""
 
     class Block(nn.Module):
         def __init__(self, batch_first: bool) -> None:
@@ -257,16 +257,16 @@ def test_patches_carry_no_mask_and_no_note(length, update):
             assert torch.equal(result.masks[name], kept), name
 
 
-def test_experts_that_get_some_tokens_are_told_of_once(tiny_model):
+def test_experts_that_get_some_tokens_are_reported_once(tiny_model):
     ids, mask = sequences()
     mask[:, 1] = 0
     model = tiny_model("mixtral")
     call = {"forward": lambda batch: model(input_ids=batch[0], attention_mask=batch[1])}
     result = prune(model, [(ids, mask)], **call)
-    told = [note for note in result.notes if "padding could not be told" in note]
-    assert told
-    assert len(told) == len(set(told))
-    assert all(".experts." in note for note in told)
+    reported = [note for note in result.notes if "padding could not be told" in note]
+    assert reported
+    assert len(reported) == len(set(reported))
+    assert all(".experts." in note for note in reported)
 
 
 IDS = torch.ones(2, 3)

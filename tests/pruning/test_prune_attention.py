@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from passes import collect, covered, matrix_of, spread_weights, staged
 from reference import assert_mask, gram_of, reference_error, score_of
+from reference_inputs import collect, covered, matrix_of, spread_weights, staged
 from torch import Tensor, nn
 
 from sparsefit import PruningConfig, prune

@@ -8,8 +8,8 @@ import copy
 import pytest
 import torch
 from conv_recurrent_networks import NETWORKS, SELECTIONS, as_batches, network, one_thread  # noqa: F401
-from passes import covered
-from unfolded import asked_for, check_model, gathered, matrix_of, untouched
+from reference_inputs import covered
+from reference_products import asked_for, check_model, gathered, matrix_of, untouched
 
 from sparsefit import MaskSet, PruningConfig, prune
 from sparsefit.errors import MaskError

@@ -9,9 +9,9 @@ from collections import OrderedDict
 import pytest
 import torch
 from conv_recurrent_networks import Pool, Residual, blocks_of, network, one_thread  # noqa: F401
-from passes import spread_weights
+from reference_inputs import spread_weights
+from reference_products import check_model, gathered, images
 from torch import Tensor, nn
-from unfolded import check_model, gathered, images
 
 from sparsefit import PruningConfig, prune
 from sparsefit.pruning.blocks import find_block_lists
@@ -30,7 +30,7 @@ def test_blocks_see_what_the_pruned_ones_before_them_give(name, blocks, selectio
     check_model(dense, model, result, lambda model: gathered(model, [data]), stages, **selection)
 
 
-def test_stages_that_keep_their_shape_are_swept_and_the_others_come_after():
+def test_stages_that_keep_their_shape_are_run_one_by_one_and_the_others_come_after():
     model, data = network("resnet basic")
     dense = copy.deepcopy(model)
     result = prune(model, [data], PruningConfig())

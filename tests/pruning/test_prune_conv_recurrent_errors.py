@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from conv_recurrent_networks import as_batches, network, one_thread  # noqa: F401
+from reference_products import untouched
 from torch import Tensor
-from unfolded import untouched
 
 from sparsefit import MaskSet, PruningConfig, prune
 from sparsefit.errors import CalibrationError

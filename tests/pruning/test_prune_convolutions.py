@@ -7,9 +7,9 @@ import copy
 import pytest
 import torch
 from conv_recurrent_networks import SELECTIONS, blocks_of, network, one_thread  # noqa: F401
-from passes import spread_weights
+from reference_inputs import spread_weights
+from reference_products import check_mask, check_model, gathered, images, matrix_of, scores_of
 from torch import Tensor, nn
-from unfolded import check_mask, check_model, gathered, images, matrix_of, scores_of
 
 from sparsefit import PruningConfig, prune
 from sparsefit.errors import ConfigError, MaskError
@@ -62,7 +62,7 @@ def test_patterns_need_channels_and_not_positions_that_divide():
 
 
 @pytest.mark.parametrize("make", [lambda: nn.LazyConv2d(4, 3), lambda: nn.LazyLinear(4)])
-def test_layers_without_a_shape_are_told(make):
+def test_layers_without_a_shape_are_reported(make):
     model, data = nn.Sequential(make(), nn.ReLU()), images(2, 8, 4)
     with pytest.raises(ConfigError, match=r"0\.weight has no shape yet: run the model on one batch first"):
         prune(model, [data])

@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 from moe import FAMILIES, SIZES
-from passes import collect, linear_layers, matrix_of, spread_weights, staged, unseen_in
 from reference import assert_mask, gram_of, reference_error, score_of
+from reference_inputs import collect, linear_layers, matrix_of, spread_weights, staged, unseen_in
 from torch import Tensor, nn
 
 from sparsefit import MaskSet, PruningConfig, prune
@@ -215,9 +215,9 @@ def test_a_gap_within_a_sample_is_left_out_or_a_note_says_that_it_was_not(seed):
     result = prune(model, [batch], PruningConfig(update="none"))
     name = "model.layers.0.self_attn.q_proj.weight"
     assert_mask(result.masks[name], *score_of("wanda", matrix_of(dense, name), [inputs[name][0][real]]))
-    told = any("padding could not be told" in note for note in result.notes)
+    reported = any("padding could not be told" in note for note in result.notes)
     for name in ("model.layers.0.mlp.experts.gate_up_proj[0]", "model.layers.0.mlp.experts.down_proj[1]"):
         tokens = inputs[name][0]
         assert len(tokens) == 12
-        scores, _ = score_of("wanda", matrix_of(dense, name), [tokens if told else tokens[real]])
+        scores, _ = score_of("wanda", matrix_of(dense, name), [tokens if reported else tokens[real]])
         assert_mask(result.masks[name], scores, 1e-4)

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conv_recurrent_networks import one_thread, signals  # noqa: F401
-from passes import attended, spread_weights
+from reference_inputs import attended, spread_weights
+from reference_products import check_model, images, unfolded
 from torch import Tensor, nn
-from unfolded import check_model, images, unfolded
 
 from sparsefit import PruningConfig, prune
 
@@ -162,7 +162,7 @@ def test_the_weights_of_attention_in_a_function():
 # Products of another kind
 
 
-def test_a_product_that_cannot_be_seen_is_told():
+def test_a_product_that_cannot_be_seen_is_reported():
     model = spread_weights(Functional(nn.Linear(8, 6), lambda x, w: (x[..., None, :] * w).sum(-1)))
     dense = copy.deepcopy(model)
     result = prune(model, [signals(4, 5, 8)], PruningConfig(update="none"))

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from image_models import BLOCKS, MODELS, image_model, images
-from passes import collect, covered, linear_layers, matrix_of, spread_weights, staged
 from reference import assert_mask, score_of
+from reference_inputs import collect, covered, linear_layers, matrix_of, spread_weights, staged
 from torch import Tensor, nn
 
 from sparsefit import PruningConfig, prune

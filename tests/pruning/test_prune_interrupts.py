@@ -1,4 +1,4 @@
-"""An error or an interrupt at any moment leaves a model dense to the bit."""
+"""An error or an interrupt at any time leaves the dense model unchanged, bit for bit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from states import OwnError, at_the_end, same, sequences, state, weights
+from model_snapshots import OwnError, at_the_end, same, sequences, state, weights
 from torch import nn
 
 from sparsefit import PruningConfig, prune
@@ -82,11 +82,11 @@ def test_all_weights_are_pruned_at_the_last_step_and_not_before(tiny_model, upda
 # While weights are written and put back
 
 
-class Presses:
-    """Interrupts: each call of what is patched has a moment for one before it and one after it.
+class Interrupts:
+    """Interrupts a run before or after a call of a patched function.
 
     Attributes:
-        moments: The numbers of the moments at which one comes.
+        moments: The numbers of the moments (two for each call) at which it interrupts.
         armed: Whether moments are counted.
         count: Moments so far.
         came: Interrupts so far.
@@ -117,7 +117,7 @@ class Presses:
         return call
 
 
-WRITES = [(Undo, "apply_mask"), (Undo, "set_values"), (PrunableWeight, "apply_mask")]
+WRITES = [(Undo, "keep"), (PrunableWeight, "apply_mask")]
 RESTORES = [(Removed, "put_back"), (PrunableWeight, "set_values"), (PrunableWeight, "changed")]
 
 
@@ -130,7 +130,7 @@ def test_interrupts_while_weights_are_written_leave_the_model_dense(
 ):
     config = PruningConfig(update=update, reconstruction=reconstruction, targets=TARGETS, micro_batch_size=1)
     with monkeypatch.context() as patched:
-        counting = Presses()
+        counting = Interrupts()
         counting.around(patched, WRITES + RESTORES)
         prune(tiny_model("llama", **SMALL), sequences(1), config)
     assert counting.count >= 6 * 2 * 3  # by three functions, one in the other
@@ -138,7 +138,7 @@ def test_interrupts_while_weights_are_written_leave_the_model_dense(
     dense, before = weights(model), state(model)
     for at in range(counting.count):
         with monkeypatch.context() as patched:
-            Presses(range(at, at + presses)).around(patched, WRITES + RESTORES)
+            Interrupts(range(at, at + presses)).around(patched, WRITES + RESTORES)
             with pytest.raises(KeyboardInterrupt):
                 prune(model, sequences(1), config)
         assert same(weights(model), dense), f"moment {at}"
@@ -178,9 +178,9 @@ def test_interrupts_while_weights_are_put_back_are_held_until_all_are(
     model = tiny_model("llama", **SMALL)
     dense, before = weights(model), state(model)
     for at in itertools.count():
-        held = Presses(range(at, at + presses), armed=False)
+        held = Interrupts(range(at, at + presses), armed=False)
 
-        def begin(done: int, total: int, held: Presses = held) -> None:
+        def begin(done: int, total: int, held: Interrupts = held) -> None:
             held.armed = done == total
             at_the_end(done, total)
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from passes import convolved, covered, matrix_of, spread_weights, staged
 from reference import assert_mask, gram_of, score_of
+from reference_inputs import convolved, covered, matrix_of, spread_weights, staged
 from torch import Tensor, nn
 
 from sparsefit import PruningConfig, prune

@@ -7,8 +7,8 @@ import itertools
 
 import pytest
 import torch
-from passes import collect, matrix_of, staged
 from reference import SCORES, assert_mask, score_of
+from reference_inputs import collect, matrix_of, staged
 from torch import Tensor, nn
 
 from sparsefit import PruningConfig, prune
@@ -35,7 +35,7 @@ def stages_of(model: nn.Module, update: str) -> list[list[str]]:
 
 
 def check(model: nn.Module, config: PruningConfig, granularity: str | tuple[str, int] = "output") -> None:
-    """The masks are those of the brute force; kept weights are unchanged to the bit and pruned ones zero."""
+    """The masks are those of the brute force; kept weights are unchanged, bit for bit, and pruned ones are zero."""
     dense = copy.deepcopy(model)
     result = prune(model, samples(), config)
     axis, size = granularity if isinstance(granularity, tuple) else (granularity, 1)
@@ -114,7 +114,7 @@ def test_ties_go_from_the_lowest_column(score):
 
 @pytest.mark.parametrize("reconstruction", [None, "sequential", "least_squares", "iterative"])
 @pytest.mark.parametrize("score", SCORES)
-def test_every_score_goes_with_every_way_to_mend(tiny_model, score, reconstruction):
+def test_every_score_works_with_every_update_of_weights(tiny_model, score, reconstruction):
     model = tiny_model("llama", **SIZES)
     result = prune(model, samples(), PruningConfig(score=score, reconstruction=reconstruction, granularity="output"))
     result.masks.verify(model)

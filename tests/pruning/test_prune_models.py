@@ -7,8 +7,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from passes import linear_layers, reference_prune, squared_input_norms
 from reference import reference_mask, reference_scores
+from reference_inputs import linear_layers, reference_prune, squared_input_norms
 from torch import nn
 
 from sparsefit import PruningConfig, prune
@@ -65,7 +65,7 @@ def assert_same_masks(result, expected: dict[str, np.ndarray]) -> None:
 
 
 def assert_weights_masked(model: nn.Module, dense: nn.Module, result) -> None:
-    """Kept weights and everything outside the masks unchanged to the bit, pruned weights exactly zero."""
+    """Check that pruned weights are zero, and that all others are unchanged, bit for bit."""
     before = dict(dense.named_parameters(remove_duplicate=False))
     for name, parameter in model.named_parameters(remove_duplicate=False):
         kept = result.masks.for_parameter(name, parameter) if name in result.masks else torch.tensor(True)

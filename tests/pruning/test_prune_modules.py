@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from passes import squared_input_norms
 from reference import reference_mask, reference_scores
+from reference_inputs import squared_input_norms
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -158,7 +158,7 @@ ALL = [[name for stage in BY_BLOCK for name in stage]]
     ],
     ids=["no blocks", "scaled between", "scaled in place", "two passes", "backwards", "shared block"],
 )
-def test_models_that_cannot_be_swept_are_pruned_in_one_pass_and_say_so(make, stages, note):
+def test_models_that_cannot_be_run_one_by_one_are_pruned_in_one_pass_with_a_note(make, stages, note):
     check(seeded(make), stages, "none", note)
 
 
@@ -196,7 +196,7 @@ class Towers(nn.Module):
 
 
 @pytest.mark.parametrize("odd", ["first", "second"])
-def test_blocks_that_cannot_be_swept_are_pruned_after_the_others(odd):
+def test_blocks_that_cannot_be_run_one_by_one_are_pruned_after_the_others(odd):
     by_block = {
         tower: [[f"{tower}.blocks.{i}.{name}" for name in ("up", "down")] for i in (0, 1)]
         for tower in ("first", "second")
@@ -208,7 +208,7 @@ def test_blocks_that_cannot_be_swept_are_pruned_after_the_others(odd):
 
 
 @pytest.mark.parametrize("odd", ["first", "second"])
-def test_blocks_that_cannot_be_swept_see_the_dense_model_where_that_was_asked_for(odd):
+def test_blocks_that_cannot_be_run_one_by_one_get_dense_inputs_with_update_none(odd):
     model, config = seeded(lambda: Towers(odd)), PruningConfig(score="sparsegpt", update="none", micro_batch_size=1)
     statistics = collect_statistics(model, batches(), [config])
     expected = prune_from_statistics(copy.deepcopy(model), statistics, config).masks

@@ -1,4 +1,4 @@
-"""Models and scores that are not what one expects: pruned right, or told apart with the reason."""
+"""Unusual models and scores: they are pruned correctly, or refused with the reason."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ IDS = torch.arange(3, 51).view(4, 12)
 
 
 class TwoStreams(nn.Module):
-    """A block that changes its hidden state and a context beside it."""
+    """A block that changes its hidden state and a second state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +134,9 @@ def score():
     ],
 )
 @pytest.mark.parametrize("update", ["block", "none"])
-def test_scores_of_the_wrong_form_are_told_before_a_weight_changes(tiny_model, score, function, error, message, update):
+def test_scores_of_the_wrong_form_are_reported_before_a_weight_changes(
+    tiny_model, score, function, error, message, update
+):
     score(function)
     model = tiny_model("llama")
     dense = copy.deepcopy(model.state_dict())

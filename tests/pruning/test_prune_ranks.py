@@ -141,7 +141,7 @@ def failures(model, rank):
         return weight.abs() * norms.sqrt()
 
     SCORES["failing"] = Score(failing_score, "output", ("squared_norm",))
-    told = {}
+    reported = {}
     cases = {"score": {"score": "failing"}, "data": {"swaps": 1}, "writing": {}, "the last step": {}}
     for name, settings in cases.items():
         one = copy.deepcopy(model)
@@ -149,14 +149,14 @@ def failures(model, rank):
         if name == "data" and rank == 1:
             batches = [{"input_ids": torch.full((1, 4), 99)}]  # no such token
         progress = last_step if name == "the last step" else None
-        write = no_memory if name == "writing" and rank == 1 else Undo.apply_mask
+        write = no_memory if name == "writing" and rank == 1 else Undo.keep
         try:
-            with patch.object(Undo, "apply_mask", write):
+            with patch.object(Undo, "keep", write):
                 prune(one, batches, PruningConfig(**settings), progress=progress)
         except Exception as error:
             dense = all(torch.equal(a, b) for a, b in zip(one.parameters(), model.parameters(), strict=True))
-            told[name] = type(error).__name__, str(error), dense
-    return told
+            reported[name] = type(error).__name__, str(error), dense
+    return reported
 
 
 def pruned_together(models, ranks):
@@ -220,7 +220,7 @@ def test_each_matrix_is_scored_by_one_rank(alone, together):
 
 
 def test_a_rank_that_fails_ends_all_with_its_reason(together):
-    first, second, *_ = (told for _, _, told in together)
+    first, second, *_ = (reported for _, _, reported in together)
     assert second["score"] == ("MemoryError", "no memory is left", True)
     assert first["score"] == ("RuntimeError", "on rank 1: MemoryError: no memory is left", True)
     assert first["data"][1].startswith("on rank 1: ")
@@ -232,21 +232,21 @@ def test_a_rank_that_fails_ends_all_with_its_reason(together):
 
 def test_ranks_that_fail_in_different_ways_raise_one_error(together):
     assert together[1][2]["first error"] == "no memory is left"
-    assert {told["first error"] for _, _, told in together} == {
+    assert {reported["first error"] for _, _, reported in together} == {
         "no memory is left",
         "on rank 1: MemoryError: no memory is left",
     }
 
 
 def test_a_loss_that_is_nan_on_one_rank_ends_all(together):
-    assert {told["loss"] for _, _, told in together} == {"the loss of optimizer step 7 is NaN or infinite"}
+    assert {reported["loss"] for _, _, reported in together} == {"the loss of optimizer step 7 is NaN or infinite"}
 
 
 def test_texts_that_ranks_have_in_common_are_dealt_out_and_their_own_are_kept(together):
-    assert [told["texts"] for _, _, told in together] == [[8, 8 // len(together)]] * len(together)
+    assert [reported["texts"] for _, _, reported in together] == [[8, 8 // len(together)]] * len(together)
 
 
 def test_scoring_without_data_is_shared_out(together):
-    scored = [told["scored"] for _, _, told in together]
+    scored = [reported["scored"] for _, _, reported in together]
     assert sum(scored) == 14  # matrices of two blocks
     assert max(scored) <= 14 / len(scored) + 3

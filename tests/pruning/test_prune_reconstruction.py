@@ -8,7 +8,6 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from passes import collect, matrix_of, staged
 from reference import (
     assert_mask,
     gram_of,
@@ -19,6 +18,7 @@ from reference import (
     score_of,
     squared_norm_of,
 )
+from reference_inputs import collect, matrix_of, staged
 from torch import Tensor, nn
 
 from sparsefit import PruningConfig, prune

@@ -10,9 +10,9 @@ import pytest
 import torch
 import transformers
 from conv_recurrent_networks import blocks_of, one_thread, signals  # noqa: F401
-from passes import covered, spread_weights
+from reference_inputs import covered, spread_weights
+from reference_products import check_model, gathered
 from torch import Tensor, nn
-from unfolded import check_model, gathered
 
 from sparsefit import PruningConfig, prune
 

@@ -7,9 +7,9 @@ from collections import Counter
 
 import pytest
 import torch
-from passes import linear_layers, staged
+from model_snapshots import same, sequences, state, weights
 from reference import assert_mask, score_of
-from states import same, sequences, state, weights
+from reference_inputs import linear_layers, staged
 from torch import nn
 
 from sparsefit import PruningConfig, prune

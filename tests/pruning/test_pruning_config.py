@@ -118,7 +118,8 @@ def test_weights_cannot_be_moved_to_where_they_have_no_values():
     ids=str,
 )
 def test_settings_that_go_together(settings):
-    PruningConfig(**settings)
+    config = PruningConfig(**settings)
+    assert {name: getattr(config, name) for name in settings} == settings
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_zeroing_makes_exact_zeros_and_keeps_the_rest_to_the_bit(
+def test_zeroing_makes_exact_zeros_and_keeps_the_rest_bit_for_bit(
     kind: str, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
     layer = make_layer(kind, shape, dtype)
@@ -126,7 +126,7 @@ def test_forward_uses_the_pruned_weights(kind: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_snapshot_and_restore_to_the_bit(kind: str) -> None:
+def test_snapshot_and_restore_bit_for_bit(kind: str) -> None:
     layer, inputs = make_layer(kind), torch.randn(5, 128)
     with torch.no_grad(), plain_layout(layer):
         before, output = held_bits(layer), layer(inputs)

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from passes import collect
 from reference import SCORES as REFERENCE
 from reference import assert_mask, damped_inverse, gram_of, score_of
+from reference_inputs import collect
 from torch import Tensor, nn
 
 from sparsefit.errors import CalibrationError, ConfigError

@@ -17,7 +17,6 @@ from sparsefit.pruning.selection import (
     Products,
     mask_of_smallest,
     select,
-    select_count,
     select_n_of_m,
 )
 
@@ -179,9 +178,9 @@ def test_a_count_is_met_and_spread_by_group_sizes(rows, columns, text, kind, sha
     granularity = Granularity.parse(text)
     scores = make_scores(kind, (rows, columns), seed=seed)
     count = round(share * scores.numel())
-    mask = select_count(scores, granularity, count)
+    mask = select(scores, granularity, count)
     assert int((~mask).sum()) == count
-    assert torch.equal(mask, select_count(scores.clone(), granularity, count))
+    assert torch.equal(mask, select(scores.clone(), granularity, count))
     groups = reference_groups((rows, columns), granularity.axis, granularity.size)
     removed = [count * len(group) // scores.numel() for group in groups]
     for i in range(count - sum(removed)):
@@ -204,7 +203,7 @@ def test_products_give_the_masks_of_their_scores(text, dtype, scaled):
     assert torch.equal(select(products, granularity, Fraction(1, 2)), select(scores, granularity, Fraction(1, 2)))
     assert torch.equal(select_n_of_m(products, 2, 4), select_n_of_m(scores, 2, 4))
     if text != "variant":
-        assert torch.equal(select_count(products, granularity, 50), select_count(scores, granularity, 50))
+        assert torch.equal(select(products, granularity, 50), select(scores, granularity, 50))
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
@@ -219,7 +218,7 @@ def test_the_largest_product_tells_of_scores_that_are_not_finite(value):
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(7, 300), (300, 1000), (1, 100_000), (70, 4096)])
-def test_a_gpu_gives_the_masks_of_the_cpu_to_the_bit(shape, kind, dtype):
+def test_a_gpu_gives_the_masks_of_the_cpu_bit_for_bit(shape, kind, dtype):
     scores = make_scores(kind, shape, dtype)
     factor = make_scores("random", (1, shape[1]))[0]
     for text in GRANULARITIES:
@@ -230,21 +229,10 @@ def test_a_gpu_gives_the_masks_of_the_cpu_to_the_bit(shape, kind, dtype):
             (Products(scores, factor), Products(scores.cuda(), factor.cuda())),
         ]:
             for count in (1, scores.numel() // 2):
-                expected = select_count(on_cpu, granularity, count)
-                assert torch.equal(select_count(on_gpu, granularity, count).cpu(), expected)
+                expected = select(on_cpu, granularity, count)
+                assert torch.equal(select(on_gpu, granularity, count).cpu(), expected)
             if shape[1] % 4 == 0:
                 assert torch.equal(select_n_of_m(on_gpu, 2, 4).cpu(), select_n_of_m(on_cpu, 2, 4))
-
-
-@pytest.mark.parametrize("count", [-1, 13])
-def test_counts_out_of_range_are_refused(count):
-    with pytest.raises(ValueError, match="of 12 weights"):
-        select_count(torch.ones(3, 4), Granularity("output"), count)
-
-
-def test_the_variant_has_no_exact_counts():
-    with pytest.raises(ValueError, match="variant"):
-        select_count(torch.ones(3, 4), Granularity("variant"), 6)
 
 
 @settings(max_examples=150, deadline=None)

@@ -1,4 +1,4 @@
-"""Weights that see the same input share its statistics, and are told apart in the same pass as soon as they do not."""
+"""Weights with the same input share its statistics; if inputs become different, they get separate ones in that pass."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from fractions import Fraction
 
 import pytest
 import torch
-from passes import collect as collect_apart
-from passes import spread_weights
+from recorded_inputs import weights_of
 from reference import gram_of
+from reference_inputs import collect as collect_apart
+from reference_inputs import spread_weights
 from torch import Tensor, nn
-from watched import weights_of
 
 from sparsefit import PruningConfig, prune
 from sparsefit.calibration.batches import MicroBatch
@@ -254,7 +254,7 @@ def test_inputs_that_are_not_finite_name_layer_and_batch(batch, value):
         collected(model, data)
 
 
-def test_finite_inputs_that_are_too_large_together_are_told_so():
+def test_finite_inputs_whose_squares_overflow_are_reported():
     data = [torch.full((1, 2, WIDTH), 1.2e19) for _ in range(3)]
     with pytest.raises(CalibrationError, match="finite one by one, but their squares add up to more than float32"):
         collected(spread_weights(Layers(same)), data)

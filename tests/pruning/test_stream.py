@@ -213,7 +213,7 @@ def damage(folder, kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "error", "told"),
+    ("kind", "error", "reported"),
     [
         ("a weight is missing", ConfigError, r"model.layers.1.mlp.up_proj"),
         ("a weight has another shape", ConfigError, r"up_proj.weight is \(3, 4\), and \(48, 32\)"),
@@ -223,16 +223,16 @@ def damage(folder, kind):
         ("no folder", ConfigError, "no local folder"),
     ],
 )
-def test_what_cannot_be_streamed_is_told_before_anything_is_written(tmp_path, kind, error, told):
+def test_what_cannot_be_streamed_is_reported_before_anything_is_written(tmp_path, kind, error, reported):
     source = saved("Llama", tmp_path / "model")
     damage(source, kind)
     (tmp_path / "copy").mkdir()
-    with pytest.raises(error, match=told):
+    with pytest.raises(error, match=reported):
         stream_causal_lm(str(source), tmp_path / "copy")
     assert not list((tmp_path / "copy").iterdir())
 
 
-def test_a_disk_without_room_is_told_first(llama, tmp_path, monkeypatch):
+def test_a_disk_without_room_is_reported_first(llama, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(RunFolderError, match="Free some space"):
         stream_causal_lm(str(llama), tmp_path)

@@ -1,4 +1,4 @@
-"""Which matrices are pruned: heads, what data does not reach, routers, names; and what is told of the others."""
+"""Which matrices are pruned: output layers, layers without data, routers, names; and the reasons for the others."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_adapters_on_all_linear_layers_leave_out_the_same_head():
 
 
 class Distilled(nn.Module):
-    """A student beside a frozen teacher, a copy of moving averages, and a loss network: only the student is called."""
+    """A student, a frozen teacher, a copy with moving averages, and a loss network: only the student is called."""
 
     def __init__(self, deep_teacher: bool = True) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ def test_targets_that_nothing_reaches_are_refused_with_the_reason():
         prune(Distilled(), [{"input_ids": IDS}], PruningConfig(targets=["teacher"]))
 
 
-def test_an_expert_without_tokens_beside_others_is_pruned_all_the_same():
+def test_an_expert_without_tokens_next_to_others_is_pruned_all_the_same():
     class Experts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -302,7 +302,7 @@ def test_names_that_cannot_work_are_refused(settings, words):
         PruningConfig(**settings)
 
 
-def test_coverage_is_told_and_what_stayed_dense():
+def test_coverage_is_reported_and_what_stayed_dense():
     model = Named("fc", nn.Linear(12, 500))
     result = prune(model, [rows(5, 6)])
     pruned, all_of_them = 6 * 12 + 12 * 12, 6 * 12 + 12 * 12 + 12 * 500

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from image_models import image_model, images
+from model_snapshots import OwnError, at_the_end, same, sequences, weights
 from moe import FAMILIES, SIZES
-from states import OwnError, at_the_end, same, sequences, weights
 from torch import nn
 
 from sparsefit import PruningConfig, collect_statistics, prune, prune_from_statistics
@@ -59,7 +59,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     ("reconstruction", "dtype"), [(None, torch.float32), ("sequential", torch.float32), (None, torch.bfloat16)], ids=str
 )
 @pytest.mark.parametrize("kind", [*MODELS, "gpt2", "mixtral"])
-def test_weights_of_every_kind_are_put_back_to_the_bit(tiny_model, kind, reconstruction, dtype):
+def test_weights_of_every_kind_are_put_back_bit_for_bit(tiny_model, kind, reconstruction, dtype):
     make, batch = MODELS.get(kind) or (lambda: tiny_model(kind), {"input_ids": IDS})
     model = make().to(dtype)
     with torch.no_grad():

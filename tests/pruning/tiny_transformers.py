@@ -1,4 +1,4 @@
-"""Tiny random models of many architectures of transformers, and the data that goes through them."""
+"""Tiny random models of many architectures of transformers, and their inputs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def model_of(name: str) -> nn.Module:
-    """The model, with weights spread so that all of them matter."""
+    """The model, with random weights that all matter."""
     import transformers
 
     architecture = ARCHITECTURES[name]

@@ -1,4 +1,4 @@
-"""What several tests of this folder start from."""
+"""Fixtures for the tests of recovery."""
 
 from __future__ import annotations
 

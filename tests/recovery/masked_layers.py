@@ -1,4 +1,4 @@
-"""Masked layers and models with adapters as they are after some training."""
+"""Masked layers and models with adapters, with values as after some training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ IDS = torch.randint(3, 61, (3, 9), generator=torch.Generator().manual_seed(0))
 
 
 def random_adapters(model, scale=0.3):
-    """Adapters as they are after some training: B is zero at first."""
+    """Give adapters values as after some training, as B is zero at first."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

@@ -24,7 +24,7 @@ WIDTHS = [(64, 128), (48, 80), (32, 27)]
 
 
 def pruned_llama(hidden=64, inner=128, dtype=torch.float32, bias=False, sparsity=0.5, settings=None, **pruning):
-    """A pruned Llama with random weights of a usual size, adapted as the settings say, and its masks."""
+    """A pruned Llama with random weights of a usual size, with adapters of the settings, and its masks."""
     torch.manual_seed(0)
     sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": 2, "num_hidden_layers": 2}
     config = LlamaConfig(vocab_size=50, tie_word_embeddings=False, attention_bias=bias, mlp_bias=bias, **sizes)

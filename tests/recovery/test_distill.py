@@ -113,7 +113,7 @@ CASES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_it_answers_as_the_dense_model_to_the_bit_and_leaves_no_trace(tiny_model, case, tied):
+def test_it_answers_as_the_dense_model_bit_for_bit_and_leaves_no_trace(tiny_model, case, tied):
     architecture, settings, pruning = CASES[case]
     model = tiny_model(architecture, tie_word_embeddings=tied)
     teacher, model, masks, dense = taught(model, settings, **pruning)
@@ -182,7 +182,7 @@ def test_under_autocast_the_student_computes_with_its_own_weights(tiny_model, fo
             loss = model(input_ids=IDS, labels=IDS).loss
             loss.backward()
         found.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
-    assert all(torch.equal(alone, beside) for alone, beside in zip(*found, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

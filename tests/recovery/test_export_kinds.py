@@ -55,7 +55,7 @@ def test_stacked_experts_are_saved_with_their_zeros(experts, tmp_path, pattern):
     assert all(torch.equal(p, loaded.get_parameter(name)) for name, p in experts.named_parameters())
 
 
-def test_an_expert_brought_back_is_told_of(experts, tmp_path):
+def test_an_expert_brought_back_is_reported(experts, tmp_path):
     masks = prune(experts, [{"input_ids": IDS}]).masks
     export_base(experts, masks, tmp_path / "base").save(tmp_path / "masks.safetensors")
     with torch.no_grad():

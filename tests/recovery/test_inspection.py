@@ -78,7 +78,7 @@ def test_no_masks(run, monkeypatch, capsys):
     status, output = inspect(run, monkeypatch, capsys)
     assert status == 0
     assert "50.00%" in output
-    assert "no masks beside the model" in output
+    assert "no masks to check the model against" in output
 
 
 def cut(path):

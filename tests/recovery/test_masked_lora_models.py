@@ -16,7 +16,7 @@ from sparsefit.recovery.adapters import AdapterSettings, attach_adapter, bind_ma
 # Memory.
 
 
-def saved_beside(function, owned):
+def bytes_saved_for_backward(function, owned):
     """Bytes that wait for the backward pass in storages other than the given tensors', and the largest of them."""
     kept: dict[int, int] = {}
     own = {tensor.untyped_storage().data_ptr() for tensor in owned}
@@ -55,14 +55,16 @@ def test_no_matrix_of_the_layer_waits_for_the_backward_pass(kind, dtype, autocas
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             return function(x)
 
-    total, largest = saved_beside(lambda: run(layer), owned)
+    total, largest = bytes_saved_for_backward(lambda: run(layer), owned)
     entries = width[0] * width[1]
     if autocast and dropout:  # the base layer's own copy of its weight
         entries *= 2
     # The inputs, what dropout leaves of them, and one bit a weight.
     assert largest <= max(entries / 8, tokens * width[0] * 4) < entries
     assert total <= entries / 8 + 4 * tokens * width[0] * 4
-    naive, _ = saved_beside(lambda: run(lambda x: F.linear(x.float(), matrix(layer) + update(layer, mask))), owned)
+    naive, _ = bytes_saved_for_backward(
+        lambda: run(lambda x: F.linear(x.float(), matrix(layer) + update(layer, mask))), owned
+    )
     assert naive >= 4 * entries > 4 * total
 
 

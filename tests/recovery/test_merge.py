@@ -96,7 +96,7 @@ def at_start(model, masks, name):
 
 @pytest.mark.parametrize("form", ["lora", "masked_lora"])
 def test_adapters_that_would_fill_zeros_are_refused(tiny_model, form):
-    """Plain LoRA, and a masked adapter that nobody has told its masks."""
+    """Plain LoRA, and a masked adapter without its masks."""
     model, masks = adapted(tiny_model("llama"), AdapterSettings(form), bind=False)
     before = snapshot(model)
     with pytest.raises(MergeError, match=r"fill pruned weights of 6 matrices .*q_proj.*masked_lora or hira"):

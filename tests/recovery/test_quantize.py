@@ -138,7 +138,7 @@ def test_the_dtype_of_products():
         assert plain(x).dtype == model(x).dtype == nn.Linear(64, 64)(x).dtype == torch.bfloat16
 
 
-def test_what_stays_in_floats_is_told():
+def test_what_stays_in_floats_is_reported():
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=50, n_embd=16, n_head=2, n_layer=1, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     model = GPT2LMHeadModel(config).requires_grad_(False)
@@ -208,7 +208,7 @@ def test_a_base_that_is_not_pruned_is_refused():
     assert_refused(model, masks, "nf4", "pruned weights are not zero", MaskError)
 
 
-def test_without_bitsandbytes_it_is_told_how_to_get_it(monkeypatch):
+def test_without_bitsandbytes_the_error_says_how_to_install_it(monkeypatch):
     model, masks = pruned_llama()
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     assert_refused(model, masks, "nf4", "pip install bitsandbytes")

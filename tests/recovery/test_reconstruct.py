@@ -10,7 +10,7 @@ from itertools import islice
 import pytest
 import torch
 from ranks import on_ranks
-from reconstructed import BATCHES, IDS, Block, Net, assert_state, changed, pruned, snapshot, state
+from small_pruned_models import BATCHES, IDS, Block, Net, assert_state, changed, pruned, snapshot, state
 from torch import nn
 
 from sparsefit.ranks import own_rank
@@ -265,6 +265,6 @@ def test_two_ranks_take_the_steps_of_one_process_over_all_samples(two_ranks):
     rows = torch.cat([torch.cat(pair) for pair in zip(ROWS[:12].split(4), ROWS[12:].split(4), strict=True)])
     dense, masks = pruned(model, [rows])
     errors = reconstruct(model, [rows], dense, masks, SETTINGS)
-    state, told = two_ranks[0]["even"]
+    state, reported = two_ranks[0]["even"]
     torch.testing.assert_close(state, model.state_dict(), rtol=1e-3, atol=1e-4)
-    assert [after for _, after, _ in told] == pytest.approx([error.after for error in errors], rel=1e-3)
+    assert [after for _, after, _ in reported] == pytest.approx([error.after for error in errors], rel=1e-3)

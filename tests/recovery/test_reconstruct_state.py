@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from reconstructed import BATCHES, IDS, Block, Net, assert_state, changed, pruned, snapshot, state
+from small_pruned_models import BATCHES, IDS, Block, Net, assert_state, changed, pruned, snapshot, state
 from torch import nn
 
 from sparsefit.errors import CalibrationError, ConfigError
@@ -153,7 +153,7 @@ def test_a_matrix_that_blocks_share_is_tuned_once(tiny_model):
 # What cannot be, and time.
 
 
-def test_what_cannot_work_is_told_before_anything_changes(tiny_model):
+def test_what_cannot_work_is_reported_before_anything_changes(tiny_model):
     model = tiny_model("llama")
     dense, masks = pruned(model)
     before, was = snapshot(model), state(model)
@@ -184,7 +184,7 @@ class Skips(nn.Module):
         return self.second[1](2 * self.second[0](x))
 
 
-def test_a_later_list_that_cannot_be_run_alone_is_told_at_once():
+def test_a_later_list_that_cannot_be_run_alone_is_reported_at_once():
     model, x = Skips(), torch.randn(8, 6)
     dense, masks = pruned(model, [x])
     before = snapshot(model)

@@ -97,7 +97,7 @@ def test_other_entrances_refuse_too():
 
 
 @pytest.mark.parametrize("name", ["Prefix tuning", "Cartridge", "Poly", "LoRA aLoRA"])
-def test_what_is_told_at_each_call_wants_one_pass(name):
+def test_adapters_with_arguments_at_each_call_are_pruned_in_one_pass(name):
     model = made(name)
     before = snapshot(model)
     with pytest.raises(ConfigError, match="update='none'"):
@@ -127,7 +127,7 @@ def test_adapters_that_peft_does_not_write_are_refused(wrap):
     assert_untouched(model, before)
 
 
-def test_looking_takes_no_random_numbers():
+def test_trials_leave_the_random_state():
     model = made("LoRA DoRA")
     torch.manual_seed(3)
     expected = torch.rand(4)
@@ -136,7 +136,7 @@ def test_looking_takes_no_random_numbers():
     assert torch.equal(torch.rand(4), expected)
 
 
-def test_a_tuner_that_cannot_be_tried_is_told(monkeypatch):
+def test_a_tuner_that_cannot_be_tried_is_reported(monkeypatch):
     model = made("LoRA")
 
     def broken(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""Pruned models trained a little, and what a model holds."""
+"""Pruned models after a few training steps, and snapshots of their weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ IDS = torch.randint(3, 61, (4, 9), generator=torch.Generator().manual_seed(0))
 
 
 def train(model, masks, batch=None, steps=3, lr=0.05):
-    """Some steps towards the first token of the vocabulary, and no pruned weight back."""
+    """Train a few steps; pruned weights stay zero."""
     batch = {"input_ids": IDS} if batch is None else batch
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     guard = MaskGuard(masks)
@@ -29,7 +29,7 @@ def logits(model):
 
 
 def bits(tensor):
-    """A tensor's bytes: -0.0 is not 0.0 here."""
+    """A tensor's bytes, which distinguish -0.0 from 0.0."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).clone()
 
 

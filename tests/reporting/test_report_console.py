@@ -38,9 +38,9 @@ def test_the_summary_holds_the_values(report):
         assert value in text
 
 
-def test_a_control_stands_beside_what_was_recovered(report, controlled):
+def test_a_control_is_shown_next_to_the_recovered_model(report, controlled):
     rows = [" ".join(row.split()) for row in printed(summary(controlled), width=120).splitlines()]
-    # As before, and ln 20.5 - ln 16 beside it.
+    # As before, with ln 20.5 - ln 16 in another column.
     assert "perplexity 18.25 26.75 20.50 16.00 69.6% +0.248 nats" in rows
     assert "dense pruned recovered control won back distance from control" in rows
     assert (
@@ -50,8 +50,11 @@ def test_a_control_stands_beside_what_was_recovered(report, controlled):
     assert "control" not in printed(summary(report))
     assert "compare the recovered model" not in printed(summary(controlled))
     controlled["perplexity"]["control"] = 19.0  # above dense
-    told = " ".join(printed(summary(controlled)).split())
-    assert "makes the dense model worse in perplexity: compare the recovered model with the dense model instead" in told
+    reported = " ".join(printed(summary(controlled)).split())
+    assert (
+        "makes the dense model worse in perplexity: compare the recovered model with the dense model instead"
+        in reported
+    )
 
 
 def test_a_summary_prints_whatever_is_missing(any_report):

@@ -52,7 +52,7 @@ def test_the_page_shows_the_key_figures(report):
     assert "20.00% of the elements of all matrices of the model are zero" in text
 
 
-def test_the_errors_of_layers_are_told_as_their_mean(report):
+def test_the_errors_of_layers_are_reported_as_their_mean(report):
     rows = Page(render_html(report)).rows["Pruning"]
     assert ["score", "wanda"] in rows
     assert ["tokens", "32,768"] in rows
@@ -201,7 +201,7 @@ def test_layers_of_one_cell_are_averaged_by_weight():
     assert "30" in svg_texts(sparsity({"sparsity": {"layers": layers}}))  # 120 of 400
 
 
-def test_encoder_and_decoder_blocks_are_told_apart():
+def test_encoder_and_decoder_blocks_are_distinguished():
     layers = [{"name": f"{side}.layers.0.fc1.weight", "weights": 10, "zeros": 5} for side in ("encoder", "decoder")]
     assert {"encoder 0", "decoder 0"} <= set(svg_texts(sparsity({"sparsity": {"layers": layers}})))
 
@@ -220,7 +220,7 @@ def test_of_very_many_types_the_first_are_drawn():
 
 
 @pytest.mark.parametrize(
-    ("spent", "rows", "told"),
+    ("spent", "rows", "reported"),
     [
         (
             {"total": 3.0, "budget": 5.0, "stages": {"training": 3.0}},
@@ -239,11 +239,11 @@ def test_of_very_many_types_the_first_are_drawn():
         ),
     ],
 )
-def test_the_hours_add_up_to_the_total_or_the_budget(spent, rows, told):
+def test_the_hours_add_up_to_the_total_or_the_budget(spent, rows, reported):
     page = Page(render_html({"gpu_hours": spent}))
     found = page.rows["Time and GPU-hours"][1:]
     assert found == rows + ([["total", "—", *found[-1][2:]]] if spent["total"] else [])
-    assert told in page.text
+    assert reported in page.text
 
 
 def test_losses_that_are_not_numbers_leave_no_hole(report):

@@ -112,7 +112,7 @@ def test_patterns_are_joined_to_nothing():
     assert lines == {"": [0.5, 0.6, 0.7, 0.8], "2:4": [0.5]}
 
 
-def test_orders_are_told_apart_where_a_score_has_several():
+def test_orders_are_distinguished_where_a_score_has_several():
     (panel,) = score_panels(text_study(), text_rows())
     found = {(line.name, line.order) for line in panel.lines if not line.pattern}
     assert found == {("magnitude", ""), *((s, o) for s in ("wanda", "sparsegpt") for o in ("", "update block"))}
@@ -134,7 +134,7 @@ def test_points_that_were_pruned_in_another_order_are_marked(updates):
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "reported"),
     [
         ((12.0, 20.0, 50.0), None),
         ((12.0, 20.0, 5000.0), "▲ off the scale: 5,000.0 at 70%"),
@@ -142,12 +142,12 @@ def test_points_that_were_pruned_in_another_order_are_marked(updates):
         ((12.0, math.inf, 1e30), "▲ off the scale: inf at 60%, 1.00e+30 at 70%"),
     ],
 )
-def test_a_perplexity_that_exploded_is_off_the_scale(values, told):
+def test_a_perplexity_that_exploded_is_off_the_scale(values, reported):
     study = ONE | {"metrics": {"perplexity": "lower"}}
     rows = [row("deit", perplexity=10.0)]
     rows += [pruned("wanda", x, perplexity=y) for x, y in zip((0.5, 0.6, 0.7), values, strict=True)]
     found = texts(draw_panels(score_panels(study, rows)))
-    assert [text for text in found if "off the scale" in text] == ([told] if told else [])
+    assert [text for text in found if "off the scale" in text] == ([reported] if reported else [])
     assert "perplexity (log scale, lower is better)" in found
     ticks = [float(text.replace(",", "")) for text in found if re.fullmatch(r"[\d,.]+", text)]
     assert 5 <= min(ticks) <= max(ticks) <= 60

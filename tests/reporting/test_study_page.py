@@ -155,7 +155,7 @@ FAILED_ROW = pruned(sparsity=0.7, accuracy=None, error="x")
 
 
 @pytest.mark.parametrize(
-    ("stopped", "told", "kind", "notice"),
+    ("stopped", "reported", "kind", "notice"),
     [
         (started("interrupted"), "5 of 12 rows measured, interrupted", "interrupted", "The study was interrupted"),
         (
@@ -176,13 +176,13 @@ FAILED_ROW = pruned(sparsity=0.7, accuracy=None, error="x")
         (started("interrupted", planned=5), "2 points measured, interrupted", "interrupted", "was interrupted"),
     ],
 )
-def test_a_study_that_was_stopped_says_how_far_it_got(stopped, told, kind, notice):
+def test_a_study_that_was_stopped_says_how_far_it_got(stopped, reported, kind, notice):
     page = Page(render_study(*stopped))
-    assert (page.badge, page.kind) == (told, kind)
+    assert (page.badge, page.kind) == (reported, kind)
     assert bool(page.notices) == bool(notice)
     assert all(notice in shown for shown in page.notices)
     lines = printed(*stopped)
-    assert lines[0] == f"{stopped[0]['name']}: {told}"
+    assert lines[0] == f"{stopped[0]['name']}: {reported}"
     assert notice in lines[1]
 
 
@@ -201,7 +201,7 @@ def test_a_study_that_went_to_its_end_counts_its_points(study, badge, kind):
     assert printed(*study)[0] == f"{study[0]['name']}: {badge}"
 
 
-def test_the_end_of_a_study_is_told_where_its_error_or_its_size_is_not_known():
+def test_the_end_of_a_study_is_reported_where_its_error_or_its_size_is_not_known():
     assert printed(*started("failed"))[0].endswith(": 5 of 12 rows measured, ended by an error")
     assert printed(*started("interrupted", planned=None))[0].endswith(": 2 points measured, interrupted")
     assert printed(*started("finished", planned=4))[0].endswith(": 2 of 2 points")
@@ -251,7 +251,7 @@ def test_a_third_metric_is_folded_up():
     study = ONE | {"metrics": {"accuracy": "higher", "top5_accuracy": "higher", "loss": "lower"}}
     html = render_study(study, [pruned(accuracy=0.7, top5_accuracy=0.9, loss=1.25)])
     page = Page(html)
-    assert [told for told in page.summaries if "Also" in told] == [
+    assert [reported for reported in page.summaries if "Also" in reported] == [
         "Also measured: top5 accuracy",
         "Also measured: loss",
     ]

@@ -22,7 +22,7 @@ def differences(study, rows):
     return study_tables.differences(read_results(study, rows))
 
 
-def told(study, rows):
+def reported(study, rows):
     """The claims of a study: what is compared, at which amount, difference, spread, whether it is beyond that."""
     return {(claim[0], claim[1]): tuple(map(plain, claim[2:])) for claim in differences(study, rows).rows}
 
@@ -65,7 +65,7 @@ def test_patterns_stand_among_the_sparsities_where_each_score_has_one_granularit
 
 
 @pytest.mark.parametrize(
-    ("metric", "value", "dense", "told"),
+    ("metric", "value", "dense", "reported"),
     [
         ("accuracy", 0.75, 0.8, "-5.00"),
         ("top5_accuracy", 0.81, 0.8, "+1.00"),
@@ -77,12 +77,12 @@ def test_patterns_stand_among_the_sparsities_where_each_score_has_one_granularit
         ("accuracy", 0.8, None, ""),
     ],
 )
-def test_a_change_is_told_in_the_units_of_its_metric(metric, value, dense, told):
-    assert plain(change(metric, value, dense)) == told
+def test_a_change_is_reported_in_the_units_of_its_metric(metric, value, dense, reported):
+    assert plain(change(metric, value, dense)) == reported
 
 
 @pytest.mark.parametrize(
-    ("granularity", "told"),
+    ("granularity", "reported"),
     [
         ("layer", "per layer"),
         ("(input, 4)", "per 4 inputs"),
@@ -91,8 +91,8 @@ def test_a_change_is_told_in_the_units_of_its_metric(metric, value, dense, told)
         ("", ""),
     ],
 )
-def test_granularities_read_as_words(granularity, told):
-    assert per(granularity) == told
+def test_granularities_read_as_words(granularity, reported):
+    assert per(granularity) == reported
 
 
 def test_of_rows_of_one_point_the_last_counts():
@@ -109,7 +109,7 @@ def test_scores_granularities_and_orders_are_compared_with_the_first_of_each():
         rows.append(pruned("wanda", sparsity, accuracy=layer))
     rows += [pruned(s, granularity="", pattern="2:4", accuracy=v) for s, v in (("magnitude", 0.6), ("wanda", 0.62))]
     scores, granularities = "wanda against magnitude, per layer", "per layer against per output, wanda"
-    assert told(ONE, rows) == {
+    assert reported(ONE, rows) == {
         (scores, "50%"): ("+8.00", "one run", "not known"),
         (scores, "2:4"): ("+2.00", "one run", "not known"),
         (scores, "60%"): ("+0.00", "one run", "not known"),
@@ -127,7 +127,7 @@ def test_a_perplexity_is_compared_in_per_cent_and_an_infinite_one_is_not():
     rows = [pruned("magnitude", 0.5, perplexity=20.0), pruned("magnitude", 0.6, perplexity=math.inf)]
     rows += [pruned("wanda", s, granularity="output", perplexity=10.0) for s in (0.5, 0.6)]
     claim = ("wanda per output against magnitude per layer", "50%")
-    assert told(study, rows) == {claim: ("-50.0%", "one run", "not known")}
+    assert reported(study, rows) == {claim: ("-50.0%", "one run", "not known")}
 
 
 def test_models_of_different_metrics_are_compared_apart():
@@ -135,7 +135,7 @@ def test_models_of_different_metrics_are_compared_apart():
     rows = [pruned(s, model="net", accuracy=v) for s, v in (("magnitude", 0.4), ("wanda", 0.5))]
     rows += [pruned(s, model="text", perplexity=v) for s, v in (("magnitude", 20.0), ("wanda", 40.0))]
     compared = "wanda against magnitude, per layer"
-    assert told(study, rows) == {
+    assert reported(study, rows) == {
         (f"net: {compared}", "50%"): ("+10.00", "one run", "not known"),
         (f"text: {compared}", "50%"): ("+100.0%", "one run", "not known"),
     }
@@ -151,16 +151,16 @@ def test_orders_are_compared_where_they_were_really_used():
     rows += [pruned(sparsity=0.5, update="block", used_update="block", accuracy=0.7)]
     rows += [pruned(sparsity=0.6, update="block", used_update="none", accuracy=0.6)]
     claim = ("update block against update none, wanda per layer", "50%")
-    assert told(ONE, rows) == {claim: ("+10.00", "one run", "not known")}
+    assert reported(ONE, rows) == {claim: ("+10.00", "one run", "not known")}
 
 
-def test_a_difference_within_the_spread_of_the_seeds_is_not_told():
+def test_a_difference_within_the_spread_of_the_seeds_is_not_reported():
     rows = [pruned("magnitude", s, accuracy=0.6, calibration_seed="", training_seed="") for s in (0.5, 0.6)]
     rows += seeds((0.59, 0.61, 0.63), score="wanda", sparsity=0.5)
     rows += seeds((0.69, 0.71, 0.73), score="wanda", sparsity=0.6)
     rows += [*seeds((0.7,), score="wanda", sparsity=0.7), pruned("magnitude", 0.7, accuracy=0.5)]
     compared = "wanda against magnitude, per layer"
-    assert told(ONE, rows) == {
+    assert reported(ONE, rows) == {
         (compared, "50%"): ("—", "2.00", "no"),
         (compared, "60%"): ("+11.00", "2.00", "yes"),
         (compared, "70%"): ("+20.00", "one run", "not known"),
@@ -176,7 +176,7 @@ def test_a_difference_within_the_spread_of_the_seeds_is_not_told():
 def test_two_spreads_add_up():
     rows = seeds((0.50, 0.52), "training_seed", stage="finetuned", epochs=1, score="magnitude")
     rows += seeds((0.52, 0.54), "training_seed", stage="finetuned", epochs=1, score="wanda")
-    assert list(told(ONE, rows).values()) == [("—", "2.83", "no")]
+    assert list(reported(ONE, rows).values()) == [("—", "2.83", "no")]
 
 
 def test_a_claim_names_model_and_stage_where_there_are_several():
@@ -184,7 +184,7 @@ def test_a_claim_names_model_and_stage_where_there_are_several():
     for model in ("convnext-tiny", "deit-small"):
         for stage in ("pruned", "finetuned"):
             rows += [pruned(s, model=model, stage=stage, epochs=1, accuracy=0.5) for s in ("magnitude", "wanda")]
-    assert [claim for claim, _ in told(study, rows)] == [
+    assert [claim for claim, _ in reported(study, rows)] == [
         f"{model}, {stage}: wanda against magnitude, per layer"
         for model in ("convnext-tiny", "deit-small")
         for stage in ("pruned", "after 1 epoch")

@@ -7,15 +7,15 @@ from sparsefit.reporting import render_html, summary
 from sparsefit.reporting.run_tables import task_rows, tasks
 
 
-def told(acc, norm=None, **more):
+def reported(acc, norm=None, **more):
     result = {"acc": acc, "acc_stderr": 0.01, "items": 200, "version": 1.0, "truncated": 0}
     return result | ({"acc_norm": norm, "acc_norm_stderr": 0.02} if norm is not None else {}) | more
 
 
 TASKS = {
-    "recovered": {"boolq": told(0.65), "hellaswag": told(0.3, 0.4)},
-    "dense": {"boolq": told(0.7, truncated=3), "hellaswag": told(0.35, 0.45)},
-    "pruned": {"boolq": told(0.6), "hellaswag": told(0.25, 0.35)},
+    "recovered": {"boolq": reported(0.65), "hellaswag": reported(0.3, 0.4)},
+    "dense": {"boolq": reported(0.7, truncated=3), "hellaswag": reported(0.35, 0.45)},
+    "pruned": {"boolq": reported(0.6), "hellaswag": reported(0.25, 0.35)},
 }
 
 
@@ -48,7 +48,7 @@ def test_on_the_terminal():
 
 
 def test_on_the_page():
-    html = render_html({"name": "run", "tasks": TASKS | {"dense": {"<i>": told(0.5), **TASKS["dense"]}}})
+    html = render_html({"name": "run", "tasks": TASKS | {"dense": {"<i>": reported(0.5), **TASKS["dense"]}}})
     page = Page(html)
     rows = page.rows["Zero-shot tasks"]
     assert rows[0] == ["task", "dense", "pruned", "recovered", "items", "version"]

@@ -38,6 +38,6 @@ def test_granularities_of_their_own_and_settings_of_all():
         ({"patterns": ["4:2"]}, "keeps 4 of every 2"),
     ],
 )
-def test_wrong_grids_are_told(settings, words):
+def test_wrong_grids_are_reported(settings, words):
     with pytest.raises(ConfigError, match=words):
         Grid(**settings).points()

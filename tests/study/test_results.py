@@ -1,4 +1,4 @@
-"""The table of a study: whole at any moment, and read back to the bit."""
+"""The table of a study: complete at any time, and read back bit for bit."""
 
 from __future__ import annotations
 

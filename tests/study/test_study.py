@@ -70,7 +70,7 @@ def test_each_point_is_the_pruning_of_a_fresh_model_and_the_model_is_dense_again
 
 
 @pytest.mark.parametrize("wrong", ["none", "of another form"])
-def test_wrong_calibration_data_are_told_before_the_dense_model_is_evaluated(results, wrong):
+def test_wrong_calibration_data_are_reported_before_the_dense_model_is_evaluated(results, wrong):
     net, data = subject()
     batches = [] if wrong == "none" else [(torch.randn(4, 7), torch.ones(4))]
     data.calibration_dataloader = lambda seed: batches
@@ -99,7 +99,7 @@ def test_finetuned_points_are_measured_twice_and_all_is_put_back(results):
 
 
 @pytest.mark.slow
-def test_a_stopped_study_goes_on_where_it_was(tmp_path, results):
+def test_a_stopped_study_continues_where_it_was(tmp_path, results):
     points = GRID.points()
     whole, data = subject(finetune=finetune, epochs=1)
     study(whole, data, points, results)
@@ -164,7 +164,7 @@ def test_failures_that_are_no_longer_asked_for_are_dropped_and_others_keep_their
     assert not any(row["error"] for row in results.rows)
 
 
-def test_the_order_that_was_really_used_is_told(results):
+def test_the_order_that_was_really_used_is_reported(results):
     net, data = subject()
     for block in net.module.blocks:
         block.up.weight = net.module.blocks[0].up.weight  # blocks that share a weight cannot be pruned one by one

@@ -1,16 +1,16 @@
-"""All tables and figures by name, and what measures their points."""
+"""All tables and figures by name, and the functions that measure their points."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from tables import figures, finetuning, perplexities, selection_time, speedup, zero_shot
-from tables.bench import Bench, measure_perplexity
 from tables.layout import Table
 from tables.perplexities import grid_table
+from tables.pruned_models import PrunedModels, measure_perplexity
 from tables.setup import Figures, Point
 
-MEASURES: dict[str, Callable[[Bench, Point], Figures]] = {
+MEASURES: dict[str, Callable[[PrunedModels, Point], Figures]] = {
     "perplexity": measure_perplexity,
     "task": zero_shot.measure,
     "selection": selection_time.measure,
@@ -18,7 +18,7 @@ MEASURES: dict[str, Callable[[Bench, Point], Figures]] = {
     "finetuning": finetuning.measure,
 }
 
-# Tables are named by what they show, as the paper's versions number them differently.
+# Tables have names, as versions of the paper number them differently.
 TABLES: dict[str, Table] = {
     "perplexity": grid_table("Perplexity of pruned models", perplexities.METHODS_GRID),
     "zero-shot": zero_shot.TABLE,
@@ -31,7 +31,7 @@ TABLES: dict[str, Table] = {
     "samples": figures.SAMPLES_TABLE,
     "seeds": Table("Calibration sets", perplexities.seeds_points, perplexities.render_seeds),
 }
-"""Those of the paper."""
+"""Tables in the paper."""
 
 MORE_TABLES: dict[str, Table] = {
     "costs": Table("Seconds, layer errors and sparsity counted", perplexities.costs_points, perplexities.render_costs),
@@ -39,4 +39,4 @@ MORE_TABLES: dict[str, Table] = {
     "orders": grid_table("Order: what the statistics come from", perplexities.ORDERS_GRID),
     "allocation": grid_table("Allocation of the sparsity", perplexities.ALLOCATION_GRID),
 }
-"""Those that the paper lacks; `--tables all` leaves them out."""
+"""Tables that are not in the paper; `--tables all` does not make them."""

@@ -14,7 +14,7 @@ from tables.store import Store
 
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 SAMPLED = ("SparseGPT", "Wanda")
-Curves = dict[str, dict[float, Point]]  # by method, the point at each x
+Curves = dict[str, dict[float, Point]]  # the points of each method, by x
 
 
 def sweep(setup: Setup) -> Curves:
@@ -38,7 +38,7 @@ def samples(setup: Setup) -> Curves:
 
 
 def figure_table(title: str, name: str, curves: Callable[[Setup], Curves], axis: str) -> Table:
-    """A figure with its values as a table; its files are called `name`."""
+    """A figure and a table of its values; its files are called `name`."""
 
     def points(setup: Setup) -> list[Point]:
         found = [point for curve in curves(setup).values() for point in curve.values()]
@@ -71,7 +71,7 @@ def figure_table(title: str, name: str, curves: Callable[[Setup], Curves], axis:
 
 @styled
 def draw_curves(curves: dict[str, dict[float, float]], title: str, axis: str, path: Path) -> None:
-    """A line for each method, the dense model's dotted, as PNG and SVG."""
+    """Draw a line for each method and a dotted one for the dense model, as PNG and SVG."""
     from matplotlib.ticker import NullFormatter, PercentFormatter, ScalarFormatter
 
     figure = figure_of(5.6, 3.6)

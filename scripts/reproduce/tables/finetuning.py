@@ -1,4 +1,4 @@
-"""Models pruned by Wanda and then trained: LoRA beside full fine-tuning, the masks fixed."""
+"""Models pruned by Wanda and then trained with fixed masks: LoRA and full fine-tuning."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from lightning.pytorch import Trainer, seed_everything
 from sparsefit.callbacks import GPUHourBudget, WandaPruning
 from sparsefit.modules import CausalLMModule
 from sparsefit.recovery.adapters import AdapterSettings
-from tables.bench import Bench, counted_sparsity
 from tables.layout import Table, markdown
 from tables.methods import PAPERS, SPARSITIES
+from tables.pruned_models import PrunedModels, counted_sparsity
 from tables.setup import Figures, Point, Setup
 from tables.store import Store
 
 FORMS: dict[str, AdapterSettings | None] = {
-    "LoRA": AdapterSettings(),  # the paper's: r 8 on q and v, kept apart from the sparse base
+    "LoRA": AdapterSettings(),  # as in the paper: r 8 on q and v, not merged into the sparse base
     "full": None,  # all weights but the pruned ones
 }
 
 
 def point_of(setup: Setup, sparsity: str, form: str | None) -> Point:
-    """A model pruned and trained; form None is not trained."""
+    """The point of a pruned and trained model; with form None, it is not trained."""
     pruning = SPARSITIES[sparsity]
     if form is None:
         return setup.point("perplexity", pruning)
@@ -36,13 +36,13 @@ def points(setup: Setup) -> list[Point]:
     return [setup.point("perplexity", None), *found] if found else []
 
 
-def measure(bench: Bench, point: Point) -> Figures:
-    """One fit: pruned as it starts, trained, evaluated, its zeros counted again."""
-    setup, adapter, device = bench.setup, FORMS[point["form"]], torch.device(bench.setup.device)
-    # In half precision the small steps of AdamW would be rounded away, where the weights themselves train.
+def measure(models: PrunedModels, point: Point) -> Figures:
+    """Run one fit: prune at its start, train, evaluate, and count the zeros again."""
+    setup, adapter, device = models.setup, FORMS[point["form"]], torch.device(models.setup.device)
+    # If the weights themselves are trained, half precision would round the small steps of AdamW to nothing.
     mixed = adapter is None and setup.dtype != "float32"
     dtype = "float32" if mixed else setup.dtype
-    bench.forget()
+    models.forget()
     seed_everything(point["seed"], verbose=False)
     module = CausalLMModule(setup.model, adapter, learning_rate=point["rate"], dtype=dtype)
     wanda = WandaPruning(**point["pruning"])
@@ -53,14 +53,14 @@ def measure(bench: Bench, point: Point) -> Figures:
         max_steps=point["steps"],
         max_epochs=1000,
         gradient_clip_val=1.0,
-        callbacks=[wanda, GPUHourBudget(1e4)],  # whose learning rate warms up, and falls to zero at the last step
+        callbacks=[wanda, GPUHourBudget(1e4)],  # the learning rate warms up, and falls to zero at the last step
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, bench.data(point["samples"], point["seed"]))
-    recovered = module.to(device).evaluate(bench.test)["perplexity"]
+    trainer.fit(module, models.data(point["samples"], point["seed"]))
+    recovered = module.to(device).evaluate(models.test)["perplexity"]
     sparsity = counted_sparsity(module, wanda.result)
     return {"recovered": recovered, "sparsity": sparsity, "steps": trainer.global_step}
 

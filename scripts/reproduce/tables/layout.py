@@ -1,4 +1,4 @@
-"""What a table is, and how its lines are written."""
+"""The description of a table, and its text in Markdown."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Table:
 
     Attributes:
         title: what it shows.
-        points: what has to be measured for it; nothing where the options leave nothing of it.
-        render: its text in Markdown, once all points are there.
-        draw: writes the figure's files into a folder, once all points are there.
-        problem: why it cannot be made here, or None if it can.
+        points: the points to measure for it; none if the options exclude the whole table.
+        render: its text in Markdown, after all points were measured.
+        draw: writes the figure's files into a folder, after all points were measured.
+        problem: why the table cannot be made on this machine, or None if it can.
     """
 
     title: str

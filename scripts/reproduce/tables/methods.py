@@ -1,4 +1,4 @@
-"""The methods of pruning that the tables compare, and the sparsities."""
+"""The pruning methods and sparsities that the tables compare."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SPARSITIES: dict[str, Settings] = {
 PAPERS = ("50%", "4:8", "2:4")
 """The sparsities that the paper compares throughout."""
 
-# Wanda itself takes no Gram matrix, which the error of a layer's outputs is computed from.
+# Layer errors are computed from Gram matrices, which Wanda alone does not collect.
 register_score("wanda_with_errors", lambda weight, norm, _: Products(weight, norm.sqrt()), ("squared_norm", "gram"))
 SPARSEGPT: Settings = {"score": "sparsegpt", "reconstruction": "iterative"}
 METHODS: dict[str, Settings] = {

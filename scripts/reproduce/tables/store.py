@@ -1,4 +1,4 @@
-"""The points measured so far, in a file; and how long the others may take."""
+"""Keeps measured points in a file, and estimates the time of the others."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _SIZES = ("sparsity", "pattern", "granularity")  # settings that hardly change h
 
 
 class Store:
-    """Points and their figures, a line of JSON each, written as soon as they are there.
+    """Points and their figures in a file, a line of JSON each, written as soon as they are measured.
 
     Args:
-        path: of the file. A line that was cut short is left out, and measured again.
+        path: The file. The point of an incomplete line is measured again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -40,15 +40,15 @@ class Store:
         return self._found[_key(point)]
 
     def add(self, point: Point, figures: Figures, seconds: float) -> None:
-        """Keep a point, and the seconds that it took in all."""
+        """Save a point, its figures, and the seconds that it took."""
         self._keep(point, figures, seconds)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"point": point, "figures": figures, "seconds": seconds}) + "\n")
 
     def seconds_for(self, points: Iterable[Point]) -> float | None:
-        """About how long some points will take, from the last one of the same method, or else from the mean of all.
+        """The estimated seconds of some points, from the last one of the same method, or else from the mean of all.
 
-        None where nothing is known.
+        None if no point was measured yet.
         """
         if not self._seconds:
             return None
@@ -65,7 +65,7 @@ def _key(point: Point) -> str:
 
 
 def _method(point: Point) -> str:
-    """What tells how long a point takes."""
+    """The settings that the duration of a point depends on."""
     pruning = {name: value for name, value in (point["pruning"] or {}).items() if name not in _SIZES}
     names = ("kind", "model", "task", "form", "samples", "length", "windows")
     return _key({name: point.get(name) for name in names} | {"pruning": pruning})

@@ -7,15 +7,15 @@ from statistics import mean
 
 from sparsefit.errors import ConfigError
 from sparsefit.evaluation.zero_shot import TASKS, check_harness, load_tasks, zero_shot
-from tables.bench import Bench
 from tables.layout import Table, markdown
 from tables.methods import COMPARED, METHODS, PAPERS, SPARSITIES
+from tables.pruned_models import PrunedModels
 from tables.setup import Figures, Point, Settings, Setup
 from tables.store import Store
 
 
 def rows_of(setup: Setup) -> dict[str, Settings | None]:
-    """The pruned models that the options ask for, and the dense one."""
+    """The requested pruned models, and the dense one."""
     rows = {
         f"{method}, {sparsity}": METHODS[method] | SPARSITIES[sparsity]
         for sparsity in PAPERS
@@ -31,15 +31,15 @@ def point_of(setup: Setup, settings: Settings | None, task: str) -> Point:
 
 
 def points(setup: Setup) -> list[Point]:
-    """Model by model, so that each is pruned once."""
+    """All points, model by model, so that each is pruned only once."""
     return [point_of(setup, settings, task) for settings in rows_of(setup).values() for task in TASKS]
 
 
-def measure(bench: Bench, point: Point) -> Figures:
-    """The accuracies of a model on a task, as lm-eval has them."""
-    tasks = load_tasks([point["task"]], bench.setup.tasks_folder)
-    model, account = bench.model(point)
-    return account | zero_shot(model, bench.tokenizer, tasks, point["limit"])[point["task"]]
+def measure(models: PrunedModels, point: Point) -> Figures:
+    """The accuracies of a model on a task, measured with lm-eval."""
+    tasks = load_tasks([point["task"]], models.setup.tasks_folder)
+    model, account = models.model(point)
+    return account | zero_shot(model, models.tokenizer, tasks, point["limit"])[point["task"]]
 
 
 def render(setup: Setup, store: Store) -> str:
@@ -56,7 +56,7 @@ def render(setup: Setup, store: Store) -> str:
 
 
 def problem(setup: Setup) -> str | None:
-    """Why the tasks cannot be run."""
+    """Why the tasks cannot be run, or None if they can."""
     if setup.tasks_folder is not None and not Path(setup.tasks_folder).is_dir():
         return f"there is no folder {setup.tasks_folder}"
     try:

@@ -1,7 +1,7 @@
 """The command line: `sparsefit fit`, `prune`, `plan`, `study`, `evaluate`, `inspect`, `merge`, `speed`, `export`
 and `push`.
 
-Each command imports what it needs when it runs, so that help and errors come at once.
+Each command imports what it needs when it runs, so that help and errors appear without delay.
 """
 
 from __future__ import annotations
@@ -10,25 +10,26 @@ import sys
 
 USAGE = """usage: sparsefit COMMAND ...
 
-  fit --config FILE      prune a model at fit start, recover it inside a GPU-hour budget, export and report
-  fit --resume RUN       go on with the run in a folder, whatever ended it: from its newest checkpoint, or its end
-  prune --config FILE    the same recipe without its training: evaluate, prune, evaluate, export and report
-  prune --stream ...     the same of a model larger than memory, in its files; without evaluation
-  plan --config FILE     what the recipe will take here: time, memory, disk, and the steps its budget buys
-  study --config FILE    prune one or more models at every point of a grid, from one calibration; table and figures
-  evaluate MODEL ...     zero-shot tasks by lm-eval, and perplexity, of any saved language model
+  fit --config FILE      prune a model, recover it within a GPU-hour budget, export it and write a report
+  fit --resume RUN       resume an interrupted run from its newest checkpoint
+  prune --config FILE    run a recipe without training: evaluate, prune, evaluate again, export and write a report
+  prune --stream ...     prune a model larger than memory, one block at a time; no evaluation
+  plan --config FILE     predict time, memory, disk space and training steps on this machine
+  study --config FILE    prune one or more models at every point of a grid; writes a table and figures
+  evaluate MODEL ...     measure zero-shot tasks (with lm-eval) and perplexity of a saved language model
   inspect FOLDER         count the zeros of a saved model and check them against its masks
-  merge RUN              merge the adapter of a run into its sparse base without losing a zero
-  speed RUN              is it faster or smaller here? tokens a second and memory, against the dense model
-  export FOLDER ...      write a pruned model as GGUF, ONNX or OpenVINO IR, and check it there
-  push RUN OWNER/NAME    put a finished run's model on the Hugging Face hub, with a model card of its report
+  merge RUN              merge a run's adapter into its sparse base and keep every zero
+  speed RUN              measure speed and memory against the dense model
+  export FOLDER ...      write a pruned model as GGUF, ONNX or OpenVINO IR, and check the files
+  push RUN OWNER/NAME    upload a finished run's model to the Hugging Face hub, with a model card made from its report
 
-Every setting of a recipe can be given on the command line too (--pruning.sparsity 0.6); `sparsefit fit --help`
-lists them, and `sparsefit fit --model.help CLASS` or `--data.help CLASS` those of a model or data class."""
+Every setting of a recipe can also be given on the command line, such as --pruning.sparsity 0.6. `sparsefit fit --help`
+lists the settings; `sparsefit fit --model.help CLASS` and `--data.help CLASS` list those of a model or data class.
+`sparsefit COMMAND --help` describes a command."""
 
 
 def main() -> int:
-    """Run the command of `sys.argv`; returns the exit status: 2 for wrong input, 1 for a check that failed."""
+    """Run the command of `sys.argv` and return the exit status: 1 if a check failed, 2 for wrong input."""
     command, *rest = sys.argv[1:] or ["--help"]
     if command in ("-h", "--help"):
         print(USAGE)
@@ -70,36 +71,43 @@ def main() -> int:
 
             return evaluate(rest)
         if command == "plan":
+            from sparsefit.cli.command_options import plan_parser
+
+            given, rest = plan_parser().parse_known_args(rest)
             from sparsefit.cli.plan import plan
 
-            return plan(rest)
+            return plan(rest, given.gpu)
         if command == "study":
             from sparsefit.cli.study import run_study
 
             return run_study(rest)
-        if command == "prune" and "--stream" in rest:
-            from sparsefit.cli.streaming import prune_streamed
+        if command == "prune":
+            from sparsefit.cli.command_options import prune_parser
 
-            return prune_streamed(rest)
+            given, rest = prune_parser().parse_known_args(rest)
+            if given.stream:
+                from sparsefit.cli.streaming import prune_streamed
+
+                return prune_streamed(rest)
         from sparsefit.cli.fit import fit
 
         return fit(rest, train=command == "fit")
     except SparsefitError as error:
-        return _wrong(error)
+        return _print_error(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
         if type(error).__name__ == "MisconfigurationException":  # Lightning's, which is slow to import
-            return _wrong(ConfigError(error))
+            return _print_error(ConfigError(error))
         cause: BaseException | None = error if isinstance(error, ValueError) else None
-        while cause is not None and not isinstance(cause, SparsefitError):  # the parser wraps what classes raise
+        while cause is not None and not isinstance(cause, SparsefitError):  # the parser wraps the errors of classes
             cause = cause.__cause__ or cause.__context__
         if cause is None:
             raise
-        return _wrong(cause)
+        return _print_error(cause)
 
 
-def _wrong(error: BaseException) -> int:
+def _print_error(error: BaseException) -> int:
     print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
     return 2

@@ -1,4 +1,4 @@
-"""Class paths in files: what they name is looked at before anything of it is called, as a file may be anybody's."""
+"""Checks the classes that a file names before any of them is called, because the file may come from anyone."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ _Class = TypeVar("_Class")
 
 
 def named_class(entry: Any, kind: type[_Class]) -> type[_Class]:
-    """The class that the entry of a recipe names (`class_path`), which must be of a kind.
+    """The class that a recipe's `class_path` names.
 
     Raises:
-        ConfigError: if it names no class, or one of another kind; nothing of it was called.
+        ConfigError: if it is not a class of the required kind. It was not called.
     """
     path = entry.get("class_path") if isinstance(entry, Mapping) else None
     found = _named(path)
     if not (isinstance(found, type) and issubclass(found, kind)):
-        raise ConfigError(f"the recipe names {path!r}, which is no {kind.__name__}: it is not called")
+        raise ConfigError(f"the recipe names {path!r}, which is not a {kind.__name__}, so it is not called")
     return found
 
 
 def check_class_paths(settings: Any, kinds: tuple[type, ...]) -> None:
-    """See that every class path anywhere in settings names a class of one of some kinds.
+    """Check that every class path in the settings names a class of an allowed kind.
 
     Raises:
-        ConfigError: naming the first that does not.
+        ConfigError: if one does not; names the first.
     """
     for path in _class_paths(settings):
         found = _named(path)
-        if isinstance(found, FunctionType):  # a function that makes one, and says so
+        if isinstance(found, FunctionType):  # its return annotation names the class
             found = get_type_hints(found).get("return")
         if not (isinstance(found, type) and issubclass(found, kinds)):
             listed = ", ".join(kind.__name__ for kind in kinds)
-            raise ConfigError(f"the recipe names {path!r}, which is none of what it may name: {listed}")
+            raise ConfigError(f"the recipe names {path!r}, which is not one of the allowed kinds: {listed}")
 
 
 def _class_paths(settings: Any) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""`sparsefit fit` and `sparsefit prune`: a recipe in YAML, run by LightningCLI."""
+"""`sparsefit fit` and `sparsefit prune` run a recipe in YAML with LightningCLI."""
 
 from __future__ import annotations
 
@@ -38,9 +38,16 @@ from sparsefit.callbacks import (
 from sparsefit.callbacks.loggers import end_loggers, loggers_of_run
 from sparsefit.callbacks.run_folder import LOGS, RunFolder
 from sparsefit.cli.class_paths import check_class_paths
-from sparsefit.cli.fitting_data import check_data
-from sparsefit.cli.parsing import PlainErrors, check_recipes, check_section, check_seed, check_trainer, trainer_errors
-from sparsefit.cli.quiet import clear_write_errors, interrupts, quieten
+from sparsefit.cli.input_errors import (
+    PlainErrors,
+    check_recipes,
+    check_section,
+    check_seed,
+    check_trainer,
+    trainer_errors,
+)
+from sparsefit.cli.library_output import clear_write_errors, interrupts, silence_libraries
+from sparsefit.cli.model_data_checks import check_data
 from sparsefit.cli.resuming import (
     check_checkpoint,
     is_complete,
@@ -55,13 +62,13 @@ from sparsefit.reporting.report import read_json
 
 CHECKPOINT_INTERVAL = timedelta(minutes=15)
 _SECTIONS = ("trainer", "budget", "run", "pruning", "reconstruction", "quantization")
-_OF_THE_RUN = (Checkpoint, ProgressBar, ModelSummary, WandaPruning, BlockwiseReconstruction, QuantizedBase)
-_OF_THE_RUN += (GPUHourBudget, RunReport, SparseCheckpoints)
+_ONCE_PER_RUN = (Checkpoint, ProgressBar, ModelSummary, WandaPruning, BlockwiseReconstruction, QuantizedBase)
+_ONCE_PER_RUN += (GPUHourBudget, RunReport, SparseCheckpoints)
 
 
 def fit(arguments: list[str], train: bool) -> int:
-    """Run a recipe; without training it is a fit that takes no step."""
-    quieten()
+    """Run a recipe; `train=False` takes no optimizer step."""
+    silence_libraries()
     resumed, arguments = split_resume(arguments)
     if resumed is not None:
         if not arguments and is_complete(resumed):
@@ -82,7 +89,7 @@ def _fit(arguments: list[str], train: bool) -> int:
 
 
 def _command(kind: type[SparsefitCLI], arguments: list[str]) -> SparsefitCLI:
-    sys.argv[1:] = ["fit", *arguments]  # LightningCLI reads it there
+    sys.argv[1:] = ["fit", *arguments]  # where LightningCLI reads its arguments
     return kind(
         LightningModule,
         LightningDataModule,
@@ -97,21 +104,21 @@ def _command(kind: type[SparsefitCLI], arguments: list[str]) -> SparsefitCLI:
 
 
 def read_recipe(arguments: list[str]) -> Namespace:
-    """The settings of a recipe, checked; nothing of it is made or run."""
+    """Parse and check a recipe without instantiating anything."""
     try:
         _command(_RecipeReader, arguments)
     except _Read as read:
         return read.settings
-    raise AssertionError("the reader of recipes has run one")
+    raise AssertionError("the recipe was run, not only read")
 
 
 _CLASSES = (LightningModule, LightningDataModule, Callback, Logger, Profiler, Strategy, Accelerator, CheckpointIO)
 _CLASSES += (Precision, ClusterEnvironment, LayerSync, nn.Module, Dataset, Optimizer, LRScheduler)
-"""What a recipe may name: not whatever can be imported and called."""
+"""The kinds of classes that a recipe may name. Other importable objects are never called."""
 
 
 class _Parser(PlainErrors, LightningArgumentParser):
-    """Says what is wrong in one sentence."""
+    """A parser whose errors are one sentence."""
 
 
 class SparsefitCLI(LightningCLI):
@@ -131,19 +138,20 @@ class SparsefitCLI(LightningCLI):
             "--control",
             type=bool,
             default=False,
-            help="Train the dense model by the same recipe afterwards, and report it beside the recovered one; what it "
-            "takes is no part of the budget.",
+            help="Train the dense model with the same recipe afterwards, and report it next to the recovered one; it "
+            "does not count towards the budget.",
         )
         parser.add_argument(
             "--resume",
             type=str | None,
             default=None,
-            help="A run folder: go on with its run, by its own recipe, from its newest checkpoint.",
+            help="Run folder whose run to resume with its own recipe, from its newest checkpoint.",
         )
-        parser.set_defaults({"reconstruction.passes": 0, "run.logger": "csv"})  # the first where a recipe asks for it
+        parser.set_defaults({"reconstruction.passes": 0, "run.logger": "csv"})  # reconstruction only on request
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, and look at the checkpoint to resume from before anything is loaded."""
+        """Parse, and check the checkpoint to resume from before anything is loaded."""
+        self._parser("fit").prog = "sparsefit fit"  # jsonargparse's own name is "sparsefit [options] fit"
         super().parse_arguments(parser, args)
         check_class_paths(self.config.fit, _CLASSES)
         settings = self.config.fit
@@ -159,12 +167,12 @@ class SparsefitCLI(LightningCLI):
         if self.resumed is not None:
             self._move(self.resumed)
         elif path is not None:
-            self._follow(Path(path))
-        # LightningCLI would mix the hyperparameters in the checkpoint with those of the recipe, which says them all.
+            self._use_moved_folder(Path(path))
+        # LightningCLI would merge the checkpoint's hyperparameters into the recipe, which is complete.
         self.config.fit.ckpt_path = None
 
-    def _follow(self, checkpoint: Path) -> None:
-        """Have a run that was moved go on where it is now."""
+    def _use_moved_folder(self, checkpoint: Path) -> None:
+        """If the run folder was moved, continue in its new place."""
         new = moved_run(checkpoint, Path(self.config.fit.run.folder), sys.argv[1:])
         if new is not None:
             self._move(new)
@@ -173,34 +181,34 @@ class SparsefitCLI(LightningCLI):
         settings, old = self.config.fit, Path(self.config.fit.run.folder)
         if old.absolute() == new.absolute():
             return
-        # Callbacks and loggers of the recipe may write to the run folder, too.
+        # Callbacks and loggers of the recipe may also write to the run folder.
         settings.trainer = move_paths(settings.trainer, old, new)
         settings.run.folder = str(new)
-        rank_zero_info(f"The run was moved from {old} to {new}, where it goes on.")
+        rank_zero_info(f"The run was moved from {old} to {new}, and continues there.")
 
     def before_instantiate_classes(self) -> None:
-        """Put the checkpoint to resume from back."""
+        """Restore the path of the checkpoint, which parsing hid from LightningCLI."""
         self.config.fit.ckpt_path = self.resumed_from
 
     def before_fit(self) -> None:
-        """Look at the run folder before Lightning opens its logger there."""
+        """Check the run folder before Lightning opens its logger there."""
         settings = self.config_init.fit
         if self.trainer.is_global_zero:
             settings.run.folder.check(resuming=settings.ckpt_path is not None or settings.run.resume)
 
     def train_control(self) -> None:
-        """Train the control, where the recipe asks for one: all of the run is written by now."""
+        """Train the dense control, if the recipe requests one, after the run is written."""
         report: RunReport = self.config_init.fit.run
         if not self.config.fit.control or not report.training_record.steps:
             return
         end_loggers(self.trainer.loggers)
-        self.model = self.datamodule = self.trainer = self.config_init = None  # with its optimizer
+        self.model = self.datamodule = self.trainer = self.config_init = None  # frees their memory
         gc.collect()
         if (seed := self.config.fit.seed_everything) is not None and seed is not False:
             seed_everything(seed, workers=True)
         fresh = self.parser.instantiate_classes(self.config).fit
         folder = report.folder.path
-        others = [callback for callback in _listed(fresh.trainer.callbacks) if not isinstance(callback, _OF_THE_RUN)]
+        others = [callback for callback in _as_list(fresh.trainer.callbacks) if not isinstance(callback, _ONCE_PER_RUN)]
         settings = {
             "callbacks": [*others, DenseControl(report)],
             "logger": loggers_of_run(report.loggers, folder / LOGS / "control", f"{report.name} control") or False,
@@ -214,22 +222,22 @@ class SparsefitCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Only `fit`: a recipe evaluates by itself."""
+        """Only `fit`, as RunReport evaluates during the fit."""
         return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}}
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The trainer of the recipe; logs and checkpoints go to the run folder unless it says otherwise."""
+        """The trainer of the recipe; by default, logs and checkpoints go to the run folder."""
         settings = self.config_init.fit
         folder: Path = settings.run.folder.path
         if (own := settings.trainer.logger) is False:
             settings.run.loggers = ()
-        kwargs["logger"] = [*_listed(None if isinstance(own, bool) else own), *settings.run.new_loggers()] or False
-        callbacks, plugins = _listed(settings.trainer.callbacks), _listed(settings.trainer.plugins)
+        kwargs["logger"] = [*_as_list(None if isinstance(own, bool) else own), *settings.run.new_loggers()] or False
+        callbacks, plugins = _as_list(settings.trainer.callbacks), _as_list(settings.trainer.plugins)
         if settings.trainer.enable_checkpointing is not False and not any(isinstance(c, Checkpoint) for c in callbacks):
             callbacks += checkpoints_of_run(folder)
         if not any(isinstance(callback, SparseCheckpoints) for callback in callbacks):
             callbacks.append(SparseCheckpoints(str(folder)))
-        callbacks.append(_DataForModel())
+        callbacks.append(_CheckData())
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
         ours = {"callbacks": callbacks, "plugins": plugins, "default_root_dir": str(folder)}
@@ -238,12 +246,12 @@ class SparsefitCLI(LightningCLI):
 
 
 def checkpoints_of_run(folder: Path) -> list[Callback]:
-    """What saves the checkpoints of a run, unless its recipe says otherwise."""
-    # Both keep last.ckpt, which is the newest at any time; a link would, for a moment, lead nowhere.
+    """The checkpoint callbacks of a run if its recipe has none."""
+    # Both write last.ckpt as a file, always the newest checkpoint; a symbolic link would be broken for a moment.
     common = {"dirpath": folder / "checkpoints", "save_last": True, "enable_version_counter": False}
     return [
         ModelCheckpoint(**common, save_on_exception=True),
-        # A stream has no epochs to save at.
+        # Streamed data have no ends of epochs to save at.
         ModelCheckpoint(**common, filename="timed-{step}", train_time_interval=CHECKPOINT_INTERVAL),
     ]
 
@@ -254,15 +262,15 @@ class _Read(Exception):
 
 
 class _RecipeReader(SparsefitCLI):
-    """Stops where LightningCLI would make what the recipe says."""
+    """Stops before LightningCLI instantiates classes."""
 
     def before_instantiate_classes(self) -> None:
-        """Leave with the settings."""
+        """Leave with the parsed settings."""
         raise _Read(self.config.fit)
 
 
-class _DataForModel(Callback):
-    """Has the data looked at once they are set up, and before anything is spent on them."""
+class _CheckData(Callback):
+    """Checks after setup that data and model fit together."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.datamodule is not None:
@@ -270,16 +278,16 @@ class _DataForModel(Callback):
 
 
 class _ConfigurationOfRun(SaveConfigCallback):
-    """Hands the full configuration to the run's report."""
+    """Gives the full configuration to the run's report."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         config = self.config.clone()
-        config.run.resume = False  # whoever takes it as a recipe begins anew
+        config.run.resume = False  # a new run with this file starts from the beginning
         text = self.parser.dump(config, skip_none=False)
         for callback in trainer.callbacks:
             if isinstance(callback, RunReport):
                 callback.take_configuration(text)
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]

@@ -1,4 +1,4 @@
-"""`sparsefit merge RUN`: the recovered model in one piece, exactly sparse, and what merging changed."""
+"""`sparsefit merge RUN` merges a run's adapter into its base and measures the change."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 
 from sparsefit.callbacks.run_folder import RunFolder
 from sparsefit.cli.class_paths import named_class
-from sparsefit.cli.parsing import Parser
-from sparsefit.cli.quiet import quieten
+from sparsefit.cli.input_errors import Parser
+from sparsefit.cli.library_output import silence_libraries
 from sparsefit.errors import MaskError, RunFolderError, SparsefitError
 from sparsefit.files import SUMS_FILE, check_sums, replacing
 from sparsefit.pruning import MaskSet
@@ -29,66 +29,66 @@ if TYPE_CHECKING:
 
 
 def merge_run(arguments: list[str]) -> int:
-    """Merge the adapter of a run into its base, measure both and count the zeros; 1 if a mask does not hold."""
+    """Merge the adapter of a run into its base, measure both and count the zeros; return 1 if a mask does not hold."""
     parser = Parser(
         "sparsefit merge",
-        description="Merge the adapter of a run into its sparse base: a model in Hugging Face layout with exactly the "
-        "zeros of the run's masks.",
+        description="Merge the adapter of a run into its sparse base. The result is a model in Hugging Face layout "
+        "with exactly the zeros of the run's masks.",
     )
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("--output", type=Path, help="the folder to write, new or empty; by default RUN/model")
     parser.add_argument(
         "--reapply-masks",
         action="store_true",
-        help="merge an adapter that brings pruned weights back, too, and set them to zero again: another model, whose "
-        "quality is shown beside that of the one that was trained",
+        help="also merge an adapter that makes pruned weights nonzero, and set them to zero again. This changes the "
+        "model; the quality is printed before and after",
     )
-    parser.add_argument("--no-evaluation", action="store_true", help="do not measure quality before and after")
+    parser.add_argument("--no-evaluation", action="store_true", help="do not measure the quality before and after")
     given = parser.parse_args(arguments)
-    quieten()
+    silence_libraries()
     folder = RunFolder(given.run)
     check_ended(folder.path)
     if given.output is None and folder.model.is_dir() and not given.reapply_masks:
         check_sums(folder.model)
-        console.print(f"{folder.model} holds the recovered model already.", markup=False)
-        return _counted(folder.model)
+        console.print(f"{folder.model} already holds the recovered model.", markup=False)
+        return _print_zeros(folder.model)
     output = (given.output or (folder.path / "merged" if given.reapply_masks else folder.model)).absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RunFolderError(f"{output} exists and is not empty. Give --output another folder")
     _merge(folder, output, given.reapply_masks, evaluate=not given.no_evaluation)
-    return _counted(output)
+    return _print_zeros(output)
 
 
 def _merge(folder: RunFolder, output: Path, reapply_masks: bool, evaluate: bool) -> None:
     masks = _masks_of(folder)
     model, base = recovered_model(folder, masks)
     check_mergeable(model, masks, reapply_masks)
-    measure, why = _measure_of(folder, model) if evaluate else (None, "not asked for")
-    before = measure(model, "with the adapter apart") if measure is not None else None
+    measure, why = _measure_of(folder, model) if evaluate else (None, "--no-evaluation was given")
+    before = measure(model, "with a separate adapter") if measure is not None else None
     merged: PreTrainedModel = merge(model, masks, reapply_masks)
     with replacing(output) as partial:
         merged.save_pretrained(partial)
-        copy_beside(base, partial)
+        copy_other_files(base, partial)
         masks.save(partial / MASKS_FILE)
     console.print(f"merged model: {output}", markup=False, soft_wrap=True)
     if measure is None or before is None:
         console.print(f"quality: not measured ({why})", markup=False, soft_wrap=True)
         return
     after = measure(merged, "merged")
-    for name, value in before.figures.items():
-        new = after.figures[name]
-        told = f"{name}: {value:.4f} with the adapter apart, {new:.4f} merged ({new - value:+.4f})"
-        console.print(told, markup=False, soft_wrap=True)
-    away = max(float((a - b).abs().max()) for a, b in zip(before.outputs, after.outputs, strict=True))
-    console.print(f"largest difference of an output in one batch: {away:.2g}", soft_wrap=True)
+    for name, value in before.metrics.items():
+        new = after.metrics[name]
+        line = f"{name}: {value:.4f} with a separate adapter, {new:.4f} merged ({new - value:+.4f})"
+        console.print(line, markup=False, soft_wrap=True)
+    difference = max(float((a - b).abs().max()) for a, b in zip(before.outputs, after.outputs, strict=True))
+    console.print(f"largest difference of an output in one batch: {difference:.2g}", soft_wrap=True)
 
 
-def copy_beside(base: Path, output: Path) -> None:
-    """What lies beside the weights of the base and was not written anew: tokenizer, processor, settings."""
+def copy_other_files(base: Path, output: Path) -> None:
+    """Copy the base's other files, such as tokenizer, processor and settings, if `output` does not have them."""
     for file in sorted(base.iterdir()):
-        of_weights = file.name.endswith((".safetensors", ".safetensors.index.json", SUMS_FILE))
-        of_weights |= file.name.startswith("pytorch_model")
-        if file.is_file() and not of_weights and not (output / file.name).exists():
+        is_weights = file.name.endswith((".safetensors", ".safetensors.index.json", SUMS_FILE))
+        is_weights |= file.name.startswith("pytorch_model")
+        if file.is_file() and not is_weights and not (output / file.name).exists():
             shutil.copyfile(file, output / file.name)
 
 
@@ -97,14 +97,14 @@ def _masks_of(folder: RunFolder) -> MaskSet:
         raise RunFolderError(f"there is no run folder {folder.path}")
     if not folder.adapter.is_dir():
         raise RunFolderError(
-            f"the run in {folder.path} has no adapter to merge: {folder.adapter} is not there. Where nothing was "
-            f"trained, {folder.base} is the pruned model; where all of it was, {folder.model} is the recovered one"
+            f"the run in {folder.path} has no adapter to merge: {folder.adapter} does not exist. If nothing was "
+            f"trained, {folder.base} is the pruned model; if all weights were, {folder.model} is the recovered model"
         )
     return MaskSet.load(folder.masks)
 
 
 def recovered_model(folder: RunFolder, masks: MaskSet) -> tuple[torch.nn.Module, Path]:
-    """The model that was trained, on the CPU, and the folder of its base."""
+    """The trained model, on the CPU, and the folder of its base."""
     from sparsefit.modules.loading import load_model
     from sparsefit.recovery.quantize import dequantize_base, quantize_base
 
@@ -113,28 +113,28 @@ def recovered_model(folder: RunFolder, masks: MaskSet) -> tuple[torch.nn.Module,
     base = folder.path / notes.get("base", folder.base.name)
     if base not in (folder.base, folder.trained_base):
         raise RunFolderError(
-            f"the adapter in {folder.adapter} names {notes['base']!r} as its base, which is none of its run folder: it "
-            f"is not read. Where {folder.base} is its base, say so in {folder.adapter / NOTES_FILE}"
+            f"the adapter in {folder.adapter} names {notes['base']!r} as its base, which is not in the run folder, so "
+            f"it is not read. If {folder.base} is its base, write that into {folder.adapter / NOTES_FILE}"
         )
     if not base.is_dir():
         raise RunFolderError(
-            f"the base of the adapter in {folder.adapter} is not at {base}: it was moved or deleted. Put it back there"
+            f"the base of the adapter in {folder.adapter} is not at {base}: it was moved or deleted. Restore it there"
         )
     check_sums(base)
     if notes.get("base_digest") not in (None, files_digest(base)):
         raise RunFolderError(
             f"the adapter in {folder.adapter} was trained on another base than {base}: the weights differ. Use the "
-            "base of the run that it is from"
+            "base of the adapter's own run"
         )
     if not (base / "config.json").is_file():
         raise RunFolderError(
-            f"the base in {base} is a plain module and no model of transformers, so its class is not known. Merge in "
-            "Python: make the module, load the base and the adapter (sparsefit.recovery.adapter_files.load_adapter), "
+            f"the base in {base} is a plain module, not a transformers model, so its class is not known. Merge in "
+            "Python: create the module, load the base and the adapter (sparsefit.recovery.adapter_files.load_adapter), "
             "and call sparsefit.recovery.merge.merge"
         )
     model = load_model(str(base), dtype="auto", allow_unused=True)
     if quantization := notes.get("quantization"):
-        # The adapter was trained on these values; quantizing the same floats gives the same ones again.
+        # The adapter was trained on the quantized values; quantizing the same floats gives these values again.
         masks.verify(model)
         model.requires_grad_(False)
         quantize_base(model, quantization["kind"], masks, double_quant=quantization["double_quant"])
@@ -147,15 +147,15 @@ def recovered_model(folder: RunFolder, masks: MaskSet) -> tuple[torch.nn.Module,
 
 @dataclass(frozen=True)
 class Measured:
-    """What a model does with the test data."""
+    """A model's metrics on the test data, and its first outputs."""
 
-    figures: dict[str, float]
+    metrics: dict[str, float]
     outputs: list[torch.Tensor]
-    """Of the first batch."""
+    """Outputs on the first batch."""
 
 
 def _measure_of(folder: RunFolder, model: torch.nn.Module) -> tuple[Callable[[Any, str], Measured] | None, str]:
-    """How the recipe's module measures a model on its test data; or None, and why it cannot."""
+    """A function that evaluates with the recipe's module and data; None and the reason if impossible."""
     import yaml
     from lightning.pytorch import LightningDataModule
 
@@ -174,12 +174,12 @@ def _measure_of(folder: RunFolder, model: torch.nn.Module) -> tuple[Callable[[An
     except SparsefitError as error:
         return None, str(error)
     if module is None:
-        return None, "the recipe's module is none of sparsefit's"
+        return None, "the recipe's module is not one of sparsefit's"
     return partial(_measured, module, batches), ""
 
 
 def _module_around(recipe: Any, model: torch.nn.Module) -> Any:
-    """The recipe's module with a model that is there; None where it is none of those that take one."""
+    """The recipe's module around an existing model; None if its class does not take one."""
     from lightning.pytorch import LightningModule
 
     from sparsefit.modules.recoverable import RecoverableModule
@@ -190,18 +190,18 @@ def _module_around(recipe: Any, model: torch.nn.Module) -> Any:
 
 
 @torch.no_grad()
-def _measured(module: Any, batches: list[Any], model: torch.nn.Module, what: str) -> Measured:
+def _measured(module: Any, batches: list[Any], model: torch.nn.Module, title: str) -> Measured:
     module.model = model.eval()
-    with stage_progress(f"evaluating {what}", len(batches)) as advance:
-        figures = module.evaluate(batches, lambda _: advance())
+    with stage_progress(f"evaluating {title}", len(batches)) as advance:
+        metrics = module.evaluate(batches, lambda _: advance())
     outputs = module.predict_step(batches[0])
     outputs = getattr(outputs, "logits", outputs)
-    return Measured(figures, [outputs.float()])
+    return Measured(metrics, [outputs.float()])
 
 
-def _counted(folder: Path) -> int:
+def _print_zeros(folder: Path) -> int:
     inspection = inspect_folder(folder)
-    status = f"counted on {', '.join(str(file) for file in inspection.files)}"
+    status = f"counted in {', '.join(str(file) for file in inspection.files)}"
     console.print(summary({"name": str(folder), "status": status, "sparsity": inspection.account()}))
     for name, count in inspection.broken.items():
         console.print(f"{name}: {count} weights that its mask prunes are not zero", markup=False)

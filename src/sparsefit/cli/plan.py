@@ -1,4 +1,4 @@
-"""`sparsefit plan`: what a recipe will take, told before any of its hours is spent."""
+"""`sparsefit plan` predicts the time, memory and disk space of a recipe."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from rich.table import Table
 
 from sparsefit.calibration.samples import count_samples
 from sparsefit.cli.fit import read_recipe
-from sparsefit.cli.parsing import Parser, check_recipes
-from sparsefit.cli.plan_data import first_samples
-from sparsefit.cli.plan_recipe import FEWEST, Recipe, recipe_of
-from sparsefit.cli.probing import Miniature, measure
-from sparsefit.cli.quiet import quieten
+from sparsefit.cli.input_errors import check_recipes
+from sparsefit.cli.library_output import silence_libraries
+from sparsefit.cli.miniature_run import Miniature, measure
+from sparsefit.cli.plan_reading import first_samples
+from sparsefit.cli.plan_recipe import FIRST_BLOCKS, Recipe, recipe_of
 from sparsefit.errors import ConfigError
 from sparsefit.machine import free_host_memory, host_memory, memory_of
 from sparsefit.planning import (
@@ -40,33 +40,30 @@ from sparsefit.recovery.adapters import LOSSLESS, AdapterSettings
 from sparsefit.reporting.console import console
 from sparsefit.reporting.formats import hours, percent, seconds
 
-_LONGEST = 8.0  # seconds that a training batch (or the pruning) of the second miniature may take, by the first one
-_OF_A_STUDY = {"study", "grid", "models"}
+_LONGEST_SECONDS = 8.0  # of a training batch (or the pruning) in the second miniature, estimated from the first
+_STUDY_SECTIONS = {"study", "grid", "models"}
 
 
-def plan(arguments: list[str]) -> int:
-    """Measure a recipe in miniature and print what all of it will take; nothing of it is run or written."""
-    quieten()
-    parser = Parser(prog="sparsefit plan", add_help=False)
-    parser.add_argument("--gpu", help="plan for this GPU, by its data sheet, and not for the machine at hand")
-    given, arguments = parser.parse_known_args(arguments)
-    gpu = None if given.gpu is None else gpu_called(given.gpu)
-    if any(_OF_A_STUDY & set(found) for found in check_recipes(arguments)):
-        raise ConfigError("this is the recipe of a study, and only those of `sparsefit fit` and `prune` are planned")
+def plan(arguments: list[str], gpu_name: str | None = None) -> int:
+    """Measure miniatures of a recipe and print the prediction; with a GPU's name, compute it from its data sheet."""
+    silence_libraries()
+    gpu = None if gpu_name is None else gpu_called(gpu_name)
+    if any(_STUDY_SECTIONS & set(recipe) for recipe in check_recipes(arguments)):
+        raise ConfigError("this is the recipe of a study: only recipes of `sparsefit fit` and `prune` can be planned")
     settings = read_recipe(arguments)
     on_gpu = gpu is not None or _has_gpu(settings.trainer.accelerator)
     recipe = recipe_of(settings, on_gpu)
     if gpu is None:
-        console.print("measuring the recipe on a model of two blocks, and of some more", soft_wrap=True)
-        made, memory = predict(recipe.work, *_measured(recipe)), memory_of(settings.trainer.accelerator)
+        console.print("measuring the recipe on a model of two blocks, and on a larger one", soft_wrap=True)
+        prediction, memory = predict(recipe.work, *_measure(recipe)), memory_of(settings.trainer.accelerator)
     else:
-        console.print(f"for {given.gpu}, reckoned with {REACHED:.0%} of its peak: nothing is measured", soft_wrap=True)
-        made, memory = _by_data_sheet(recipe, settings, gpu), gpu.memory
+        console.print(f"for {gpu_name}, computed at {REACHED:.0%} of its peak; nothing is measured", soft_wrap=True)
+        prediction, memory = _from_data_sheet(recipe, settings, gpu), gpu.memory
     room = _room(settings, recipe, memory, None if gpu is not None else host_memory())
-    said = plan_summary(made, recipe.work, list(unfit(made, recipe.work, room)))
+    lines = plan_summary(prediction, recipe.work, list(unfit(prediction, recipe.work, room)))
     if gpu is not None:
-        said.append("not computed for a GPU by its data sheet: files of the run, export, zero-shot tasks")
-    console.print(_opening(made, recipe), _table(made), *said, sep="\n", soft_wrap=True)
+        lines.append("not computed from a data sheet: files of the run, export, zero-shot tasks")
+    console.print(_first_line(prediction, recipe), _table(prediction), *lines, sep="\n", soft_wrap=True)
     return 0
 
 
@@ -74,22 +71,22 @@ def _has_gpu(accelerator: str) -> bool:
     return accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
 
 
-def _opening(made: Plan, recipe: Recipe) -> str:
-    """The line that opens the fit, too."""
+def _first_line(prediction: Plan, recipe: Recipe) -> str:
+    """The first line of the prediction, which a fit also prints first."""
     work = recipe.work
     steps = work.max_steps if recipe.miniature.train is not None else 0
-    return plan_line(made.counts, made.least, work.gpu_hours, work.devices, steps)
+    return plan_line(prediction.counts, prediction.least, work.gpu_hours, work.devices, steps)
 
 
-def _by_data_sheet(recipe: Recipe, settings: Any, gpu: GPU) -> Plan:
+def _from_data_sheet(recipe: Recipe, settings: Any, gpu: GPU) -> Plan:
     if recipe.blocks is None:
         raise ConfigError(
-            "--gpu plans for models by name whose blocks can be counted: leave it out to measure this one"
+            "--gpu needs a model given by name whose blocks can be counted: leave out --gpu to measure this one"
         )
     arguments, text = settings.model.as_dict()["init_args"], recipe.configuration.get_text_config()
     if not hasattr(text, "vocab_size"):
-        raise ConfigError("--gpu plans for language models: leave it out to measure this one on the machine at hand")
-    # Mixed precision keeps float32 weights.
+        raise ConfigError("--gpu needs a language model: leave out --gpu to measure this model on this machine")
+    # Mixed precision keeps the weights in float32.
     weight_bytes = 4 if arguments.get("dtype", "float32") == "float32" else 2
     checkpointing = bool(arguments.get("gradient_checkpointing"))
     activation_bytes = 2 if "16" in str(settings.trainer.precision) else weight_bytes  # "bf16-mixed", "16-true", ...
@@ -101,7 +98,7 @@ def _by_data_sheet(recipe: Recipe, settings: Any, gpu: GPU) -> Plan:
 
 
 def _evaluations(recipe: Recipe, settings: Any) -> int:
-    """Of the dense, pruned, reconstructed, recovered and merged model, as far as the recipe has them."""
+    """How many evaluations the recipe makes: of the dense, pruned, reconstructed, recovered and merged model."""
     adapter = settings.model.as_dict()["init_args"].get("adapter")
     form = adapter.get("form", AdapterSettings().form) if isinstance(adapter, dict) else None
     trains = recipe.miniature.train is not None
@@ -109,7 +106,7 @@ def _evaluations(recipe: Recipe, settings: Any) -> int:
 
 
 def _counts(recipe: Recipe) -> dict[str, float]:
-    """Weights of the recipe's model, of which no memory is taken: in all, to be pruned, and trained."""
+    """All, pruned and trained weights of the recipe's model, counted on the meta device."""
     with torch.device("meta"):
         module = recipe.miniature.make_module(None, whole_skeleton=True)
     parameters, trains = list(module.parameters()), recipe.miniature.train is not None
@@ -120,28 +117,29 @@ def _counts(recipe: Recipe) -> dict[str, float]:
     }
 
 
-def _measured(recipe: Recipe) -> tuple[Measured, Measured | None, Measured | None]:
+def _measure(recipe: Recipe) -> tuple[Measured, Measured | None, Measured | None]:
     one, whole = recipe.miniature, recipe.miniature.blocks == recipe.blocks
     small, *further = measure(one, _with_more_samples(one, recipe.calibration) if whole else None)
     if whole:
         return small, None, further[0] if further else None
-    # Of a small model all blocks, so that nothing is extrapolated.
-    by_time = int(FEWEST * _LONGEST / max(small.seconds.get("batch", small.seconds.get("pruning", 0.0)), 1e-3))
+    # A small model is measured with all its blocks, so that nothing is extrapolated.
+    taken = small.seconds.get("batch", small.seconds.get("pruning", 0.0))
+    by_time = int(FIRST_BLOCKS * _LONGEST_SECONDS / max(taken, 1e-3))
     blocks = min(by_time, blocks_within(_free(recipe), recipe.work, small))
-    two = replace(one, blocks=min(recipe.blocks, max(FEWEST + 1, blocks)))
+    two = replace(one, blocks=min(recipe.blocks, max(FIRST_BLOCKS + 1, blocks)))
     larger, *further = measure(two, _with_more_samples(two, recipe.calibration))
     return small, larger, further[0] if further else None
 
 
 def _free(recipe: Recipe) -> Room:
-    """What miniatures may use: free memory, and free disk space of the temporary folder that they write to."""
+    """The free memory, and the free disk space of the temporary folder, to which miniatures write."""
     host, folder = free_host_memory(), tempfile.gettempdir()
     device = host if recipe.work.host is None else float(torch.cuda.mem_get_info()[0])
     return Room(device, host, shutil.disk_usage(folder).free, folder)
 
 
 def _with_more_samples(run: Miniature, calibration: list[Any]) -> Miniature | None:
-    """The same on twice the calibration samples, and only pruned; None where there are no more."""
+    """A copy with twice the calibration samples that is only pruned; None if there are not enough."""
     twice = first_samples(calibration, 2 * run.samples)
     samples = sum(map(count_samples, twice))
     return replace(run, calibration=twice, samples=samples, train=None) if samples > run.samples else None

@@ -1,4 +1,4 @@
-"""What of a recipe a plan goes by: the model's configuration, a miniature of the run, and what there is to do."""
+"""Extracts from a recipe what its plan needs: the model's configuration, a miniature of the run, the amount of work."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lightning.pytorch.cli import instantiate_class
 from torch import Tensor
 
 from sparsefit.calibration.samples import count_samples, tensors_in
-from sparsefit.cli.plan_data import Data, first_samples, read_data
-from sparsefit.cli.probing import Miniature
+from sparsefit.cli.miniature_run import Miniature
+from sparsefit.cli.plan_reading import Data, first_samples, read_data
 from sparsefit.machine import memory_held, process_memory
 from sparsefit.modules.loading import configuration_of, find_tokenizer, load_skeleton
 from sparsefit.modules.model_classes import blocks_in
@@ -24,23 +24,23 @@ from sparsefit.planning import Work
 from sparsefit.pruning import PruningConfig
 from sparsefit.pruning.fisher_checks import check_whole_weights
 
-FEWEST = 2  # blocks of the first miniature: a single one is no list of repeated blocks
+FIRST_BLOCKS = 2  # blocks of the first miniature: one block alone is not recognized as a list of repeated blocks
 _TRAINER = ("accelerator", "precision", "gradient_clip_val", "gradient_clip_algorithm", "deterministic", "benchmark")
 _SPLITTING = ("fsdp", "deepspeed", "modelparallel")  # in the names of strategies that split the weights
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What of a recipe the plan goes by.
+    """The parts of a recipe that its plan uses.
 
     Args:
-        configuration: Of the model, where the module is told its name; else the module is built as it is.
-        blocks: Repeated blocks of that model; None where they cannot be counted.
-        config: Of the pruning.
-        miniature: The recipe on its first data, with the calibration samples of one micro-batch.
+        configuration: The model's configuration if the recipe names a model, else None; the module is then built whole.
+        blocks: How many repeated blocks the model has; None if they cannot be counted.
+        config: The pruning configuration.
+        miniature: A reduced recipe, with the first data and the calibration samples of one micro-batch.
         calibration: All calibration batches.
-        work: What there is to do.
-        processes: Of the run, on each host.
+        work: The amount of work.
+        processes: Processes on each host.
     """
 
     configuration: Any
@@ -53,11 +53,11 @@ class Recipe:
 
 
 def recipe_of(settings: Any, on_gpu: bool) -> Recipe:
-    """Read the data of a recipe and the configuration of its model; nothing of it is run.
+    """Read the data of a recipe and the configuration of its model, without running it.
 
     Args:
-        settings: Of the recipe.
-        on_gpu: Whether the run would be on a GPU.
+        settings: The settings of the recipe.
+        on_gpu: Whether the run would use a GPU.
 
     Raises:
         ConfigError: if the run would refuse the recipe.
@@ -65,8 +65,8 @@ def recipe_of(settings: Any, on_gpu: bool) -> Recipe:
     model_settings, pruning, trainer = settings.model.as_dict(), settings.pruning.as_dict(), settings.trainer
     arguments, passes = model_settings["init_args"], settings.reconstruction.passes
     name = arguments.get("model")
-    made_here = arguments.get("config") is not None  # a new model, of which the name is the architecture's
-    configuration = configuration_of(name) if isinstance(name, str) and not made_here else None
+    is_new = arguments.get("config") is not None  # a new model, whose name is that of the architecture
+    configuration = configuration_of(name) if isinstance(name, str) and not is_new else None
     blocks = None if configuration is None else blocks_in(configuration)
     module_class = class_at(model_settings["class_path"])
     data = read_data(settings, evaluates=callable(getattr(module_class, "evaluate", None)))
@@ -78,7 +78,7 @@ def recipe_of(settings: Any, on_gpu: bool) -> Recipe:
     trains = data.train is not None and 0 not in (trainer.max_steps, trainer.max_epochs)
     miniature = Miniature(
         make_module=partial(make_module, model_settings["class_path"], arguments),
-        blocks=None if blocks is None else min(blocks, FEWEST),
+        blocks=None if blocks is None else min(blocks, FIRST_BLOCKS),
         pruning=pruning | {"calibration": None, "calibration_samples": None},
         reconstruction=settings.reconstruction.as_dict() | {"calibration": None, "calibration_samples": None},
         trainer={key: trainer[key] for key in _TRAINER if trainer[key] is not None},
@@ -97,7 +97,7 @@ def recipe_of(settings: Any, on_gpu: bool) -> Recipe:
 
 
 def _work(settings: Any, data: Data, config: PruningConfig, trains: bool, on_gpu: bool) -> Work:
-    """What there is to do, as far as it does not hang on the model."""
+    """The amount of work that does not depend on the model."""
     trainer, strategy = settings.trainer, str(settings.trainer.strategy).lower()
     max_steps, limited_by = _limit(trainer, data)
     return Work(
@@ -131,7 +131,7 @@ def _work(settings: Any, data: Data, config: PruningConfig, trains: bool, on_gpu
 
 
 def _forwards(config: PruningConfig) -> int:
-    """Forward passes of the calibration data, with a backward pass as two."""
+    """Forward passes of the calibration data; a backward pass counts as two."""
     to_allocate = config.passes_to_allocate + 2 * (config.allocation == "fisher")
     if config.takes_one_pass:  # which is the first one of an allocation, too
         return max(int(config.needs_inputs), to_allocate)
@@ -140,7 +140,7 @@ def _forwards(config: PruningConfig) -> int:
 
 
 def class_at(path: str) -> type:
-    """The class of a dotted path."""
+    """The class at a dotted path."""
     package, _, name = path.rpartition(".")
     return getattr(import_module(package), name)
 
@@ -148,20 +148,22 @@ def class_at(path: str) -> type:
 def make_module(
     class_path: str, arguments: dict[str, Any], blocks: int | None, whole_skeleton: bool = False
 ) -> LightningModule:
-    """The module of a recipe, on a model with so many blocks and random weights; where None with its own model, or
-    with a skeleton of all of it."""
+    """The module of a recipe on a model of `blocks` blocks with random weights.
+
+    If `blocks` is None, the module has its own model; with `whole_skeleton`, a random one with all blocks.
+    """
     if blocks is None and not whole_skeleton:
         return instantiate_class((), {"class_path": class_path, "init_args": arguments})
     kept = {key: arguments[key] for key in ("dtype", "attn_implementation") if arguments.get(key) is not None}
     model = load_skeleton(arguments["model"], **kept, blocks=blocks)
     module = class_at(class_path)(**arguments | {"model": model})
-    if hasattr(module, "tokenizer"):  # which is written beside the model
+    if hasattr(module, "tokenizer"):  # which a run saves with the model
         module.tokenizer = find_tokenizer(arguments["model"])
     return module
 
 
 def devices_of(trainer: Mapping[str, Any], on_gpu: bool) -> int:
-    """How many devices of a host a Trainer takes by its settings."""
+    """How many devices of a host the Trainer's settings select."""
     devices = trainer["devices"]
     if isinstance(devices, str) and "," in devices:
         return len([name for name in devices.split(",") if name.strip()])
@@ -173,7 +175,7 @@ def devices_of(trainer: Mapping[str, Any], on_gpu: bool) -> int:
 
 
 def _limit(trainer: Any, data: Data) -> tuple[int | None, str]:
-    """Optimizer steps after which a recipe ends (None: by its budget alone), and the setting that ends it."""
+    """Optimizer steps after which a recipe ends (None: only its budget ends it), and the setting that ends it."""
     limits = {"max_steps": math.inf if trainer.max_steps < 0 else trainer.max_steps}
     if (trainer.max_epochs or -1) > 0 and data.epoch_batches < math.inf:
         limits["max_epochs"] = trainer.max_epochs * math.ceil(data.epoch_batches / trainer.accumulate_grad_batches)
@@ -182,7 +184,7 @@ def _limit(trainer: Any, data: Data) -> tuple[int | None, str]:
 
 
 def _val_every(trainer: Any, data: Data) -> float:
-    """Optimizer steps between two validations; infinity where they hang on the clock or on an end nobody knows."""
+    """Optimizer steps between two validations; infinity if they depend on time or the data's length is unknown."""
     interval, epochs = trainer.val_check_interval, trainer.check_val_every_n_epoch
     interval = 1.0 if interval is None else interval
     if isinstance(interval, float):
@@ -193,12 +195,12 @@ def _val_every(trainer: Any, data: Data) -> float:
 
 
 def _positions(batch: Any) -> int:
-    """Tokens of each sample; 1 where a batch holds no tokens."""
+    """Tokens of each sample; 1 if a batch holds no tokens."""
     tensor = next(tensors_in(batch), None)
     return tensor.shape[1] if isinstance(tensor, Tensor) and not tensor.is_floating_point() and tensor.ndim > 1 else 1
 
 
 def _state_bytes(configuration: Any, batch: Any, reconstructs: bool) -> int:
-    """Of a sample's hidden states between two blocks, in float32; reconstruction holds those of the dense model too."""
+    """Bytes of one sample's hidden states between two blocks, in float32; reconstruction also holds the dense ones."""
     width = 0 if configuration is None else getattr(configuration.get_text_config(), "hidden_size", 0)
     return 4 * width * _positions(batch) * (2 if reconstructs else 1)

@@ -1,4 +1,4 @@
-"""The checkpoint that a recipe goes on from, and the run folder that it goes on in."""
+"""Finds the checkpoint and the folder of a run to resume."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sparsefit.reporting.report import read_json
 
 
 def split_resume(arguments: list[str]) -> tuple[Path | None, list[str]]:
-    """The run folder that a command line goes on in (`--resume RUN`), and the other arguments.
+    """Split `--resume RUN` from the other arguments.
 
     >>> split_resume(["--resume", "runs/a", "--budget.gpu_hours=2"])
     (PosixPath('runs/a'), ['--budget.gpu_hours=2'])
@@ -32,10 +32,10 @@ def split_resume(arguments: list[str]) -> tuple[Path | None, list[str]]:
 
 
 def resuming_arguments(path: Path, others: list[str]) -> list[str]:
-    """The command line by which the run in a folder goes on: its own recipe, and its newest checkpoint if it has one.
+    """Arguments that resume a folder's run with its own recipe, from its newest checkpoint if it has one.
 
     Raises:
-        RunFolderError: if there is no run that the command made, or what it goes by is damaged.
+        RunFolderError: if the folder has no run of the command line, or its recipe was changed.
     """
     run = RunFolder(path)
     if not path.is_dir():
@@ -43,42 +43,44 @@ def resuming_arguments(path: Path, others: list[str]) -> list[str]:
     state = run.state()
     if not run.configuration.is_file():
         raise RunFolderError(
-            f"{path} has no {run.configuration.name}, by which its run could go on: it is no run folder, or the run is "
-            "one of a Trainer of your own. There, RunReport(folder, resume=True) and "
-            "trainer.fit(..., ckpt_path=report.checkpoint) go on"
+            f"{path} has no {run.configuration.name}, which is needed to resume: it is not a run folder, or the run "
+            "used a Trainer of your own. Resume such a run with RunReport(folder, resume=True) and "
+            "trainer.fit(..., ckpt_path=report.checkpoint)"
         )
     expected = state.sums.get(run.configuration.name) if state is not None else None
     if expected is not None and file_sum(run.configuration) not in expected.split():
         raise RunFolderError(
-            f"{run.configuration} is not what the run wrote: damaged, or changed since. Copy it again from where it is "
-            f"whole; or, if you changed it on purpose, take it as a recipe (sparsefit fit --config {run.configuration} "
+            f"{run.configuration} is not what the run wrote: it was damaged or changed. Restore it from an undamaged "
+            f"copy; or, if you changed it on purpose, use it as a recipe (sparsefit fit --config {run.configuration} "
             f"--run.resume=true --ckpt_path={run.newest_checkpoint() or 'null'})"
         )
     chosen = any(argument.startswith("--ckpt_path") for argument in others)
     checkpoint = None if chosen else run.newest_checkpoint()
-    came = f"in the state {state.name!r}" if state is not None else "of an earlier version"
+    status = f"in the state {state.name!r}" if state is not None else "of an earlier version"
     if not chosen:
-        print(f"The run in {path}, {came}, {_from(checkpoint)}.", file=sys.stderr)
-    from_there = [] if checkpoint is None else [f"--ckpt_path={checkpoint}"]
-    return [f"--config={run.configuration}", *others, "--run.resume=true", *from_there]
+        print(f"The run in {path}, {status}, {_where(checkpoint)}.", file=sys.stderr)
+    checkpoint_argument = [] if checkpoint is None else [f"--ckpt_path={checkpoint}"]
+    return [f"--config={run.configuration}", *others, "--run.resume=true", *checkpoint_argument]
 
 
 def is_complete(path: Path) -> bool:
-    """Whether the run in a folder, and its control if it has one, has nothing left to do."""
+    """Whether the run in a folder is finished, and its dense control if it has one."""
     run = RunFolder(path)
     if not path.is_dir() or (state := run.state()) is None or state.name != FINISHED or run.left_to_do() is not None:
         return False
-    wants = yaml.safe_load(run.configuration.read_text(encoding="utf-8")) if run.configuration.is_file() else {}
+    recipe = yaml.safe_load(run.configuration.read_text(encoding="utf-8")) if run.configuration.is_file() else {}
     control = read_json(run.json).get("control") or {}
-    return not (wants or {}).get("control") or control.get("status") == "finished" or not state.step
+    return not (recipe or {}).get("control") or control.get("status") == "finished" or not state.step
 
 
-def _from(checkpoint: Path | None) -> str:
-    return "begins anew: it has no checkpoint" if checkpoint is None else f"goes on from {checkpoint.name}"
+def _where(checkpoint: Path | None) -> str:
+    if checkpoint is None:
+        return "starts from the beginning: it has no checkpoint"
+    return f"resumes from {checkpoint.name}"
 
 
 def check_checkpoint(path: Path) -> None:
-    """See that a checkpoint is there, and whole.
+    """Check that a checkpoint exists and is undamaged.
 
     Raises:
         ConfigError: if it is missing.
@@ -90,24 +92,23 @@ def check_checkpoint(path: Path) -> None:
 
 
 def named_checkpoint(name: str, folder: Path) -> Path:
-    """The file that a name of Lightning's stands for: the last checkpoint of the run in a folder.
+    """The checkpoint that Lightning's name "last" means: the newest of the run in a folder.
 
     Raises:
-        ConfigError: if there is none, or for another name than "last".
+        ConfigError: if it does not exist, or the name is another one.
     """
     path = folder / "checkpoints" / "last.ckpt"
     if name != "last":
         raise ConfigError(f"ckpt_path is {name!r}: give 'last', or the path of a checkpoint, such as {path}")
     if not is_checkpoint(path):
-        raise ConfigError(f"ckpt_path is 'last', and there is no checkpoint {path}: leave it out to begin a run")
+        raise ConfigError(f"ckpt_path is 'last', and there is no checkpoint {path}: leave out ckpt_path for a new run")
     return path
 
 
 def moved_run(checkpoint: Path, folder: Path, arguments: Iterable[str]) -> Path | None:
-    """The folder that a run was moved to, if the recipe that it is resumed by still names the one where it was.
+    """The folder that a run was moved to, if the recipe still names its old folder; otherwise None.
 
-    A recipe with another folder than the run's own, or a folder on the command line, is taken at its word: the run goes
-    on there.
+    If the recipe names a folder that was never the run's, or the command line names one, that is followed.
 
     Args:
         checkpoint: The checkpoint to resume from.
@@ -115,25 +116,25 @@ def moved_run(checkpoint: Path, folder: Path, arguments: Iterable[str]) -> Path 
         arguments: The command line.
 
     Raises:
-        ConfigError: if a run lies in either, as when one is a copy of the other; names both.
+        ConfigError: if both folders hold a run, for example because one is a copy; names both.
     """
     here = RunFolder(checkpoint.absolute().parent.parent)
     if not here.masks.is_file() or here.path.resolve() == folder.resolve():
         return None
-    said = any(argument == "--run" or argument.startswith(("--run=", "--run.folder")) for argument in arguments)
-    named = _named_in(here)
-    if said or named is None or (named != folder and named.absolute() != folder.absolute()):
+    on_command_line = any(arg == "--run" or arg.startswith(("--run=", "--run.folder")) for arg in arguments)
+    named = _folder_in_recipe(here)
+    if on_command_line or named is None or (named != folder and named.absolute() != folder.absolute()):
         return None
     if RunFolder(folder).holds_run():
         raise ConfigError(
-            f"the checkpoint {checkpoint} lies in the run folder {here.path}, and the recipe's run folder {folder} "
-            f"holds a run, too. Say which of the two goes on: --run.folder={here.path} or --run.folder={folder}"
+            f"the checkpoint {checkpoint} is in the run folder {here.path}, and the recipe's run folder {folder} also "
+            f"holds a run. Choose which one to resume: --run.folder={here.path} or --run.folder={folder}"
         )
     return here.path
 
 
 def move_paths(settings: Any, old: Path, new: Path) -> Any:
-    """Settings (namespaces, mappings, lists) with every path in a folder led to the one it was moved to."""
+    """Settings (namespaces, mappings, lists) with a moved folder replaced in every path."""
     if isinstance(settings, Namespace):
         return Namespace(**{key: move_paths(value, old, new) for key, value in vars(settings).items()})
     if isinstance(settings, dict):
@@ -145,7 +146,7 @@ def move_paths(settings: Any, old: Path, new: Path) -> Any:
     return settings
 
 
-def _named_in(run: RunFolder) -> Path | None:
+def _folder_in_recipe(run: RunFolder) -> Path | None:
     """The run folder that the recipe in a run folder names."""
     try:
         return Path(yaml.safe_load(run.configuration.read_text(encoding="utf-8"))["run"]["folder"])

@@ -1,4 +1,4 @@
-"""`sparsefit prune --stream`: a model larger than memory is pruned in its files, one block after the other."""
+"""`sparsefit prune --stream` prunes a model larger than memory in its files, one block at a time."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from sparsefit.callbacks.calibration import first_samples
 from sparsefit.callbacks.report_entries import beginning, pruned
 from sparsefit.callbacks.run_folder import RunFolder
 from sparsefit.cli.fit import read_recipe
-from sparsefit.cli.fitting_data import check_data, check_vocabulary
-from sparsefit.cli.parsing import check_recipes
-from sparsefit.cli.quiet import clear_write_errors, quieten
+from sparsefit.cli.input_errors import check_recipes
+from sparsefit.cli.library_output import clear_write_errors, silence_libraries
+from sparsefit.cli.model_data_checks import check_data, check_vocabulary
 from sparsefit.errors import CalibrationError, ConfigError, DivergenceError, MaskError
 from sparsefit.files import replacing
 from sparsefit.machine import peak_memory
@@ -43,17 +43,16 @@ _PRECISIONS = (None, 32, "32", "32-true")
 
 
 def prune_streamed(arguments: list[str]) -> int:
-    """Prune the model of a recipe without ever holding it; what `sparsefit prune` writes, without evaluation."""
-    quieten()
-    arguments = [argument for argument in arguments if argument != STREAM]
+    """Prune the model of a recipe without holding all of it in memory; write what `sparsefit prune` writes."""
+    silence_libraries()
     check_recipes(arguments)
     settings = read_recipe(arguments)
     _check(settings)
     report = RunReport(**settings.run.as_dict())
     folder: RunFolder = report.folder
     folder.check(resuming=False)
-    with clear_write_errors(), _claimed(folder) as run:
-        recipe = {key: value for key, value in settings.as_dict().items() if key != "config"}  # where it was read
+    with clear_write_errors(), _locked(folder) as run:
+        recipe = {key: value for key, value in settings.as_dict().items() if key != "config"}  # the path of the recipe
         text = yaml.safe_dump(recipe, sort_keys=False)
         folder.write_configuration(text)
         _prune(settings, report, run, text)
@@ -62,22 +61,22 @@ def prune_streamed(arguments: list[str]) -> int:
 
 
 def _check(settings: Any) -> None:
-    """See that a recipe asks for nothing that streaming cannot give.
+    """Check that streaming supports the recipe.
 
     Raises:
-        ConfigError: names the setting.
+        ConfigError: if it does not; names the setting.
     """
     package, _, name = settings.model.class_path.rpartition(".")
     if getattr(import_module(package), name) is not CausalLMModule:
         raise ConfigError(f"{STREAM} prunes causal language models (CausalLMModule); model.class_path is {name}")
     if settings.get("data") is None:
-        raise ConfigError("data is missing: it must be given, as there is nothing to calibrate on")
+        raise ConfigError("data is required: without it there is nothing to calibrate on")
     if settings.ckpt_path is not None or settings.resume is not None:
-        raise ConfigError(f"{STREAM} begins anew: a run that has a checkpoint is pruned already")
+        raise ConfigError(f"{STREAM} cannot resume a run: a run with a checkpoint is already pruned")
     if settings.reconstruction.passes:
         raise ConfigError(
             f"{STREAM} does not reconstruct blocks: leave out `reconstruction` (`pruning.reconstruction`, which gives "
-            "kept weights new values by SparseGPT or least squares, can be streamed)"
+            "kept weights new values with SparseGPT or least squares, is supported)"
         )
     check_whole_weights(_config_of(settings), mapped=True)
     precision = settings.trainer.precision
@@ -94,8 +93,8 @@ def _config_of(settings: Any) -> PruningConfig:
 
 
 @contextmanager
-def _claimed(folder: RunFolder) -> Iterator[str]:
-    """The run folder for this process alone; yields the id of the run, and notes in the folder how it ended."""
+def _locked(folder: RunFolder) -> Iterator[str]:
+    """Lock the run folder, yield the id of the run, and record in the folder how the run ended."""
     folder.lock(resuming=False)
     run = uuid4().hex
     try:
@@ -137,25 +136,23 @@ def _prune(settings: Any, report: RunReport, run: str, text: str) -> None:
     if inspection.broken:
         raise MaskError(f"pruned weights are not zero in the files of {folder.base}: {', '.join(inspection.broken)}")
     total = time.monotonic() - start
-    report.report |= _account(result, inspection) | {"seconds": {"total": total, "stages": seconds}}
+    report.report |= _report_entries(result, inspection) | {"seconds": {"total": total, "stages": seconds}}
     report.write()
 
 
 def _calibration(settings: Any, config: PruningConfig, samples: int | None, model: str) -> tuple[Any, list[Any]]:
-    """The data module of a recipe and what it calibrates on: one sample where only the way through the model counts."""
+    """The recipe's data module and its calibration batches: one sample if only a trace of the model is needed."""
     data = instantiate_class((), settings.as_dict())
     if callable(getattr(data, "write_with", None)):
         raise ConfigError(
-            f"{type(data).__name__} has the model write its text, which takes a model in memory: take texts"
+            f"{type(data).__name__} lets the model generate its text, which needs the model in memory: use other data"
         )
     data.prepare_data()
     data.setup("fit")
     check_data(SimpleNamespace(tokenizer=find_tokenizer(model)), data)
     calibrate = getattr(data, "calibration_dataloader", None)
     if not callable(calibrate):
-        raise CalibrationError(
-            f"{type(data).__name__} has no calibration_dataloader(): {STREAM} calibrates on nothing else"
-        )
+        raise CalibrationError(f"{type(data).__name__} has no calibration_dataloader(), which {STREAM} needs")
     wanted = samples if config.needs_inputs else 1
     batches = list(first_samples(calibrate(), wanted))
     available = sum(map(count_samples, batches))
@@ -177,8 +174,8 @@ def _check_finite(weights: MappedWeights) -> None:
         raise DivergenceError(f"the pruned model is not written: {nonfinite_message(broken)}")
 
 
-def _account(result: PruningResult, inspection: Inspection) -> dict[str, Any]:
-    """What the report says of the pruning and of what was counted in the files."""
+def _report_entries(result: PruningResult, inspection: Inspection) -> dict[str, Any]:
+    """Report entries of the pruning and of the zeros counted in the files."""
     needs = result.config.needs_inputs
     account = pruned(result, "the datamodule's calibration_dataloader()" if needs else "nothing: it needs no data")
     asked = {"pattern": result.config.pattern, "asked": result.config.sparsity}

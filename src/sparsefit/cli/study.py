@@ -1,4 +1,4 @@
-"""`sparsefit study`: a grid of prunings over one or more models, from a recipe in YAML."""
+"""`sparsefit study` prunes one or more models at every point of a grid, with a recipe in YAML."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from rich.markup import escape
 
 from sparsefit.callbacks.model_call import ModelCall
 from sparsefit.callbacks.slow_precision import warn_of_slow_precision
-from sparsefit.cli.fitting_data import check_data
-from sparsefit.cli.parsing import PlainErrors, check_recipes, check_seed, check_trainer, trainer_errors
-from sparsefit.cli.quiet import quieten
+from sparsefit.cli.input_errors import PlainErrors, check_recipes, check_seed, check_trainer, trainer_errors
+from sparsefit.cli.library_output import silence_libraries
+from sparsefit.cli.model_data_checks import check_data
 from sparsefit.cli.study_data import StudyData
 from sparsefit.cli.study_folder import StudyFolder
 from sparsefit.cli.study_training import FinetuningSettings, NewTrainer, TrainingSettings, finetune, trained_dense
@@ -40,13 +40,13 @@ _NAME = re.compile(r"[\w.-]+")
 
 
 def run_study(arguments: list[str]) -> int:
-    """Run the study of a recipe; one that was stopped goes on where it was.
+    """Run a recipe's study, or continue it.
 
     Returns:
         The exit status: 1 if a point failed.
     """
-    quieten()
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # each training would say which devices there are
+    silence_libraries()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # each training would log the devices
     check_recipes(arguments)
     parser = _parser()
     settings = parser.parse_args(arguments)
@@ -55,7 +55,7 @@ def run_study(arguments: list[str]) -> int:
     check_trainer(settings.trainer)
     _check_trainer(settings.trainer.as_dict())
     new_trainer = partial(_trainer, settings.trainer.as_dict())
-    with trainer_errors():  # before anything is read
+    with trainer_errors():  # before any data or model is read
         warn_of_slow_precision(new_trainer())
     seed_everything(settings.seed_everything, verbose=False)
     given = parser.instantiate(settings)
@@ -66,13 +66,13 @@ def run_study(arguments: list[str]) -> int:
 
 
 def _run(given: Namespace, folder: StudyFolder, settings: Namespace, config: str, new_trainer: NewTrainer) -> int:
-    """All models of a study, and the report; returns the exit status."""
+    """Study all models, write the report and return the exit status."""
     known = folder.open(config)
-    about = known | _account(settings, config, known)
+    about = known | _report_entries(settings, config, known)
     about["planned"] = len(given.models) * (1 + sum(_rows(given, point) for point in given.grid.points()))
     given.data.prepare_data()
     for stage in ("fit", "test"):
-        # A split drawn here must be the one that Lightning's own call draws before each training.
+        # A random split made here must be the one that Lightning's own call makes before each training.
         seed_everything(settings.seed_everything, verbose=False)
         given.data.setup(stage)
 
@@ -101,7 +101,7 @@ def _rows(given: Namespace, point: Point) -> int:
 def _study_model(
     name: str, given: Namespace, folder: StudyFolder, about: dict[str, Any], new_trainer: NewTrainer
 ) -> None:
-    """All points of one model, which is made, and trained where the recipe says so, for the length of this call."""
+    """Study all points of one model, which exists only during this call; train it first if the recipe requests it."""
     seed, device, points = given.seed_everything, new_trainer().strategy.root_device, given.grid.points()
     seed_everything(seed, verbose=False)
     module = given.models[name]()
@@ -132,13 +132,13 @@ def _study_model(
         tuning.seeds,
     )
     try:
-        study(subject, data, points, results, partial(_tell, about["metrics"]))
+        study(subject, data, points, results, partial(_print_row, about["metrics"]))
     finally:
         _describe(model, subject)
 
 
 def _check_weights(name: str, module: LightningModule, model: dict[str, Any], rows: Sequence[Row]) -> None:
-    """See that a model that has rows is the one that they were measured on."""
+    """Check that existing rows were measured on this model."""
     sha = hashlib.sha256()
     for key, tensor in sorted(module.state_dict().items()):
         sha.update(key.encode())
@@ -149,28 +149,30 @@ def _check_weights(name: str, module: LightningModule, model: dict[str, Any], ro
     if measured and before not in (None, model["digest"]):
         raise ConfigError(
             f"models.{name} has other weights than the model that the study has results of: give the study another "
-            "folder (study.folder), or the model of before"
+            "folder (study.folder), or use the earlier model"
         )
 
 
 class _Parser(PlainErrors, ArgumentParser):
-    """Says what is wrong in one sentence."""
+    """A parser whose errors are one sentence."""
 
 
 def _parser() -> ArgumentParser:
     parser = _Parser(prog="sparsefit study", description=__doc__)
     parser.add_argument("-c", "--config", action="config", help="a recipe in YAML")
-    seeds = "seed of all that is drawn; of several seeds, the first"
+    seeds = "seed of all random numbers; with several seeds, the first one"
     parser.add_argument("--seed_everything", type=int, default=0, help=seeds)
-    parser.add_argument("--study.folder", type=str, required=True, help="where the results go")
+    parser.add_argument("--study.folder", type=str, required=True, help="folder of the results")
     parser.add_argument("--study.name", type=str | None, default=None, help="title; by default the folder's name")
     parser.add_argument(
         "--study.calibration_seeds",
         type=PositiveInt,
         default=1,
-        help="draw the calibration samples with so many seeds: seed_everything and the numbers after it",
+        help="number of seeds to draw calibration samples with: seed_everything and the numbers after it",
     )
-    parser.add_argument("--models", type=dict[str, Callable[[], LightningModule]], required=True, help="by name")
+    parser.add_argument(
+        "--models", type=dict[str, Callable[[], LightningModule]], required=True, help="the models by name"
+    )
     parser.add_subclass_arguments(LightningDataModule, "data", fail_untyped=False, required=True)
     parser.add_class_arguments(Grid, "grid")
     parser.add_class_arguments(TrainingSettings, "training")
@@ -188,26 +190,26 @@ def _trainer(settings: Mapping[str, Any], **others: Any) -> Trainer:
 
 
 def _check_trainer(settings: Mapping[str, Any]) -> None:
-    """See that each training can have a trainer of its own by these settings.
+    """Check that each training can have its own trainer with these settings.
 
     Raises:
-        ConfigError: for objects, which trainings would share, and for what does not reach a study's evaluation.
+        ConfigError: for objects, which trainings would share, and for settings that a study's evaluation ignores.
     """
     for name, value in settings.items():
-        if (name == "callbacks" and value) or any(isinstance(v, Mapping) for v in _listed(value)):
+        if (name == "callbacks" and value) or any(isinstance(v, Mapping) for v in _as_list(value)):
             raise ConfigError(
-                f"a study makes a trainer for each training and takes no trainer.{name}: leave it out; one training "
-                "with callbacks and plugins of your own is `sparsefit fit`"
+                f"a study creates a trainer for each training and does not support trainer.{name}: leave it out; use "
+                "`sparsefit fit` for one training with your own callbacks and plugins"
             )
     for name in ("fast_dev_run", "limit_test_batches", "limit_predict_batches"):
         if settings.get(name):
             raise ConfigError(
-                f"a study evaluates by itself and takes no trainer.{name}: leave it out, and give the data fewer "
-                "images or windows (such as data.init_args.test_images) or the grid fewer points"
+                f"a study has its own evaluation and does not support trainer.{name}: leave it out, and give the data "
+                "fewer images or windows (such as data.init_args.test_images) or the grid fewer points"
             )
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
@@ -215,13 +217,14 @@ def _check_names(models: Mapping[str, Any]) -> None:
     wrong = [name for name in models if not isinstance(name, str) or not _NAME.fullmatch(name)]
     if wrong or not models:
         raise ConfigError(
-            f"models: {wrong[0]!r} is no name for a file: use letters, digits, '.', '-' and '_'"
+            f"models: {wrong[0]!r} cannot be a file name: use letters, digits, '.', '-' and '_'"
             if wrong
-            else "the study has no models: give at least one under `models`, by a name of your own"
+            else "the study has no models: give at least one under `models`, with a name of your choice"
         )
 
 
-def _account(settings: Namespace, config: str, known: Mapping[str, Any]) -> dict[str, Any]:
+def _report_entries(settings: Namespace, config: str, known: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of study.json about the study as a whole."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {
         "status": "running",
@@ -238,26 +241,26 @@ def _account(settings: Namespace, config: str, known: Mapping[str, Any]) -> dict
 
 
 def _check_measures(name: str, module: LightningModule, about: dict[str, Any]) -> None:
-    """See that a model can be measured, by what the study's other models are measured by."""
+    """Check that a model has the metrics of the study's other models."""
     metrics = getattr(module, "metrics", None)
     named = isinstance(metrics, Mapping) and metrics and set(metrics.values()) <= {"higher", "lower"}
     if not named or not callable(getattr(module, "evaluate", None)):
         raise ConfigError(
             f"models.{name}: {type(module).__name__} has no `metrics` (name to 'higher' or 'lower') and "
-            "`evaluate(batches)`, by which a study measures it; see CausalLMModule and ImageClassifierModule"
+            "`evaluate(batches)`, with which a study measures it; see CausalLMModule and ImageClassifierModule"
         )
     metrics = dict(metrics)
     if about.setdefault("metrics", metrics) != metrics:
         raise ConfigError(
             f"models.{name} measures {sorted(metrics)} and the study's other models {sorted(about['metrics'])}: "
-            "study them apart"
+            "use a study for each"
         )
 
 
-def _tell(metrics: Mapping[str, str], row: Mapping[str, Any]) -> None:
+def _print_row(metrics: Mapping[str, str], row: Mapping[str, Any]) -> None:
     share, order = row["pattern"] or f"{row['sparsity']:g}", "" if row["update"] == "none" else row["update"]
-    what = " ".join(part for part in (row["score"], row["granularity"], share, order) if part)
-    stage = row["stage"] if row["stage"] == "dense" else f"{what} {row['stage']}"
+    setting = " ".join(part for part in (row["score"], row["granularity"], share, order) if part)
+    stage = row["stage"] if row["stage"] == "dense" else f"{setting} {row['stage']}"
     seed = row["training_seed" if row["stage"] == "finetuned" else "calibration_seed"]
     stage += f", seed {seed}" if seed else ""
     found = row.get("error") or ", ".join(f"{name} {row[name]:.4g}" for name in metrics)
@@ -265,7 +268,7 @@ def _tell(metrics: Mapping[str, str], row: Mapping[str, Any]) -> None:
 
 
 def _describe(model: dict[str, Any], subject: Subject) -> None:
-    """What a study has learned of a model; of a study that goes on, what was known before stays."""
+    """Fill a model's entries in study.json; a continued study keeps earlier values."""
     model["class"] = type(getattr(subject.module, "model", subject.module)).__name__
     model["parameters"] = sum(parameter.numel() for parameter in subject.module.parameters())
     model["prunable"] = subject.prunable or model.get("prunable")

@@ -1,4 +1,4 @@
-"""A datamodule as a study reads it: again and again, without a Trainer, and the same each time for the same seed."""
+"""Batches of a datamodule, repeatable for each seed, without a Trainer."""
 
 from __future__ import annotations
 
@@ -14,46 +14,46 @@ from sparsefit.errors import ConfigError
 
 
 class StudyData:
-    """Batches on the device, as Lightning's transfer hooks of the datamodule or the module make them.
+    """Batches on the device, moved there by the transfer hooks of the datamodule or the module.
 
     Args:
         data: The datamodule, set up.
-        module: What the batches are for.
-        device: Where it is.
-        seed: The first seed, with which the datamodule is as it was given.
+        module: The module that gets the batches.
+        device: The module's device.
+        seed: The first seed, for which the datamodule is used unchanged.
     """
 
     def __init__(self, data: LightningDataModule, module: LightningModule, device: torch.device, seed: int) -> None:
         self.data, self._module, self._device, self._seed = data, module, device, seed
 
     def check(self, trains: bool, calibrates: bool) -> None:
-        """See that there is what a study reads.
+        """Check that the datamodule has the data that a study reads.
 
         Raises:
-            ConfigError: if the datamodule has no test data, or no training or calibration data where they are needed.
+            ConfigError: if test data, or needed training or calibration data, are missing.
         """
         kind = type(self.data).__name__
         if trains and not is_overridden("train_dataloader", self.data):
             raise ConfigError(f"{kind} has no train_dataloader(), and the study trains: add one, or set epochs to 0")
         if not is_overridden("test_dataloader", self.data):
-            raise ConfigError(f"{kind} has no test_dataloader(), on which a study measures its models: add one")
+            raise ConfigError(f"{kind} has no test_dataloader(), which a study needs to measure its models: add one")
         if calibrates and not callable(getattr(self.data, "calibration_dataloader", None)):
             raise ConfigError(
-                f"{kind} has no calibration_dataloader(): add one that gives some 128 to 4,096 training samples, "
+                f"{kind} has no calibration_dataloader(): add one that gives about 128 to 4,096 training samples, "
                 "prepared as for evaluation, or study scores that need no data, such as magnitude"
             )
 
     def calibration_dataloader(self, seed: int) -> Iterator[Any]:
-        """The calibration batches of a seed, the same each time."""
+        """The calibration batches of a seed, the same in each call."""
         return self._batches(self.data.calibration_dataloader, seed)
 
     def test_dataloader(self) -> Iterator[Any]:
-        """The test batches, the same each time."""
+        """The test batches, the same in each call."""
         return self._batches(self.data.test_dataloader, self._seed)
 
     @contextmanager
     def seeded(self, seed: int) -> Iterator[None]:
-        """The datamodule meanwhile with its own `hparams.seed`, where it has one, moved as far as the first seed is."""
+        """Temporarily shift `hparams.seed`, if there is one, by the seed's distance from the first."""
         own = self.data.hparams.get("seed")
         if isinstance(own, int):
             self.data.hparams["seed"] = own + seed - self._seed

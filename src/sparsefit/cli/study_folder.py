@@ -1,4 +1,4 @@
-"""The folder of a study: its table, its report, the models trained for it."""
+"""The folder of a study: its table, its report, and the models trained for it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from sparsefit.reporting.study_tables import summary_csv
 from sparsefit.study.results import Results, Row
 
 _TIMED = ("selection", "evaluation", "finetuning")
-# What may change where a study goes on: which points there are, and what has no part in a figure.
-_OPEN = {
+# Settings that may change in a continued study: they select the points, or have no effect on results.
+_MAY_CHANGE = {
     "grid": {"scores", "granularities", "sparsities", "patterns", "updates"},
     "data": {"init_args.num_workers", "init_args.evaluation_batch_size", "init_args.calibration_batch_size"},
     "finetuning": {"epochs", "sparsities", "scores", "granularities", "seeds"},
@@ -31,11 +31,11 @@ _OPEN = {
 
 
 class StudyFolder:
-    """Where a study keeps what it has found: `results.csv` (a row for each run), `summary.csv` (means
-    over seeds), `study.json`, `study.html`, `figures/`, `models/`.
+    """The files of a study: `results.csv` (a row for each run), `summary.csv` (means over seeds), `study.json`,
+    `study.html`, `figures/`, `models/`.
 
     Args:
-        path: The folder; new, empty, or of this study.
+        path: The folder: new, empty, or of this study.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,10 +46,10 @@ class StudyFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """The folder for this study alone meanwhile.
+        """Lock the folder, so that no other process uses it.
 
         Raises:
-            RunFolderError: If another study runs in it, it holds something else, or it cannot be made.
+            RunFolderError: if another study uses it, it holds other files, or it cannot be created.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -70,29 +70,29 @@ class StudyFolder:
                 lock.release()
 
     def model_file(self, name: str) -> Path:
-        """Where the dense weights of a model that was trained for the study are."""
+        """File of a trained model's dense weights."""
         return self.path / "models" / f"{name}.safetensors"
 
     def results(self, metrics: Iterable[str]) -> Results:
-        """The table, one for all models, for what they measure."""
+        """The table of all models, with these metrics."""
         if self._results is None:
             self._results = Results(self.table, metrics)
         return self._results
 
     @property
     def rows(self) -> list[Row]:
-        """The rows of the table, as far as it has been opened."""
+        """The rows of the table; none before `results` was called."""
         return [] if self._results is None else self._results.rows
 
     def open(self, config: str) -> dict[str, Any]:
-        """What is known of the study so far; nothing where it is new, or has come to nothing.
+        """Read the saved study; without models if it is new.
 
         Args:
-            config: Its settings now, as YAML.
+            config: The current settings, as YAML.
 
         Raises:
-            RunFolderError: If what it holds is damaged.
-            ConfigError: If it holds a study of other data or trainings, before anything is changed.
+            RunFolderError: if its files are damaged.
+            ConfigError: if it was made with other data or trainings. Nothing is changed then.
         """
         if self.json.exists():
             self._before = self._read()
@@ -105,10 +105,10 @@ class StudyFolder:
         tunes = [_epochs(config, "finetuning") for config in (before, now)]
         compared = ["seed_everything", "data", "grid", "training"]
         compared += ["finetuning"] * all(tunes) + ["trainer"] * all(trains)
-        check_same(_deciding(before, compared), _deciding(now, compared), "", self.path)
+        check_same_settings(_determining(before, compared), _determining(now, compared), "", self.path)
         for name, model in (self._before.get("models") or {}).items():
-            if name in now["models"] and "settings" in model:  # they made what there is of it
-                check_same(model["settings"], now["models"][name], f"models.{name}", self.path)
+            if name in now["models"] and "settings" in model:  # its results were made with these settings
+                check_same_settings(model["settings"], now["models"][name], f"models.{name}", self.path)
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -119,7 +119,7 @@ class StudyFolder:
             ) from error
 
     def write(self, about: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-        """Write the report, with the seconds of now added to those of before; returns all that it tells of."""
+        """Write the report, adding this process's seconds; return its entries."""
         rows = self.rows
         spent = {stage: sum(row[f"{stage}_seconds"] or 0.0 for row in rows) for stage in _TIMED}
         for kind in ("calibration", "training"):
@@ -136,18 +136,18 @@ class StudyFolder:
         return whole
 
 
-def check_same(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str, path: Path) -> None:
-    """See that settings are those of a study's earlier rows.
+def check_same_settings(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str, path: Path) -> None:
+    """Check that the settings are those of a study's earlier rows.
 
     Raises:
-        ConfigError: naming the first one that is not, its values, and the way out.
+        ConfigError: for the first setting that differs, with both values.
     """
     was, is_now = dict(_leaves(before, prefix)), dict(_leaves(now, prefix))
     for name in {**was, **is_now}:
         if was.get(name) != is_now.get(name):
             raise ConfigError(
-                f"{path} holds a study with {name} {was.get(name)!r}, and now it is {is_now.get(name)!r}: results of "
-                "both must not be mixed. Give the study another folder (study.folder), or the setting of before"
+                f"{path} holds a study with {name} {was.get(name)!r}, and now it is {is_now.get(name)!r}: their "
+                "results must not be mixed. Give the study another folder (study.folder), or use the earlier setting"
             )
 
 
@@ -155,13 +155,13 @@ def _epochs(config: Mapping[str, Any], part: str) -> int:
     return (config.get(part) or {}).get("epochs", 0)
 
 
-def _deciding(config: Mapping[str, Any], sections: Iterable[str]) -> dict[str, Any]:
-    """The settings that rows rest on, by their whole names; those of each model apart."""
+def _determining(config: Mapping[str, Any], sections: Iterable[str]) -> dict[str, Any]:
+    """The settings that determine the rows, by their full names, without those of the models."""
     return {
         name: value
         for section in sections
         for name, value in _leaves(config.get(section), section)
-        if name.removeprefix(f"{section}.") not in _OPEN.get(section, ())
+        if name.removeprefix(f"{section}.") not in _MAY_CHANGE.get(section, ())
     }
 
 

@@ -1,4 +1,4 @@
-"""The trainings of a study: of a dense model on the spot, and of pruned ones with their masks fixed."""
+"""The trainings of a study: of the dense model, and of pruned models with fixed masks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 
 from sparsefit.callbacks import GPUHourBudget, WandaPruning
-from sparsefit.cli.quiet import interrupts
+from sparsefit.cli.library_output import interrupts
 from sparsefit.cli.study_data import StudyData
 from sparsefit.errors import ConfigError, RunFolderError
 from sparsefit.pruning import MaskSet
@@ -23,7 +23,7 @@ from sparsefit.settings import number
 from sparsefit.study import Point
 
 NewTrainer = Callable[..., Trainer]
-_NO_LIMIT = 1e6  # GPU-hours: the rate falls with the steps alone
+_NO_LIMIT = 1e6  # GPU-hours, so many that the learning rate depends only on the steps
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class TrainingSettings:
     """A training within a study. The learning rate falls linearly to zero at its end.
 
     Args:
-        epochs: Of the training data; 0 trains nothing.
-        learning_rate: Of all parameter groups; None is what the module's optimizer starts with.
+        epochs: Epochs of the training data; 0 trains nothing.
+        learning_rate: Learning rate of all parameter groups; None keeps that of the module's optimizer.
         warmup_steps: Optimizer steps in which the rate rises.
     """
 
@@ -49,17 +49,18 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class FinetuningSettings(TrainingSettings):
-    """Fine-tuning of pruned models, all points of the grid or some. The rate falls linearly to zero at its end.
+    """Fine-tuning of the pruned models of all or some grid points. The rate falls linearly to zero at its end.
 
     Args:
-        epochs: Of the training data; 0 trains nothing.
-        learning_rate: Of all parameter groups; None is what the module's optimizer starts with.
+        epochs: Epochs of the training data; 0 trains nothing.
+        learning_rate: Learning rate of all parameter groups; None keeps that of the module's optimizer.
         warmup_steps: Optimizer steps in which the rate rises.
-        sparsities: Only points of these are fine-tuned; a pattern's is its share of zeros. None: all.
-        scores: Only points of these are fine-tuned; None: all.
-        granularities: Only points of these are fine-tuned, and patterns; None: all.
-        seeds: Each point is fine-tuned with so many seeds: seed_everything and the numbers after it. They decide the
-            order of the training data and all else that is drawn. The pruned model is that of the first calibration.
+        sparsities: Fine-tune only points with these sparsities; a pattern's is its share of zeros. None: all.
+        scores: Fine-tune only points with these scores; None: all.
+        granularities: Fine-tune only points with these granularities, and patterns; None: all.
+        seeds: Number of seeds with which each point is fine-tuned: seed_everything and the numbers after it. They
+            determine the order of the training data and all other random numbers. The pruned model is always that of
+            the first calibration seed.
     """
 
     sparsities: list[float] | None = None
@@ -70,19 +71,19 @@ class FinetuningSettings(TrainingSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.seeds < 1:
-            raise ConfigError(f"finetuning.seeds is {self.seeds}: give how many seeds to fine-tune with, at least 1")
+            raise ConfigError(f"finetuning.seeds is {self.seeds}: it must be at least 1")
 
     def check(self, points: Iterable[Point]) -> None:
-        """See that what is to be fine-tuned is in the grid.
+        """Check that some grid point is fine-tuned.
 
         Raises:
-            ConfigError: if no point is.
+            ConfigError: if none is.
         """
         if self.epochs and not any(map(self.takes, points)):
             raise ConfigError(
-                f"finetuning takes no point of the grid (sparsities {self.sparsities}, scores {self.scores}, "
-                f"granularities {self.granularities}): give values of the grid, granularities by the names that the "
-                "results have, or leave them out"
+                f"finetuning selects no point of the grid (sparsities {self.sparsities}, scores {self.scores}, "
+                f"granularities {self.granularities}): give values of the grid, with granularities named as in the "
+                "results, or leave them out"
             )
 
     def takes(self, point: Point) -> bool:
@@ -94,13 +95,13 @@ class FinetuningSettings(TrainingSettings):
 
 
 class StartRate(Callback):
-    """Sets the learning rate that optimizers start with."""
+    """Sets the initial learning rate of the optimizers."""
 
     def __init__(self, rate: float) -> None:
         self.rate = rate
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set it before the first step."""
+        """Set the rate before the first step."""
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.rate
@@ -114,14 +115,14 @@ def trained_dense(
     new_trainer: NewTrainer,
     seed: int,
 ) -> dict[str, Any] | None:
-    """Train a module from where it is, or take what an earlier training of the study left in a file.
+    """Train a module from its current weights, or load the weights of the study's earlier training.
 
     Returns:
-        What the training took; None where nothing was trained now.
+        The epochs and seconds of the training; None if there was none now.
 
     Raises:
-        RunFolderError: If the file is damaged.
-        DivergenceError: If the model has diverged.
+        RunFolderError: if the file is damaged.
+        DivergenceError: if the model has diverged.
     """
     if settings.epochs == 0:
         return None
@@ -151,7 +152,7 @@ def finetune(
     masks: MaskSet,
     seed: int,
 ) -> None:
-    """Train a pruned module with its masks fixed."""
+    """Train a pruned module with fixed masks."""
     pruned = WandaPruning()
     pruned.masks = masks
     with data.seeded(seed):
@@ -167,7 +168,7 @@ def _fit(
     seed: int,
     callbacks: list[Callback],
 ) -> float:
-    """Seconds that it took."""
+    """Train, and return the seconds."""
     start = time.perf_counter()
     seed_everything(seed, verbose=False)
     rate = [] if settings.learning_rate is None else [StartRate(settings.learning_rate)]

@@ -104,8 +104,12 @@ class EmbeddingModule(MeasuredModule):
         return 1 - F.cosine_similarity(student, taught, dim=-1).mean()
 
     def predict_step(self, batch: Batch, batch_idx: int = 0) -> Tensor:
-        """The embeddings of a batch's texts, which is also the calibration pass; labels are ignored."""
+        """The embeddings of a batch's texts; labels are ignored."""
         return self.embed(inputs_of(batch))
+
+    def calibration_step(self, batch: Batch) -> dict[str, Tensor]:
+        """The calibration pass. Named, as a plain tensor might be taken for logits."""
+        return {"embeddings": self.embed(inputs_of(batch))}
 
     def _cosines(self, embedded: Tensor) -> Tensor:
         if embedded.ndim != 3 or embedded.shape[1] != 2:

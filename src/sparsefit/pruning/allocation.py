@@ -134,7 +134,8 @@ def by_change(
 
     Args:
         sizes: The number of weights of each matrix.
-        changes: For each matrix the curve of its `fisher.Sensitivity`, (points,) ascending.
+        changes: For each matrix the curve of its `fisher.Sensitivity`, (points,) ascending. Matrices without one lose
+            the same share.
         sparsity: Of all weights together; floor(sparsity * all weights) are removed.
         spread: How far a matrix's sparsity may lie from it.
 
@@ -142,12 +143,15 @@ def by_change(
     >>> by_change({"a": 8, "b": 8}, {"a": low, "b": high}, Fraction(1, 2), spread=0.5)
     {'a': 6, 'b': 2}
     """
-    total, spread = floor(sum(sizes.values()) * sparsity), Fraction(str(spread))
+    unknown = uniform({name: size for name, size in sizes.items() if name not in changes}, sparsity)
+    if not changes:
+        return unknown
+    total, spread = floor(sum(sizes.values()) * sparsity) - sum(unknown.values()), Fraction(str(spread))
     least, most = max(Fraction(0), sparsity - spread), min(Fraction(1), sparsity + spread)
 
     def removed(level: Tensor | None) -> dict[str, Fraction]:
         reached = {n: 0 if level is None else int(torch.searchsorted(c, level, right=True)) for n, c in changes.items()}
-        return {n: sizes[n] * min(most, max(least, Fraction(reached[n], len(changes[n])))) for n in sizes}
+        return {n: sizes[n] * min(most, max(least, Fraction(reached[n], len(changes[n])))) for n in changes}
 
     levels: list[Tensor | None] = [None, *torch.cat(list(changes.values())).unique()]
     # The first level at which at least the total is removed.
@@ -155,7 +159,9 @@ def by_change(
     below, above = removed(levels[place - 1]), removed(levels[place])
     step = sum(above.values()) - sum(below.values())
     part = (total - sum(below.values())) / step if step else 0
-    return _rounded({name: below[name] + part * (above[name] - below[name]) for name in sizes}, sizes, total)
+    shares = {name: below[name] + part * (above[name] - below[name]) for name in changes}
+    counts = unknown | _rounded(shares, sizes, total)
+    return {name: counts[name] for name in sizes}
 
 
 def outlier_share(scores: list[Tensor], threshold: float = 5.0) -> float:

@@ -141,7 +141,6 @@ def capture_calls(
     exactly those that the model prepares for each block, at the cost of computing one block.
 
     Args:
-        blocks: The list.
         forward: Runs the model on one micro-batch.
         to_the_end: Compute every block and whatever follows the last one, to check that the blocks can be run one by
             one.

@@ -143,7 +143,7 @@ class PruningConfig:
                 raise ConfigError(f"unknown {name} {getattr(self, name)!r}; the choices are {known}")
         _check_device(self.device)
         own = SCORES[self.score].granularity
-        if self.allocation == "fisher" and own == "output":
+        if self.allocation == "fisher" and own == "output" and SCORES[self.score].degree is not None:
             own = "layer"  # whose rows are scaled to be comparable
         granularity = Granularity.parse(own if self.granularity is None else self.granularity)
         pattern = None if self.pattern is None else Pattern.parse(self.pattern)
@@ -292,13 +292,9 @@ def layer_name(weight_name: str) -> str:
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    r"""Whether a layer's name matches one of the patterns.
-
-    Args:
-        name: The layer's name.
-        patterns: Each is one or more consecutive parts of a name, which matches a layer ("q_proj", "mlp.down_proj") or
-            everything in a module ("vision_tower", "layers.0"); or a glob ("*.experts.*", "layers.[0-3].*"); or, after
-            "re:", a regular expression that is searched for in the name.
+    r"""Whether a layer's name matches one of the patterns: consecutive parts of a name, which match a layer ("q_proj",
+    "mlp.down_proj") or everything in a module ("vision_tower", "layers.0"); a glob ("*.experts.*", "layers.[0-3].*");
+    or, after "re:", a regular expression that is searched for in the name.
 
     >>> matches("model.layers.0.q_proj", ["q_proj"]), matches("model.layers.0.q_proj", ["proj"])
     (True, False)

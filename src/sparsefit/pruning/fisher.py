@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from math import floor
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from math import ceil, floor, isfinite
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsefit.calibration.batches import Forward, MicroBatch, digest
-from sparsefit.calibration.samples import split_samples, tensors_in
+from sparsefit.calibration.batches import Forward, MicroBatch
+from sparsefit.calibration.samples import split_samples
 from sparsefit.errors import CalibrationError, ConfigError
 from sparsefit.pruning.config import PruningConfig
 from sparsefit.pruning.gram import precise_dtype
 from sparsefit.pruning.input_groups import Part
 from sparsefit.pruning.layers.base import PrunableWeight, as_matrix, is_dense
+from sparsefit.pruning.predictions import labels_seed, logits_of
 from sparsefit.pruning.scores import wanda_score
 from sparsefit.pruning.selection import mask_of_smallest
 from sparsefit.pruning.statistics import all_finite
-from sparsefit.ranks import add_up, errors_on_all_ranks
+from sparsefit.ranks import errors_on_all_ranks, from_all
 
 POINTS = 1000  # of the curve of a matrix
+NOT_FINITE = "{} for a calibration sample are NaN or infinite: look at the model and the calibration data"
 
 
 class Change(NamedTuple):
@@ -48,7 +51,9 @@ def sensitivities(
     forward: Forward,
     step: Callable[[], None] = lambda: None,
 ) -> dict[str, Sensitivity]:
-    """Measure the sensitivity of each matrix, where each row has lost its share of the smallest Wanda scores.
+    """Measure the sensitivity of each matrix, where each row has lost its share of the smallest Wanda scores; weights
+    that are zero already do not count. Matrices of which nothing can be measured are left out: no gradient of the
+    predictions reaches them, or no input.
 
     Args:
         weights: The weights.
@@ -71,18 +76,25 @@ def sensitivities(
         matrix = weight.matrix()
         return torch.cat([wanda_score(matrix[rows], own["squared_norm"]).scores() for rows, own in parts[weight.name]])
 
+    seen = [weight for weight in weights if parts[weight.name]]
     removed = {}
-    for weight in weights:
-        count = max(1, floor(weight.shape[1] * config.exact_sparsity))
-        removed[weight.name] = ~mask_of_smallest(scores(weight), count)
-    changes = prediction_changes(weights, removed, data, forward, step)
-    return {w.name: sensitivity(scores(w).square_(), removed[w.name], changes[w.name]) for w in weights}
+    for weight in seen:
+        zeros = weight.matrix() == 0
+        filled = ceil((zeros.numel() - int(zeros.sum())) / len(zeros))  # of a row
+        count = max(1, floor(filled * config.exact_sparsity))
+        removed[weight.name] = ~mask_of_smallest(scores(weight).masked_fill_(zeros, torch.inf), count)
+    changes = prediction_changes(seen, removed, data, forward, step)
+    found = {
+        w.name: sensitivity(scores(w).square_(), removed[w.name], changes[w.name]) for w in seen if w.name in changes
+    }
+    return {name: own for name, own in found.items() if own is not None}
 
 
-def sensitivity(squared_scores: Tensor, removed: Tensor, change: Change) -> Sensitivity:
-    """The sensitivity of a matrix. The change is taken to grow as the sum of the squared scores that are removed, each
-    weighted by what a row's removed scores have changed: half of it that of the row, half the mean of the matrix, as a
-    row's own is estimated from few samples.
+def sensitivity(squared_scores: Tensor, removed: Tensor, change: Change) -> Sensitivity | None:
+    """The sensitivity of a matrix; None if the removed weights do not change its outputs. The change of the
+    predictions is taken to grow as the sum of the squared scores that are removed, each weighted by what a row's
+    removed scores have changed: half of it that of the row, half the mean of the matrix, as a row's own is estimated
+    from few samples.
 
     Args:
         squared_scores: (out, in): the squared change of an output by the removal of one weight (Wanda's score squared).
@@ -96,13 +108,16 @@ def sensitivity(squared_scores: Tensor, removed: Tensor, change: Change) -> Sens
     """
     precise = precise_dtype(squared_scores.device)
     lost = (squared_scores * removed).sum(1, dtype=precise)
+    whole = float(lost.sum())
+    if not whole:
+        return None
     rows = change.rows.to(lost)
     ratios = torch.where(lost > 0, rows / lost, 0) * (lost.sum() / rows.sum())
     weights = ((ratios + 1) / 2).nan_to_num(1.0, 1.0).float()  # without any change all rows are alike
     ordered = (squared_scores * weights[:, None]).flatten().sort().values
-    places = (torch.arange(min(len(ordered), POINTS)) + 0.5) * (len(ordered) / min(len(ordered), POINTS))
-    whole = float(lost.sum())
-    curve = ordered[places.long().to(ordered.device)].cpu().double() * (change.whole / whole if whole else 0.0)
+    points = min(len(ordered), POINTS)
+    places = (2 * torch.arange(points, device=ordered.device) + 1) * len(ordered) // (2 * points)
+    curve = ordered[places].cpu().double() * (change.whole / whole)
     return Sensitivity(curve, weights.sqrt())
 
 
@@ -113,7 +128,8 @@ def prediction_changes(
     forward: Forward,
     step: Callable[[], None] = lambda: None,
 ) -> dict[str, Change]:
-    """The change of a model's predictions when one matrix is pruned, for each matrix and each of its rows alone.
+    """The change of a model's predictions when one matrix is pruned, for each matrix that a gradient of the predictions
+    reaches, and for each of its rows alone.
 
     It is the Kullback-Leibler divergence from the dense model's predictions to second order, in nats per prediction:
     half the mean of (g . w)^2, where w are the removed weights and g is the gradient of the log-probability of labels
@@ -129,7 +145,7 @@ def prediction_changes(
 
     Raises:
         ConfigError: if the model returns no logits, or no gradient reaches them.
-        CalibrationError: if logits are not finite.
+        CalibrationError: if logits or gradients are not finite.
 
     >>> from sparsefit.pruning.layers import matrices_of
     >>> layer, data = nn.Linear(2, 3), [MicroBatch(torch.tensor([[3.0, 0.0]]), origin=(0,))]
@@ -140,70 +156,57 @@ def prediction_changes(
     >>> first["weight"].whole > 0.0, second["weight"].whole  # the second input is 0
     (True, 0.0)
     """
-    squares = {w.name: torch.zeros(1 + w.shape[0], dtype=precise_dtype(w.device), device=w.device) for w in weights}
+    # Of each matrix: how many gradients came, the squared change by the whole matrix, and those by its rows.
+    squares = {w.name: torch.zeros(2 + w.shape[0], dtype=precise_dtype(w.device), device=w.device) for w in weights}
 
     def square(weight: PrunableWeight, gradient: Tensor) -> None:
         change = as_matrix(gradient, weight.transposed, weight.index).float() * weight.matrix()
         rows = change.mul_(removed[weight.name]).sum(1, dtype=precise_dtype(weight.device))
-        squares[weight.name] += torch.cat([rows.sum().view(1), rows]).square_()
+        squares[weight.name] += torch.cat([rows.new_ones(1), rows.sum().view(1), rows]).square_()
 
     predictions = torch.zeros((), dtype=torch.float64)
     gradients = _gradients_to(weights, square)
-    with errors_on_all_ranks(), gradients as parameters, torch.enable_grad(), _without_cached_casts():
+    with errors_on_all_ranks(), gradients as parameters, torch.enable_grad():
         for batch in data:
             for sample, mask in _samples(batch):
-                logits = logits_of(forward(sample), mask)
+                logits = logits_of(forward(sample), mask, sample)
                 if not all_finite(logits):
-                    raise CalibrationError(
-                        "the dense model's logits for a calibration sample are NaN or infinite: look at the model and "
-                        "the calibration data"
-                    )
-                # A sample has the same labels in every order of the data, on every rank and with or without targets.
-                seed = int(digest(next(tensors_in(sample), None))[:15], 16)
-                generator = torch.Generator(logits.device).manual_seed(seed)
+                    raise CalibrationError(NOT_FINITE.format("the dense model's logits"))
+                generator = torch.Generator(logits.device).manual_seed(labels_seed(sample))
                 labels = logits.detach().softmax(1).multinomial(1, generator=generator).squeeze(1)
-                F.cross_entropy(logits, labels, reduction="sum").backward(inputs=parameters)
+                loss = F.cross_entropy(logits, labels, reduction="sum")
+                torch.autograd.grad(loss, parameters, allow_unused=True)
                 predictions += len(logits)
             step()
     sums = torch.cat([predictions.view(1), *(total.cpu().double() for total in squares.values())])
-    add_up(sums)
+    sums = torch.stack(from_all(sums)).sum(0)
     # Rounded, so that the order of additions, which depends on the ranks, does not change what is made of them.
     means = (sums[1:] / (2 * sums[0])).to(torch.bfloat16).double().split([len(total) for total in squares.values()])
-    return {name: Change(float(found[0]), found[1:]) for name, found in zip(squares, means, strict=True)}
-
-
-def logits_of(output: Any, mask: Tensor | None = None) -> Tensor:
-    """The logits in the output of a model, (predictions, classes) float32: its `logits`, (batch, classes) or (batch,
-    positions, classes), or the output itself, (batch, classes). A tensor of three dimensions may be hidden states or
-    embeddings, and is not taken for logits. `mask`, (batch, positions) bool, says which positions count.
-
-    Raises:
-        ConfigError: if there are none, or they have no gradient.
-
-    >>> logits_of({"logits": torch.zeros(2, 3, 5, requires_grad=True)}).shape
-    torch.Size([6, 5])
-    """
-    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    found = output if found is None and isinstance(output, Tensor) and output.ndim == 2 else found
-    is_logits = isinstance(found, Tensor) and found.ndim in (2, 3) and found.is_floating_point() and found.shape[-1] > 1
-    if not is_logits or not found.requires_grad:
-        shape = f"a tensor {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+    changes = {n: Change(float(mean[1]), mean[2:]) for n, mean in zip(squares, means, strict=True) if mean[0] != 0}
+    if weights and not changes:
         raise ConfigError(
-            "allocation 'fisher' needs the logits of the model's predictions, with a gradient: `logits`, (batch, "
-            "classes) or (batch, positions, classes), in the model's output, or a tensor (batch, classes). Calibration "
-            f"runs the model and gets {shape}{' without a gradient' if is_logits else ''}: use allocation 'owl', or "
-            "run the model so that it returns logits (a LightningModule by a calibration_step(batch))"
+            "allocation 'fisher' needs gradients, and none of the logits reaches a weight that is pruned: if the model "
+            "runs them under torch.no_grad(), let it not, or use allocation 'owl'"
         )
-    counted = found[mask.to(found.device)] if mask is not None and mask.shape == found.shape[:-1] else found
-    return counted.float().flatten(0, -2)
+    for name, change in changes.items():
+        if not (isfinite(change.whole) and all_finite(change.rows)):
+            raise CalibrationError(NOT_FINITE.format(f"the gradients of {name}"))
+    return changes
 
 
-def check_gradients(weights: Iterable[PrunableWeight]) -> None:
-    """Raise a `ConfigError` if a weight is quantized.
+def check_gradients(model: nn.Module, weights: Iterable[PrunableWeight]) -> None:
+    """Raise a `ConfigError` if a weight is quantized, or the model does not predict one of several classes.
 
     >>> from sparsefit.pruning.layers import matrices_of
-    >>> check_gradients(matrices_of(nn.Linear(2, 3)))
+    >>> check_gradients(layer := nn.Linear(2, 3), matrices_of(layer))
     """
+    for module in model.modules():
+        problem = getattr(getattr(module, "config", None), "problem_type", None)
+        if problem in ("regression", "multi_label_classification"):
+            raise ConfigError(
+                "allocation 'fisher' draws one of several classes from the model's predictions, and the problem_type "
+                f"of {type(module).__name__} is {problem}: use allocation 'owl'"
+            )
     for weight in weights:
         if not is_dense(weight.parameter):
             raise ConfigError(
@@ -222,41 +225,23 @@ def _samples(batch: MicroBatch) -> Iterator[tuple[Any, Tensor | None]]:
 def _gradients_to(
     weights: Sequence[PrunableWeight], take: Callable[[PrunableWeight, Tensor], None]
 ) -> Iterator[list[nn.Parameter]]:
-    """Call `take` with each weight and the gradient of its parameter, which is then freed, in each backward pass with
-    `inputs` the yielded parameters. Gradients that there were before, and what requires one, are restored at the end.
+    """Call `take` with each weight and the gradient of its parameter, which is then freed, whenever
+    `torch.autograd.grad` reaches one of the yielded parameters. No gradient is accumulated, so neither `.grad` changes
+    nor does a hook run that waits for it (of DDP, or an optimizer step in the backward pass). What requires a gradient
+    is restored at the end.
     """
     users: dict[nn.Parameter, list[PrunableWeight]] = {}
     for weight in weights:
         users.setdefault(weight.parameter, []).append(weight)
 
-    def taken(parameter: nn.Parameter) -> None:
-        gradient, parameter.grad = parameter.grad, None
+    def taken(own: list[PrunableWeight], gradient: Tensor) -> Tensor:
         with torch.no_grad():
-            for weight in users[parameter]:
+            for weight in own:
                 take(weight, gradient)
+        return gradient.new_zeros(()).expand_as(gradient)  # takes no memory in the place of the gradient
 
-    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in users]
-    hooks = []
-    try:
-        for parameter in users:
-            parameter.grad = None
-            parameter.requires_grad_(True)
-            hooks.append(parameter.register_post_accumulate_grad_hook(taken))
+    with ExitStack() as stack:
+        for parameter, own in users.items():
+            stack.callback(parameter.requires_grad_, parameter.requires_grad)
+            stack.enter_context(parameter.requires_grad_(True).register_hook(partial(taken, own)))
         yield list(users)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter, required, gradient in before:
-            parameter.requires_grad_(required)
-            parameter.grad = gradient
-
-
-@contextmanager
-def _without_cached_casts() -> Iterator[None]:
-    """Without autocast's cache, whose copies of weights may have been made without a gradient."""
-    enabled = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(enabled)

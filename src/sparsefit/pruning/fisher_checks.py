@@ -12,7 +12,8 @@ from torch import nn
 from sparsefit.calibration.batches import Forward, MicroBatch
 from sparsefit.errors import ConfigError
 from sparsefit.pruning.config import PruningConfig
-from sparsefit.pruning.fisher import check_gradients, logits_of
+from sparsefit.pruning.fisher import check_gradients
+from sparsefit.pruning.predictions import logits_of
 from sparsefit.pruning.targets import reached_weights
 from sparsefit.pruning.tracing import trace
 from sparsefit.ranks import errors_on_all_ranks
@@ -56,9 +57,9 @@ def check_sample(model: nn.Module, config: PruningConfig, sample: Any, forward: 
     if config.allocation != "fisher":
         return
     weights = reached_weights(model, config, trace(model, [MicroBatch(sample, origin=(0,))], forward))
-    check_gradients(weights)
+    check_gradients(model, weights)
     with errors_on_all_ranks(), torch.enable_grad(), requiring_gradients({w.parameter for w in weights}):
-        logits_of(forward(sample))
+        logits_of(forward(sample), sample=sample)
 
 
 @contextmanager

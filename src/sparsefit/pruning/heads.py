@@ -90,13 +90,14 @@ def routers(model: nn.Module, weights: Iterable[PrunableWeight], blocks: Iterabl
     {'choice.weight'}
     """
     modules, found = base_modules(model), set()
-    places = [(_parent(name), name, len(members)) for name, members in expert_lists(model, blocks).items()]
+    places = [(name.rpartition(".")[0], name, len(members)) for name, members in expert_lists(model, blocks).items()]
     for name, module in modules.items():
+        parent, _, own = name.rpartition(".")
         for _, stack, _ in find_stacks(module):
             alone = not any(matrices_of(child) for child in module.modules() if child is not module)
-            places.append((_parent(name), name, len(stack)) if alone else (name, name, len(stack)))
-        if name.rpartition(".")[2] == "experts":
-            places.append((_parent(name), name, 0))
+            places.append((parent if alone else name, name, len(stack)))
+        if own == "experts":
+            places.append((parent, name, 0))
     for weight in weights:
         for holder, experts, count in places:
             prefix = f"{holder}." if holder else ""
@@ -107,7 +108,3 @@ def routers(model: nn.Module, weights: Iterable[PrunableWeight], blocks: Iterabl
             if weight.shape[0] in (1, count) or _ROUTERS & set(parts):
                 found.add(weight.name)
     return found
-
-
-def _parent(name: str) -> str:
-    return name.rpartition(".")[0]

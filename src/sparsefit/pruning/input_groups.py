@@ -10,7 +10,6 @@ from typing import NamedTuple
 from torch import Tensor
 
 from sparsefit.pruning.layers.base import PrunableWeight
-from sparsefit.pruning.layers.sharded import ShardedWeight
 from sparsefit.pruning.statistics import InputStatistics
 
 
@@ -36,24 +35,10 @@ class InputGroup:
     weights: list[PrunableWeight]
     parts: Parts
 
-    @property
-    def seen(self) -> bool:
-        """Whether any token reached its weights."""
-        return any(part.statistics.tokens for parts in self.parts.values() for part in parts)
-
     @cached_property
     def has_nonzero_inputs(self) -> bool:
         """Whether any input that reached its weights was not zero."""
         return any(bool(statistics["squared_norm"].any()) for statistics in self.by_statistics())
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether weights are sharded, so that all ranks must call `matrices` together."""
-        return any(isinstance(weight, ShardedWeight) for weight in self.weights)
-
-    def matrices(self) -> dict[str, Tensor]:
-        """The (out, in) matrices of its weights, by name."""
-        return {weight.name: weight.matrix() for weight in self.weights}
 
     def by_statistics(self) -> dict[InputStatistics, Rows]:
         """Each statistic, with the rows that have these inputs."""

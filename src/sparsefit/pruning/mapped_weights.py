@@ -6,7 +6,7 @@ import json
 import math
 import mmap
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +85,10 @@ class MappedWeights:
                 self.let_go(current.parameters())
             current = block
 
-        handles = [block.register_forward_pre_hook(enter) for block in blocks]
-        try:
+        with ExitStack() as hooks:
+            for block in blocks:
+                hooks.enter_context(block.register_forward_pre_hook(enter))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def flush(self) -> None:
         """Write all changes to disk."""

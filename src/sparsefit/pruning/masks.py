@@ -167,18 +167,21 @@ class MaskSet(Mapping[str, Tensor]):
         Raises:
             MaskError: naming the parameters with non-zero pruned weights, and how many; or if the masks do not fit.
         """
-        found = self._found_in(tensors)
-        alive = counted(found.values(), lambda weight: _outside(weight, self.mask(weight.name, weight.device)))
-        broken = [f"{name} ({count})" for name, count in alive.items() if count]
+        broken = [f"{name} ({count})" for name, count in self.alive(tensors).items() if count]
         if broken:
             raise MaskError(
                 f"pruned weights are not zero in {len(broken)} of {len(self)} matrices: {', '.join(broken[:5])}. "
                 "Something wrote to them after pruning; MaskSet.apply(model) makes them zero again"
             )
 
-    def alive(self, name: str, matrix: Tensor) -> int:
-        """How many pruned weights of an (out, in) matrix are non-zero."""
-        return int(_outside(PrunableWeight(name, matrix, ()), self.mask(name, matrix.device)))
+    def alive(self, tensors: Tensors) -> dict[str, int]:
+        """How many pruned weights of each matrix are non-zero; a MaskError if the masks do not fit."""
+
+        def outside(weight: PrunableWeight) -> Tensor:
+            kept = weight.part(self.mask(weight.name, weight.device))
+            return torch.count_nonzero(weight.held().masked_fill(kept, 0))
+
+        return counted(self._found_in(tensors).values(), outside)
 
     def matrices_in(self, tensors: Tensors) -> Iterator[tuple[str, Tensor]]:
         """Yield the name of each mask and its (out, in) matrix: a copy if it is quantized, else a view.
@@ -285,11 +288,6 @@ def _held_in(tensors: Tensors, wanted: Container[str]) -> tuple[list[str], dict[
     bare = {canonical_name(name): tensor for name, tensor in tensors.items()}
     plain = {name: stored_matrix(bare, name) for name in bare if name in wanted and name not in layers}
     return list(bare), plain | layers
-
-
-def _outside(weight: PrunableWeight, mask: Tensor) -> Tensor:
-    """How many of the weights that this rank holds are non-zero outside an (out, in) mask."""
-    return torch.count_nonzero(weight.held().masked_fill(weight.part(mask), 0))
 
 
 def _fits(weight: PrunableWeight, shape: tuple[int, int]) -> bool:

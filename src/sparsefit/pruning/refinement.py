@@ -47,9 +47,6 @@ def swap(weight: Tensor, mask: Tensor, gram: Tensor, max_swaps: int, pattern: tu
     >>> swap(torch.tensor([[1.0, 1.1, -1.2]]), torch.tensor([[False, False, True]]), gram, 1)
     tensor([[ True, False, False]])
     """
-    inputs = weight.shape[1]
-    if pattern is not None and inputs % pattern[1]:
-        raise ValueError(f"{inputs} inputs cannot be cut into groups of {pattern[1]}")
     refined = mask.clone()
     open_rows = (mask.any(dim=1) & ~mask.all(dim=1)).nonzero().squeeze(1)
     if max_swaps == 0 or len(open_rows) == 0:
@@ -58,7 +55,8 @@ def swap(weight: Tensor, mask: Tensor, gram: Tensor, max_swaps: int, pattern: tu
     precise_gram = gram.to(precise_dtype(gram.device))
     reach = _strongest_correlation(gram) if pattern is None else None
     for places in open_rows.split(_rows_at_once(gram, pattern)):
-        rows = _start(places, weight[places].to(precise_gram.dtype), mask[places], precise_gram)
+        own, kept = weight[places].to(precise_gram.dtype), mask[places]
+        rows = _Rows(places, kept, own, own.masked_fill(kept, 0) @ precise_gram, own.square() * precise_gram.diagonal())
         for _ in range(max_swaps):
             changes = _changes(rows)
             pair = _best_pair_in_groups(changes, gram, pattern[1]) if pattern else _best_pair(changes, gram, reach)
@@ -74,10 +72,6 @@ def _rows_at_once(gram: Tensor, pattern: tuple[int, int] | None) -> int:
     elements = CPU_ELEMENTS if gram.device.type == "cpu" else GPU_ELEMENTS
     temporaries = pattern[1] if pattern else 1 if triton_works(gram.device) else max(GRID + 1, CANDIDATES)
     return max(elements // (len(gram) * temporaries), 1)
-
-
-def _start(places: Tensor, weight: Tensor, kept: Tensor, gram: Tensor) -> _Rows:
-    return _Rows(places, kept, weight, weight.masked_fill(kept, 0) @ gram, weight.square() * gram.diagonal())
 
 
 def _changes(rows: _Rows) -> _Changes:

@@ -13,14 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsefit.calibration.batches import (
-    Forward,
-    MicroBatch,
-    calibration_data,
-    checked_batches,
-    forward_of,
-    passing,
-)
+from sparsefit.calibration.batches import Forward, MicroBatch, calibration_data, checked_batches, forward_of, passing
 from sparsefit.calibration.padding import PaddingWatch
 from sparsefit.errors import ConfigError
 from sparsefit.pruning.allocation import allocate, by_change
@@ -29,7 +22,7 @@ from sparsefit.pruning.blocks import BlocksNotSequential, find_block_lists
 from sparsefit.pruning.config import PruningConfig
 from sparsefit.pruning.fisher import check_gradients, sensitivities
 from sparsefit.pruning.fisher_checks import check_whole_weights
-from sparsefit.pruning.input_groups import InputGroup, Parts
+from sparsefit.pruning.input_groups import InputGroup, Parts, input_groups
 from sparsefit.pruning.layers.base import PrunableWeight, is_dense
 from sparsefit.pruning.layers.sharded import counted
 from sparsefit.pruning.mapped_weights import MappedWeights
@@ -39,7 +32,7 @@ from sparsefit.pruning.statistics_collector import collect
 from sparsefit.pruning.steps import Solution
 from sparsefit.pruning.targets import CHECKS, find_candidates, find_weights
 from sparsefit.pruning.tracing import Trace, trace
-from sparsefit.pruning.undo import NoUndo, Undo
+from sparsefit.pruning.undo import Undo
 from sparsefit.ranks import errors_on_all_ranks, from_all
 from sparsefit.sharded import check_layout, reshard, units_of
 
@@ -84,7 +77,7 @@ class PruningRun:
         self.scales: dict[str, Tensor] = {}
         self.result = PruningResult(config, "none" if config.takes_one_pass else config.update)
         self._mapped = mapped
-        self._undo = Undo() if mapped is None else NoUndo()
+        self._undo = Undo()
         self._unseen: list[str] = []
         self._dead: list[str] = []
         self._steps_done, self._steps_in_all, self._steps_of_model = 0, 1, 1
@@ -142,7 +135,7 @@ class PruningRun:
         self.result.dense_sizes, self.result.dense_zeros = targets.sizes, targets.zeros
         self._look_at_existing_zeros()
         if self.config.allocation == "fisher":
-            check_gradients(self.weights)
+            check_gradients(self._model, self.weights)
         if not self.config.passes_to_allocate:
             self.counts = allocate(self.weights, self.config)
 
@@ -187,11 +180,8 @@ class PruningRun:
         to_the_end: bool = False,
         part: nn.Module | None = None,
     ) -> Parts:
-        """Collect statistics of the inputs of some weights (see `statistics_collector.collect`).
-
-        By default the whole model runs, or nothing if there are no weights. A pass may stop at the last of the weights
-        unless `to_the_end`. `part` is the part of the model that `run` runs, if not all of it.
-        """
+        """Collect statistics of the inputs of some weights (see `statistics_collector.collect`). By default the whole
+        model runs, or nothing if there are no weights. A pass may stop at the last of them unless `to_the_end`."""
         if run is None and not weights:
             return {}
         step = self._step if run is not None else partial(self._step, self._steps_of_model)
@@ -212,7 +202,18 @@ class PruningRun:
             self.counts = allocate(self.weights, self.config, groups, parts, self._one_by_one)
         elif self.config.allocation == "fisher":
             step = partial(self._step, 3 * self._steps_of_model)  # forward and backward
-            found = sensitivities(self.weights, parts, self.config, self._data, self._forward, step)
+            recurrent = any(isinstance(module, nn.RNNBase) for module in self._model.modules())
+            # cuDNN's recurrent layers have no backward pass in evaluation mode.
+            with torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext():
+                found = sensitivities(self.weights, parts, self.config, self._data, self._forward, step)
+            groups = [group for group in input_groups(self.weights, parts) if group.has_nonzero_inputs]
+            unknown = [weight.name for group in groups for weight in group.weights if weight.name not in found]
+            if unknown:
+                self.result.note(
+                    f"allocation 'fisher': no gradient of the predictions reaches {len(unknown)} of "
+                    f"{len(self.weights)} matrices, such as {unknown[0]} (the model may run them under "
+                    "torch.no_grad()); they lose the sparsity that was asked for"
+                )
             curves = {name: own.curve for name, own in found.items()}
             sizes = {weight.name: prod(weight.shape) for weight in self.weights}
             self.counts = by_change(sizes, curves, self.config.exact_sparsity, self.config.fisher_spread)
@@ -257,17 +258,20 @@ class PruningRun:
     def apply(self, group: InputGroup, solution: Solution) -> None:
         """Prune the weights of a group in place, and add the solution to the result."""
         if self.config.statistics and not group.has_nonzero_inputs:
-            (self._dead if group.seen else self._unseen).extend(solution.masks)
+            seen = any(statistics.tokens for statistics in group.by_statistics())
+            (self._dead if seen else self._unseen).extend(solution.masks)
         self.result.layer_errors |= solution.errors
         for note in solution.notes:
             self.result.note(note)
         for weight in group.weights:
             mask = solution.masks[weight.name]
             bits = self.result.masks.add(weight.name, mask, weight.transposed)
+            if self._mapped is None:  # mapped files are copies of the dense ones
+                self._undo.keep(weight, mask if solution.values is None else None, bits)
             if solution.values is None:
-                self._undo.apply_mask(weight, mask, bits)
+                weight.apply_mask(mask)
             else:
-                self._undo.set_values(weight, solution.values[weight.name])
+                weight.set_values(solution.values[weight.name])
         self._let_go(group.weights)
 
     def _one_by_one(self, weights: Iterable[PrunableWeight]) -> Iterator[PrunableWeight]:

@@ -67,11 +67,6 @@ def scaled(scores: Scores, scales: Tensor) -> Scores:
     return scores._replace(weight=scores.weight * factors) if isinstance(scores, Products) else scores * factors
 
 
-def _magnitude_score(weight: Tensor) -> Products:
-    """|W|: the magnitude of each weight (Han et al. 2015, arXiv 1506.02626)."""
-    return Products(weight)
-
-
 def wanda_score(weight: Tensor, squared_norm: Tensor) -> Products:
     """|W_ij| * ||X_j||_2 (Sun et al. 2023, arXiv 2306.11695, Equation 1); a constant factor changes no mask.
 
@@ -79,11 +74,6 @@ def wanda_score(weight: Tensor, squared_norm: Tensor) -> Products:
     tensor([[3., 4.]])
     """
     return Products(weight, squared_norm.sqrt())
-
-
-def _wanda_norm_score(weight: Tensor, norm: Tensor) -> Products:
-    """|W_ij| * ||X_j||: another norm of the inputs in place of Wanda's l2 (arXiv 2306.11695, its ablation of norms)."""
-    return Products(weight, norm)
 
 
 def sparsegpt_score(weight: Tensor, inverse_diagonal: Tensor) -> Tensor:
@@ -113,25 +103,32 @@ class Score(NamedTuple):
         function: Called with an (out, in) weight and one tensor for each name in `needs`; returns (out, in).
         granularity: The comparison group that its authors use.
         needs: Statistics of the inputs: names in `statistics.KINDS`, or "inverse_diagonal", (in,).
+        degree: The power with which it grows with a row of the weight: 1 for |W|, 2 for W^2. None if it is not known,
+            so that no factor of a row can be put on it.
     """
 
     function: Callable[..., Scores]
     granularity: str
     needs: tuple[str, ...]
+    degree: float | None = 1
 
 
 SCORES: dict[str, Score] = {
     "wanda": Score(wanda_score, "output", ("squared_norm",)),
-    "magnitude": Score(_magnitude_score, "layer", ()),
-    "wanda_l1": Score(_wanda_norm_score, "output", ("abs_sum",)),
-    "wanda_linf": Score(_wanda_norm_score, "output", ("abs_max",)),
-    "sparsegpt": Score(sparsegpt_score, "(input, 128)", ("inverse_diagonal",)),
+    "magnitude": Score(Products, "layer", ()),  # |W| (Han et al. 2015, arXiv 1506.02626)
+    "wanda_l1": Score(Products, "output", ("abs_sum",)),  # |W_ij| * ||X_j||: the paper's ablation of norms
+    "wanda_linf": Score(Products, "output", ("abs_max",)),
+    "sparsegpt": Score(sparsegpt_score, "(input, 128)", ("inverse_diagonal",), 2),
     "ria": Score(_ria_score, "output", ("squared_norm",)),
 }
 
 
 def register_score(
-    name: str, function: Callable[..., Tensor], needs: Iterable[str] = ("squared_norm",), granularity: str = "output"
+    name: str,
+    function: Callable[..., Tensor],
+    needs: Iterable[str] = ("squared_norm",),
+    granularity: str = "output",
+    degree: float | None = None,
 ) -> None:
     """Add a custom score, for use as `PruningConfig(score=name)`.
 
@@ -141,6 +138,8 @@ def register_score(
             finite (out, in) scores. Weights with the largest scores are kept.
         needs: The input statistics that it takes, in order: see `Score`.
         granularity: The comparison group if the configuration does not set one.
+        degree: The power with which it grows with a row of the weight, if it does so: 1 for |W|, 2 for W^2. Allocation
+            "fisher" makes the rows of a matrix comparable by factors of their weights, and leaves other scores alone.
 
     Raises:
         ConfigError: if the name is taken by another function or a statistic does not exist.
@@ -160,4 +159,4 @@ def register_score(
     def on_copies(*tensors: Tensor) -> Scores:  # so that the function cannot change the model's weights
         return function(*(tensor.clone() for tensor in tensors))
 
-    SCORES[name] = Score(on_copies, granularity, needs)
+    SCORES[name] = Score(on_copies, granularity, needs, degree)

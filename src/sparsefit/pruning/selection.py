@@ -86,49 +86,24 @@ def triton_works(device: torch.device) -> bool:
     return True
 
 
-def select(scores: Scores, granularity: Granularity, sparsity: Fraction) -> Tensor:
-    """The (out, in) mask that removes the floor(size * sparsity) smallest scores of each comparison group.
+def select(scores: Scores, granularity: Granularity, amount: Fraction | int) -> Tensor:
+    """The (out, in) mask that removes the floor(size * amount) smallest scores of each comparison group. An integer is
+    the number to remove in all: each group loses the floor of its share, and the first ones lose one more each.
 
     >>> select(torch.tensor([[4.0, 1.0], [3.0, 2.0]]), Granularity("layer"), Fraction(1, 2)).tolist()
     [[True, False], [True, False]]
-    """
-    if granularity.axis == "variant":
-        return select_variant(computed(scores), sparsity)
-    return _select_in_groups(scores, granularity, sparsity)
-
-
-def select_count(scores: Scores, granularity: Granularity, count: int) -> Tensor:
-    """The (out, in) mask that removes exactly `count` scores, spread over the comparison groups by their sizes: each
-    loses the floor of its share, and the first groups lose one more each until the count is reached.
-
-    >>> select_count(torch.tensor([[4.0, 1.0], [3.0, 2.0]]), Granularity("output"), 3).tolist()
+    >>> select(torch.tensor([[4.0, 1.0], [3.0, 2.0]]), Granularity("output"), 3).tolist()
     [[False, False], [True, False]]
     """
-    size = _matrix(scores).numel()
     if granularity.axis == "variant":
-        raise ValueError("the variant cannot remove an exact number of weights; use another granularity")
-    if not 0 <= count <= size:
-        raise ValueError(f"cannot remove {count} of {size} weights")
-    return _select_in_groups(scores, granularity, Fraction(count, size or 1), count)
-
-
-def _matrix(scores: Scores) -> Tensor:
-    """A tensor with the shape and device of the scores."""
-    return scores.weight if isinstance(scores, Products) else scores
-
-
-def _of(scores: Scores, matrix: Tensor) -> Scores:
-    """The scores of some rows of their matrix, or of several rows joined into one."""
-    return scores._replace(weight=matrix) if isinstance(scores, Products) else matrix
-
-
-def _select_in_groups(scores: Scores, granularity: Granularity, share: Fraction, total: int | None = None) -> Tensor:
-    """Each group loses its share, rounded down; to reach a total, if given, the first groups lose one more each."""
+        return select_variant(computed(scores), amount)
     dim = 1 if granularity.axis == "input" else 0
     scores = computed(scores) if dim == 1 else scores
     matrix = _matrix(scores)
     if not matrix.numel():
         return torch.ones_like(matrix, dtype=torch.bool)
+    total = amount if isinstance(amount, int) else None
+    share = amount if total is None else Fraction(total, matrix.numel())
     width = matrix.shape[dim]
     size = width if granularity.axis == "layer" else min(granularity.size, width)
     pieces = [piece for piece in matrix.split([width - width % size, width % size], dim) if piece.numel()]
@@ -143,6 +118,16 @@ def _select_in_groups(scores: Scores, granularity: Granularity, share: Fraction,
         kept = _joined([mask_of_smallest(part, n) for part, n in parts], 0)
         masks.append(kept.view(piece.shape).movedim(0, dim).flatten(dim, dim + 1))
     return _joined(masks, dim)
+
+
+def _matrix(scores: Scores) -> Tensor:
+    """A tensor with the shape and device of the scores."""
+    return scores.weight if isinstance(scores, Products) else scores
+
+
+def _of(scores: Scores, matrix: Tensor) -> Scores:
+    """The scores of some rows of their matrix, or of several rows joined into one."""
+    return scores._replace(weight=matrix) if isinstance(scores, Products) else matrix
 
 
 def _joined(masks: list[Tensor], dim: int) -> Tensor:

@@ -74,9 +74,10 @@ def mask_of_smallest(values: Tensor, factor: Tensor | None, count: int) -> Tenso
     """As `selection.mask_of_smallest`, for rows of fewer than 2^31 - 2^14 scores; one program per row up to
     `WIDEST_ROW` scores.
 
-    >>> if torch.cuda.is_available():
-    ...     values = torch.tensor([[3.0, 1.0, 2.0]], device="cuda")
-    ...     assert mask_of_smallest(values, None, 1).tolist() == [[True, False, True]]
+    >>> from sparsefit.pruning import selection  # calls this function on a GPU
+    >>> scores = torch.tensor([[3.0, 1.0, 2.0]], device="cuda" if torch.cuda.is_available() else "cpu")
+    >>> selection.mask_of_smallest(scores, 1).tolist()
+    [[True, False, True]]
     """
     values = values.contiguous()
     kept = torch.empty_like(values, dtype=torch.bool)
@@ -163,9 +164,10 @@ def _groups_kernel(
 def n_of_m(values: Tensor, factor: Tensor | None, n: int, m: int) -> Tensor:
     """As `selection.select_n_of_m`, for m <= 64 and the scores of `mask_of_smallest`.
 
-    >>> if torch.cuda.is_available():
-    ...     values = torch.tensor([[3.0, 1.0, 2.0, 0.0]], device="cuda")
-    ...     assert n_of_m(values, None, 2, 4).tolist() == [[True, False, True, False]]
+    >>> from sparsefit.pruning import selection  # calls this function on a GPU
+    >>> scores = torch.tensor([[3.0, 1.0, 2.0, 0.0]], device="cuda" if torch.cuda.is_available() else "cpu")
+    >>> selection.select_n_of_m(scores, 2, 4).tolist()
+    [[True, False, True, False]]
     """
     values = values.contiguous()
     kept = torch.empty_like(values, dtype=torch.bool)

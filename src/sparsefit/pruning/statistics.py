@@ -65,14 +65,6 @@ class InputStatistics:
             self._sums["gram"] += _gram(inputs.to(device))
         self.tokens += len(inputs)
 
-    def is_finite(self) -> Tensor:
-        """False if an input was NaN or too large. A bool scalar on the device, so that nothing waits for the GPU."""
-        return self["squared_norm"].isfinite().all()
-
-    def clone(self) -> InputStatistics:
-        """An independent copy."""
-        return copy.deepcopy(self)
-
     def merge(self, other: InputStatistics) -> None:
         """Add other statistics of the same kinds."""
         for kind, values in other._sums.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
@@ -37,9 +38,7 @@ def collect(
     """Collect statistics of the inputs of some weights over the calibration data.
 
     Args:
-        weights: The weights.
         kinds: Which statistics: names from `statistics.KINDS`.
-        data: The calibration data.
         run: Runs the model, or one of its blocks, on the micro-batch of that number.
         note: Called with a sentence for the user if something could not be done as asked.
         shares: `Trace.shares`, if the output of a pass is not needed: a pass then stops as soon as each weight has had
@@ -87,7 +86,8 @@ def collect(
         note(f"{told[0]}; the statistics were taken again, for each weight by itself")
         with errors_on_all_ranks():
             collector = collected(kinds, apart=True)
-    finite = all(shared.statistics.is_finite() for shared in collector.shared.values())  # once: it waits for the GPU
+    # Once for all inputs, as it waits for the GPU.
+    finite = all(all_finite(shared.statistics["squared_norm"]) for shared in collector.shared.values())
     if not all(from_all(finite)):
         with errors_on_all_ranks():
             collected(("squared_norm",), apart=True)
@@ -176,7 +176,7 @@ class _Collector:
                 f"the input of {seen.weight.name} was changed in place before all weights that share it had got it"
             )
         if rest:
-            self.shared.update(dict.fromkeys(rest, _Shared(rest, shared.statistics.clone(), shared.inputs)))
+            self.shared.update(dict.fromkeys(rest, _Shared(rest, deepcopy(shared.statistics), shared.inputs)))
         for tokens in self._real_tokens(seen):
             if self._apart:
                 _check_finite(tokens, seen, self._batch)
@@ -225,7 +225,7 @@ class _Collector:
             if signature not in together:
                 here = found[key] if key in found else self._no_statistics(self._weights[key[0]])
                 if users[signature[own_rank()]] > 1:  # this rank's own sum is needed again
-                    here = here.clone()
+                    here = deepcopy(here)
                 here.reduce_over_ranks()
                 together[signature] = here
             found[key] = together[signature]
@@ -240,7 +240,7 @@ class _Collector:
             covering = [own for (first, last), own in ranges.items() if first <= start and stop <= last]
             if not covering:
                 return [Part(slice(*whole), self._no_statistics(weight))]
-            total = covering[0] if len(covering) == 1 else covering[0].clone()
+            total = covering[0] if len(covering) == 1 else deepcopy(covering[0])
             for other in covering[1:]:
                 total.merge(other)
             parts.append(Part(slice(start, stop), total))

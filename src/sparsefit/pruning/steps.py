@@ -18,7 +18,7 @@ from sparsefit.pruning.layers.convolution import channels_side_by_side
 from sparsefit.pruning.least_squares import least_squares
 from sparsefit.pruning.refinement import swap
 from sparsefit.pruning.scores import SCORES, Products, Scores, computed, scaled, sparsegpt_score
-from sparsefit.pruning.selection import Granularity, select, select_count, select_n_of_m
+from sparsefit.pruning.selection import Granularity, select, select_n_of_m
 from sparsefit.pruning.statistics import InputStatistics, all_finite
 
 ByWeight = dict[str, Tensor]  # (out, in) tensors by the name of the weight
@@ -53,7 +53,7 @@ class Steps:
         config: The pruning configuration.
         counts: How many weights to remove from each matrix; for one that is not named, the sparsity applies to each
             comparison group.
-        scales: Factors of the scores of the rows of a matrix, (out,), if there are any.
+        scales: Factors that make the rows of a matrix comparable, (out,), if there are any; for a score of degree 1.
     """
 
     def __init__(
@@ -125,13 +125,12 @@ class Steps:
     def iterate(self) -> tuple[ByWeight, ByWeight]:
         """Choose masks while the kept weights are updated (SparseGPT); returns the masks and the new values."""
         masks, values = self._empty(torch.bool), self._empty(torch.float32)
+        n, m = self._pattern or (None, None)
+        own = self._score.function is sparsegpt_score and not self._zeros  # then a GPU's kernel can choose N of M
         for statistics, rows in self._by_statistics.items():
             dense, factor = _stacked(self._dense, rows), self._factor(statistics)
-            if self._pattern and self._score.function is sparsegpt_score and not self._zeros:
-                mask, changed = weight_updates.prune_n_of_m(dense, factor, *self._pattern)
-            else:
-                choose, m = self._block_chooser(statistics, rows), self._pattern.m if self._pattern else None
-                mask, changed = weight_updates.prune_iteratively(dense, factor, choose, group=m)
+            choose = self._block_chooser(statistics, rows)
+            mask, changed = weight_updates.prune_iteratively(dense, factor, choose, group=m, keep=n if own else None)
             _unstack(mask, rows, masks)
             _unstack(changed, rows, values)
         return masks, values
@@ -196,9 +195,7 @@ class Steps:
             return chosen & ~zeros if self._pattern else _with_all_zeros(chosen, scores, zeros)
         if self._pattern:
             return select_n_of_m(scores, *self._pattern)
-        if count is not None:
-            return select_count(scores, granularity, count)
-        return select(scores, granularity, self._config.exact_sparsity)
+        return select(scores, granularity, self._config.exact_sparsity if count is None else count)
 
     def _scores(self, name: str, rows: slice, matrix: Tensor, needed: list[Tensor]) -> Scores:
         """The scores of some rows of a matrix (and some of its columns)."""
@@ -217,7 +214,9 @@ class Steps:
                 "float32, or a score of your own divides by zero. The model was left as it was; look at the "
                 "calibration data, or exclude the layer"
             )
-        return scores if name not in self._scales else scaled(scores, self._scales[name][rows])
+        if name not in self._scales or self._score.degree is None:
+            return scores
+        return scaled(scores, self._scales[name][rows].pow(self._score.degree))
 
     def _needed(
         self, statistics: InputStatistics, columns: slice = slice(None), inverse: Tensor | None = None

@@ -56,10 +56,9 @@ def find_candidates(model: nn.Module, config: PruningConfig) -> list[PrunableWei
         "{} is to be quantized by bitsandbytes and is not yet: move the model to its device first (`model.to('cpu')` "
         "or `.to('cuda')`), which quantizes it",
     )
+    adapters = {name: module for name, module in model.named_modules() if hasattr(module, "base_layer")}
     _refuse(
-        [name for name, m in model.named_modules() if hasattr(m, "base_layer") and getattr(m, "merged", None) is True][
-            :1
-        ],
+        [name for name, module in adapters.items() if getattr(module, "merged", None) is True][:1],
         "an adapter is merged into {}: taking it out again would bring pruned weights back. Call unmerge_adapter() "
         "first, or merge_and_unload() to keep it for good",
     )

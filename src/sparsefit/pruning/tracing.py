@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from sparsefit.bare_model import base_modules
 from sparsefit.calibration.batches import MicroBatch
 from sparsefit.calibration.samples import numbers_in, tensors_in
-from sparsefit.pruning.input_watch import Key, Seen, watching
+from sparsefit.pruning.input_watch import Key, watching
 from sparsefit.pruning.layers import PRODUCTS, matrices_of
 from sparsefit.ranks import errors_on_all_ranks, from_all
 from sparsefit.sharded import is_sharded, passes
@@ -68,7 +68,8 @@ def trace(model: nn.Module, data: Sequence[MicroBatch], forward: Callable[[Any],
 
     def follow(number: int) -> None:
         sample, seen = batches[number].first_sample(), []
-        with watching(weights, partial(_note_size, seen)), _hooked(model, tracer), tracer:
+        noting = watching(weights, lambda one: seen.append((one.weight_rows, one.inputs.numel())))
+        with noting, _hooked(model, tracer), tracer:
             result = forward(sample)
         uses, size = Counter(key for key, _ in seen), numbers_in(sample) or 1
         for key, numbers in seen:
@@ -80,10 +81,6 @@ def trace(model: nn.Module, data: Sequence[MicroBatch], forward: Callable[[Any],
     shown = Trace(frozenset(tracer.reached), shares, tuple(dict.fromkeys(outputs))) if samples else None
     found = [one for one in from_all(shown) if one is not None]
     return Trace(frozenset().union(*(one.reached for one in found)), shares, found[0].outputs) if found else None
-
-
-def _note_size(sizes: list[tuple[Key, int]], seen: Seen) -> None:
-    sizes.append((seen.weight_rows, seen.inputs.numel()))
 
 
 def matrix_names(model: nn.Module) -> dict[int, str]:
@@ -150,13 +147,7 @@ class _Tracer(TorchFunctionMode):
         """Record `found` as the last parameters on the way to the tensors in an output."""
         self._last.update(dict.fromkeys(tensors_in(output), found))
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         given = list(tensors_in([args, kwargs]))
@@ -193,27 +184,18 @@ class _Tracer(TorchFunctionMode):
 def _hooked(model: nn.Module, tracer: _Tracer) -> Iterator[None]:
     """Record layers by their calls if they multiply in kernels of their own (bitsandbytes)."""
 
-    def called(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, args: Any, output: Any) -> None:
-            tracer.reached.add(name)
-            if not tracer.last(output):
-                tracer.mark(output, frozenset({name}))
+    def called(name: str, layer: nn.Module, args: Any, output: Any) -> None:
+        tracer.reached.add(name)
+        if not tracer.last(output):
+            tracer.mark(output, frozenset({name}))
 
-        return hook
-
-    weights = [weight for module in model.modules() for weight in matrices_of(module) if weight.called]
     tracer.watch(model)
-    handles = [
-        layer.register_forward_hook(called(tracer.names[id(weight.parameter)]))
-        for weight in weights
-        for layer in weight.layers
-        if id(weight.parameter) in tracer.names
-    ]
-    try:
+    with ExitStack() as hooks:
+        for layer in model.modules():
+            for weight in matrices_of(layer):
+                if weight.called and (name := tracer.names.get(id(weight.parameter))):
+                    hooks.enter_context(layer.register_forward_hook(partial(called, name)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _form(batch: Any) -> Any:

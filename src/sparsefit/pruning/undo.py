@@ -38,34 +38,27 @@ class Removed(NamedTuple):
 
 
 class Undo:
-    """Prunes weights in place and keeps their old values: those of a GPU in CPU memory, those of a CPU in a temporary
-    file (or in memory if no file can be written)."""
+    """Keeps old values of weights: those of a GPU in CPU memory, those of a CPU in a temporary file (or in memory if no
+    file can be written)."""
 
     def __init__(self) -> None:
         self._back: list[Callable[[], object]] = []
         self._file: IO[bytes] | None = None
         self._buffer: Tensor | None = None
 
-    def apply_mask(self, weight: PrunableWeight, mask: Tensor, bits: Tensor) -> None:
-        """Set the weights outside an (out, in) mask to zero; `bits` is the same mask, packed."""
+    def keep(self, weight: PrunableWeight, mask: Tensor | None, bits: Tensor) -> None:
+        """Keep the values outside an (out, in) mask, which `bits` packs; all values if there is no mask."""
         if isinstance(weight, QuantizedWeight):
             self._back.append(weight.snapshot())
+        elif mask is None:
+            dense = self._put_away(weight.view.flatten())
+            self._back.append(lambda: (weight.view.copy_(dense().view(weight.view.shape)), weight.changed()))
         else:
             view, kept = weight.view, weight.part(mask)
             bits = bits if kept is mask else pack_bits(kept)
             gone = [_outside(values, kept) for values, kept in in_chunks(view, kept.view(view.shape))]
             removed = Removed(bits, self._put_away(torch.cat(gone)))
             self._back.append(lambda: (removed.put_back(weight.view), weight.changed()))
-        weight.apply_mask(mask)
-
-    def set_values(self, weight: PrunableWeight, values: Tensor) -> None:
-        """Replace the weights with new (out, in) values."""
-        if isinstance(weight, QuantizedWeight):
-            self._back.append(weight.snapshot())
-        else:
-            dense = self._put_away(weight.view.flatten())
-            self._back.append(lambda: (weight.view.copy_(dense().view(weight.view.shape)), weight.changed()))
-        weight.set_values(values)
 
     def restore(self) -> None:
         """Restore the dense model bit for bit. An interrupt during this does not stop it."""
@@ -113,18 +106,6 @@ class Undo:
             return torch.frombuffer(found, dtype=dtype)
 
         return read
-
-
-class NoUndo(Undo):
-    """Prunes weights in place and keeps nothing: for memory-mapped files that are copies of the dense ones."""
-
-    def apply_mask(self, weight: PrunableWeight, mask: Tensor, bits: Tensor) -> None:
-        """Set the weights outside an (out, in) mask to zero."""
-        weight.apply_mask(mask)
-
-    def set_values(self, weight: PrunableWeight, values: Tensor) -> None:
-        """Replace the weights with new (out, in) values."""
-        weight.set_values(values)
 
 
 def _outside(values: Tensor, kept: Tensor) -> Tensor:

@@ -11,31 +11,21 @@ from sparsefit.pruning.selection_kernels import jit, tl, triton
 
 @jit
 def _update_kernel(
-    work,
-    kept,
-    errors,
-    upper,
-    rows,
-    inputs,
-    width,
-    removed,
-    GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
+    work, kept, errors, upper, rows, inputs, size, removed, GROUP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):
     """Update the columns of some rows one after another; with a GROUP, also choose the mask of each group."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
-    inside = (row < rows) & (column < width)
-    place = row.to(tl.int64) * width + column
+    inside = (row < rows) & (column < size)
+    place = row.to(tl.int64) * size + column
     weight = tl.load(work + place, mask=inside, other=0)
     error = tl.zeros([ROWS, BLOCK], tl.float32)
     if GROUP == 0:
         goes = tl.load(kept + place, mask=inside, other=1) == 0
     else:
         goes = tl.zeros([ROWS, BLOCK], tl.int32) > 0
-    diagonal = tl.load(upper + column * (inputs + 1), mask=column < width, other=1)
-    for j in range(width):
+    diagonal = tl.load(upper + column * (inputs + 1), mask=column < size, other=1)
+    for j in range(size):
         if GROUP > 0:
             if j % GROUP == 0:
                 score = tl.div_rn(weight * weight, diagonal * diagonal + tl.zeros([ROWS, BLOCK], tl.float32))
@@ -44,7 +34,7 @@ def _update_kernel(
                     one = tl.sum(tl.where(column == j + other, score, 0), axis=1)[:, None]
                     rank += ((one < score) | ((one == score) & (column > j + other))).to(tl.int32)
                 goes = goes | ((column >= j) & (column < j + GROUP) & (rank < removed))
-        unit = tl.load(upper + j * inputs + column, mask=(column >= j) & (column < width), other=0)
+        unit = tl.load(upper + j * inputs + column, mask=(column >= j) & (column < size), other=0)
         pivot = tl.sum(tl.where(column == j, unit, 0), axis=1)
         lost = tl.sum(tl.where((column == j) & goes, weight, 0), axis=1)
         lost = tl.div_rn(lost, pivot + tl.zeros([ROWS], tl.float32))[:, None]
@@ -59,9 +49,12 @@ def update_columns(weights: Tensor, kept: Tensor, upper: Tensor, pattern: tuple[
     """As `weight_updates._update_columns`: prune (columns, out) weights by their mask, in place, column by column. With
     a pattern (N, M), M <= 64, the mask is filled in: the N of every M with the largest SparseGPT score are kept.
 
-    >>> if torch.cuda.is_available():
-    ...     one = torch.ones(1, 1, device="cuda")
-    ...     assert update_columns(one, one > 1, 2 * one, None).tolist() == [[0.5]]
+    >>> from sparsefit.pruning.weight_updates import inverse_factor, update_sequentially  # calls this function on a GPU
+    >>> device = "cuda" if torch.cuda.is_available() else "cpu"
+    >>> factor = inverse_factor(torch.tensor([[2.0, 1.0], [1.0, 2.0]], device=device), damping=0.0)
+    >>> mask = torch.tensor([[False, True]], device=device)
+    >>> update_sequentially(torch.ones(1, 2, device=device), mask, factor).cpu()
+    tensor([[0.0000, 1.5000]])
     """
     work, mask = weights.t().contiguous(), kept.t().contiguous()
     errors = torch.empty_like(work)
@@ -121,10 +114,11 @@ def best_pair(
     """As `refinement._best_pair`: each program handles one row and tries one pruned weight at a time. Most of the time
     goes into reading a row of the Gram matrix for each; more are tried if inputs are more correlated.
 
-    >>> if torch.cuda.is_available():
-    ...     gain, loss = torch.tensor([[-3.0, torch.inf], [torch.inf, 1.0]], device="cuda")[:, None]
-    ...     pair = best_pair(gain, loss, loss, torch.eye(2, device="cuda"), gain[0], 16)
-    ...     assert [place.item() for place in pair] == [0, 1]
+    >>> from sparsefit.pruning import refinement  # calls this function on a GPU
+    >>> device = "cuda" if torch.cuda.is_available() else "cpu"
+    >>> weight, mask = torch.tensor([[3.0, 1.0]], device=device), torch.tensor([[False, True]], device=device)
+    >>> refinement.swap(weight, mask, torch.eye(2, device=device), max_swaps=1).tolist()
+    [[True, False]]
     """
     rows, inputs = gain.shape
     added, removed = torch.zeros(2, rows, dtype=torch.long, device=gain.device).unbind()

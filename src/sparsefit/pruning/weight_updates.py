@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsefit.pruning.gram import cholesky, next_damping, unit_gram
-from sparsefit.pruning.selection import select_n_of_m, triton_works
+from sparsefit.pruning.selection import triton_works
 
 Choose = Callable[[Tensor, slice, Tensor], Tensor]
 
@@ -77,7 +77,12 @@ def update_sequentially(weight: Tensor, mask: Tensor, factor: Factor, block_size
 
 
 def prune_iteratively(
-    weight: Tensor, factor: Factor, choose: Choose, block_size: int = 128, group: int | None = None
+    weight: Tensor,
+    factor: Factor,
+    choose: Choose,
+    block_size: int = 128,
+    group: int | None = None,
+    keep: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The mask and the weights by SparseGPT's loop: masks are chosen block by block, on weights that already compensate
     the errors of earlier columns (arXiv 2301.00774, Algorithm 1). Weights of dead inputs are set to zero first.
@@ -90,43 +95,22 @@ def prune_iteratively(
             `(weights / diagonal) ** 2`.
         block_size: b, the number of columns whose weights compete; the last block may be narrower.
         group: M, to choose masks for M columns at a time instead (N:M sparsity).
+        keep: N, if `choose` keeps the N largest of SparseGPT's own scores: a GPU then does that in the same kernel.
 
     >>> factor = inverse_factor(torch.eye(2))
     >>> prune_iteratively(torch.tensor([[1.0, 2.0]]), factor, lambda weights, columns, diagonal: weights > 1)
     (tensor([[False,  True]]), tensor([[0., 2.]]))
     """
-    return _update(weight.float().masked_fill(factor.dead, 0), factor.upper, choose, block_size, group)
-
-
-def prune_n_of_m(weight: Tensor, factor: Factor, n: int, m: int, block_size: int = 128) -> tuple[Tensor, Tensor]:
-    """`prune_iteratively` with SparseGPT's own score, keeping n of every m inputs; on a GPU in a single kernel per
-    block of columns.
-
-    >>> prune_n_of_m(torch.tensor([[1.0, 2.0]]), inverse_factor(torch.eye(2)), 1, 2)
-    (tensor([[False,  True]]), tensor([[0., 2.]]))
-    """
-
-    def choose(weights: Tensor, _: slice, diagonal: Tensor) -> Tensor:
-        return select_n_of_m(weights.square().div_(diagonal.square()), n, m)
-
-    pattern = (n, m) if m <= 64 else None  # what the kernel can choose
-    return _update(weight.float().masked_fill(factor.dead, 0), factor.upper, choose, block_size, m, pattern)
+    return _update(weight.float().masked_fill(factor.dead, 0), factor.upper, choose, block_size, group, keep)
 
 
 def _update(
-    weight: Tensor,
-    upper: Tensor,
-    choose: Choose,
-    block_size: int,
-    group: int | None = None,
-    pattern: tuple[int, int] | None = None,
+    weight: Tensor, upper: Tensor, choose: Choose, block_size: int, group: int | None = None, keep: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The mask and the weights, by blocks of columns. Pass `pattern` only if `choose` uses SparseGPT's score."""
+    """The mask and the weights, by blocks of columns."""
     inputs = weight.shape[1]
-    if group is not None:
-        if inputs % group:
-            raise ValueError(f"{inputs} inputs cannot be cut into groups of {group}")
-        block_size = max(block_size // group, 1) * group
+    block_size = max(block_size // group, 1) * group if group else block_size
+    pattern = (keep, group) if keep and group <= 64 else None  # what the kernel can choose
     by_kernel = triton_works(weight.device) and (group is None or pattern is not None)
     work = weight.t().clone(memory_format=torch.contiguous_format)  # (in, out): each column of weights is contiguous
     kept = torch.empty_like(work, dtype=torch.bool)

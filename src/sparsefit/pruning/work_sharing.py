@@ -9,6 +9,7 @@ import torch
 
 from sparsefit.pruning.input_groups import InputGroup
 from sparsefit.pruning.layers.base import is_dense
+from sparsefit.pruning.layers.sharded import ShardedWeight
 from sparsefit.pruning.masks import pack_bits, unpack_bits
 from sparsefit.pruning.steps import ByWeight, Solution
 from sparsefit.ranks import errors_on_all_ranks, from_all, number_of_ranks, of_rank, own_rank, shared_out
@@ -22,11 +23,8 @@ def solutions(groups: Sequence[InputGroup], solve: Solve) -> Iterator[tuple[Inpu
     """Yield each group with its solution, in the order given and identical on all ranks.
 
     One rank solves a group and sends the solution to the others. So the work is divided, and rounding on different
-    hardware cannot make the models differ. An error on one rank is raised on all.
-
-    Args:
-        groups: The groups, with statistics summed over all ranks.
-        solve: Called with a group and the dense matrices of its weights, on one of the ranks.
+    hardware cannot make the models differ. An error on one rank is raised on all. `solve` is called with a group and
+    the dense matrices of its weights, on one of the ranks.
 
     >>> from sparsefit.pruning.layers import matrices_of
     >>> group = InputGroup(matrices_of(torch.nn.Linear(2, 1)), {"weight": []})
@@ -48,10 +46,9 @@ def _own_matrices(groups: Sequence[InputGroup], solvers: Sequence[int]) -> dict[
     """The dense matrices of the groups that this rank solves, by number; sharded ones are gathered by all ranks."""
     own = {}
     for number, (group, solver) in enumerate(zip(groups, solvers, strict=True)):
-        if solver == own_rank():
-            own[number] = group.matrices()
-        elif group.is_sharded:
-            group.matrices()
+        mine = solver == own_rank()
+        dense = {w.name: w.matrix() for w in group.weights if mine or isinstance(w, ShardedWeight)}
+        own |= {number: dense} if mine else {}
     return own
 
 
@@ -69,11 +66,8 @@ def _exchanged(groups: Sequence[InputGroup], solvers: Sequence[int], solved: dic
     if number_of_ranks() == 1:
         yield from solved.values()
         return
-    told = {}
-    for accounts in from_all(
-        {number: (own.values is not None, own.errors, own.notes) for number, own in solved.items()}
-    ):
-        told |= accounts
+    accounts = from_all({number: (own.values is not None, own.errors, own.notes) for number, own in solved.items()})
+    told = {number: account for own in accounts for number, account in own.items()}
     for number, (group, solver) in enumerate(zip(groups, solvers, strict=True)):
         has_values, errors, notes = told[number]
         mine = solved.pop(number, None)

@@ -170,8 +170,7 @@ def _look_at(
         zeros = tensor.numel() - int(torch.count_nonzero(tensor))
         inspection.matrices.append(SavedMatrix(name, tuple(tensor.shape), tensor.numel(), zeros))
     if name in masked:
-        of_this = inspection.masks.of_parameter(name)
-        alive = sum(of_this.alive(place, matrix) for place, matrix in of_this.matrices_in({name: tensor}))
+        alive = sum(inspection.masks.of_parameter(name).alive({name: tensor}).values())
         if alive:
             inspection.broken[name] = alive
 

@@ -1,1 +1,1 @@
-"""What a pruned model gains elsewhere: the runtimes that can run it here, and the files that other programs read."""
+"""Speed of a pruned model in several runtimes, and export to other formats."""

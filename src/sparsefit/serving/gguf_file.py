@@ -1,4 +1,4 @@
-"""A language model in one GGUF file, written with the package gguf: what llama.cpp and its kin read."""
+"""Writes a language model to a GGUF file, which llama.cpp and programs based on it read, with the package gguf."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from sparsefit.errors import ConfigError
-from sparsefit.serving.zeros import Array
+from sparsefit.serving.zero_checks import Array
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
     from transformers import PreTrainedModel
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-"""What GGUF calls the model types that are written."""
+"""The supported model types, and GGUF's names for them."""
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -30,21 +30,21 @@ _SPLITS = {
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "tekken",
 }
-"""What llama.cpp calls the expressions by which tokenizers split text."""
+"""llama.cpp's names for the regular expressions with which tokenizers split text."""
 
 
 def write_gguf(model: PreTrainedModel, tokenizer_folder: Path, file: Path) -> None:
     """Write a model and its tokenizer.
 
-    Matrices keep the model's dtype, and all else is float32, as llama.cpp wants it.
+    Matrices keep the model's dtype. Other tensors are float32, as llama.cpp requires.
 
     Args:
         model: A Llama, Mistral, Qwen2 or Qwen3.
-        tokenizer_folder: Where its tokenizer.json lies.
+        tokenizer_folder: The folder of its tokenizer.json.
         file: The file to write.
 
     Raises:
-        ConfigError: if GGUF has no words for the model or its tokenizer, before anything is written.
+        ConfigError: if GGUF cannot express the model or its tokenizer. Nothing is written then.
     """
     import gguf
 
@@ -56,7 +56,7 @@ def write_gguf(model: PreTrainedModel, tokenizer_folder: Path, file: Path) -> No
     _add_tokenizer(writer, tokenizer_folder, config.vocab_size)
     architecture = next(one for one, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    for name, weight in model.named_parameters():  # tied weights come once
+    for name, weight in model.named_parameters():  # which lists tied weights once
         _add_tensor(writer, names.get_name(name, try_suffixes=(".weight", ".bias")), _as_stored(name, weight, config))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -65,33 +65,35 @@ def write_gguf(model: PreTrainedModel, tokenizer_folder: Path, file: Path) -> No
 
 
 def check_model(model: PreTrainedModel, tokenizer_folder: Path) -> None:
-    """See that a model can be written.
+    """Check that a model can be written.
 
     Raises:
-        ConfigError: if it cannot; says why.
+        ConfigError: if it cannot; with the reason.
     """
     config = model.config
-    elsewhere = "llama.cpp's own convert_hf_to_gguf.py may know it"
+    alternative = "llama.cpp's convert_hf_to_gguf.py may support it"
     if config.model_type not in ARCHITECTURES or not hasattr(model, "lm_head"):
         known = ", ".join(ARCHITECTURES)
-        raise ConfigError(f"a {type(model).__name__} is not written as GGUF, only decoders of {known}: {elsewhere}")
+        raise ConfigError(f"a {type(model).__name__} is not written as GGUF, only decoders of {known}: {alternative}")
     rope = config.rope_parameters.get("rope_type", "default")
     if rope not in ("default", "linear"):
-        raise ConfigError(f"rotary positions of the type {rope} are not written as GGUF: {elsewhere}")
+        raise ConfigError(f"rotary positions of the type {rope} are not written as GGUF: {alternative}")
     layers = getattr(config, "layer_types", None) or []
     if "sliding_attention" in layers or (config.model_type == "mistral" and config.sliding_window):
-        raise ConfigError(f"sliding windows of attention are not written as GGUF: {elsewhere}")
+        raise ConfigError(f"sliding-window attention is not written as GGUF: {alternative}")
     if not (tokenizer_folder / "tokenizer.json").is_file():
-        raise ConfigError(f"GGUF holds the tokenizer, too, and {tokenizer_folder} has no tokenizer.json: put it there")
+        raise ConfigError(
+            f"a GGUF file includes the tokenizer, and {tokenizer_folder} has no tokenizer.json: put it there"
+        )
     tokenizer = _tokenizer_of(tokenizer_folder)
     if tokenizer["model"]["type"] != "BPE":
-        raise ConfigError(f"the tokenizer in {tokenizer_folder} is none of byte pairs (BPE), the kind that is written")
+        raise ConfigError(f"the tokenizer in {tokenizer_folder} does not use byte pairs (BPE), the only supported kind")
     if not tokenizer["model"].get("byte_fallback"):
         pre_tokenizer(tokenizer)
 
 
 def matrices_in(file: Path) -> Iterator[Array]:
-    """The matrices of a GGUF file as floats, one after the other."""
+    """The matrices of a GGUF file as floats, one at a time."""
     import gguf
 
     for tensor in gguf.GGUFReader(file).tensors:
@@ -121,7 +123,7 @@ def _add_settings(writer: GGUFWriter, config: Any) -> None:
 
 
 def _as_stored(name: str, weight: Tensor, config: Any) -> Tensor:
-    """A weight as llama.cpp computes with it: a Llama's rotary pairs lie side by side there."""
+    """A weight in llama.cpp's order, in which a Llama's rotary pairs are adjacent."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
     if ARCHITECTURES[config.model_type] != "llama" or heads is None:
         return weight.detach()
@@ -149,13 +151,13 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
     for added in saved.get("added_tokens", []):
         texts[added["id"]] = added["content"]
         kinds[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
-    by_bytes = bool(saved["model"].get("byte_fallback"))  # SentencePiece's way, which llama.cpp calls "llama"
+    by_bytes = bool(saved["model"].get("byte_fallback"))  # as in SentencePiece, which llama.cpp calls "llama"
     for number, text in texts.items():
         if by_bytes and re.fullmatch(r"<0x[0-9A-F]{2}>", text):
             kinds[number] = gguf.TokenType.BYTE
     writer.add_tokenizer_model("llama" if by_bytes else "gpt2")
     writer.add_tokenizer_pre("default" if by_bytes else pre_tokenizer(saved))
-    # Rows of the embedding beyond the tokenizer's tokens have names of their own.
+    # Embedding rows beyond the tokenizer's tokens need names that are unique.
     writer.add_token_list([texts.get(number, f"[PAD{number}]") for number in range(size)])
     writer.add_token_types([kinds.get(number, gguf.TokenType.UNUSED) for number in range(size)])
     if by_bytes:
@@ -164,10 +166,10 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
 
 
 def pre_tokenizer(saved: dict[str, Any]) -> str:
-    """What llama.cpp calls the way in which a byte-level tokenizer splits text before it joins pairs.
+    """llama.cpp's name for the rule by which a byte-level tokenizer splits text before it joins pairs.
 
     Raises:
-        ConfigError: if it has no name for it: under another one, text would be split into other tokens.
+        ConfigError: if there is none. With the name of another rule, text would become other tokens.
 
     >>> pre_tokenizer({"pre_tokenizer": {"type": "ByteLevel", "use_regex": True}})
     'gpt-2'
@@ -186,8 +188,8 @@ def pre_tokenizer(saved: dict[str, Any]) -> str:
             name = _SPLITS.get((splits.get("pattern") or {}).get("Regex"))
     if name is None:
         raise ConfigError(
-            f"the tokenizer splits text in a way that is none of {', '.join(['gpt-2', 'smollm', *_SPLITS.values()])}, "
-            "the names of llama.cpp that are written to a GGUF file: its own convert_hf_to_gguf.py may know it"
+            "the tokenizer's rule for splitting text is not one that can be written to GGUF "
+            f"({', '.join(['gpt-2', 'smollm', *_SPLITS.values()])}): llama.cpp's convert_hf_to_gguf.py may support it"
         )
     return name
 

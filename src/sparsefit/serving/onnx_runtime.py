@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU, which has no sparse products: how fast a good dense runtime is."""
+"""ONNX Runtime on the CPU: a fast dense runtime for comparison, as it does not use zeros."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from torch import nn
 
 from sparsefit.pruning import MaskSet
 from sparsefit.serving.decoders import Decoder
-from sparsefit.serving.graphs import GraphDecoder, export_graph
-from sparsefit.serving.libraries import missing_for
+from sparsefit.serving.export_libraries import missing_for
+from sparsefit.serving.exported_graphs import GraphDecoder, export_graph
 
 NAME = "onnxruntime"
 
 
 def why_not(model: nn.Module, masks: MaskSet) -> str:
-    """Why it cannot run a model; the empty string if it can."""
+    """The reason why it cannot run here; empty if it can."""
     weight = next(model.parameters())
     if weight.device.type != "cpu":
-        return "it is measured on the CPU: --device cpu"
+        return "it is measured only on the CPU: --device cpu"
     if weight.dtype == torch.bfloat16:
-        return "on the CPU it has no products in bfloat16: --dtype float32"
+        return "on the CPU it cannot multiply in bfloat16: --dtype float32"
     why = missing_for("onnx")
     return f"it needs {why}" if why else ""
 

@@ -1,4 +1,4 @@
-"""Dense tensors in torch, in which a zero is a number like any other."""
+"""Dense tensors in torch, for which zeros make no difference."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ NAME = "torch"
 
 
 def why_not(model: nn.Module, masks: MaskSet) -> str:
-    """It can always run."""
+    """Always empty: torch runs everywhere."""
     return ""
 
 
 def prepare(model: nn.Module, masks: MaskSet) -> Decoder:
-    """The model as it is."""
+    """The model, unchanged."""
     return TorchDecoder(model)

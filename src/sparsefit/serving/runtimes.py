@@ -1,4 +1,4 @@
-"""The runtimes that a pruned model is tried in, each with the reason where it cannot run here."""
+"""The runtimes in which a pruned model is measured."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Runtime:
     """One way to run a language model.
 
     Attributes:
-        name: What it is called.
-        why_not: Why it cannot run a model with these masks here; the empty string if it can.
-        prepare: A decoder of a model, which it may change: it is given a copy.
-        sparse: Whether it holds weights in a sparse format; the dense twin then runs as plain torch has it.
-        uses_zeros: Whether it can do anything with zeros; one that cannot is never said to gain by them.
+        name: The name for `--runtimes`.
+        why_not: The reason why it cannot run a model with these masks here; empty if it can.
+        prepare: Makes a decoder of a model, which it may change: callers pass a copy.
+        sparse: Whether it stores weights in a sparse format. The dense twin then runs in plain torch.
+        uses_zeros: Whether zeros can make it faster. If not, a gain is never reported.
     """
 
     name: str
@@ -41,4 +41,4 @@ RUNTIMES = {
         Runtime(onnx_runtime.NAME, onnx_runtime.why_not, onnx_runtime.prepare, False, False),
     )
 }
-"""By name, plain torch first: what is dense is held against it."""
+"""The runtimes by name; plain torch is first, as the reference for dense models."""

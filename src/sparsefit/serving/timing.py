@@ -1,4 +1,4 @@
-"""How fast decoders run: prompts and single tokens, a pruned model and its dense twin in turn."""
+"""Measures the speed of decoders in prefill and decode, with a pruned model and its dense twin alternately."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from sparsefit.serving.decoders import Decoder
 
 GAIN = 1.1
-"""Ratios below this are no gain: one and the same kernels on other numbers were seen to differ by 6%."""
+"""The smallest ratio that counts as a gain: the same kernels on other numbers differed by up to 6%."""
 
 LEAST_REPEATS = 4
-"""Fewer repeats do not tell a gain from what else the machine did."""
+"""With fewer repeats, a gain cannot be distinguished from other load on the machine."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens a second of one phase, in each of its repeats."""
+    """Tokens per second of one phase, in each repeat."""
 
     repeats: tuple[float, ...]
 
@@ -48,21 +48,21 @@ def measure(
 ) -> dict[str, dict[str, Speed]]:
     """Speed of several decoders on the same prompts, by name and phase.
 
-    In each repeat all of them run one after the other, in turns forwards and backwards, so that neither their order nor
-    whatever else the machine does favours one.
+    In each repeat all decoders run one after another, and every second repeat runs them in reverse, so that order and
+    other load affect all equally.
 
     Args:
-        decoders: By name.
+        decoders: The decoders by name.
         ids: Prompts (batch, tokens).
-        tokens: Steps of one token behind the prompts.
-        repeats: How often; one more goes before them and does not count.
+        tokens: Steps of one token after the prompts.
+        repeats: Number of repeats. One more runs before them and does not count.
         advance: Called after each decoder's repeat.
-        clock: Seconds.
+        clock: Returns seconds.
     """
     found: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in PHASES} for name in decoders}
     for repeat in range(repeats + 1):
         for name in list(decoders)[:: -1 if repeat % 2 else 1]:
-            seconds = _timed(decoders[name], ids, tokens, clock)
+            seconds = _time(decoders[name], ids, tokens, clock)
             advance()
             if repeat:
                 counts = (ids.numel(), len(ids) * tokens)
@@ -71,23 +71,23 @@ def measure(
     return {name: {phase: Speed(tuple(values)) for phase, values in own.items()} for name, own in found.items()}
 
 
-def _timed(decoder: Decoder, ids: Tensor, tokens: int, clock: Callable[[], float]) -> tuple[float, float]:
-    """Seconds that the prompts take, and all steps after them."""
+def _time(decoder: Decoder, ids: Tensor, tokens: int, clock: Callable[[], float]) -> tuple[float, float]:
+    """Seconds of the prompts, and of all steps after them."""
     begun = clock()
-    token = _chosen(decoder.start(ids))
+    token = _next_token(decoder.start(ids))
     read = clock()
     for _ in range(tokens):
-        token = _chosen(decoder.step(token))
+        token = _next_token(decoder.step(token))
     return read - begun, clock() - read
 
 
-def _chosen(logits: Tensor) -> Tensor:
-    """The likeliest next token of each sequence, on the CPU: a GPU has then done its work."""
+def _next_token(logits: Tensor) -> Tensor:
+    """The most likely next token of each sequence, copied to the CPU, which waits for the GPU."""
     return logits[:, -1:].argmax(dim=-1).cpu()
 
 
 def ratio(pruned: Speed, dense: Speed) -> float:
-    """How many times as fast the pruned model is: the median over the repeats, each against its own twin.
+    """The pruned model's speed as a multiple of the dense one's: the median of the ratios of single repeats.
 
     >>> ratio(Speed((2.0, 3.0, 2.0)), Speed((1.0, 2.0, 1.0)))
     2.0
@@ -96,9 +96,9 @@ def ratio(pruned: Speed, dense: Speed) -> float:
 
 
 def gained(pruned: Speed, dense: Speed) -> bool:
-    """Whether a ratio is a gain and no noise: above `GAIN`, and three of four repeats faster than their twin.
+    """Whether a ratio is a gain and not noise: at least `GAIN`, with three of four repeats faster than the dense ones.
 
-    Fewer than `LEAST_REPEATS` repeats never show one.
+    It is false for fewer than `LEAST_REPEATS` repeats.
 
     >>> gained(Speed((2.0, 2.1, 2.0, 2.2)), Speed((1.0, 1.0, 1.1, 1.0))), gained(Speed((1.02,)), Speed((1.0,)))
     (True, False)

@@ -1,4 +1,4 @@
-"""Linear layers as torch's compressed sparse rows: for each kept weight its value and the number of its column."""
+"""Linear layers in torch's compressed sparse rows (CSR), which store each kept weight's value and column."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ NAME = "torch-csr"
 
 
 class SparseRows(nn.Module):
-    """A linear layer whose weight (out, in) is held in compressed sparse rows."""
+    """A linear layer that stores its weight (out, in) in compressed sparse rows."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "beta state", and that invariants are not checked
+            warnings.simplefilter("ignore")  # that the format is in beta, and that invariants are not checked
             rows = layer.weight.detach().to_sparse_csr()
-            # 32 bits number the columns of any layer; torch begins with 64.
+            # 32 bits are enough for the column numbers of any layer; torch uses 64 by default.
             index = rows.crow_indices().int(), rows.col_indices().int()
             self.register_buffer("weight", torch.sparse_csr_tensor(*index, rows.values(), rows.shape))
         self.bias = layer.bias
@@ -34,14 +34,14 @@ class SparseRows(nn.Module):
 
 
 def why_not(model: nn.Module, masks: MaskSet) -> str:
-    """Why it cannot run a model; the empty string if it can."""
+    """The reason why it cannot run here; empty if it can."""
     if not _layers(model, masks):
-        return "no pruned weight is that of an nn.Linear"
+        return "no pruned weight belongs to an nn.Linear"
     if next(model.parameters()).device.type == "cpu":
         if not torch.backends.mkl.is_available():
             return "this torch has no MKL, which multiplies sparse rows on the CPU"
         if next(model.parameters()).dtype != torch.float32:
-            return "on the CPU sparse rows are multiplied in float32 alone: --dtype float32"
+            return "on the CPU sparse rows are multiplied only in float32: --dtype float32"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""2:4 pruned linear layers as torch's semi-structured tensors, which GPUs multiply at up to twice the dense rate."""
+"""2:4 pruned linear layers as torch's semi-structured tensors, which GPUs multiply up to twice as fast."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAME = "torch-2:4"
 
 
 def why_not(model: nn.Module, masks: MaskSet) -> str:
-    """Why it cannot run a model; the empty string if it can."""
+    """The reason why it cannot run here; empty if it can."""
     layers = base_modules(model)
     reasons = {name: why_dense(name, layers.get(name.removesuffix(".weight")), masks) for name in masks}
     if not reasons:
@@ -28,12 +28,16 @@ def prepare(model: nn.Module, masks: MaskSet) -> Decoder:
     """The model with its 2:4 layers converted.
 
     Raises:
-        ConfigError: if none can be.
+        ConfigError: if no layer can be converted.
     """
     report = to_semi_structured(model, masks)
-    why = next(iter(report.dense.values()), "")
+    reason = next(iter(report.dense.values()), "")
     if not report.converted:
-        raise ConfigError(f"no layer could be converted: {why}")
+        raise ConfigError(f"no layer could be converted: {reason}")
     count = len(report.converted) + len(report.dense)
-    note = f"{NAME}: {len(report.dense)} of {count} pruned weights stay dense, the first because {why}" if why else ""
+    note = (
+        f"{NAME}: {len(report.dense)} of {count} pruned weights stay dense, the first because {reason}"
+        if reason
+        else ""
+    )
     return TorchDecoder(model, note)

@@ -106,13 +106,10 @@ class See(Protocol):
         """Whether a tensor is a watched parameter or a view of one."""
 
     def __call__(self, weight: Tensor, inputs: Tensor, tokens: Tokens | None = None, key: Hashable = None) -> None:
-        """Record an input.
+        """Record the inputs of a parameter, or of a view of it or of some of its rows; other tensors are ignored.
 
-        Args:
-            weight: The parameter, or a view of it or of some of its rows; other tensors are ignored.
-            inputs: The input tensor. Weights with the same tensor (the same object) share their statistics.
-            tokens: Gives the rows that the matrix multiplies, if these are not `inputs`, (..., in), flattened.
-            key: Distinguishes different views of one input tensor, such as the strides of a convolution.
+        `tokens` gives the rows that the matrix multiplies, if these are not `inputs`, (..., in), flattened. `key`
+        distinguishes different views of one input tensor, such as the strides of a convolution.
         """
 
 

@@ -7,16 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from sparsefit import quantized as codes
 from sparsefit.pruning.layers.base import PrunableWeight, is_dense
-from sparsefit.quantized import (
-    bits_of,
-    dequantized,
-    is_quantized,
-    matrix_shape,
-    snapshot,
-    write_quantized,
-    zero_outside,
-)
 
 
 class QuantizedWeight(PrunableWeight):
@@ -27,7 +19,7 @@ class QuantizedWeight(PrunableWeight):
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
-        return matrix_shape(self.layers[0])
+        return codes.matrix_shape(self.layers[0])
 
     @property
     def device(self) -> torch.device:
@@ -36,21 +28,21 @@ class QuantizedWeight(PrunableWeight):
 
     def matrix(self) -> Tensor:
         """The dequantized weights, a new (out, in) tensor."""
-        return dequantized(self.layers[0])
+        return codes.dequantized(self.layers[0])
 
     held = matrix
 
     def apply_mask(self, mask: Tensor) -> None:
         """Write the code of zero outside an (out, in) mask."""
-        zero_outside(self.layers[0], mask)
+        codes.zero_outside(self.layers[0], mask)
 
     def set_values(self, matrix: Tensor) -> None:
         """Quantize new values, (out, in)."""
-        write_quantized(self.layers[0], matrix)
+        codes.write_quantized(self.layers[0], matrix)
 
     def snapshot(self) -> Callable[[], None]:
         """Copy the weights; returns a function that restores them bit for bit."""
-        return snapshot(self.layers[0])
+        return codes.snapshot(self.layers[0])
 
 
 class CachedWeight(PrunableWeight):
@@ -60,7 +52,7 @@ class CachedWeight(PrunableWeight):
     def changed(self) -> None:
         """Discard the layer's quantized copy."""
         for layer in self.layers:
-            if bits_of(layer) == 8:  # another layer can share the weight
+            if codes.bits_of(layer) == 8:  # another layer can share the weight
                 layer.state.reset_grads()
 
 
@@ -70,8 +62,8 @@ def matrices(module: nn.Module) -> list[PrunableWeight]:
     >>> matrices(nn.Linear(3, 5))
     []
     """
-    if is_quantized(module):
+    if codes.is_quantized(module):
         return [QuantizedWeight("weight", module.weight, (module,), called=True)]
-    if bits_of(module) and is_dense(module.weight) and module.weight.ndim == 2:
+    if codes.bits_of(module) and is_dense(module.weight) and module.weight.ndim == 2:
         return [CachedWeight("weight", module.weight, (module,), called=True)]
     return []

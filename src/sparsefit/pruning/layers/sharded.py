@@ -41,8 +41,8 @@ class ShardedWeight(PrunableWeight):
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in) of the whole weight."""
-        out, inputs = as_matrix(self._shape_alone, self.transposed, self.index).shape
-        return out, inputs
+        whole = torch.empty(self.parameter.shape, device="meta")
+        return tuple(as_matrix(whole, self.transposed, self.index).shape)
 
     def matrix(self) -> Tensor:
         """A copy of the whole weight, (out, in). All ranks must call this together."""
@@ -62,10 +62,6 @@ class ShardedWeight(PrunableWeight):
         elif not self._holds_index:
             stored = stored[:0]
         return stored_view(stored, self.transposed)
-
-    @property
-    def _shape_alone(self) -> Tensor:
-        return torch.empty(self.parameter.shape, device="meta")
 
     @property
     def _each(self) -> int:

@@ -1,4 +1,4 @@
-"""What a miniature run takes, looked at from within."""
+"""Measures the time and memory of a miniature run."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from sparsefit.pruning.fisher_checks import requiring_gradients
 from sparsefit.pruning.input_watch import evaluating
 
 
-class Watch(PrunedRunCallback):
-    """Takes the times of the batches and updates of a fit, and the most memory of its stages.
+class MiniatureMeasures(PrunedRunCallback):
+    """Measures the time of a fit's batches and updates, and the peak memory of its stages.
 
     Args:
-        held: Bytes that the process held before.
+        held: Bytes that the process held before, which are subtracted.
         sample: A batch of one calibration sample, if the pruning takes gradients; else None.
     """
 
@@ -39,28 +39,28 @@ class Watch(PrunedRunCallback):
         self._mark = 0.0
 
     def seconds(self) -> dict[str, float]:
-        """Of a training batch, of an update, and of a batch of a validation: the shortest, which nothing disturbed."""
+        """Shortest seconds of a training batch, an update and a validation batch; longer ones were disturbed."""
         taken = {"batch": self._batches, "update": self._updates, "validation": self._validations}
         return {name: min(seconds) for name, seconds in taken.items() if seconds}
 
     def on_pruning_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from here."""
+        """Reset the peak memory."""
         reset_peak_memory()
 
     def on_base_ready(self, trainer: Trainer, pl_module: LightningModule, masks: MaskSet) -> None:
-        """Pruning and reconstruction are over."""
+        """Record the peak of pruning and reconstruction."""
         blocks = [sum(map(_bytes, block.parameters())) for blocks in find_block_lists(pl_module) for block in blocks]
         self.tensors["weights"] = sum(map(_bytes, pl_module.parameters()))
         self.tensors["block"] = max(blocks, default=0.0)
-        self.tensors["pruning"] = self.tensors["weights"] + bits_of(masks) / 8
-        self._take_peak("pruning")
+        self.tensors["pruning"] = self.tensors["weights"] + masked_weights(masks) / 8  # a mask takes one bit per weight
+        self._record_peak("pruning")
         if self._sample is not None:
             self.tensors["backward"] = self._backward_bytes(trainer, pl_module, masks)
             reset_peak_memory()
 
     def _backward_bytes(self, trainer: Trainer, module: LightningModule, masks: MaskSet) -> float:
-        """Bytes that the gradients of the calibration sample take beside the weights: what autograd keeps for them,
-        and one for each weight that may be removed."""
+        """Bytes that the gradients of the calibration sample take in addition to the weights: what autograd keeps for
+        them, and one for each weight that may be removed."""
         forward, precision = calibration_forward(trainer, module), trainer.precision_plugin.predict_step_context()
         named = module.named_parameters(remove_duplicate=False)
         pruned = [parameter for name, parameter in named if canonical_name(name) in masks.parameters]
@@ -70,39 +70,39 @@ class Watch(PrunedRunCallback):
                 stack.enter_context(context)
             saved = stack.enter_context(SavedActivations(module))
             forward(self._sample)
-        return saved.bytes + bits_of(masks)
+        return saved.bytes + masked_weights(masks)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """A batch begins; of the first one the activations are counted."""
+        """Start timing; count activations in the first batch."""
         if batch_idx == 0:
             self._saved = SavedActivations(pl_module)
             self._saved.__enter__()
         self._mark = _now(trainer)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """What a backward pass needs is there."""
+        """Stop counting activations."""
         if self._saved is not None and self._saved.counting:
             self._saved.__exit__(None, None, None)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Its gradients are there."""
+        """Record the time of the forward and backward pass."""
         self._batches.append(_now(trainer) - self._mark)
         self._mark = _now(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Its step is taken."""
+        """Record the time of the update."""
         self._updates.append(_now(trainer) - self._mark)
 
     def on_validation_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        """A batch of a validation begins."""
+        """Start timing a validation batch."""
         self._mark = _now(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        """It is measured."""
+        """Record the time of the validation batch."""
         self._validations.append(_now(trainer) - self._mark)
 
     def on_closing(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Training is over."""
+        """Record the peak of training."""
         states = [state for optimizer in trainer.optimizers for state in optimizer.state.values()]
         moments = [tensor for state in states for tensor in state.values() if isinstance(tensor, Tensor)]
         self.tensors["gradients"] = sum(_bytes(p) for p in pl_module.parameters() if p.requires_grad)
@@ -110,15 +110,15 @@ class Watch(PrunedRunCallback):
         activations = 0.0 if self._saved is None else self._saved.bytes
         known = sum(self.tensors[key] for key in ("pruning", "gradients", "moments"))
         self.tensors["training"] = known + activations
-        self._take_peak("training")
+        self._record_peak("training")
 
-    def _take_peak(self, stage: str) -> None:
+    def _record_peak(self, stage: str) -> None:
         self.peaks[stage] = float(peak_memory()[0] or 0) - self._held
         reset_peak_memory()
 
 
 class SavedActivations(torch.autograd.graph.saved_tensors_hooks):
-    """Counts the bytes of what autograd keeps for a backward pass, each memory once, the model's own left out."""
+    """Counts the bytes that autograd keeps for a backward pass: each storage once, and without the parameters."""
 
     def __init__(self, module: LightningModule) -> None:
         super().__init__(self._count, lambda tensor: tensor)
@@ -138,13 +138,13 @@ class SavedActivations(torch.autograd.graph.saved_tensors_hooks):
         return self
 
     def __exit__(self, *error: Any) -> None:
-        """The forward pass is over."""
+        """Stop counting."""
         self.counting = False
         super().__exit__(*error)
 
 
-def bits_of(masks: MaskSet) -> int:
-    """How many weights masks speak of."""
+def masked_weights(masks: MaskSet) -> int:
+    """Number of weights with a mask."""
     return sum(weights for weights, _ in masks.counts().values())
 
 
@@ -153,7 +153,7 @@ def _bytes(tensor: Tensor) -> float:
 
 
 def _now(trainer: Trainer) -> float:
-    """Seconds, when all that the device was given is done."""
+    """The time in seconds, after queued device work is done."""
     if trainer.strategy.root_device.type == "cuda":
         torch.cuda.synchronize(trainer.strategy.root_device)
     return time.monotonic()

@@ -1,4 +1,4 @@
-"""An exported model against the one that it was made from: the same inputs, the same logits."""
+"""Compares an exported model's logits with the original's."""
 
 from __future__ import annotations
 
@@ -7,38 +7,38 @@ from torch import Tensor, nn
 
 from sparsefit.errors import ExportError
 from sparsefit.serving.decoders import Decoder, TorchDecoder
-from sparsefit.serving.graphs import Graph, sample_logits
+from sparsefit.serving.exported_graphs import Graph, sample_logits
 
 _ALLOWED = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""The largest difference of a logit, as a share of the largest logit, by the dtype that both sides compute in."""
+"""The largest allowed difference of a logit, relative to the largest logit, by the dtype of both computations."""
 
 _PROMPT, _STEPS = 12, 3
 
 
 def decoder_difference(model: nn.Module, decoder: Decoder) -> float:
-    """The largest difference of a logit as a share of the largest one: two prompts read, then a few tokens.
+    """The largest logit difference relative to the largest logit, for two prompts and a few more tokens.
 
     Args:
         model: A decoder of transformers.
-        decoder: What was made of it.
+        decoder: The exported or converted decoder.
     """
     ids = prompts(model, 2, _PROMPT + _STEPS)
-    ours = TorchDecoder(model)
-    largest = difference(decoder.start(ids[:, :_PROMPT]), ours.start(ids[:, :_PROMPT]))
+    original = TorchDecoder(model)
+    largest = difference(decoder.start(ids[:, :_PROMPT]), original.start(ids[:, :_PROMPT]))
     for place in range(_PROMPT, _PROMPT + _STEPS):
         token = ids[:, place : place + 1]
-        largest = max(largest, difference(decoder.step(token), ours.step(token)))
+        largest = max(largest, difference(decoder.step(token), original.step(token)))
     return largest
 
 
 @torch.inference_mode()
 def graph_difference(model: nn.Module, graph: Graph) -> float:
-    """The same of a model that reads its inputs once."""
+    """The largest logit difference of a model without a cache, relative to the largest logit."""
     return difference(sample_logits(graph), model(**graph.sample).logits)
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    """The largest difference of two tensors as a share of the largest value of the second.
+    """The largest difference of two tensors, relative to the largest value of the second.
 
     >>> difference(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]))
     0.5
@@ -48,21 +48,21 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 def check_difference(found: float, what: str, dtype: torch.dtype = torch.float32) -> None:
-    """See that an exported or converted model computes what the model does.
+    """Check that logits agree up to rounding.
 
     Args:
-        found: The largest difference of a logit as a share of the largest one.
+        found: The largest logit difference, relative to the largest logit.
         what: The file or the runtime, for the message.
-        dtype: What both compute in. Exported files are checked in float32, runtimes in the dtype that they run.
+        dtype: The dtype of both computations: float32 for exported files, the model's for runtimes.
 
     Raises:
-        ExportError: if it does not, beyond what rounding in its dtype explains.
+        ExportError: if they differ by more than rounding explains.
     """
     allowed = _ALLOWED.get(dtype, _ALLOWED[torch.float32])
-    if not found <= allowed:  # NaN is no difference that is allowed
+    if not found <= allowed:  # NaN never passes
         raise ExportError(
             f"{what} does not compute what the model does, so it is not used: a logit differs by {found:.2%} of the "
-            f"largest, and rounding explains {allowed:.1%}"
+            f"largest logit; rounding explains at most {allowed:.1%}"
         )
 
 

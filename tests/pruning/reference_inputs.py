@@ -1,4 +1,4 @@
-"""The inputs of every weight by passes of the whole model, sample by sample, with plain hooks."""
+"""Collects the inputs of every weight by passes of the whole model, sample by sample, with plain hooks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def linear_layers(model: nn.Module, prefixes: Iterable[str] = ("",)) -> dict[str
 
 
 def matrix_of(model: nn.Module, name: str) -> Tensor:
-    """The (out, in) view of what a mask's name speaks of."""
+    """The (out, in) view of the weight with a mask's name."""
     parameter, _, index = name.removesuffix("]").partition("[")
     owner = parameter.rpartition(".")[0]
     module, matrix = model.get_submodule(owner), model.get_parameter(parameter).detach()
@@ -85,7 +85,7 @@ def _watcher(name: str, module: nn.Module, names: dict[int, str], record: Callab
 
 
 def convolved(layer: nn.Conv2d, image: Tensor) -> Tensor:
-    """What a 1x1 convolution multiplies, position by position: (tokens, channels)."""
+    """The inputs of a 1x1 convolution, position by position: (tokens, channels)."""
     batched = image if image.ndim == 4 else image[None]
     patches = F.unfold(batched.float(), 1, padding=layer.padding, stride=layer.stride)
     return patches.transpose(1, 2).to(image.dtype)
@@ -149,7 +149,7 @@ def staged(
     stages: Iterable[Iterable[str]],
     run: Run = run_model,
 ) -> Iterator[tuple[str, Tensor, Tensor, list[Tensor]]]:
-    """The (out, in) dense weight, what it became, and its inputs in a model that was pruned up to the stage before.
+    """The (out, in) dense weight, its new values, and its inputs in a model that was pruned up to the previous stage.
 
     Args:
         dense: A copy from before the pruning; becomes the pruned model, stage by stage.
@@ -172,7 +172,7 @@ def staged(
 def reference_prune(
     model: nn.Module, samples: list[Mapping], stages: list[list[str]], **selection
 ) -> dict[str, np.ndarray]:
-    """Wanda by running the whole model from its start, one sample at a time, once for each stage.
+    """Wanda by passes of the whole model, one sample at a time, once for each stage.
 
     Args:
         model: In evaluation mode; pruned in place.
@@ -213,7 +213,7 @@ def squared_input_norms(
 
 
 def unseen_in(notes: Iterable[str]) -> set[str]:
-    """The masks of which notes say that they were chosen by magnitude, as no token reached their weight."""
+    """The masks that notes list as chosen by magnitude, because their weights got no token."""
     found = set()
     for note in notes:
         match = re.fullmatch(r"(\S+)(?: of the experts ([\d, ]+))? saw no calibration token; pruned by magnitude", note)
@@ -223,7 +223,7 @@ def unseen_in(notes: Iterable[str]) -> set[str]:
 
 
 def spread_weights(model: nn.Module) -> nn.Module:
-    """Weights and biases that all matter."""
+    """Give a model random weights and biases that all matter."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -234,5 +234,5 @@ def spread_weights(model: nn.Module) -> nn.Module:
 def covered(model: nn.Module, result) -> bool:
     """Whether every matrix is either pruned or left dense for a reason."""
     matrices = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False) if p.ndim > 1}
-    told = {matrices[name] for name in (*result.masks.parameters, *result.left_dense)}
-    return told == set(matrices.values()) and all(result.left_dense.values())
+    reported = {matrices[name] for name in (*result.masks.parameters, *result.left_dense)}
+    return reported == set(matrices.values()) and all(result.left_dense.values())

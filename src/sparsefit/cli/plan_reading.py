@@ -1,4 +1,4 @@
-"""The data of a recipe, read for its plan in the order in which the run reads them, so that each stage pays its own."""
+"""Reads a recipe's data for its plan in the order of the run, so that reading time counts for the right stage."""
 
 from __future__ import annotations
 
@@ -20,8 +20,19 @@ from sparsefit.evaluation.zero_shot import load_tasks
 
 @dataclass
 class Data:
-    """All calibration batches, the first batch of the training, test and validation data, how many of these there are,
-    batches of an epoch, items of the zero-shot tasks, and the seconds that reading took for each stage."""
+    """The data that a plan needs.
+
+    Args:
+        calibration: All calibration batches.
+        train: The first training batch.
+        epoch_batches: Training batches in an epoch.
+        test: The first test batch.
+        test_batches: How many test batches there are.
+        val: The first validation batch.
+        val_batches: How many validation batches there are.
+        task_items: How many items the zero-shot tasks have.
+        reading: Seconds that reading took, by stage.
+    """
 
     calibration: list[Any] = field(default_factory=list)
     train: Any = None
@@ -38,15 +49,15 @@ def read_data(settings: Any, evaluates: bool) -> Data:
     """The data of a recipe, read as its run would read them.
 
     Args:
-        settings: Of the recipe.
-        evaluates: Whether its module evaluates itself on test data; else it is measured by validations.
+        settings: The settings of the recipe.
+        evaluates: Whether the module has `evaluate`, which takes test data; otherwise validations measure it.
 
     Raises:
         CalibrationError: if there is nothing to calibrate on.
-        ConfigError: if the recipe has no data, or its model is to write them.
+        ConfigError: if the recipe has no data, or its model must generate them first.
     """
     if settings.get("data") is None:
-        raise ConfigError("a plan needs a `data` section: a module with loaders of its own is planned by none")
+        raise ConfigError("a plan needs a `data` section: a module with its own data loaders cannot be planned")
     found, source = Data(), instantiate_class((), settings.data.as_dict())
     with _timed(found, "setup"):
         source.prepare_data()
@@ -64,7 +75,7 @@ def read_data(settings: Any, evaluates: bool) -> Data:
     except SparsefitError as error:
         if callable(getattr(source, "write_with", None)):
             raise ConfigError(
-                f"the model writes this recipe's text as its run begins, so that it cannot be planned before: {error}"
+                f"the model generates this recipe's text when the run starts, so it cannot be planned before: {error}"
             ) from error
         raise
     if not callable(calibrate):
@@ -83,7 +94,7 @@ def read_data(settings: Any, evaluates: bool) -> Data:
 
 
 def first_samples(batches: Iterable[Any], samples: int) -> list[Any]:
-    """The first so many samples, in batches."""
+    """The first samples, in batches."""
     taken: list[Any] = []
     for batch in batches:
         if samples <= 0:
@@ -96,7 +107,7 @@ def first_samples(batches: Iterable[Any], samples: int) -> list[Any]:
 
 @contextmanager
 def _timed(data: Data, stage: str) -> Iterator[None]:
-    """Note the seconds of the body as what reading takes in a stage."""
+    """Add the body's seconds to the reading time of a stage."""
     start = time.monotonic()
     yield
     data.reading[stage] = time.monotonic() - start
@@ -116,7 +127,7 @@ def _read_test(data: Data, source: Any) -> None:
 
 
 def _validation(loaders: Any, trainer: Any) -> tuple[Any, int]:
-    """The first batch, and how many a validation has."""
+    """The first validation batch, and the number of batches in a validation."""
     loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
     loaders = [loader for loader in loaders if loader is not None]
     batches = sum(_length(loader, trainer, "val") for loader in loaders)
@@ -126,7 +137,7 @@ def _validation(loaders: Any, trainer: Any) -> tuple[Any, int]:
 
 
 def _length(loader: Any, trainer: Any, kind: str) -> float:
-    """Batches of a loader, as far as the Trainer lets it be read; infinity for a stream."""
+    """Batches of a loader within the Trainer's limits; infinity if the length is unknown."""
     whole = _whole_length(loader)
     limit = trainer[f"limit_{kind}_batches"]
     if limit is None:
@@ -135,7 +146,7 @@ def _length(loader: Any, trainer: Any, kind: str) -> float:
 
 
 def _whole_length(loader: Any) -> float:
-    """Batches of a loader; infinity for a stream."""
+    """All batches of a loader; infinity if the length is unknown."""
     try:
         return len(loader)
     except TypeError:

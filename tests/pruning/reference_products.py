@@ -1,4 +1,4 @@
-"""What convolutions, recurrent and linear layers multiply, unfolded with plain hooks and loops; masks from it alone."""
+"""Collects the inputs of convolutions, recurrent and linear layers with plain hooks and loops, and checks masks."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from passes import run_model
 from reference import assert_mask, reference_scores, squared_norm_of
+from reference_inputs import run_model
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 Groups = list[list[Tensor]]
-"""Of one weight: for each group of its rows (all groups have equally many) the (tokens, in) inputs, call by call."""
+"""For each group of rows of a weight (all of the same size), the (tokens, in) inputs of each call."""
 
 # Sums of squares that are added up in another order differ by so much at most: weights whose scores are nearer to each
 # other than that may go either way, all others may not.
@@ -23,7 +23,7 @@ ROUNDING = 2e-6
 
 
 def unfolded(layer: nn.Module, inputs: Tensor) -> list[Tensor]:
-    """What each group of a convolution's outputs is computed from: (outputs, channels * positions)."""
+    """The inputs of each group of a convolution's outputs: (outputs, channels * positions)."""
     dims = len(layer.kernel_size)
     batch = inputs if inputs.ndim == dims + 2 else inputs[None]
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
@@ -81,7 +81,7 @@ def step(layer: nn.Module, x: Tensor, h: Tensor, c: Tensor, suffix: str) -> tupl
 
 
 def recurred(layer: nn.Module, inputs: Tensor | PackedSequence, first: Any = None) -> dict[str, Tensor]:
-    """What each weight of nn.LSTM, nn.GRU or nn.RNN multiplies, sequence by sequence and step by step."""
+    """The inputs of each weight of nn.LSTM, nn.GRU or nn.RNN, sequence by sequence and step by step."""
     if isinstance(inputs, PackedSequence):
         padded, lengths = pad_packed_sequence(inputs, batch_first=True)
         sequences = [sequence[:length] for sequence, length in zip(padded, lengths.tolist(), strict=True)]
@@ -148,18 +148,18 @@ def gathered(model: nn.Module, batches: Iterable[Any], run: Callable[[nn.Module,
 
 
 def matrix_of(model: nn.Module, name: str) -> Tensor:
-    """A copy of a weight as (out, in): of a convolution channel by channel and then position by position."""
+    """A copy of a weight as (out, in); a convolution's columns are ordered by channel, then by position."""
     return model.get_parameter(name).detach().clone(memory_format=torch.contiguous_format).flatten(1)
 
 
 def side_by_side(parameter: Tensor) -> np.ndarray:
-    """The columns of a convolution's matrix, position by position, so that M of them are channels of one position."""
+    """The columns of a convolution's matrix, ordered by position, so that M of them are channels of one position."""
     channels, positions = parameter.shape[1], parameter[0, 0].numel()
     return np.array([channel * positions + position for position in range(positions) for channel in range(channels)])
 
 
 def scores_of(matrix: Tensor, groups: Groups | None) -> np.ndarray:
-    """Wanda's, group by group of the rows; magnitude for no inputs."""
+    """Wanda's scores, group by group of the rows; magnitudes if there are no inputs."""
     if groups is None:
         return reference_scores(matrix.numpy(), None)
     parts = matrix.chunk(len(groups))
@@ -170,7 +170,7 @@ def scores_of(matrix: Tensor, groups: Groups | None) -> np.ndarray:
 
 
 def check_mask(mask: Tensor, parameter: Tensor, scores: np.ndarray, **selection: Any) -> None:
-    """A mask is the one of these scores; N:M runs along the channels of one kernel position."""
+    """Check that a mask follows from scores; N:M runs along the channels of one kernel position."""
     order = slice(None)
     if selection.get("pattern") and parameter.ndim > 2:
         order = side_by_side(parameter)
@@ -186,14 +186,14 @@ def check_model(
     score: str = "wanda",
     **selection: Any,
 ) -> None:
-    """Every mask is the one that passes of the whole model give, the model being pruned up to the stage before; all
-    other weights are what they were.
+    """Check that every mask follows from passes of the whole model, pruned up to the previous stage, and that all other
+    weights are unchanged.
 
     Args:
         dense: A copy from before the pruning; becomes the pruned model.
         pruned: The model after it.
         result: Of the pruning.
-        inputs_of: What the weights of a model multiply.
+        inputs_of: A function that returns the inputs of the weights of a model.
         stages: The names of the masks that are chosen from the same passes; by default all at once.
         score: "wanda" or "magnitude".
         selection: Of `reference_mask`.
@@ -213,7 +213,7 @@ def check_model(
 
 
 def untouched(expected: nn.Module, model: nn.Module) -> None:
-    """Two models of one structure hold the same values, to the bit."""
+    """Check that two models of one structure have the same values, bit for bit."""
     for (name, value), (other, own) in zip(expected.state_dict().items(), model.state_dict().items(), strict=True):
         assert name == other
         assert torch.equal(value, own), name
@@ -236,7 +236,7 @@ def images(count: int = 4, size: int = 16, channels: int = 3) -> Tensor:
 
 
 def by_groups(matrix: Tensor, groups: Groups) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of each group and all that they multiply, (tokens, in)."""
+    """The rows of each group and all their inputs, (tokens, in)."""
     size = len(matrix) // len(groups)
     for number, inputs in enumerate(groups):
         yield slice(number * size, (number + 1) * size), torch.cat(inputs)

@@ -1,7 +1,7 @@
-"""ONNX and OpenVINO IR by transformers' own exporters, which trace a model and hand the trace to those libraries.
+"""ONNX and OpenVINO IR with transformers' exporters, which trace a model and convert the trace.
 
-A language model becomes one graph that reads a prompt into an empty cache and goes on from a full one. In ONNX the
-cache goes in and out of the graph; an OpenVINO graph keeps it as its state.
+A language model becomes one graph that reads a prompt into an empty cache and further tokens into a filled one. In
+ONNX the cache is an input and an output of the graph; an OpenVINO graph keeps it as its state.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sparsefit.errors import ConfigError
-from sparsefit.serving.zeros import Array
+from sparsefit.serving.zero_checks import Array
 
 if TYPE_CHECKING:
     from openvino import Core
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
-"""OpenVINO's settings to compute in float32, whatever the weights are held in."""
+"""OpenVINO's settings to compute in float32, whatever the dtype of the weights."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Graph:
     """A model as a graph of another library.
 
     Attributes:
-        exported: transformers' handle of it, which saves it.
-        sample: The inputs that it was traced with.
+        exported: transformers' object for the graph, which can save and run it.
+        sample: The inputs with which it was traced.
         generates: Whether it is a language model with a cache.
     """
 
@@ -50,20 +50,20 @@ class Graph:
 
     @property
     def kind(self) -> str:
-        """The library that reads it: "onnx" or "openvino"."""
+        """The format: "onnx" or "openvino"."""
         return str(self.exported.export_format)
 
 
 def export_graph(model: PreTrainedModel, kind: str, fused: bool = False) -> Graph:
-    """Trace a model.
+    """Trace a model and convert the trace.
 
     Args:
         model: A decoder, or a classifier of images or texts, in evaluation mode on the CPU.
         kind: "onnx" or "openvino".
-        fused: Whether an ONNX graph may have operators that ONNX Runtime alone knows, which are faster.
+        fused: Whether an ONNX graph may have ONNX Runtime's own operators, which are faster.
 
     Raises:
-        ConfigError: if the model takes other inputs than those, or cannot be traced.
+        ConfigError: if the model takes other inputs, or cannot be traced.
     """
     from transformers.exporters import OnnxConfig, OnnxExporter, OpenVINOConfig, OpenVINOExporter
     from transformers.exporters.utils import decompose_for_generation
@@ -84,15 +84,15 @@ def export_graph(model: PreTrainedModel, kind: str, fused: bool = False) -> Grap
                 return Graph(exported, sample, generates)
             config = OpenVINOConfig(dynamic=True)
             return Graph(OpenVINOExporter().export(traced, copy.deepcopy(sample), config), sample, generates)
-        except Exception as error:  # tracing fails in as many ways as there are models
-            told = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        except Exception as error:  # the error depends on the model
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ConfigError(
-                f"a {type(model).__name__} cannot be exported to {kind} by the installed libraries: {told}"
+                f"a {type(model).__name__} cannot be exported to {kind} by the installed libraries: {reason}"
             ) from error
 
 
 def _clear_metadata(model: Any) -> None:
-    """Drop what the tracing has noted in an ONNX model: a stack trace for each operator, with paths of this machine."""
+    """Remove from an ONNX model the stack traces of tracing, which contain local paths."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     ClearMetadataAndDocStringPass()(model)
@@ -100,21 +100,21 @@ def _clear_metadata(model: Any) -> None:
 
 
 def sample_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Small inputs of the kind that a model takes, one of them padded so that the padding mask is traced, too.
+    """Small inputs for a model; one sequence is padded, so that the padding mask is traced, too.
 
     Raises:
-        ConfigError: if it takes others than tokens or images, is an encoder with a decoder, or has no head.
+        ConfigError: if it does not take tokens or images, has an encoder and a decoder, or has no head.
     """
     config = model.config
     main = model.main_input_name
     if getattr(config, "is_encoder_decoder", False) or main not in ("input_ids", "pixel_values"):
         raise ConfigError(
-            f"a {type(model).__name__} cannot be exported: ONNX and OpenVINO take decoders, and classifiers of images "
+            f"a {type(model).__name__} cannot be exported to ONNX or OpenVINO, only decoders and classifiers of images "
             "and texts"
         )
     if model.base_model is model and not model.can_generate():
         raise ConfigError(
-            f"a {type(model).__name__} has no head and gives no logits, by which an export is checked: export the "
+            f"a {type(model).__name__} has no head and so no logits, with which an export is checked: export the "
             "classifier that was built on it"
         )
     if main == "pixel_values":
@@ -128,13 +128,13 @@ def sample_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 class GraphDecoder:
-    """An exported language model on its own runtime.
+    """An exported language model in its own runtime.
 
     Args:
-        graph: Of `export_graph`, of a model that generates.
+        graph: A graph of `export_graph` with `generates`.
         threads: CPU threads.
         settings: Further properties of OpenVINO's compilation.
-        note: What is to be known of its figures.
+        note: A remark on its measurements.
 
     Raises:
         ConfigError: if the graph has no cache.
@@ -143,7 +143,7 @@ class GraphDecoder:
     def __init__(self, graph: Graph, threads: int, settings: dict[str, Any] | None = None, note: str = "") -> None:
         self.note = note
         if "past_key_values" not in graph.sample:
-            raise ConfigError("the exported graph takes no cache (past_key_values), so it cannot go on from a prompt")
+            raise ConfigError("the exported graph takes no cache (past_key_values), so it cannot continue a prompt")
         self._kind = graph.kind
         self._layers = graph.sample["past_key_values"]
         self.weight_bytes = sum(array.nbytes for array in weights_of(graph.exported))
@@ -162,7 +162,7 @@ class GraphDecoder:
         self._read = 0
 
     def start(self, ids: Tensor) -> Tensor:
-        """As of `Decoder`."""
+        """See `Decoder`."""
         self._read = 0
         if self._kind == "openvino":
             self._request.reset_state()
@@ -171,7 +171,7 @@ class GraphDecoder:
         return self.step(ids)
 
     def step(self, token: Tensor) -> Tensor:
-        """As of `Decoder`."""
+        """See `Decoder`."""
         batch, count = token.shape
         positions = torch.arange(self._read, self._read + count).expand(batch, count)
         self._read += count
@@ -191,7 +191,7 @@ class GraphDecoder:
 
 
 def sample_logits(graph: Graph) -> Tensor:
-    """What a graph makes of the inputs that it was traced with: the logits, in float32 where OpenVINO computes."""
+    """Logits of a graph for its traced inputs; OpenVINO computes them in float32."""
     run = _openvino_runner(graph, EXACT) if graph.kind == "openvino" else graph.exported
     return run(**graph.sample).logits
 
@@ -206,11 +206,11 @@ def _openvino_runner(graph: Graph, config: dict[str, Any]) -> ModelRunner:
 
 @functools.cache
 def _core() -> Core:
-    """The one OpenVINO `Core` of this process.
+    """The only OpenVINO `Core` of this process.
 
-    Each `Core` gives the thread a stack for signal handlers and, once it is gone, gives back the stack of the one
-    before, which may be gone, too: the next signal (the end of a subprocess, say) then ends the process. transformers
-    makes a `Core` for each model that it runs, so models are compiled here.
+    Each `Core` sets a stack for signal handlers and, when it is deleted, restores the stack of the previous `Core`,
+    which may already be freed: the next signal (such as the end of a subprocess) then crashes the process. transformers
+    creates a `Core` for each model that it runs, so models are compiled here instead.
     """
     import openvino
 
@@ -218,7 +218,7 @@ def _core() -> Core:
 
 
 def _emptied(cache: Any, batch: int) -> Any:
-    """A cache like another one, with nothing in it."""
+    """An empty cache of the same form."""
     empty = copy.deepcopy(cache)
     for layer in empty.layers:
         layer.keys = layer.keys.new_zeros(batch, layer.keys.shape[1], 0, layer.keys.shape[3])
@@ -229,7 +229,7 @@ def _emptied(cache: Any, batch: int) -> Any:
 
 
 def weights_of(exported: ExportedModel) -> Iterator[Array]:
-    """The constants of a graph that have two dimensions or more: its matrices, and what tables were folded."""
+    """The constants of a graph with at least two dimensions: its matrices, and precomputed tables."""
     for component in exported.components.values():
         if str(exported.export_format) == "onnx":
             values = component.program.graph.initializers.values()
@@ -241,13 +241,13 @@ def weights_of(exported: ExportedModel) -> Iterator[Array]:
 
 
 def load_graph(folder: Path, like: Graph) -> Graph:
-    """A saved graph as its library reads it."""
+    """Load a saved graph with its library; `like` is the graph that was saved."""
     from transformers.exporters import ExportedComponent, ExportedModel, OpenVINOExporter
 
     with _silenced():
         if like.kind == "onnx":
             exported = ExportedModel.from_pretrained(folder, device="cpu", local_files_only=True)
-        else:  # which from_pretrained would compile, too: see _core
+        else:  # from_pretrained would also compile the graph, with another Core: see _core
             ((name, component),) = like.exported.components.items()
             file = folder / f"{OpenVINOExporter.program_prefix}{name}{OpenVINOExporter.program_suffix}"
             read = ExportedComponent(_core().read_model(file), component.metadata)
@@ -257,7 +257,7 @@ def load_graph(folder: Path, like: Graph) -> Graph:
 
 @contextmanager
 def _silenced() -> Iterator[None]:
-    """Without what the exporters say of versions, of libraries that nothing here needs, and of their progress."""
+    """Silence the exporters' messages about versions, unneeded libraries and progress."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)  # their loggers have no common parent
     try:

@@ -1,4 +1,4 @@
-"""What libraries say and do that is not for who runs a command."""
+"""Silences irrelevant output of libraries, and simplifies how they report write errors and interrupts."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from safetensors import SafetensorError
 from sparsefit.errors import SparsefitError
 from sparsefit.files import unwritable
 
-# What libraries say of one another, and of validation data that a recipe leaves out on purpose.
+# Libraries' messages about one another, and about validation data that a recipe leaves out on purpose.
 _IRRELEVANT = ("`isinstance\\(treespec, LeafSpec\\)`", "`is_gradient_checkpointing`", "Total length of `list`")
 
 
-def quieten() -> None:
-    """Silence what has no bearing on the command that runs; and progress bars that would end up in a file."""
+def silence_libraries() -> None:
+    """Silence messages that do not concern the command, and progress bars if the output is not a terminal."""
     from datasets import disable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 
     for message in _IRRELEVANT:
         warnings.filterwarnings("ignore", message=message)
-    # peft imports bitsandbytes, which asks for a faster 4-bit kernel even where nothing is quantized.
+    # peft imports bitsandbytes, which recommends a faster 4-bit kernel even if nothing is quantized.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         disable_progress_bar()
@@ -38,7 +38,7 @@ _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPER
 
 @contextmanager
 def clear_write_errors() -> Iterator[None]:
-    """A full disk, or a folder that cannot be written to, is one sentence whoever meets it: loggers, libraries."""
+    """Turn write errors of any library, such as a full disk, into one sentence."""
     try:
         yield
     except SparsefitError:
@@ -51,7 +51,7 @@ def clear_write_errors() -> Iterator[None]:
 
 @contextmanager
 def interrupts() -> Iterator[None]:
-    """Ctrl-C is an interrupt, which Lightning makes an exit of."""
+    """Keep Ctrl-C a KeyboardInterrupt; Lightning would exit."""
     try:
         yield
     except SystemExit as stop:

@@ -1,4 +1,4 @@
-"""A tiny model with its text, and the commands that are run on it."""
+"""Runs sparsefit commands on a tiny model, in forked processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from faults.write_hook import Writes
-from sparsefit.cli import fit, merge  # noqa: F401 (imported once, for all that are forked)
+from sparsefit.cli import fit, merge  # noqa: F401 (imported once for all forked processes)
 from sparsefit.cli import main as run_command
 from sparsefit.data import TextFilesDataModule  # noqa: F401
 from sparsefit.modules.loading import load_tokenizer
@@ -23,16 +23,21 @@ from sparsefit.modules.loading import load_tokenizer
 STEPS = 4
 TEXT = "the quick brown fox jumps over a lazy dog while seven wizards read the documentation of python aloud"
 WORDS = TEXT.split(" ")
-TOLD = (1, 2)
+REPORTED = (1, 2)  # exit statuses of commands that end with a message
 
 
-class Workplace:
-    """A tiny model, its text, and the commands on it, each in a process of its own that is forked to start at once."""
+class ForkedCommands:
+    """A tiny model, its text, and commands on it. Each runs in a forked process, which starts fast.
+
+    Args:
+        folder: The folder for the model, its text and the runs.
+        steps: Optimizer steps of each run.
+    """
 
     def __init__(self, folder: Path, steps: int = STEPS) -> None:
         self.folder, self.steps = folder, steps
         self.output = ""
-        self._outputs: dict[int, int] = {}  # by process: a pipe, which no full disk and no limit of files reaches
+        self._outputs: dict[int, int] = {}  # pipes by process; unlike files they work on a full disk
         tokenizer = load_tokenizer("tiny-llama")
         torch.manual_seed(0)
         sizes = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
@@ -46,7 +51,7 @@ class Workplace:
                 (folder / part / f"{number}.txt").write_text(text + part)
 
     def recipe(self, run: Path) -> Path:
-        """The file of the recipe of a run."""
+        """Write the recipe of a run. Returns its file."""
         common = {"tokenizer": str(self.folder / "model"), "sequence_length": 16, "batch_size": 2, "shuffle_buffer": 5}
         sources = {f"{part}_source": str(self.folder / part) for part in ("train", "test")}
         adapter = {"r": 2, "dropout": 0.1, "form": "masked_lora", "target_modules": ["q_proj"]}
@@ -80,7 +85,14 @@ class Workplace:
         file_size: int | None = None,
         before: Callable[[], None] | None = None,
     ) -> int:
-        """Start a command; `before` is called in its process first. Returns the id of that."""
+        """Start a command in a new process and return the id of the process.
+
+        Args:
+            arguments: The arguments of `sparsefit`.
+            hook: Counts the writes of the process, and acts at one of them.
+            file_size: The largest size of a file that the process can write.
+            before: Called in the process before the command starts.
+        """
         output, log = os.pipe()
         if (child := os.fork()) == 0:
             status = 70
@@ -109,27 +121,27 @@ class Workplace:
                     sys.stdout.flush()
                     sys.stderr.flush()
                 finally:
-                    os._exit(status)  # whatever happens: this process must never go on as the one it was forked from
+                    os._exit(status)  # the child must never run the code of its parent
         os.close(log)
         self._outputs[child] = output
         return child
 
-    def ended(self, child: int) -> int:
-        """The status of a command once it has ended: its exit status, or minus the signal that killed it."""
+    def wait(self, child: int) -> int:
+        """Wait for the end of a command. Returns its exit status, or minus the number of the signal that killed it."""
         with open(self._outputs.pop(child), errors="replace") as output:
             self.output = output.read()
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
-    def command(self, *arguments: Any, **settings: Any) -> int:
-        """Run a command to its end."""
-        return self.ended(self.start(*arguments, **settings))
+    def run(self, *arguments: Any, **settings: Any) -> int:
+        """Run a command to its end and return its status."""
+        return self.wait(self.start(*arguments, **settings))
 
-    def told(self, status: int) -> bool:
-        """Whether the last command ended with a sentence, and not with a traceback or in silence."""
-        return status in TOLD and "Traceback" not in self.output and bool(self.output.strip())
+    def reported(self, status: int) -> bool:
+        """Whether the last command ended with a message, not with a traceback or in silence."""
+        return status in REPORTED and "Traceback" not in self.output and bool(self.output.strip())
 
-    def go_on(self, run: Path) -> int:
-        """Go on with a run; one that was killed before it had claimed its folder begins."""
+    def resume(self, run: Path) -> int:
+        """Resume a run, or start it if it was killed before it wrote to its folder."""
         if (run / "config.yaml").exists():
-            return self.command("fit", "--resume", run)
-        return self.command("fit", "--config", self.recipe(run))
+            return self.run("fit", "--resume", run)
+        return self.run("fit", "--config", self.recipe(run))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from types import SimpleNamespace
 
 import pytest
 from lightning.pytorch import LightningDataModule, LightningModule
 from transformers import BitImageProcessorPil, ConvNextImageProcessorPil, ViTImageProcessorPil
 
-from sparsefit.cli.fitting_data import check_data
+from sparsefit.cli.model_data_checks import check_data
 from sparsefit.data import DigitsDataModule
 from sparsefit.errors import ConfigError
 from sparsefit.modules import ImageClassifierModule
@@ -48,7 +47,7 @@ def module(labels=10, names=None):
         ),
     ],
 )
-def test_images_prepared_otherwise_are_told(own, other, message):
+def test_images_prepared_otherwise_are_reported(own, other, message):
     with pytest.raises(ConfigError, match=f"{message}.*Set data.init_args.processor to the model's folder"):
         check_data(*processors(own, other))
 
@@ -65,43 +64,47 @@ def test_images_prepared_otherwise_are_told(own, other, message):
         (vit(), lambda image: image),
     ],
 )
-def test_images_prepared_alike_pass(own, other):
+def test_images_prepared_alike_pass(own, other, recwarn):
     check_data(*processors(own, other))
+    assert not recwarn.list
 
 
-def test_a_saved_processor_is_the_same(tmp_path):
-    data = DigitsDataModule()
+def test_a_saved_processor_is_the_same(tmp_path, recwarn):
+    data = DigitsDataModule(mean=[0.9])
     data.image_processor.save_pretrained(tmp_path)
-    check_data(*processors(data.image_processor, DigitsDataModule(str(tmp_path)).image_processor))
+    loaded = DigitsDataModule(str(tmp_path)).image_processor
+    assert list(loaded.image_mean) == [0.9]
+    check_data(*processors(data.image_processor, loaded))
+    assert not recwarn.list
 
 
 DIGITS = [str(digit) for digit in range(10)]
 
 
 @pytest.mark.parametrize("names", [DIGITS[::-1], ["10", *DIGITS]])
-def test_the_same_classes_in_another_order_are_told(names):
+def test_the_same_classes_in_another_order_are_reported(names):
     with pytest.raises(ConfigError, match=r"'0' is class (9|1) of the model and 0 of the data, and 9 more differ"):
         check_data(module(names=names), DigitsDataModule())
 
 
 @pytest.mark.parametrize("names", [None, DIGITS, ["zero", "one", *DIGITS[2:]]])
-def test_classes_that_agree_or_have_other_names_pass(names):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        check_data(module(names=names), DigitsDataModule())
+def test_classes_that_agree_or_have_other_names_pass(names, recwarn):
+    check_data(module(names=names), DigitsDataModule())
+    assert not recwarn.list
 
 
-def test_a_head_of_another_size_is_told():
+def test_a_head_of_another_size_is_reported():
     with pytest.raises(ConfigError, match="head has 4 classes and the data have 10"):
         check_data(module(4), DigitsDataModule())
     with pytest.warns(UserWarning, match="head has 1000 classes and the data have 10"):
         check_data(module(1000), DigitsDataModule())
 
 
-def test_modules_and_data_of_other_kinds_pass():
+def test_modules_and_data_of_other_kinds_pass(recwarn):
     check_data(LightningModule(), LightningDataModule())
     check_data(LightningModule(), DigitsDataModule())
     check_data(module(), LightningDataModule())
+    assert not recwarn.list
 
 
 def images_recipe(folder, **data):

@@ -1,4 +1,4 @@
-"""What writes and runs the formats of other programs: libraries that nothing else needs."""
+"""Checks that the libraries of export formats are installed; nothing else needs them."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ LIBRARIES = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("openvino",),
 }
-"""By format."""
+"""The libraries of each format."""
 
 
 def missing_for(kind: str) -> str:
-    """Which library a format lacks here, and how to have it; the empty string if none."""
+    """The name of a missing library of a format, and how to install it; empty if none is missing."""
     return next((extras.missing(library) for library in LIBRARIES[kind] if not extras.has(library)), "")
 
 
 def check_libraries(kind: str) -> None:
-    """See that the libraries of a format are there.
+    """Check that the libraries of a format are installed.
 
     Raises:
-        ConfigError: naming one that is not, and the extra that brings it.
+        ConfigError: if one is missing; names it and the extra that installs it.
     """
     for library in LIBRARIES[kind]:
         extras.need(library, f"the format {kind}")

@@ -1,4 +1,4 @@
-"""A model's state before and after: what pruning must give back."""
+"""Snapshots of a model's state, which pruning must restore."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def sequences(count: int, length: int = 7) -> list[dict[str, torch.Tensor]]:
 
 
 def state(model: nn.Module) -> dict:
-    """All that pruning must give back: flags, hooks, replaced attributes, settings."""
+    """The state that pruning must restore: flags, hooks, replaced attributes, settings."""
     return {
         name: (
             module.training,
@@ -32,7 +32,7 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    """Equal to the bit, NaN included."""
+    """Equal bit for bit, including NaN."""
     as_bits = {torch.float32: torch.int32}
     return all(
         torch.equal(
@@ -47,6 +47,6 @@ class OwnError(Exception):
 
 
 def at_the_end(done: int, total: int) -> None:
-    """Fails when all weights are pruned."""
+    """Raises an error after all weights are pruned."""
     if done == total:
         raise OwnError

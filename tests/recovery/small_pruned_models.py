@@ -1,4 +1,4 @@
-"""Small pruned models to reconstruct, and what a model holds."""
+"""Small pruned models to reconstruct, and snapshots of their state."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def changed(model, before):
 
 
 def pruned(model, batches=BATCHES, **settings):
-    """The dense weights, and the masks of the model, which is pruned now."""
+    """Prune a model. Returns its dense weights and its masks."""
     dense = dense_weights(model)
     return dense, prune(model, batches, PruningConfig(**settings)).masks
 

@@ -1,4 +1,4 @@
-"""Wrong input, told in one sentence: what the parsers say of it in a page, and settings that Lightning trips over."""
+"""Turns parser errors into one sentence, and rejects settings on which Lightning fails later."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from sparsefit.errors import ConfigError, SparsefitError
 from sparsefit.extras import EXTRAS, has, missing
@@ -35,26 +34,26 @@ _KINDS = {
 
 
 class PlainErrors:
-    """Mixin for parsers: raises what argparse and jsonargparse print below a page of usage."""
+    """Mixin for parsers: raises the errors that argparse and jsonargparse print after a long usage text."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise a ConfigError of one sentence.
+        """Raise a ConfigError, except in a parser that only tests whether a value is accepted.
 
         Raises:
-            ConfigError: always, but within a parser that another one asks whether it would take a value.
+            ConfigError: in one sentence.
         """
         if getattr(self, "exit_on_error", True) is False:
             super().error(message, ex)
-        told = getattr(ex, "subcommand_parser", None) or self
-        raise ConfigError(sentence(message, re.findall(r"--([\w.-]+)", told.format_usage()))) from ex
+        parser = getattr(ex, "subcommand_parser", None) or self
+        raise ConfigError(sentence(message, re.findall(r"--([\w.-]+)", parser.format_usage()))) from ex
 
 
 class Parser(PlainErrors, argparse.ArgumentParser):
-    """Of the commands that are no recipes."""
+    """The parser of commands without a recipe, and of the options that are not settings of one."""
 
 
 def sentence(message: str, options: Iterable[str] = ()) -> str:
-    """What a parser has to say, in one sentence.
+    """A parser's error as one sentence.
 
     >>> sentence('Parser key "trainer.max_steps":\\n  Expected a <class \\'int\\'>. Got value: many')
     "trainer.max_steps is 'many': it must be a whole number"
@@ -62,8 +61,9 @@ def sentence(message: str, options: Iterable[str] = ()) -> str:
     "there is no setting pruning.sparsty: did you mean 'pruning.sparsity'?"
 
     Args:
-        message: Of argparse or jsonargparse. Unions of types and classes in classes are reports within reports there.
-        options: What there is, for names with a slip.
+        message: The error of argparse or jsonargparse. For unions of types and for nested classes, it contains the
+            errors of each part.
+        options: The existing options, to suggest one for a misspelled name.
     """
     path = ".".join(re.findall(r'Parser key "([^"]+)":', message)).replace("init_args.", "")
     inner = message.rpartition("Parser key ")[2]
@@ -72,13 +72,13 @@ def sentence(message: str, options: Iterable[str] = ()) -> str:
     if found := re.search(r"unrecognized arguments: (.+)|[Nn]o action for (?:destination )?key \"(.+?)\"", message):
         return _unknown((found[1] or found[2]).split("=")[0].split(" ")[0].lstrip("-"), options)
     if found := re.search(r"Unable to load config ['\"](.*?)['\"]", message):
-        return f"{path or '--config'} is {found[1]!r}: it is no mapping of settings, and no file of YAML to read"
+        return f"{path or '--config'} is {found[1]!r}: it is neither a mapping nor a YAML file"
     if found := re.search(r"Problem with given class_path '([^']+)':\s+(.+)", inner):
-        return f"{path}: {_of_class(found[1], found[2])}"
+        return f"{path}: {_class_error(found[1], found[2])}"
     if found := re.search(r"Import path (\S+) does not correspond to a subclass of (\w+)", inner):
-        return f"{path}: {found[1]} is no {found[2]}"
+        return f"{path}: {found[1]} is not a {found[2]}"
     if found := re.search(r"the following arguments are required: (.+)", message):
-        return f"{found[1].replace('fit.', '')} is missing: it must be given"
+        return f"{found[1].replace('fit.', '')} is required"
     if found := re.search(r"Expected a dot import path string: (.+)", inner):
         return f"{path} is {found[1]!r}: it must be the path of a class, such as package.module.Class"
     if found := re.search(r"Not a valid subclass of (\w+)", inner):
@@ -91,20 +91,20 @@ def sentence(message: str, options: Iterable[str] = ()) -> str:
 
 
 def check_recipes(arguments: Sequence[str]) -> list[dict[str, Any]]:
-    """The recipes of a command line: see that they are there, and mappings of settings in YAML.
+    """Read a command line's recipes and check that they are YAML mappings.
 
     Raises:
-        ConfigError: naming the file.
+        ConfigError: if one is not; names the file.
     """
     recipes = []
-    for place, argument in enumerate(arguments):
+    for index, argument in enumerate(arguments):
         option, equals, value = argument.partition("=")
-        if option not in ("-c", "--config") or not (equals or arguments[place + 1 :]):
+        if option not in ("-c", "--config") or not (equals or arguments[index + 1 :]):
             continue
-        file = Path(value if equals else arguments[place + 1])
+        file = Path(value if equals else arguments[index + 1])
         try:
             found = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:  # not UTF-8 is a ValueError
+        except (OSError, ValueError, yaml.YAMLError) as error:  # a ValueError if it is not UTF-8
             raise ConfigError(f"the recipe {file} cannot be read: {error}") from error
         if not isinstance(found, dict):
             raise ConfigError(f"the recipe {file} has no settings: it must be a mapping, such as `model:` and `data:`")
@@ -113,10 +113,10 @@ def check_recipes(arguments: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def check_trainer(settings: Mapping[str, Any]) -> None:
-    """Refuse settings of a Trainer on which Lightning divides by zero, or which it takes and leaves alone.
+    """Refuse Trainer settings on which Lightning would divide by zero, or which it accepts and ignores.
 
     Raises:
-        ConfigError: naming the setting.
+        ConfigError: if there is one; names it.
     """
     limits = {
         "accumulate_grad_batches": {"least": 1, "whole": True},
@@ -132,10 +132,10 @@ def check_trainer(settings: Mapping[str, Any]) -> None:
 
 
 def check_section(name: str, value: Any) -> None:
-    """Refuse what is no section of settings.
+    """Check that a value is a mapping of settings.
 
     Raises:
-        ConfigError: naming it.
+        ConfigError: if it is not; names it.
     """
     if value is not None and not hasattr(value, "items"):
         raise ConfigError(f"{name} is {value!r}: it must be a mapping of settings")
@@ -143,33 +143,36 @@ def check_section(name: str, value: Any) -> None:
 
 @contextmanager
 def trainer_errors() -> Iterator[None]:
-    """What Lightning raises as it makes a Trainer is about its settings, or this machine.
+    """Convert errors of creating a Trainer to ConfigErrors.
 
     Raises:
-        ConfigError: with what it says.
+        ConfigError: with Lightning's message.
     """
+    # Imported here, because it is slow and parsers do not need it.
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
     try:
         yield
     except SparsefitError:
         raise
     except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
-        told = " ".join(str(error).split())
-        raise ConfigError(f"a Trainer with these settings cannot be had here: {told}") from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"a Trainer with these settings cannot be created on this machine: {reason}") from error
 
 
 def check_seed(seed: Any) -> None:
-    """Refuse a seed that NumPy does not take.
+    """Check that NumPy accepts a seed.
 
     Raises:
-        ConfigError: naming it.
+        ConfigError: if it does not.
     """
     if seed is not None and not isinstance(seed, bool):
         number("seed_everything", seed, least=0, most=2**32 - 1, whole=True)
 
 
-def _value(report: str) -> str:
-    """The value that was given, as the last line of a report has it."""
-    found = re.search(r"(?:Got value|Given value): (.*)", report)
+def _value(message: str) -> str:
+    """The given value, from the last line of a nested error."""
+    found = re.search(r"(?:Got value|Given value): (.*)", message)
     text = found[1].strip() if found else "something else"
     text = text if re.match(r"[\[{(\d-]", text) or text in ("None", "True", "False") else repr(text)
     return text if len(text) <= 80 else f"{text[:77]}..."
@@ -187,8 +190,8 @@ def _unknown(name: str, options: Iterable[str]) -> str:
     return f"there is no setting {name}: " + (f"did you mean {near[0]!r}?" if near else "--help lists them")
 
 
-def _of_class(class_path: str, reason: str) -> str:
-    """Why a class cannot be had, or not so: with the nearest name of what it does have."""
+def _class_error(class_path: str, reason: str) -> str:
+    """Why a class cannot be created with these arguments, with the nearest valid name."""
     module, _, name = class_path.rpartition(".")
     if (found := re.search(r"Option '([^']+)' is not accepted", reason)) is not None:
         kinds = getattr(import_module(module), name).__mro__ if module else ()

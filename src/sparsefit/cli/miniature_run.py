@@ -1,6 +1,6 @@
-"""A miniature of a recipe's run, in a process of its own: a model of a few blocks with random weights, a few batches.
+"""A miniature of a recipe's run: a model of a few blocks with random weights and a few batches, in its own process.
 
-It goes through the same Trainer, callbacks and files as the run itself, so that what it takes is what a block takes.
+It uses the same Trainer, callbacks and files as the run itself, so its cost per block is that of the run.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ from sparsefit.calibration.samples import cut_batch
 from sparsefit.callbacks import BlockwiseReconstruction, GPUHourBudget, RunReport, SparseCheckpoints, WandaPruning
 from sparsefit.callbacks.zero_shot_tasks import LEDGER_STAGE, METRIC
 from sparsefit.cli.fit import checkpoints_of_run
-from sparsefit.cli.probe_watch import Watch, bits_of
-from sparsefit.cli.quiet import quieten
+from sparsefit.cli.library_output import silence_libraries
+from sparsefit.cli.miniature_measures import MiniatureMeasures, masked_weights
 from sparsefit.errors import SparsefitError
 from sparsefit.evaluation.zero_shot import Results
 from sparsefit.machine import memory_held
 from sparsefit.planning import Measured
 
-STEPS = 3  # optimizer steps of a miniature run: the first one pays for what happens once
+STEPS = 3  # optimizer steps of a miniature run; the first includes one-time costs
 
 
 @dataclass(frozen=True)
 class Miniature:
-    """A recipe, cut down. It is sent to another process, so it holds plain values, tensors and functions by name.
+    """A reduced recipe. It is sent to another process, so it holds plain values, tensors and functions by name.
 
     Args:
-        make_module: Makes the module with so many blocks (None: all of them).
-        blocks: Of the model.
+        make_module: Makes the module with a number of blocks (None: all of them).
+        blocks: How many blocks the model has.
         pruning: Arguments of `WandaPruning`.
         reconstruction: Arguments of `BlockwiseReconstruction`.
         trainer: Arguments of `Trainer`.
         calibration: Calibration batches.
         samples: How many calibration samples they hold.
-        train: A training batch; None where the recipe trains nothing.
-        test: A test batch; None where it has no test data.
-        val: A validation batch; None where it validates on nothing.
-        tasks: Of the zero-shot tasks, arguments of `RunReport`.
+        train: A training batch; None if the recipe trains nothing.
+        test: A test batch; None if it has no test data.
+        val: A validation batch; None if it has no validation data.
+        tasks: Arguments of `RunReport` for the zero-shot tasks.
     """
 
     make_module: Callable[[int | None], LightningModule]
@@ -64,10 +64,10 @@ class Miniature:
 
 
 def measure(run: Miniature, more: Miniature | None = None) -> list[Measured]:
-    """What a miniature run takes, and after it another one that is only pruned; both in one new process.
+    """Measure a miniature, and optionally one that is only pruned, in a new process.
 
     Raises:
-        SparsefitError: if it fails; says why.
+        SparsefitError: if a run fails; with the reason.
     """
     receiver, sender = get_context("spawn").Pipe(duplex=False)
     process = get_context("spawn").Process(target=_in_child, args=([run, *([more] if more else [])], sender))
@@ -78,8 +78,8 @@ def measure(run: Miniature, more: Miniature | None = None) -> list[Measured]:
     except EOFError:
         process.join()
         found = SparsefitError(
-            f"the miniature run of {run.blocks or 'all'} blocks was killed (status {process.exitcode}): they may not "
-            "fit into the memory"
+            f"the miniature run of {run.blocks or 'all'} blocks was killed (status {process.exitcode}): perhaps "
+            "it does not fit into memory"
         )
     process.join()
     if isinstance(found, BaseException):
@@ -89,20 +89,20 @@ def measure(run: Miniature, more: Miniature | None = None) -> list[Measured]:
 
 def _in_child(runs: list[Miniature], sender: Connection) -> None:
     silent = os.open(os.devnull, os.O_WRONLY)
-    for output in (1, 2):  # what the run itself says is of no interest
+    for output in (1, 2):  # the output of the run is not needed
         os.dup2(silent, output)
-    quieten()
+    silence_libraries()
     try:
-        sender.send([_measured(run) for run in runs])
-    except Exception as error:  # whatever it is, it is the recipe's
+        sender.send([_measure(run) for run in runs])
+    except Exception as error:  # any error comes from the recipe
         sender.send(SparsefitError(f"{type(error).__name__}: {error}"))
 
 
-def _measured(run: Miniature) -> Measured:
+def _measure(run: Miniature) -> Measured:
     held = memory_held()
     sample = cut_batch(run.calibration[0], 1) if run.pruning.get("allocation") == "fisher" else None
-    module, watch = run.make_module(run.blocks), Watch(held, sample)
-    evaluations = _timed(module)
+    module, measures = run.make_module(run.blocks), MiniatureMeasures(held, sample)
+    evaluations = _time_evaluations(module)
     with tempfile.TemporaryDirectory() as folder:
         budget = GPUHourBudget(1e6, drive_learning_rate=False)
         pruning, report = WandaPruning(**run.pruning), RunReport(f"{folder}/run", **_few_items(run.tasks))
@@ -110,7 +110,7 @@ def _measured(run: Miniature) -> Measured:
         others += checkpoints_of_run(Path(folder, "run"))
         trainer = Trainer(
             **run.trainer,
-            callbacks=[watch, pruning, report, *others],
+            callbacks=[measures, pruning, report, *others],
             default_root_dir=folder,
             max_steps=STEPS if run.train is not None else 0,
             max_epochs=-1,
@@ -132,38 +132,39 @@ def _measured(run: Miniature) -> Measured:
         seconds["evaluation"] = min(evaluations, default=spent.get("evaluation", 0.0) / count)
     counts = {
         "all": float(sum(p.numel() for p in module.parameters())),
-        "pruned": float(bits_of(pruning.masks)),
+        "pruned": float(masked_weights(pruning.masks)),
         "train": float(sum(p.numel() for p in module.parameters() if p.requires_grad and run.train is not None)),
     }
-    seconds |= watch.seconds()
+    seconds |= measures.seconds()
     tasks: dict[str, Results] = report.report.get("tasks", {})
     if items := sum(result["items"] for results in tasks.values() for result in results.values()):
         seconds["task item"] = spent[LEDGER_STAGE] / items
-    return Measured(run.blocks or 1, run.samples, count, seconds, watch.peaks, watch.tensors, counts, disk, len(tasks))
+    memory = measures.peaks, measures.tensors
+    return Measured(run.blocks or 1, run.samples, count, seconds, *memory, counts, disk, len(tasks))
 
 
 def _few_items(tasks: Mapping[str, Any]) -> dict[str, Any]:
-    """One batch of each task's items."""
+    """The settings of the tasks, limited to one batch of items each."""
     return {**tasks, "tasks_limit": tasks["tasks_batch_size"]} if tasks else {}
 
 
-def _timed(module: LightningModule) -> list[float]:
-    """The seconds of each evaluation to come, where the module evaluates itself; the shortest was not disturbed."""
+def _time_evaluations(module: LightningModule) -> list[float]:
+    """Record the times of later evaluations in the returned list, if the module has `evaluate`; the shortest counts."""
     evaluate, taken = getattr(module, "evaluate", None), []
     if callable(evaluate):
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             start = time.monotonic()
-            figures = evaluate(*args, **kwargs)
+            metrics = evaluate(*args, **kwargs)
             taken.append(time.monotonic() - start)
-            return figures
+            return metrics
 
         module.evaluate = timed
     return taken
 
 
 class Batches(LightningDataModule):
-    """The batches of a miniature, again and again."""
+    """The batches of a miniature; the training batch is repeated."""
 
     def __init__(self, run: Miniature) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Loads, prunes and checks models, and measures what many tables share: perplexity."""
+"""Loads, prunes and checks models, and measures their perplexity."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _TOKENS_AT_ONCE = 4096  # of the test text: the logits of a large vocabulary are
 _TOLERANCE = 0.01  # sparsity that rounding in each comparison group may cost: 60% of a row of 64 is 59.4%
 
 
-class Bench:
-    """Where models are pruned and measured; holds one model at a time.
+class PrunedModels:
+    """Creates the dense and pruned models of points; holds one model at a time.
 
     Args:
         setup: the model, its texts and sizes.
@@ -30,7 +30,7 @@ class Bench:
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.windows = lru_cache(maxsize=2)(self._windows)  # calibration windows by seed and number
-        self.shared: dict[str, Any] = {}  # what the points of a table share
+        self.shared: dict[str, Any] = {}  # shared by the points of a table
         self._key: Any = None
         self._made: tuple[nn.Module, Figures] | None = None
 
@@ -47,7 +47,7 @@ class Bench:
         return [{key: value.to(self.setup.device) for key, value in batch.items()} for batch in data.test_dataloader()]
 
     def data(self, samples: int, seed: int, **settings: Any) -> TextDataModule:
-        """The model's texts as a data module; `settings` are the data module's own."""
+        """The model's texts as a data module with these settings."""
         setup = self.setup
         given = {
             "train_source": setup.train,
@@ -64,10 +64,10 @@ class Bench:
         return TextDataModule(self.tokenizer, **(given | settings))
 
     def dense(self) -> nn.Module:
-        """The dense model, on its device; the one made before is let go.
+        """Load the dense model on its device; frees the last model.
 
         Raises:
-            ConfigError: where windows are longer than its context.
+            ConfigError: if windows are longer than its context.
         """
         self.forget()
         model = load_causal_lm(self.setup.model, self.setup.dtype)
@@ -77,17 +77,17 @@ class Bench:
         return model.to(self.setup.device)
 
     def forget(self) -> None:
-        """Let the last model go, before another one needs its memory."""
+        """Free the last model."""
         self._made = None
         gc.collect()
 
     def model(self, point: Point) -> tuple[nn.Module, Figures]:
-        """The model of a point, pruned and checked, and an account of the pruning. The last one made is kept."""
+        """The pruned and checked model of a point, and figures of its pruning. The last model is kept."""
         key = {name: point.get(name) for name in ("pruning", "samples", "seed")}
         if self._made is None or key != self._key:
             model, account = self.dense(), {}
             if point["pruning"] is not None:
-                # Where no data is needed, one window shows what of the model data reaches.
+                # If no data is needed, one window shows which weights of the model are used.
                 batches = self.windows(point.get("seed", self.setup.seed), point.get("samples", 1))
                 account = pruned(model, point["pruning"], batches)
             self._made, self._key = (model, account), key
@@ -99,7 +99,7 @@ class Bench:
 
 
 def pruned(model: nn.Module, settings: Settings, batches: list[Any]) -> Figures:
-    """Prune a model in place, check its zeros, and give an account."""
+    """Prune a model in place and check its zeros. Returns seconds, sparsity, layer error and notes."""
     result = prune(model, batches, PruningConfig(**settings))
     errors = list(result.layer_errors.values())
     return {
@@ -114,7 +114,7 @@ def counted_sparsity(model: nn.Module, result: PruningResult) -> float:
     """The share of zeros, counted on the pruned weights.
 
     Raises:
-        MaskError: where a mask is broken, or there are other zeros than were asked for.
+        MaskError: if a pruned weight is not zero, or the number of zeros is not the requested one.
     """
     config = result.config
     result.masks.verify(model)
@@ -130,12 +130,12 @@ def counted_sparsity(model: nn.Module, result: PruningResult) -> float:
     return zeros / weights
 
 
-def measure_perplexity(bench: Bench, point: Point) -> Figures:
+def measure_perplexity(models: PrunedModels, point: Point) -> Figures:
     """The perplexity of a dense or pruned model on the test text."""
-    model, account = bench.model(point)
-    return account | {"perplexity": perplexity(model, bench.test)}
+    model, account = models.model(point)
+    return account | {"perplexity": perplexity(model, models.test)}
 
 
 def device_of(name: str) -> str:
-    """The device that a name means; "auto" is a GPU where there is one."""
+    """The device with a name; "auto" is a GPU if there is one."""
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name

@@ -1,4 +1,4 @@
-"""What the benchmarks of a whole pruning share: the model, its samples, peak memory, processes of their own."""
+"""Common code of the benchmarks: the model, its samples, peak memory, and measurements in separate processes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 VOCABULARY = 4096
-# glibc: every larger tensor is given back as soon as it is freed, so that the peak is what was held and not what the
-# allocator had kept from before.
+# glibc returns the memory of larger tensors as soon as they are freed, so that the peak contains no memory that the
+# allocator kept.
 EXACT_HEAP = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def add_size_options(parser: argparse.ArgumentParser, hidden: int, layers: int, samples: int, length: int) -> None:
-    """The options that all of these benchmarks take."""
+    """Add the options that all benchmarks of pruning have."""
     parser.add_argument("--hidden", type=int, default=hidden, help="width of the model")
     parser.add_argument("--layers", type=int, default=layers, help="number of its blocks")
     parser.add_argument("--samples", type=int, default=samples, help="calibration samples")
@@ -34,7 +34,7 @@ def add_size_options(parser: argparse.ArgumentParser, hidden: int, layers: int, 
 
 
 def make_model(hidden: int, layers: int, dtype: str = "float32", device: str = "cpu") -> nn.Module:
-    """A Llama with random weights, the same ones for the same sizes; feed-forward 8/3 as wide, heads of 64."""
+    """A Llama with random weights, which depend only on its sizes; feed-forward layers are 8/3 as wide, heads 64."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     heads = max(1, hidden // 64)
@@ -52,7 +52,7 @@ def make_model(hidden: int, layers: int, dtype: str = "float32", device: str = "
 
 
 def make_samples(count: int, length: int, device: str = "cpu") -> list[Tensor]:
-    """Windows of the Python manual's text, each (1, length); random tokens where it has too few."""
+    """Windows of the Python manual's text, each (1, length); filled with random tokens if the text is too short."""
     from pydoc_data.topics import topics
 
     from sparsefit.modules.loading import TINY_LLAMA, load_tokenizer
@@ -66,7 +66,7 @@ def make_samples(count: int, length: int, device: str = "cpu") -> list[Tensor]:
 
 
 class PeakMemory:
-    """The most memory that this process holds inside a `with`, over what it held before; bytes, in `above`."""
+    """Measures in a `with` block the peak memory of this process above the memory before it: bytes, in `above`."""
 
     def __init__(self, device: str = "cpu") -> None:
         self.device, self.above = device, 0
@@ -80,7 +80,7 @@ class PeakMemory:
             return self
         status = Path("/proc/self/clear_refs")
         if status.exists():
-            status.write_text("5")  # Linux: the peak starts anew, so that making the model leaves no trace in it
+            status.write_text("5")  # Linux: resets the peak, so that it does not contain the creation of the model
         self._before = _status("VmRSS") or _rusage_peak()
         return self
 
@@ -106,7 +106,7 @@ def _rusage_peak() -> int:
 
 
 def in_a_process(script: str, arguments: list[str], environment: dict[str, str] | None = None) -> dict[str, Any]:
-    """The JSON that a script prints as its last line, run in a process of its own."""
+    """Run a script in a separate process. Returns the JSON in the last line that it prints."""
     command, variables = [sys.executable, script, *arguments], {**os.environ, **(environment or {})}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=variables)
     return json.loads(done.stdout.splitlines()[-1])

@@ -1,12 +1,12 @@
-"""Wanda done plainly: the published algorithm (Sun et al. 2023, arXiv 2306.11695) with nothing made faster.
+"""A plain implementation of Wanda (Sun et al. 2023, arXiv 2306.11695), as baseline and reference.
 
-    python scripts/benchmarks/straightforward.py --layers 4 --samples 8 --length 128
+    python scripts/benchmarks/plain_wanda.py --layers 4 --samples 8 --length 128
 
-Block after block, one sample at a time: a first pass with dense weights in which every linear layer sums the squares
-of its inputs by a hook of its own, a full stable sort of each row of scores, zeros written where the smallest stand, a
-second pass for the inputs of the next block. It is the baseline of the benchmarks beside it and, as it shares no line
-with the engine, an independent reference: the command prunes one model both ways and prints the share of equal mask
-bits, with one sample at a time in the engine (where the very same sums are taken) and with its default.
+It prunes block after block and runs one sample at a time. In a first pass with dense weights, a hook of every linear
+layer sums the squares of its inputs. Each row of scores is sorted, and the weights with the smallest scores become
+zero. A second pass computes the inputs of the next block. The other benchmarks use it as baseline. It shares no code
+with the engine, so it is also an independent reference: the command prunes a model with both and prints the share of
+equal mask bits, with micro-batches of one sample in the engine (which gives the same sums) and with its default.
 """
 
 from __future__ import annotations
@@ -17,22 +17,20 @@ from decimal import Decimal
 from typing import Any
 
 import torch
-from setting import add_size_options, make_model, make_samples  # beside this file
+from common import add_size_options, make_model, make_samples  # in this folder
 from torch import Tensor, nn
 
 from sparsefit import PruningConfig, prune
 
 
 @torch.no_grad()
-def prune_straightforward(
-    model: nn.Module, samples: list[Tensor], sparsity: float = 0.5, pattern: str | None = None
-) -> None:
+def prune_plainly(model: nn.Module, samples: list[Tensor], sparsity: float = 0.5, pattern: str | None = None) -> None:
     """Prune a transformers Llama (or a model of its layout) in place.
 
     Args:
         model: Its blocks are `model.model.layers`, each called with the hidden state first.
         samples: Token ids, each (1, length).
-        sparsity: Share of each row that goes.
+        sparsity: Share of each row that is removed.
         pattern: "N:M" keeps N of every M consecutive weights of a row instead.
     """
     model.eval()
@@ -89,7 +87,7 @@ def sums_squares(sums: Tensor) -> Any:
 
 
 def smallest(scores: Tensor, sparsity: float, pattern: str | None) -> Tensor:
-    """(out, in) bool: True where the smallest of each comparison group stand, the leftmost of equal ones first."""
+    """(out, in) bool: True for the smallest scores of each comparison group; of equal ones, the leftmost come first."""
     if pattern is not None:
         n, m = map(int, pattern.split(":"))
         groups, count = scores.reshape(-1, m), m - n
@@ -117,7 +115,7 @@ def main() -> None:
     dense = make_model(args.hidden, args.layers, args.dtype)
     samples = make_samples(args.samples, args.length)
     reference = copy.deepcopy(dense)
-    prune_straightforward(reference, samples, args.sparsity, args.pattern)
+    prune_plainly(reference, samples, args.sparsity, args.pattern)
     expected = kept_weights(reference)
     default = PruningConfig().micro_batch_size
     print(f"{sum(mask.numel() for mask in expected.values()):,} weights, {args.samples} x {args.length} tokens")

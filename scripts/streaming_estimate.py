@@ -1,17 +1,17 @@
-"""What a streamed pruning of LLaMA-7B and LLaMA-70B takes, by arithmetic: nothing is measured here.
+"""Estimates the cost of a streamed pruning of LLaMA-7B and LLaMA-70B. Nothing is measured here.
 
-    python scripts/streaming_on_paper.py
+    python scripts/streaming_estimate.py
 
-Wanda at bfloat16 on 128 x 2,048 tokens, with nothing of the model left in the system's cache from one pass to the next:
-the memory that `sparsefit prune --stream` holds, what it reads from and writes to the disk, and the seconds of both.
-What is assumed stands in the constants below.
+Wanda in bfloat16 on 128 x 2,048 tokens. The system's cache is assumed to keep nothing of the model between two passes.
+Prints the memory that `sparsefit prune --stream` holds, the bytes that it reads and writes, and the seconds. The
+constants below are the assumptions.
 """
 
 from __future__ import annotations
 
 import argparse
 
-from scaling_on_paper import LENGTH, MICRO_BATCH, MODELS, SAMPLES, Model  # beside this file
+from scaling_estimate import LENGTH, MICRO_BATCH, MODELS, SAMPLES, Model  # in this folder
 
 from sparsefit.planning.gpus import GPUS, REACHED
 
@@ -19,12 +19,12 @@ VOCABULARY = 32000
 BYTES = 2  # of a weight, and of a number in the hidden states
 READS = {
     "copy of the model": 1,
-    "one sample to its end: which weights are reached": 1,
+    "a pass of one sample: which weights are used": 1,
     "weights that are not finite": 1,
-    "zeros that are there already": 1,
-    "one sample to its end: whether blocks can be run alone": 1,
-    "the turn of each block": 1,
-    "sums of the files": 1,
+    "existing zeros": 1,
+    "a pass of one sample: whether blocks can be run one by one": 1,
+    "pruning of each block": 1,
+    "checksums of the files": 1,
     "zeros counted in the files": 1,
 }
 WRITES = {"copy of the model": 1, "pruned weights": 1}

@@ -1,4 +1,4 @@
-"""Whether a model and its data belong together: looked at before anything is measured or trained."""
+"""Checks that a model and its data fit together, before anything is measured or trained."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from sparsefit.errors import ConfigError
 
-_SWITCHES = {  # of what an image processor does, and the settings of each
+_SWITCHES = {  # the steps of an image processor, and the settings of each
     "do_normalize": ("image_mean", "image_std"),
     "do_rescale": ("rescale_factor",),
     "do_resize": ("size", "crop_pct"),
     "do_center_crop": ("crop_size",),
 }
-_NUMBERED = re.compile(r"LABEL_\d+")  # names that transformers gives to classes without any
+_NUMBERED = re.compile(r"LABEL_\d+")  # transformers' names of unnamed classes
 
 
 def check_data(model: LightningModule, data: LightningDataModule) -> None:
-    """See that data, once set up, are made for a model: its tokens, its way of preparing images, its classes.
+    """Check that data fit a model: the tokens, the preparation of images, and the classes.
 
-    What either of them does not tell is not looked at: the attributes `tokenizer`, `image_processor`, `classes` and
-    `model.config.id2label` of the module; `tokenizer`, `image_processor`, `class_names` and `num_classes` of the data.
+    The attributes `tokenizer`, `image_processor`, `classes` and `model.config.id2label` of the module are compared with
+    `tokenizer`, `image_processor`, `class_names` and `num_classes` of the data. Attributes that one of them lacks are
+    not compared.
 
     Args:
         model: The module.
         data: Its data, after `setup`.
 
     Raises:
-        ConfigError: where they do not fit; names what each has.
+        ConfigError: if they do not fit; names both values.
     """
     _check_tokenizers(getattr(model, "tokenizer", None), getattr(data, "tokenizer", None))
     check_vocabulary(getattr(model, "model", None), getattr(data, "tokenizer", None))
@@ -52,14 +53,14 @@ def _check_tokenizers(of_model: Any, of_data: Any) -> None:
 
 
 def check_vocabulary(model: Any, tokenizer: Any) -> None:
-    """See that a model has an embedding for each token of a text. Special tokens need none: texts do not have them.
+    """Check that the model has an embedding for each token, except special ones, which texts do not contain.
 
     Args:
-        model: A transformers model; others pass.
+        model: A transformers model; others are not checked.
         tokenizer: A tokenizer, or None.
 
     Raises:
-        ConfigError: where it has not.
+        ConfigError: if embeddings are missing.
     """
     embeddings = getattr(model, "get_input_embeddings", None)
     if tokenizer is None or not callable(embeddings) or not hasattr(embedding := embeddings(), "weight"):
@@ -74,7 +75,7 @@ def check_vocabulary(model: Any, tokenizer: Any) -> None:
 
 
 def _check_processors(of_model: Any, of_data: Any) -> None:
-    """Compare what both say; a processor of another kind, which says none of it, passes."""
+    """Compare the settings that both processors have."""
     own, other = _settings(of_model), _settings(of_data)
     differ = []
     for switch, settings in _SWITCHES.items():
@@ -85,15 +86,16 @@ def _check_processors(of_model: Any, of_data: Any) -> None:
                 differ.append(f"{name} is {own[name]} for the model and {other[name]} for the data")
     if differ:
         raise ConfigError(
-            f"the data prepare images otherwise than the model's image processor: {'; '.join(differ)}. Set "
-            "data.init_args.processor to the model's folder or name, and leave image_size, mean and std out; or, if "
-            "the model is to learn images prepared so, correct the preprocessor_config.json in its folder"
+            f"the data prepare images differently from the model's image processor: {'; '.join(differ)}. Set "
+            "data.init_args.processor to the model's folder or name, and leave out image_size, mean and std; or, if "
+            "the model is to be trained on images prepared in the new way, correct the preprocessor_config.json in its "
+            "folder"
         )
 
 
 def _check_order(of_model: dict[str, int], of_data: list[str]) -> None:
     if not set(of_data) <= of_model.keys():
-        return  # other names, of which nothing can be said
+        return  # different names cannot be compared
     wrong = [(number, name) for number, name in enumerate(of_data) if of_model[name] != number]
     if wrong:
         number, name = wrong[0]
@@ -116,12 +118,12 @@ def _check_head(of_model: Any, of_data: Any) -> None:
     if of_model > of_data:
         rank_zero_warn(
             f"The model's head has {of_model} classes and the data have {of_data}: a label of the data must be the "
-            "number of the same class in the head. A model for these classes alone has a head of as many"
+            "number of the same class in the head. A model for only these classes would have a head of the same size"
         )
 
 
 def _named_classes(module: LightningModule) -> dict[str, int]:
-    """The numbers of the classes that the model's configuration has real names for."""
+    """Classes with real names in the model's configuration, and their numbers."""
     names = getattr(getattr(getattr(module, "model", None), "config", None), "id2label", None)
     if not isinstance(names, Mapping):
         return {}
@@ -129,7 +131,7 @@ def _named_classes(module: LightningModule) -> dict[str, int]:
 
 
 def _settings(processor: Any) -> dict[str, Any]:
-    """What an image processor of transformers would be saved as, without what it leaves open."""
+    """The settings that an image processor of transformers would save, without unset ones."""
     to_dict = getattr(processor, "to_dict", None)
     if not callable(to_dict):
         return {}
@@ -147,7 +149,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """One way to write a setting: [0.5, 0.5, 0.5] is 0.5, and a size says only what it has."""
+    """A setting in canonical form: [0.5, 0.5, 0.5] becomes 0.5, and a size loses its unset parts."""
     if isinstance(value, Mapping):
         return {key: part for key, part in value.items() if part is not None}
     if isinstance(value, list):

@@ -1,9 +1,9 @@
-"""What each stage of a run costs on 1 to 1,024 GPUs, by arithmetic: nothing is measured here.
+"""Estimates the cost of each stage of a run on 1 to 1,024 GPUs. Nothing is measured here.
 
-    python scripts/scaling_on_paper.py
+    python scripts/scaling_estimate.py
 
 Prints a table for LLaMA-7B (data parallel, each rank holds the model) and one for LLaMA-70B (sharded): seconds of each
-stage, and the GPU-hours of the whole. What is assumed stands in the constants below; docs/scaling.md says what follows.
+stage, and the GPU-hours of the whole run. The constants below are the assumptions; docs/scaling.md has the conclusions.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Model:
 
     @property
     def weights(self) -> int:
-        """Pruned weights."""
+        """Number of pruned weights."""
         return self.blocks * sum(inputs * rows for inputs, rows in self.groups)
 
     @property
@@ -64,7 +64,7 @@ def stages(model: Model, ranks: int) -> dict[str, float]:
     speed = GPUS["h100"].operations * REACHED
     collective = LATENCY * math.log2(ranks)
     size, apart = 2 * model.weights, ranks > 1  # bytes in bfloat16
-    # Samples are dealt out in micro-batches; with more ranks than these, in smaller ones.
+    # Ranks divide the micro-batches; with more ranks than micro-batches, these are smaller.
     micro_batch = max(1, min(MICRO_BATCH, SAMPLES // ranks))
     own_samples = math.ceil(SAMPLES / micro_batch / ranks) * micro_batch
     # A step has a sequence for each rank at least: with more ranks than sequences, steps are fewer and larger.
@@ -89,7 +89,7 @@ def stages(model: Model, ranks: int) -> dict[str, float]:
 
 
 def _largest_share(costs: list[int], ranks: int) -> int:
-    """What the rank with the most to do has to solve in a block."""
+    """The largest cost that a rank has to solve in a block."""
     solvers = shared_out(costs, ranks)
     return max(sum(cost for cost, own in zip(costs, solvers, strict=True) if own == rank) for rank in solvers)
 
@@ -99,7 +99,7 @@ def _solving_7b() -> float:
 
 
 def _adapter(model: Model) -> int:
-    """Weights of a LoRA of rank 16 on all linear layers."""
+    """Number of weights of a LoRA of rank 16 on all linear layers."""
     return 16 * model.blocks * sum(inputs + rows for inputs, rows in model.groups)
 
 

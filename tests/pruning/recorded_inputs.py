@@ -1,4 +1,4 @@
-"""What is seen while weights are watched, and weights that all matter."""
+"""Records the products of watched weights, and creates weights that all matter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparsefit.pruning.layers.base import PrunableWeight
 
 
 class Record(NamedTuple):
-    """A weight's name, which of its rows, the tensor of the product and what the matrix multiplies, (tokens, in)."""
+    """A weight's name, its rows, the input tensor of the product, and the matrix's inputs, (tokens, in)."""
 
     name: str
     rows: tuple[int, int] | None
@@ -23,7 +23,7 @@ class Record(NamedTuple):
 
 
 def spread(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Weights and biases that all matter."""
+    """Give a module random weights and biases that all matter."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -37,7 +37,7 @@ def weights_of(model: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], 
 
 
 def watch(weights: Iterable[PrunableWeight], run: Callable[[], Any]) -> tuple[Any, list[Record]]:
-    """What a run gives while weights are watched, and what was seen, as it was then."""
+    """The output of a run with watched weights, and copies of the recorded products."""
     records = []
 
     def record(seen: Seen) -> None:
