@@ -19,8 +19,10 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from sparsefit import PruningConfig, prune
 from sparsefit.cli import miniature_run, plan
+from sparsefit.cli.miniature_measures import SavedActivations
 from sparsefit.cli.plan_reading import read_data
 from sparsefit.cli.plan_recipe import _forwards, devices_of
+from sparsefit.modules import CausalLMModule
 from sparsefit.planning import Measured
 
 pytestmark = pytest.mark.slow
@@ -251,6 +253,38 @@ def test_a_model_that_is_to_write_its_text_first(sparsefit, recipe):
     status, _, errors = sparsefit("plan", recipe=recipe)
     assert status == 2
     assert "the model generates this recipe's text" in errors
+
+
+@pytest.mark.parametrize("allocation", [None, "fisher"])
+def test_a_miniature_counts_the_gradients_of_a_calibration_sample(allocation):
+    saved = []
+
+    def make(blocks):
+        module = CausalLMModule(make_tiny_model("llama", num_hidden_layers=blocks))
+        forward = module.model.forward
+
+        def counting(*args, **kwargs):
+            if not torch.is_grad_enabled():
+                return forward(*args, **kwargs)
+            with SavedActivations(module) as own:
+                output = forward(*args, **kwargs)
+            saved.append(own.bytes)
+            return output
+
+        module.model.forward = counting
+        return module
+
+    batch = {"input_ids": torch.randint(3, 61, (3, 12))}
+    pruning = {"sparsity": 0.5, "allocation": allocation}
+    run = miniature_run.Miniature(make, 2, pruning, {"passes": 0}, {"accelerator": "cpu"}, [batch], 3)
+    found = miniature_run._measure(run)
+    if allocation is None:
+        assert "backward" not in found.tensors
+        return
+    of_pruning, measured = saved[:-1], saved[-1]
+    assert len(of_pruning) >= 3
+    assert set(of_pruning) == {measured}
+    assert found.tensors["backward"] == measured + found.counts["pruned"] > found.counts["pruned"]
 
 
 def test_an_image_classifier_is_not_planned_by_a_data_sheet(sparsefit, recipe, tmp_path):

@@ -122,7 +122,7 @@ class TwoAdapted(nn.Module):
 
 
 def test_adapters_of_all_parts_are_disabled(tiny_model):
-    model = TwoAdapted(tiny_model)
+    model = TwoAdapted(tiny_model).eval()
     with torch.no_grad():
         dense = model(IDS)
         for name, parameter in model.named_parameters():
