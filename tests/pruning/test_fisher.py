@@ -446,7 +446,7 @@ def test_logits_that_reach_no_weight_are_an_error():
         def forward(self, x):
             return self.net(x).detach() + self.bias
 
-    with pytest.raises(ConfigError, match="none of the logits reaches a weight"):
+    with pytest.raises(ConfigError, match="those of the logits reach no weight"):
         prune(Bias(), [torch.randn(6, 6)], PruningConfig(allocation="fisher", update="none", targets="*"))
 
 

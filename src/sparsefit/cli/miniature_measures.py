@@ -16,7 +16,7 @@ from sparsefit.callbacks.hooks import PrunedRunCallback
 from sparsefit.machine import peak_memory, reset_peak_memory
 from sparsefit.pruning import MaskSet
 from sparsefit.pruning.blocks import find_block_lists
-from sparsefit.pruning.fisher_checks import requiring_gradients
+from sparsefit.pruning.fisher import requiring_gradients
 from sparsefit.pruning.input_watch import evaluating
 
 

@@ -185,8 +185,8 @@ def prediction_changes(
     changes = {n: Change(float(mean[1]), mean[2:]) for n, mean in zip(squares, means, strict=True) if mean[0] != 0}
     if weights and not changes:
         raise ConfigError(
-            "allocation 'fisher' needs gradients, and none of the logits reaches a weight that is pruned: if the model "
-            "runs them under torch.no_grad(), let it not, or use allocation 'owl'"
+            "allocation 'fisher' needs gradients, and those of the logits reach no weight that is pruned; the model "
+            "may run them under torch.no_grad(): use allocation 'owl'"
         )
     for name, change in changes.items():
         if not (isfinite(change.whole) and all_finite(change.rows)):
@@ -214,6 +214,24 @@ def check_gradients(model: nn.Module, weights: Iterable[PrunableWeight]) -> None
             )
 
 
+@contextmanager
+def requiring_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Have parameters require gradients, as in the measurement; what they required is restored at the end.
+
+    >>> layer = nn.Linear(2, 3).requires_grad_(False)
+    >>> with requiring_gradients([layer.weight]): print(layer(torch.ones(1, 2)).requires_grad)
+    True
+    """
+    before = [(parameter, parameter.requires_grad) for parameter in parameters]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+
+
 def _samples(batch: MicroBatch) -> Iterator[tuple[Any, Tensor | None]]:
     """The samples of a micro-batch, one at a time, each with its mask; all at once if they cannot be separated."""
     samples, real = split_samples(batch.data) or [batch.data], batch.mask.real if batch.mask else None
@@ -227,8 +245,7 @@ def _gradients_to(
 ) -> Iterator[list[nn.Parameter]]:
     """Call `take` with each weight and the gradient of its parameter, which is then freed, whenever
     `torch.autograd.grad` reaches one of the yielded parameters. No gradient is accumulated, so neither `.grad` changes
-    nor does a hook run that waits for it (of DDP, or an optimizer step in the backward pass). What requires a gradient
-    is restored at the end.
+    nor does a hook run that waits for it (of DDP, or an optimizer step in the backward pass).
     """
     users: dict[nn.Parameter, list[PrunableWeight]] = {}
     for weight in weights:
@@ -240,8 +257,7 @@ def _gradients_to(
                 take(weight, gradient)
         return gradient.new_zeros(()).expand_as(gradient)  # takes no memory in the place of the gradient
 
-    with ExitStack() as stack:
+    with requiring_gradients(users), ExitStack() as hooks:
         for parameter, own in users.items():
-            stack.callback(parameter.requires_grad_, parameter.requires_grad)
-            stack.enter_context(parameter.requires_grad_(True).register_hook(partial(taken, own)))
+            hooks.enter_context(parameter.register_hook(partial(taken, own)))
         yield list(users)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +10,7 @@ from torch import nn
 from sparsefit.calibration.batches import Forward, MicroBatch
 from sparsefit.errors import ConfigError
 from sparsefit.pruning.config import PruningConfig
-from sparsefit.pruning.fisher import check_gradients
+from sparsefit.pruning.fisher import check_gradients, requiring_gradients
 from sparsefit.pruning.predictions import logits_of
 from sparsefit.pruning.targets import reached_weights
 from sparsefit.pruning.tracing import trace
@@ -60,21 +58,3 @@ def check_sample(model: nn.Module, config: PruningConfig, sample: Any, forward: 
     check_gradients(model, weights)
     with errors_on_all_ranks(), torch.enable_grad(), requiring_gradients({w.parameter for w in weights}):
         logits_of(forward(sample), sample=sample)
-
-
-@contextmanager
-def requiring_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Have parameters require gradients, as in the measurement; what they required is restored at the end.
-
-    >>> layer = nn.Linear(2, 3).requires_grad_(False)
-    >>> with requiring_gradients([layer.weight]): print(layer(torch.ones(1, 2)).requires_grad)
-    True
-    """
-    before = [(parameter, parameter.requires_grad) for parameter in parameters]
-    try:
-        for parameter, _ in before:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter, required in before:
-            parameter.requires_grad_(required)
